@@ -1,0 +1,119 @@
+"""Orbax checkpoints: parameters, optimizer and a few facts, saved asynchronously, complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxchat.errors import DataError
+from jaxchat.log import quiet_libraries
+from jaxchat.state import TrainState
+
+FORMAT = 1
+
+
+class Checkpoints:
+    """Checkpoints `<directory>/<step>/` of one training stage."""
+
+    def __init__(self, directory: str | Path, keep_last: int = 2):
+        self.directory = Path(directory).resolve()
+        with quiet_libraries():
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, enable_async_checkpointing=True),
+                item_names=("params", "opt_state", "meta"),
+            )
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Copy the state out and write it in the background; a save that is still running is waited for."""
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),  # type: ignore[call-arg]
+            opt_state=ocp.args.StandardSave(state.opt_state),  # type: ignore[call-arg]
+            meta=ocp.args.JsonSave(meta | {"format": FORMAT, "step": step}),  # type: ignore[call-arg]
+        )
+        with quiet_libraries():
+            self._manager.save(step, args=args, force=True)
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint, laid out like `like` (arrays or shapes with shardings), and its facts."""
+        step = self.latest()
+        if step is None:
+            raise DataError(f"{self.directory}: no complete checkpoint")
+
+        def abstract(tree: Any) -> Any:
+            return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract(like.params)),  # type: ignore[call-arg]
+            opt_state=ocp.args.StandardRestore(abstract(like.opt_state)),  # type: ignore[call-arg]
+            meta=ocp.args.JsonRestore(),
+        )
+        try:
+            with quiet_libraries():
+                found = self._manager.restore(step, args=args)
+        except (ValueError, KeyError, FileNotFoundError, OSError) as error:
+            raise DataError(f"{self.directory / str(step)}: cannot be restored ({_first_line(error)})") from error
+        step_array = jax.device_put(np.int32(step), like.step.sharding)
+        return TrainState(found["params"], found["opt_state"], step_array), dict(found["meta"])
+
+    def wait(self) -> None:
+        """Until the running save is durable."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        with quiet_libraries():
+            self._manager.close()
+
+
+def restore_params(directory: str | Path) -> tuple[Any, dict[str, Any]]:
+    """(parameters as host arrays, facts) of the newest checkpoint of a stage; `DataError` if there is none."""
+    directory = Path(directory).resolve()
+    steps = sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
+    if not steps:
+        raise DataError(f"{directory}: no checkpoint; train it first")
+    path = directory / str(steps[0])
+    try:
+        with quiet_libraries(), contextlib.closing(ocp.StandardCheckpointer()) as reader:
+            like = jax.tree.map(
+                lambda m: np.zeros(m.shape, m.dtype), dict(reader.metadata(path / "params").item_metadata.tree)
+            )
+            params = reader.restore(path / "params", like)
+        with contextlib.closing(ocp.Checkpointer(ocp.JsonCheckpointHandler())) as reader:
+            meta = reader.restore(path / "meta")
+    except (ValueError, KeyError, FileNotFoundError, OSError) as error:
+        raise DataError(f"{path}: cannot be read ({_first_line(error)})") from error
+    return params, meta
+
+
+def params_sha256(params: Any) -> str:
+    """SHA-256 over all parameters: names, shapes, dtypes and bytes, in sorted order."""
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    named = {".".join(str(getattr(k, "key", k)) for k in path): leaf for path, leaf in leaves}
+    for name in sorted(named):
+        array = np.asarray(named[name])
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def discard(directory: str | Path) -> None:
+    """Remove a stage's checkpoints (before a run from scratch)."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+

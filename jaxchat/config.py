@@ -1,0 +1,288 @@
+"""Configuration: frozen dataclasses, TOML tiers, and strict overrides.
+
+A number of -1, a string "auto" or a bool of None means "derived": `recipes.py` fills the shapes from the depth,
+`optim/horizon.py` the steps, the batch and the rates.
+Loading is strict: an unknown key or a wrong type is a `UsageError` that names the key and the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxchat.errors import UsageError
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes of the GPT. `recipe` fills what is not given; see `RECIPES`."""
+
+    recipe: str = "modern"  # "modern" | "classic"
+    depth: int = 4  # layers; the one dial
+    seq_len: int = 2048  # context, tokens
+    vocab_size: int = 32768  # tokens, special tokens included
+    width: int = -1
+    n_heads: int = -1
+    n_kv_heads: int = -1
+    head_width: int = -1
+    mlp_factor: float = 4.0
+    tie_embeddings: bool = False
+    rotary_base: float = -1.0
+    window_pattern: str = "auto"  # S: short window, L: full context; tiled over the layers, the last is always L
+    window_short: int = -1  # tokens before the current one that a short window sees
+    qk_scale: float = -1.0  # on q and on k after their norm
+    value_embeddings: bool | None = None
+    residual_scalars: bool | None = None
+    smear: bool | None = None
+    backout: bool | None = None
+    softcap: float = 15.0  # logits = softcap * tanh(logits / softcap)
+    norm_eps: float = 1.1920929e-7  # float32's machine epsilon, as nanochat; Hugging Face's NanoChat has 1e-6
+    attention: str = "auto"  # "auto" | "cudnn" | "blocked" | "xla"
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    path: str = ""  # an existing tokenizer.json; empty: train one
+    train_chars: int = 2_000_000_000  # characters of the training text that BPE sees
+    doc_chars: int = 10_000  # of one document at most, so that a few giants do not decide the merges
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "chitchat"  # "chitchat" | "files:GLOB"
+    val_fraction: float = 0.01  # of documents, chosen by a hash of their text
+    shard_tokens: int = 100_000_000  # tokens in one token shard, at most
+    pack_docs: int = 20_000  # documents in one best-fit window
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = -1  # optimizer steps
+    token_ratio: float = -1.0  # tokens per scaling parameter; sets the steps
+    batch_tokens: int = -1  # tokens per optimizer step
+    device_batch_rows: int = 32  # rows per device and micro-batch; gradient accumulation makes up the rest
+    checkpoint_every: int = 250  # steps
+    keep_last: int = 2  # checkpoints kept
+    eval_every: int = 250  # steps; 0: only at the end
+    eval_rows: int = 512  # held-out rows at most per evaluation
+    sample_every: int = 0  # steps; 0: only before and after
+    compute_dtype: str = "auto"  # "auto" | "bfloat16" | "float32"
+    loss_chunk: int = -1  # tokens per chunk of the loss
+    scan_unroll: int = -1  # groups of layers unrolled in the trunk's scan
+    max_bad_steps: int = 5  # consecutive non-finite steps that are skipped before the run stops
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    kind: str = "muon"  # "muon" (matrices; AdamW for the rest) | "adamw" (everything)
+    lr_scale: float = -1.0  # multiplies every rate below but smear's and backout's
+    matrix_lr: float = 0.02
+    unembedding_lr: float = -1.0
+    embedding_lr: float = -1.0
+    scalar_lr: float = 0.5
+    adamw_lr: float = 6e-4  # kind = "adamw": one rate for everything
+    weight_decay: float = -1.0
+    warmup_steps: int = -1
+    warmdown_ratio: float = -1.0  # share of the steps in which the rate falls
+    final_lr: float = -1.0  # lr_mult at the last step
+    grad_clip: float = -1.0  # global norm; 0: off
+    momentum_warmup_steps: int = 400
+    ns_steps: int = 5  # Polar Express iterations
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    mixture: tuple[str, ...] = ("chitchat", "chatterbot", "identity:500", "word_problems:20000")
+    epochs: float = 1.0
+    lr_ratio: float = 0.8  # first rate over pretraining's
+    warmdown_ratio: float = 0.5
+    batch_tokens: int = -1
+    eval_every: int = 0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    max_per_task: int = -1  # examples; -1: all
+    rows: int = 2048  # held-out rows at most for the final bits per byte
+    batch_rows: int = 32  # engine slots and rows per scoring batch
+    sample_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: int = -1  # -1 fills with the devices that are left
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    data_dir: str = ""  # local mirror of the exams' data sets
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    slots: int = 8
+    max_tokens: int = 256
+    temperature: float = 0.7
+    top_k: int = 50
+
+
+@dataclass(frozen=True)
+class Config:
+    tier: str = "nano"
+    seed: int = 42
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+
+def load_config(tier: str | Path = "nano", overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a tier (a name in `configs/` or a path to a TOML file) and apply `key=value` overrides.
+
+    Raises `UsageError` that names an unknown tier, an unknown key (with the nearest known one) or a wrong type.
+    """
+    path = Path(tier) if str(tier).endswith(".toml") else CONFIG_DIR / f"{tier}.toml"
+    if not path.is_file():
+        known = [p.stem for p in tier_files()]
+        raise UsageError(f"tier {str(tier)!r} is unknown{_nearest(str(tier), known)}; tiers: {', '.join(known)}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid TOML ({error})") from None
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UsageError(f"--set {override}: write it as key=value, for example --set model.depth=10")
+        _insert(table, key.strip(), _parse_value(key.strip(), text.strip()))
+    config = _build(Config, table, "")
+    return config if path.parent != CONFIG_DIR else dataclasses.replace(config, tier=path.stem)
+
+
+def tier_files() -> list[Path]:
+    """The tiers that exist, smallest first."""
+    return sorted(CONFIG_DIR.glob("*.toml"), key=lambda p: (p.stem != "nano", len(p.stem), p.stem))
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"model.depth": 4, ...}` of a configuration, in the order of the fields."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[prefix + f.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def to_toml(config: Config, reasons: dict[str, str] | None = None) -> str:
+    """The configuration as TOML that `load_config` reads back to an equal object; `reasons` become comments."""
+    lines, sections = [], []
+    reasons = reasons or {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            sections.append(f.name)
+        else:
+            lines.append(f"{f.name} = {_toml_value(value)}")
+    for name in sections:
+        lines += ["", f"[{name}]"]
+        for key, value in flatten(getattr(config, name)).items():
+            if value is not None:
+                reason = reasons.get(f"{name}.{key}")
+                lines.append(f"{key} = {_toml_value(value)}" + (f"  # {reason}" if reason else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    # JSON's strings are TOML's basic strings, except that TOML also wants DEL escaped
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _parse_value(key: str, text: str) -> Any:
+    """A TOML value; anything that is not one is taken as a plain string (so `--set data.source=files:x` works)."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _insert(table: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"{key}: unknown key")
+    table[last] = value
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _build(cls: type, table: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in hints:
+            raise UsageError(f"{prefix}{key}: unknown key{_suggest(prefix + key)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UsageError(f"{prefix}{key}: is a section, not a value")
+            values[key] = _build(typing.cast(type, hint), value, f"{prefix}{key}.")
+        else:
+            values[key] = _convert(f"{prefix}{key}", hint, value)
+    return cls(**values)
+
+
+def _suggest(key: str) -> str:
+    """Nearest known key, by the whole dotted name or by its last part."""
+    known = list(flatten(Config()))
+    by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    return f", did you mean {by_leaf[0]}?" if by_leaf else _nearest(key, known)
+
+
+def _convert(key: str, hint: Any, value: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str):  # --set serve.api_keys=one
+            value = [value]
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise UsageError(f"{key}: needs a list of strings, not {value!r}")
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise UsageError(f"{key}: needs {_TYPE_NAMES[hint]}, not {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise UsageError(f"{key}: needs a finite number, not {value!r}")
+    return value
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}

@@ -1,0 +1,41 @@
+"""Errors meant for the person at the keyboard, each with the exit code of the contract.
+
+A message says what was wrong, where, and what to do. `launch.py` prints it as one line and exits;
+anything else that escapes is a bug and shows a traceback.
+"""
+
+
+class JaxchatError(Exception):
+    """Base of every expected failure."""
+
+    exit_code = 1
+
+
+class UsageError(JaxchatError):
+    """Bad arguments or configuration."""
+
+    exit_code = 2
+
+
+class DataError(JaxchatError):
+    """Data missing, damaged, unreadable or unreachable."""
+
+    exit_code = 3
+
+
+class OutOfMemoryError(JaxchatError):
+    """The device has too little memory for the configured batch."""
+
+    exit_code = 4
+
+
+class DivergedError(JaxchatError):
+    """Training produced NaN or Inf too often."""
+
+    exit_code = 5
+
+
+class InterruptedRun(JaxchatError):
+    """Stopped by a signal after saving; the same command resumes."""
+
+    exit_code = 75

@@ -1,0 +1,99 @@
+"""What a person sees (console, progress) and what machines read (metrics as JSON lines)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from jaxchat.paths import atomic_write
+
+console = Console(highlight=False, stderr=True)
+
+
+def say(text: str, style: str | None = None) -> None:
+    """One line to the person; rich markup inside `text` is not interpreted."""
+    console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+class Task:
+    """One bar of progress; `update` shows a short live text beside it."""
+
+    def __init__(self, bars: Progress, task: Any):
+        self._bars, self._task = bars, task
+
+    def advance(self, amount: float = 1) -> None:
+        self._bars.advance(self._task, amount)
+
+    def update(self, text: str) -> None:
+        self._bars.update(self._task, status=text)
+
+
+@contextlib.contextmanager
+def progress(description: str, total: float | None, done: float = 0) -> Iterator[Task]:
+    """A live bar on a terminal; silent when the output is a file or a pipe (the caller's `say` lines remain)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield Task(bars, bars.add_task(description, total=total, completed=done, status=""))
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hold back the INFO and WARNING lines of third-party loggers (absl through Orbax and Grain)."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+class MetricsFile:
+    """Append-only JSON lines, one object per optimizer step; truncated to the checkpoint on resume."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(self, record: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def truncate_to(self, step: int) -> None:
+        """Keep the records of steps below `step`; a torn last line (from a kill) goes too."""
+        if self.path.exists():
+            kept = [json.dumps(r) for r in read_metrics(self.path) if r["step"] < step]
+            atomic_write(self.path, "".join(line + "\n" for line in kept))
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics file (none if it does not exist)."""
+    if not os.path.exists(path):
+        return []
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records

@@ -1,0 +1,98 @@
+"""Causal attention with optional sliding windows: one function, several backends.
+
+Axes: B batch, T time, H query heads, K kv heads (H a multiple of K), N head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128  # queries per block of the blocked backend
+SAFE_SCORE = 40.0  # exp(-2 * 40) is still a normal float32
+
+
+def choose_backend(name: str = "auto", dtype: jnp.dtype | type = jnp.float32) -> str:
+    """The backend for this machine: cuDNN on NVIDIA GPUs for 16-bit inputs, blocked on CPUs, else XLA's."""
+    if name != "auto":
+        return name
+    platform = jax.default_backend()
+    if platform == "cpu":
+        return "blocked"
+    is_16_bit = jnp.dtype(dtype).itemsize == 2
+    is_nvidia = platform == "gpu" and "rocm" not in jax.devices()[0].client.platform_version.lower()
+    return "cudnn" if is_nvidia and is_16_bit else "xla"
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int, backend: str = "xla", score_bound: float = math.inf
+) -> jax.Array:
+    """Softmax attention of every position over itself and the `window` positions before it.
+
+    Args:
+      q: (B, T, H, N); k, v: (B, T, K, N). `window >= T - 1` is full causal attention.
+      backend: "xla", "blocked" or "cudnn" (16-bit inputs on an NVIDIA GPU).
+      score_bound: no |q.k| / sqrt(N) is larger; where it is small the blocked backend needs no row maximum.
+
+    Returns: (B, T, H, N) in the dtype of q.
+    """
+    if backend == "blocked":
+        return _blocked(q, k, v, window, score_bound)
+    # is_causal must stay: a window alone would look into the future (jax issue 39576)
+    local = (window, 0) if window < q.shape[1] - 1 else None
+    implementation = "cudnn" if backend == "cudnn" else "xla"
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=local, implementation=implementation
+    )
+
+
+def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, window: int, score_bound: float) -> jax.Array:
+    """Blocks of queries over the keys they can see only: half the work of a masked square."""
+    B, T, H, N = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, H // K, N).transpose(0, 2, 3, 1, 4) * N**-0.5  # (B, K, G, T, N)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (B, K, T, N)
+    blocks = []
+    for start in range(0, T, BLOCK):
+        stop = min(start + BLOCK, T)
+        first = max(0, start - window)
+        scores = jnp.einsum("bkgqn,bksn->bkgqs", q[:, :, :, start:stop], k[:, :, first:stop])
+        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)
+        visible = (distance >= 0) & (distance <= window)
+        weights, total = _exp_weights(scores.astype(jnp.float32), visible, score_bound)
+        out = jnp.einsum("bkgqs,bksn->bkgqn", weights.astype(v.dtype), v[:, :, first:stop])
+        blocks.append((out / total).astype(q.dtype))
+    y = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
+    return y.transpose(0, 3, 1, 2, 4).reshape(B, T, H, N)
+
+
+def _exp_weights(scores: jax.Array, visible: jax.Array, score_bound: float) -> tuple[jax.Array, jax.Array]:
+    """Unnormalized softmax weights and their sum over the last axis.
+
+    QK-norm bounds the scores, so a constant does the row maximum's work: the softmax does not change, one pass less.
+    """
+    if score_bound <= SAFE_SCORE:
+        top = jnp.float32(score_bound)
+    else:
+        top = jnp.max(jnp.where(visible, scores, -jnp.inf), axis=-1, keepdims=True)
+    weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
+    return weights, weights.sum(axis=-1, keepdims=True)
+
+
+def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """One query per row over a cache.
+
+    Args:
+      q: (R, H, N); k, v: (R, K, S, N); visible: (R, S) bool, at least one True per row.
+
+    Returns: (R, H, N) in the dtype of q.
+    """
+    R, H, N = q.shape
+    K = k.shape[1]
+    q = q.reshape(R, K, H // K, N) * N**-0.5
+    scores = jnp.einsum("rkgn,rksn->rkgs", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None, :], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("rkgs,rksn->rkgn", weights, v).reshape(R, H, N)

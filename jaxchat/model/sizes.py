@@ -1,0 +1,103 @@
+"""Parameters, FLOPs and bytes of a model: the only place that counts. Plain arithmetic on the resolved config."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxchat.config import ModelConfig
+from jaxchat.model.layout import SMEAR_CHANNELS, VE_GATE_CHANNELS, mlp_width, padded_vocab, value_layers, windows
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters by role; `total` equals the real tree's."""
+
+    embedding: int
+    unembedding: int  # 0 where tied
+    value_embedding: int
+    trunk: int  # matrices of the blocks, value gates included
+    scalars: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.unembedding + self.value_embedding + self.trunk + self.scalars
+
+    @property
+    def scaling(self) -> int:
+        """Trunk matrices and unembedding: the count that gave nanochat its cleanest scaling laws."""
+        return self.trunk + (self.unembedding or self.embedding)
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    c, D, N = config, config.width, config.head_width
+    table = padded_vocab(c) * D
+    attention = 2 * D * c.n_heads * N + 2 * D * c.n_kv_heads * N
+    with_value = len(value_layers(c))
+    return ParameterCount(
+        embedding=table,
+        unembedding=0 if c.tie_embeddings else table,
+        value_embedding=with_value * padded_vocab(c) * c.n_kv_heads * N,
+        trunk=c.depth * (attention + 2 * D * mlp_width(c)) + with_value * VE_GATE_CHANNELS * c.n_kv_heads,
+        scalars=(2 * c.depth if c.residual_scalars else 0)
+        + (SMEAR_CHANNELS + 1 if c.smear else 0)
+        + (1 if c.backout else 0),
+    )
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+    """Parameters that multiply the token stream: trunk, unembedding and the smear gate."""
+    return count_parameters(config).scaling + (SMEAR_CHANNELS if config.smear else 0)
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """Training FLOPs per token: 6 per matmul parameter, and 12 * H * N * keys seen per layer (PaLM, 2204.02311).
+
+    Windows count with their length, not with the context; the causal half is not discounted, as everywhere.
+    """
+    seen = sum(min(window, config.seq_len) for window in windows(config))
+    return 6 * matmul_parameters(config) + 12 * config.n_heads * config.head_width * seen
+
+
+def decode_bytes_per_step(config: ModelConfig, rows: int, context: int, item_bytes: int) -> int:
+    """Bytes one decode step must read: weights that take part once, one embedding row a token, the live cache."""
+    c = config
+    tables = 1 + len(value_layers(c))
+    weights = matmul_parameters(c) + rows * tables * c.width
+    return item_bytes * (weights + rows * kv_values_per_row(c, context))
+
+
+def kv_values_per_row(config: ModelConfig, context: int) -> int:
+    """Cached values (keys and values, all layers) that one row of `context` tokens reads."""
+    seen = sum(min(window + 1, context) for window in windows(config))
+    return 2 * config.n_kv_heads * config.head_width * seen
+
+
+# Dense bf16 peak, FLOP/s per device, by a part of `device_kind`. Sources: NVIDIA H100, H200, A100 data sheets (SXM,
+# without sparsity); Google Cloud TPU documentation, one chip.
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None where it is not known (then no MFU is shown)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+def activation_bytes(config: ModelConfig, rows: int, item_bytes: int) -> int:
+    """Rough bytes of saved activations for `rows` rows without rematerialization.
+
+    Per token and layer about 34 values of the width with an MLP factor of 4: inputs of every product, norms, q, k, v
+    and the two MLP activations. Analytic only; a compile of the real step tells the truth.
+    """
+    per_token = 14 * config.width + 5 * mlp_width(config)
+    return math.ceil(rows * config.seq_len * config.depth * per_token * item_bytes)

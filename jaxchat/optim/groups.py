@@ -1,0 +1,98 @@
+"""Which optimizer each parameter gets: one table from parameter path to group, and the optimizer built from it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxchat.config import Config
+from jaxchat.optim import schedules
+from jaxchat.optim.muon import DecayState, NesterovState, muon
+
+# First column: a pattern that must match the whole dotted path. Every parameter matches exactly one, or start fails.
+GROUPS: tuple[tuple[str, str], ...] = (
+    (r"blocks\.(q|k|v|o|fc|proj|ve_gate)", "matrix"),
+    (r"unembedding", "unembedding"),
+    (r"embedding", "embedding"),
+    (r"value_embedding", "value_embedding"),
+    (r"blocks\.residual_scale", "residual"),
+    (r"blocks\.x0_scale", "x0"),
+    (r"smear_gate|smear_scale|backout_scale", "mixing"),
+)
+ADAM_EPS = 1e-10
+
+
+def label_parameters(params: Any) -> Any:
+    """The tree of group names; `ValueError` names a parameter that no group, or more than one, covers."""
+
+    def label(path: Any, _: Any) -> str:
+        name = ".".join(str(key.key) for key in path)
+        found = [group for pattern, group in GROUPS if re.fullmatch(pattern, name)]
+        if len(found) != 1:
+            raise ValueError(f"parameter {name}: covered by {len(found)} optimizer groups {found}, must be exactly one")
+        return found[0]
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def make_schedule(config: Config) -> schedules.Schedule:
+    """The learning-rate multiplier over the steps."""
+    c, steps = config.optim, config.train.steps
+    if c.kind == "adamw":
+        return schedules.cosine(steps, c.warmup_steps, c.final_lr)
+    return schedules.trapezoid(steps, c.warmup_steps, c.warmdown_ratio, c.final_lr)
+
+
+def make_optimizer(config: Config, compute_dtype: jnp.dtype | type) -> optax.GradientTransformation:
+    """The optimizer of a resolved configuration; rates after nanochat, scaled as `horizon.py` says."""
+    c, steps = config.optim, config.train.steps
+    schedule = make_schedule(config)
+
+    def scaled(rate: float) -> optax.GradientTransformation:
+        return optax.scale_by_schedule(lambda step: -rate * schedule(step))
+
+    def adamw(rate: float, betas: tuple[float, float], decay: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.scale_by_adam(*betas, eps=ADAM_EPS), optax.add_decayed_weights(decay), scaled(rate)
+        )
+
+    clip = optax.clip_by_global_norm(c.grad_clip) if c.grad_clip > 0 else optax.identity()
+    if c.kind == "adamw":
+        return optax.chain(clip, adamw(c.lr_scale * c.adamw_lr, (0.9, 0.95), c.weight_decay))
+    modern = config.model.recipe == "modern"
+    by_width = c.lr_scale * (config.model.width / 768) ** -0.5  # these three were tuned at d12's width
+    matrix = muon(
+        momentum=schedules.muon_momentum(steps, c.momentum_warmup_steps, c.warmdown_ratio) if modern else 0.95,
+        weight_decay=schedules.cosine_to_zero(steps, c.weight_decay),
+        steps=c.ns_steps,
+        dtype=compute_dtype,
+    )
+    groups = {
+        "matrix": optax.chain(matrix, scaled(c.lr_scale * c.matrix_lr)),
+        "unembedding": adamw(by_width * c.unembedding_lr, (0.8, 0.96), 0.01 if modern else 0.0),
+        "embedding": adamw(by_width * c.embedding_lr, (0.8, 0.995), 0.001 if modern else 0.0),
+        "value_embedding": adamw(by_width * c.embedding_lr / 2, (0.8, 0.995), 0.01),
+        "residual": adamw(c.lr_scale * c.scalar_lr * 0.01, (0.8, 0.95), 0.05),
+        "x0": adamw(c.lr_scale * c.scalar_lr, (0.96, 0.95), 0.0),
+        "mixing": adamw(0.2, (0.8, 0.95), 0.0),  # tuned by itself: never scaled
+    }
+    return optax.chain(clip, optax.partition(groups, label_parameters))
+
+
+def carry_moments(old: Any, new: Any) -> Any:
+    """The moments of one optimizer's state in another's of the same shape, with the new one's schedules at step 0."""
+    schedules_only = (optax.ScaleByScheduleState, DecayState)
+
+    def pick(before: Any, after: Any) -> Any:
+        if isinstance(after, schedules_only):
+            return after
+        if isinstance(after, NesterovState):
+            return after._replace(momentum=before.momentum)
+        return before
+
+    stop = (*schedules_only, NesterovState)
+    return jax.tree.map(pick, old, new, is_leaf=lambda node: isinstance(node, stop))
