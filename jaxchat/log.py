@@ -81,11 +81,25 @@ class MetricsFile:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def last(self) -> dict[str, Any] | None:
+        """The newest whole record."""
+        records = read_metrics(self.path)
+        return records[-1] if records else None
+
+    def amend(self, scores: dict[str, Any]) -> None:
+        """Add evaluation results to the newest record."""
+        records = read_metrics(self.path)
+        if records:
+            records[-1] |= scores
+            self._rewrite(records)
+
     def truncate_to(self, step: int) -> None:
         """Keep the records of steps below `step`; a torn last line (from a kill) goes too."""
         if self.path.exists():
-            kept = [json.dumps(r) for r in read_metrics(self.path) if r["step"] < step]
-            atomic_write(self.path, "".join(line + "\n" for line in kept))
+            self._rewrite([r for r in read_metrics(self.path) if r["step"] < step])
+
+    def _rewrite(self, records: list[dict[str, Any]]) -> None:
+        atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in records))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

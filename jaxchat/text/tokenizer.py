@@ -1,0 +1,175 @@
+"""Byte-level BPE with the chat's special tokens: train, load, encode, decode, count bytes.
+
+Any string can be encoded. Text never becomes a special token: special tokens stand outside the BPE model and are put
+in by id alone (`special`), so "<|bos|>" typed by a person is seven ordinary characters. Lone surrogates, which no
+UTF-8 can hold, become U+FFFD.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from jaxchat.errors import DataError
+from jaxchat.paths import atomic_write, write_json
+
+BOS = "<|bos|>"
+USER_START, USER_END = "<|user_start|>", "<|user_end|>"
+ASSISTANT_START, ASSISTANT_END = "<|assistant_start|>", "<|assistant_end|>"
+PYTHON_START, PYTHON_END = "<|python_start|>", "<|python_end|>"
+OUTPUT_START, OUTPUT_END = "<|output_start|>", "<|output_end|>"
+SPECIAL_TOKENS = (
+    BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END, PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END
+)  # fmt: skip
+# GPT-4's split, with digits in groups of at most 2 (a small vocabulary has no room for 1,000 numbers)
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+FORMAT = 1
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer in which every special token of the chat has an id."""
+
+    def __init__(self, backend: Backend):
+        self._backend = backend
+        missing = [AddedToken(t, special=True) for t in SPECIAL_TOKENS if backend.token_to_id(t) is None]
+        if missing:
+            backend.add_special_tokens(missing)
+        backend.encode_special_tokens = True  # special tokens written in a text are encoded as text
+        self.special = {name: backend.token_to_id(name) for name in SPECIAL_TOKENS}
+        self.bos = self.special[BOS]
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self._added = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._bytes = _byte_table(backend, self.vocab_size, self._added)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """From a `tokenizer.json` or a directory that holds one. `DataError` names a missing or foreign file."""
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: cannot be read as a tokenizer ({error})") from None
+        try:
+            backend = Backend.from_str(text)
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"{file}: not a tokenizer.json of Hugging Face's format ({error})") from None
+        if not isinstance(backend.model, models.BPE) or "ByteLevel" not in str(json.loads(text).get("decoder")):
+            raise DataError(f"{file}: only byte-level BPE tokenizers can encode every text; this is another kind")
+        return cls(backend)
+
+    def save(self, directory: str | Path) -> None:
+        """Write `tokenizer.json` (Hugging Face's format) and `meta.json`."""
+        directory = Path(directory)
+        atomic_write(directory / "tokenizer.json", self._backend.to_str(pretty=True))
+        meta = {"format": FORMAT, "vocab_size": self.vocab_size, "digest": self.digest, "special_tokens": self.special}
+        write_json(directory / "meta.json", meta)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what decides the encoding; equal for equal tokenizers, whatever the file's layout."""
+        content = json.loads(self._backend.to_str())
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(_clean(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, over all cores."""
+        found = self._backend.encode_batch_fast([_clean(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for; empty for special tokens and for ids without a token."""
+        return self._bytes[token] if 0 <= token < len(self._bytes) else b""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the ordinary tokens among ids; may end inside a character."""
+        return b"".join(self.token_bytes(i) for i in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ordinary tokens among ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def byte_lengths(self) -> np.ndarray:
+        """(V,) int32: bytes each token stands for, 0 for special tokens."""
+        return np.array([len(b) for b in self._bytes], np.int32)
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, max_chars: int, doc_chars: int) -> Tokenizer:
+    """Byte-level BPE of exactly `vocab_size` ids (special tokens included) from a stream of documents.
+
+    Sees at most `max_chars` characters, `doc_chars` of each document; holds only word counts, never the text.
+    `DataError` if the text is too small to fill the vocabulary.
+    """
+    if vocab_size < 256 + len(SPECIAL_TOKENS):
+        raise DataError(
+            f"model.vocab_size: {vocab_size} is below {256 + len(SPECIAL_TOKENS)}, "
+            f"the 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+        )
+    backend = Backend(models.BPE(byte_fallback=False))
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        min_frequency=0,
+    )
+    backend.train_from_iterator(_limited(documents, max_chars, doc_chars), trainer)
+    tokenizer = Tokenizer(backend)
+    if tokenizer.vocab_size < vocab_size:
+        raise DataError(
+            f"the text is too small for model.vocab_size {vocab_size}: it gives {tokenizer.vocab_size} tokens; "
+            f"add text, or set model.vocab_size={tokenizer.vocab_size} or less"
+        )
+    return tokenizer
+
+
+def _limited(documents: Iterable[str], max_chars: int, doc_chars: int) -> Iterator[str]:
+    left = max_chars
+    for document in documents:
+        if left <= 0:
+            return
+        piece = _clean(document[: min(doc_chars, left)])
+        left -= len(piece)
+        yield piece
+
+
+def _clean(text: str) -> str:
+    """Lone surrogates (from damaged JSON escapes) replaced by U+FFFD; everything else untouched."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _byte_table(backend: Backend, size: int, special: set[int]) -> list[bytes]:
+    """Undo the printable alphabet of byte-level BPE (GPT-2's): one character stands for one byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    alphabet = {chr(b): b for b in printable}
+    for n, byte in enumerate(b for b in range(256) if b not in printable):
+        alphabet[chr(256 + n)] = byte
+    table = []
+    for i in range(size):
+        token = backend.id_to_token(i)
+        if token is None or i in special:
+            table.append(b"")
+        elif all(c in alphabet for c in token):
+            table.append(bytes(alphabet[c] for c in token))
+        else:
+            table.append(token.encode("utf-8"))  # an added ordinary token is stored as its text
+    return table

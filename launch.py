@@ -1,0 +1,139 @@
+"""jaxchat: from raw text to a chat page. `python launch.py --tier nano`; see --help and docs/."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Before any import that reads them: no telemetry from the page, no log lines of libraries between ours.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+
+from jaxchat.config import Config, load_config, tier_files  # noqa: E402
+from jaxchat.errors import InterruptedRun, JaxchatError, OutOfMemoryError, UsageError  # noqa: E402
+from jaxchat.log import console, say  # noqa: E402
+from jaxchat.paths import RunDir  # noqa: E402
+
+
+class Parser(argparse.ArgumentParser):
+    """One line and exit code 2 for bad arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see python launch.py --help")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="launch.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tier", help="configs/NAME.toml (default: nano)")
+    parser.add_argument("--tiers", action="store_true", help="list the tiers with hardware, time and cost")
+    parser.add_argument("--config", metavar="FILE", help="repeat a run from its saved config.toml")
+    parser.add_argument("--run-dir", metavar="DIR", help="default runs/<tier>; alone, the run's own config is taken")
+    parser.add_argument("--data", metavar="SOURCE", help="pretraining text: files:GLOB or chitchat")
+    parser.add_argument("--stages", metavar="A,B", help="only these stages")
+    parser.add_argument("--from", dest="start", metavar="STAGE", help="this stage and those after it")
+    parser.add_argument("--set", action="append", default=[], metavar="K=V", help="any config key; may be repeated")
+    parser.add_argument("--seed", type=int, help="one seed; same seed, same machine, same result")
+    parser.add_argument("--plan", action="store_true", help="dry run: memory, time and cost; nothing is trained")
+    parser.add_argument("--target", default="auto", help="of --plan: auto, cpu:N, h100:N, h200:N, a100-80g:N, ...")
+    parser.add_argument("--json", action="store_true", help="with --plan: one JSON object")
+    parser.add_argument("--chat", action="store_true", help="talk to the finished run in the terminal")
+    parser.add_argument("--serve", action="store_true", help="open the chat page of the finished run")
+    parser.add_argument("--host", help="address to serve on (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to serve on (default 8000)")
+    return parser
+
+
+def resolve_arguments(args: argparse.Namespace) -> tuple[Config, RunDir, dict[str, str]]:
+    """(resolved configuration, run directory, why each derived key has its value)."""
+    from jaxchat.optim.horizon import derivations, resolve
+
+    source: str | Path = args.config or args.tier or "nano"
+    if args.run_dir and not args.tier and not args.config and RunDir(args.run_dir).config.exists():
+        source = RunDir(args.run_dir).config
+    overrides = list(args.set)
+    for key, value in (("data.source", args.data), ("serve.host", args.host)):
+        if value is not None:
+            overrides.append(f"{key}={json.dumps(value)}")
+    for key, value in (("seed", args.seed), ("serve.port", args.port)):
+        if value is not None:
+            overrides.append(f"{key}={value}")
+    given = load_config(source, overrides)
+    if args.tier and args.config:
+        given = dataclasses.replace(given, tier=args.tier)
+    config = resolve(given)
+    return config, RunDir(args.run_dir or Path("runs") / config.tier), derivations(given, config)
+
+
+def list_tiers() -> None:
+    """Print each tier with the head comment of its file."""
+    for path in tier_files():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        head = [line.lstrip("# ").rstrip() for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")]]
+        print(f"{path.stem}\n" + "\n".join(f"    {line}" for line in head if line) + "\n")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.tiers:
+        list_tiers()
+        return
+    config, directory, reasons = resolve_arguments(args)
+    if args.plan:
+        from train.plan import plan
+
+        plan(config, args.target, as_json=args.json)
+    elif args.chat:
+        from serve.cli import chat
+
+        chat(directory, config)
+    elif args.serve:
+        from serve.page import serve
+
+        serve(directory, config)
+    else:
+        from train.stages import run_stages, select
+
+        stages = select(args.stages, args.start)
+        say(f"jaxchat {config.tier} in {directory.root}")
+        run_stages(config, directory, stages, reasons)
+        say(f"report card: {directory.report}" if directory.report.exists() else "")
+        say(f"talk to it:  python launch.py --run-dir {directory.root} --chat   (or --serve for the page)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code of the contract."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        run(make_parser().parse_args(argv))
+    except JaxchatError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from here", InterruptedRun.exit_code)
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            advice = "out of device memory: lower train.device_batch_rows, for example to half"
+            return _fail(advice, OutOfMemoryError.exit_code)
+        raise
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    console.print(f"error: {message}" if code != InterruptedRun.exit_code else message, markup=False, soft_wrap=True)
+    return code
+
+
+def _terminated(number: int, frame: Any) -> None:
+    raise InterruptedRun("stopped by SIGTERM; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

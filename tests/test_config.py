@@ -1,0 +1,130 @@
+"""Configuration: strict, explained, and repeatable."""
+
+import dataclasses
+
+import pytest
+
+from jaxchat.config import CONFIG_DIR, Config, ModelConfig, flatten, load_config, tier_files, to_toml
+from jaxchat.errors import UsageError
+from jaxchat.optim.horizon import derivations, resolve
+from jaxchat.recipes import is_derived, resolve_model
+
+TIERS = [path.stem for path in tier_files()]
+
+
+def test_the_tiers_of_the_foundation_exist():
+    assert {"nano", "d12", "d20", "d26", "d32"} <= set(TIERS)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_every_tier_resolves_with_nothing_left_to_derive(tier):
+    config = resolve(load_config(tier))
+    left = [k for k, v in flatten(config).items() if k.startswith(("model.", "optim.", "train.")) and is_derived(v)]
+    device_decides = {"model.attention", "train.compute_dtype", "train.loss_chunk", "train.scan_unroll"}
+    assert set(left) <= device_decides
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_saved_configuration_repeats_the_run(tier, tmp_path):
+    given = load_config(tier)
+    config = resolve(given)
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config, derivations(given, config)), encoding="utf-8")
+    again = load_config(path)
+    assert again == config
+    assert resolve(again) == config
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_tier_head_comment_gives_command_hardware_time_and_cost(tier):
+    head = [line for line in (CONFIG_DIR / f"{tier}.toml").read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(head)
+    assert f"--tier {tier}" in text
+    for word in ("Hardware:", "Time:", "Cost:"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.detph=3", "model.detph: unknown key, did you mean model.depth?"),
+        ("depth=3", "depth: unknown key, did you mean model.depth?"),
+        ("model.depth=three", "model.depth: needs a whole number, not 'three'"),
+        ("model.depth=3.5", "model.depth: needs a whole number, not 3.5"),
+        ("model.depth=true", "model.depth: needs a whole number, not True"),
+        ("model.smear=1", "model.smear: needs true or false, not 1"),
+        ("optim.matrix_lr=nan", "optim.matrix_lr: needs a finite number, not nan"),
+        ("serve.api_keys=[1]", "serve.api_keys: needs a list of strings"),
+        ("model=3", "model: is a section, not a value"),
+        ("model.depth", "write it as key=value"),
+        ("data.source.x=1", "data.source.x: unknown key"),
+    ],
+)
+def test_strict_errors_name_the_key(override, message):
+    with pytest.raises(UsageError) as error:
+        load_config("nano", [override])
+    assert message in str(error.value)
+
+
+def test_unknown_tier_names_the_known_ones():
+    with pytest.raises(UsageError, match=r"tier 'nanoo' is unknown, did you mean nano\?; tiers: nano, d12"):
+        load_config("nanoo")
+
+
+def test_broken_toml_is_named(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("model = [")
+    with pytest.raises(UsageError, match="not valid TOML"):
+        load_config(path)
+
+
+def test_overrides_are_typed_and_text_needs_no_quotes():
+    config = load_config("nano", ["data.source=files:a b/*.txt", "model.depth=7", "optim.matrix_lr=1", "serve.api_keys=k"])
+    assert config.data.source == "files:a b/*.txt"
+    assert config.model.depth == 7
+    assert config.optim.matrix_lr == 1.0 and type(config.optim.matrix_lr) is float
+    assert config.serve.api_keys == ("k",)
+
+
+def test_awkward_strings_survive_the_file(tmp_path):
+    source = 'files:"quoted" \\ back\tslash é 한국어 \x7f'
+    config = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, source=source))
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert load_config(path).data.source == source
+
+
+@pytest.mark.parametrize("depth", [4, 12, 20, 26, 32])
+def test_the_dial(depth):
+    model = resolve_model(ModelConfig(depth=depth))
+    assert model.width == 64 * depth
+    assert model.head_width == 128 and model.n_heads == model.width // 128 == model.n_kv_heads
+    assert model.window_short == 512
+
+
+def test_the_width_is_a_multiple_of_the_head_width():
+    model = resolve_model(ModelConfig(depth=5))  # 320 is no multiple of 128
+    assert (model.width, model.n_heads) == (384, 3)
+
+
+def test_free_shapes_of_the_tinystories_model():
+    model = resolve_model(ModelConfig(depth=6, width=320, n_heads=8, vocab_size=8000, seq_len=512))
+    assert model.head_width == 40
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"recipe": "retro"},
+        {"depth": 0},
+        {"width": 100},
+        {"n_heads": 4, "n_kv_heads": 3, "head_width": 32},
+        {"head_width": 33, "n_heads": 2},
+        {"window_pattern": "SXL"},
+        {"attention": "flash"},
+        {"seq_len": -1},
+    ],
+)
+def test_impossible_shapes_are_refused(fields):
+    with pytest.raises(UsageError, match="model."):
+        resolve_model(ModelConfig(**fields))

@@ -1,0 +1,90 @@
+"""Every parameter in exactly one optimizer group; schedules; carrying moments over."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxchat.config import load_config, tier_files
+from jaxchat.model import gpt
+from jaxchat.optim import schedules
+from jaxchat.optim.groups import carry_moments, label_parameters, make_optimizer, make_schedule
+from jaxchat.optim.horizon import resolve
+
+TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=64",
+        "model.seq_len=32", "train.batch_tokens=64", "train.steps=10"]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.recipe=classic"], ["model.tie_embeddings=true"]])
+@pytest.mark.parametrize("tier", [path.stem for path in tier_files()])
+def test_every_parameter_is_in_exactly_one_group(tier, overrides):
+    shapes, _ = gpt.abstract_params(resolve(load_config(tier, overrides)).model)
+    labels = label_parameters(shapes)
+    assert labels["blocks"]["q"] == labels["blocks"]["proj"] == "matrix"
+    assert labels["embedding"] == "embedding"
+    if not overrides:
+        assert labels["blocks"]["ve_gate"] == "matrix" and labels["value_embedding"] == "value_embedding"
+
+
+def test_an_unknown_parameter_stops_the_start():
+    with pytest.raises(ValueError, match="parameter blocks.router: covered by 0 optimizer groups"):
+        label_parameters({"blocks": {"router": jnp.zeros(3)}})
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_first_updates_have_the_rates_of_the_table(kind):
+    config = resolve(load_config("nano", [*TINY, f"optim.kind={kind}", "optim.warmup_steps=0", "optim.weight_decay=0"]))
+    optimizer = make_optimizer(config, jnp.float32)
+    params = jax.tree.map(lambda p: p + 0.01, gpt.init_params(config.model, 0))
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape) * 0.1, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    scale = config.optim.lr_scale
+    if kind == "adamw":
+        np.testing.assert_allclose(np.abs(updates["blocks"]["q"]), scale * 6e-4, rtol=1e-3)
+        return
+    # Adam's first step moves every weight by its rate; Muon's has the norm of a semi-orthogonal matrix
+    by_width = scale * (32 / 768) ** -0.5
+    np.testing.assert_allclose(np.abs(updates["unembedding"]), 0.008 * by_width, rtol=0.05)
+    np.testing.assert_allclose(np.abs(updates["value_embedding"]), 0.15 * by_width, rtol=0.05)
+    np.testing.assert_allclose(np.abs(updates["smear_gate"]), 0.2, rtol=1e-3)
+    norm = np.linalg.norm(updates["blocks"]["fc"], axis=(-2, -1))
+    np.testing.assert_allclose(norm, 0.02 * scale * 2 * 32**0.5, rtol=0.02)
+
+
+def test_trapezoid():
+    f = schedules.trapezoid(steps=100, warmup=10, warmdown_ratio=0.5, final=0.1)
+    assert [float(f(s)) for s in (0, 9, 30, 50, 75, 100, 500)] == pytest.approx([0.1, 1, 1, 1, 0.55, 0.1, 0.1])
+    to_zero = schedules.trapezoid(steps=7, warmup=0, warmdown_ratio=1.0, final=0.0)
+    values = [float(to_zero(s)) for s in range(12)]
+    assert values[0] == 1.0 and min(values) == 0.0 and values == sorted(values, reverse=True)
+
+
+def test_momentum_and_decay_schedules():
+    f = schedules.muon_momentum(steps=1000, warmup=400, warmdown_ratio=0.4)
+    assert [float(f(s)) for s in (0, 200, 400, 600, 800, 1000)] == pytest.approx([0.85, 0.91, 0.97, 0.97, 0.935, 0.90])
+    g = schedules.cosine_to_zero(100, 0.2)
+    assert [float(g(s)) for s in (0, 50, 100, 300)] == pytest.approx([0.2, 0.1, 0, 0], abs=1e-7)
+
+
+def test_adamw_has_warm_up_and_cosine():
+    config = resolve(load_config("nano", ["optim.kind=adamw", "train.steps=1000", "optim.warmup_steps=100"]))
+    f = make_schedule(config)
+    assert [float(f(s)) for s in (0, 99, 1000)] == pytest.approx([0.01, 1.0, 0.1])
+
+
+def test_moments_are_carried_and_schedules_start_again():
+    config = resolve(load_config("nano", TINY))
+    optimizer = make_optimizer(config, jnp.float32)
+    params = gpt.init_params(config.model, 0)
+    fresh = optimizer.init(params)
+    state = fresh
+    for _ in range(3):
+        _, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+    carried = carry_moments(state, fresh)
+    assert jax.tree.structure(carried) == jax.tree.structure(state)
+    changed = {jax.tree_util.keystr(p) for p, (a, b) in jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda a, b: (a, b), state, carried), is_leaf=lambda x: type(x) is tuple and len(x) == 2 and hasattr(x[0], "shape"))
+        if not np.array_equal(a, b)}  # fmt: skip
+    assert changed and all(name.endswith(".count") for name in changed)
+    counts = [int(s) for p, s in jax.tree_util.tree_leaves_with_path(carried) if jax.tree_util.keystr(p).endswith(".count")]
+    assert set(counts) == {0, 3}  # schedules at 0; Adam's bias correction goes on

@@ -1,0 +1,63 @@
+"""Counts equal the real trees."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxchat.config import ModelConfig, load_config, tier_files
+from jaxchat.mesh import LOGICAL_TO_MESH
+from jaxchat.model import gpt
+from jaxchat.model.sizes import (
+    count_parameters,
+    decode_bytes_per_step,
+    flops_per_token,
+    kv_values_per_row,
+    matmul_parameters,
+    peak_flops,
+)
+from jaxchat.optim.horizon import resolve
+from jaxchat.recipes import resolve_model
+
+MODELS = [resolve(load_config(path.stem)).model for path in tier_files()]
+MODELS += [dataclasses.replace(resolve(load_config("nano", ["model.recipe=classic"])).model, tie_embeddings=True)]
+MODELS += [resolve_model(ModelConfig(depth=5, width=64, n_heads=4, n_kv_heads=2, vocab_size=100, seq_len=64))]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: f"{m.recipe}-{m.depth}")
+def test_counts_equal_the_tree(model):
+    shapes, axes = gpt.abstract_params(model)
+    count = count_parameters(model)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count.total
+    matrices = [v.size for k, v in shapes["blocks"].items() if k not in ("residual_scale", "x0_scale")]
+    assert sum(matrices) == count.trunk
+    assert shapes["embedding"].size == count.embedding
+    for shape, names in zip(jax.tree.leaves(shapes), jax.tree.leaves(axes, is_leaf=lambda x: type(x) is tuple), strict=True):
+        assert len(shape.shape) == len(names)
+        assert set(names) <= set(LOGICAL_TO_MESH)
+
+
+def test_known_sizes_of_d20():
+    modern = resolve_model(ModelConfig(depth=20))
+    assert round(count_parameters(modern).total / 1e6) == 897
+    without = dataclasses.replace(modern, value_embeddings=False)
+    assert round(count_parameters(without).total / 1e6) == 477
+
+
+def test_flops_count_windows_not_the_context():
+    model = resolve_model(ModelConfig(depth=4, width=256, n_heads=2, seq_len=2048, vocab_size=1024))
+    attention = 12 * 256 * (512 * 3 + 2048)
+    assert flops_per_token(model) == 6 * matmul_parameters(model) + attention
+
+
+def test_cache_values_and_decode_bytes():
+    model = resolve_model(ModelConfig(depth=4, width=256, n_heads=2, seq_len=2048, vocab_size=1024))
+    assert kv_values_per_row(model, 100) == 2 * 256 * 4 * 100
+    assert kv_values_per_row(model, 1024) == 2 * 256 * (3 * 513 + 1024)
+    one, two = (decode_bytes_per_step(model, rows, 100, 2) for rows in (1, 2))
+    assert two - one == 2 * (kv_values_per_row(model, 100) + 3 * 256)
+
+
+def test_unknown_devices_have_no_peak():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("cpu") is None

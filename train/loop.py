@@ -1,0 +1,227 @@
+"""The only training loop: pretraining and SFT differ in their data and their start, not in how they train."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxchat.checkpoint import Checkpoints, params_sha256
+from jaxchat.config import Config
+from jaxchat.data.batches import Batches
+from jaxchat.data.rows import Rows
+from jaxchat.errors import DivergedError, InterruptedRun, UsageError
+from jaxchat.log import MetricsFile, Task, progress, say
+from jaxchat.mesh import batch_devices, batch_sharding, make_mesh
+from jaxchat.model.sizes import flops_per_token, peak_flops
+from jaxchat.optim.groups import make_optimizer, make_schedule
+from jaxchat.state import TrainState, compute_dtype, init_state, make_eval_step, make_train_step
+from train.bpb import bits_per_byte
+from train.plots import loss_plot
+
+Evaluator = Callable[[TrainState, int], Iterable[tuple[str, float]]]
+
+
+@dataclass
+class Job:
+    """One stage's training: `config.train.steps` updates on `rows`, kept in `directory`.
+
+    `start` maps the freshly initialized state to the one to train from (SFT loads the base model there).
+    """
+
+    config: Config
+    directory: Path
+    rows: Rows
+    val_rows: Rows | None
+    byte_lengths: np.ndarray  # (V,) int32
+    start: Callable[[TrainState], TrainState] = lambda state: state
+    evaluators: list[Evaluator] = field(default_factory=list)
+    title: str = "train"
+
+
+def micro_batch(config: Config, devices: int) -> tuple[int, int]:
+    """(rows per micro-batch over all devices, micro-batches per step), from the batch in tokens.
+
+    Takes the most rows a device that `train.device_batch_rows` allows and the batch can be divided into.
+    Raises `UsageError` if the batch has no whole row for every device.
+    """
+    rows = config.train.batch_tokens // config.model.seq_len
+    if rows % devices:
+        nearest = max(1, round(rows / devices)) * devices * config.model.seq_len
+        raise UsageError(
+            f"train.batch_tokens: {config.train.batch_tokens} tokens are {rows} rows of {config.model.seq_len}, "
+            f"which {devices} devices cannot share; take {nearest}"
+        )
+    per_device = rows // devices
+    fitting = max(n for n in range(1, per_device + 1) if per_device % n == 0 and n <= config.train.device_batch_rows)
+    return fitting * devices, per_device // fitting
+
+
+def fit(job: Job) -> dict[str, Any]:
+    """Train to the last step, resuming from the newest checkpoint; returns the stage's facts.
+
+    Raises `InterruptedRun` after a signal (a checkpoint is saved) and `DivergedError` after too many bad steps.
+    """
+    config = job.config
+    mesh = make_mesh(config.mesh)
+    batch_rows, grad_accum = micro_batch(config, batch_devices(mesh))
+    optimizer = make_optimizer(config, compute_dtype(config))
+    checkpoints = Checkpoints(job.directory, config.train.keep_last)
+    try:
+        state = init_state(config, optimizer, mesh)
+        done, facts = 0, {"seconds": 0.0, "bad_steps": 0}
+        if checkpoints.latest() is not None:
+            state, facts = checkpoints.restore(state)
+            done = facts["step"]
+            say(f"  resumed from step {done} of {config.train.steps}")
+        else:
+            state = job.start(state)
+        batches = Batches(job.rows, batch_rows, grad_accum, config.seed)
+        run = _Run(job, make_eval_step(config, mesh), checkpoints, facts, batch_rows, mesh)
+        step = make_train_step(config, optimizer, mesh)
+        state = run.loop(state, done, step, batches.iterate(done, sharding=batch_sharding(mesh)))
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
+    loss_plot(job.directory / "metrics.jsonl", job.directory / "loss.png", job.title)
+    return run.facts | {"params_sha256": params_sha256(jax.device_get(state.params))}
+
+
+class _Run:
+    """What the loop carries besides the state: metrics, evaluation, saving, signals."""
+
+    def __init__(
+        self, job: Job, eval_step: Any, checkpoints: Checkpoints, facts: dict[str, Any], batch_rows: int, mesh: Mesh
+    ):
+        self.job, self.eval_step, self.checkpoints = job, eval_step, checkpoints
+        self.batch_rows, self.mesh = batch_rows, mesh
+        self.facts = {k: v for k, v in facts.items() if k not in ("step", "format")}
+        self.metrics = MetricsFile(job.directory / "metrics.jsonl")
+        self.schedule = make_schedule(job.config)
+        self.clock = time.perf_counter()
+        self.bad_in_a_row = 0
+        self.stop_signal = 0
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self.peak = peak * jax.device_count() if peak else None
+
+    def loop(self, state: TrainState, done: int, step: Any, batches: Iterator[Any]) -> TrainState:
+        train = self.job.config.train
+        self.metrics.truncate_to(done)
+        with _signals(self), progress(self.job.title, train.steps, done) as bar:
+            if self._due(done) and "val_bpb" not in (self.metrics.last() or {"val_bpb": None}):
+                self._evaluate(state, done)  # the run ended between its checkpoint and the evaluation
+            self.clock = time.perf_counter()
+            pending = None
+            for index in range(done, train.steps):
+                state, metrics = step(state, next(batches))
+                # read the step before while this one runs, so that logging never stalls the device
+                self._record(pending, bar)
+                pending, count = (index, metrics), index + 1
+                if self._due(count) or count % train.checkpoint_every == 0 or self.stop_signal:
+                    self._record(pending, bar)
+                    pending = None
+                    self.checkpoints.save(count, state, self.facts)  # before the evaluation, which could fail
+                    if self.stop_signal and count < train.steps:
+                        self._leave(count)
+                    if self._due(count):
+                        self._evaluate(state, count)
+                    self.clock = time.perf_counter()
+        return state
+
+    def _due(self, count: int) -> bool:
+        """Whether an evaluation follows after `count` steps."""
+        train = self.job.config.train
+        return count == train.steps or (train.eval_every > 0 and count > 0 and count % train.eval_every == 0)
+
+    def _record(self, pending: tuple[int, dict[str, jax.Array]] | None, bar: Task) -> None:
+        """Write one finished step's metrics; stop if too many in a row were not finite."""
+        if pending is None:
+            return
+        index, arrays = pending
+        values = {k: float(v) for k, v in jax.device_get(arrays).items()}
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.facts["seconds"] += seconds
+        config = self.job.config
+        rate = config.train.batch_tokens / seconds
+        mfu = rate * flops_per_token(config.model) / self.peak if self.peak else None
+        record = {
+            "step": index,
+            "tokens": (index + 1) * config.train.batch_tokens,
+            "loss": values["loss"] if np.isfinite(values["loss"]) else None,
+            "lr_mult": float(self.schedule(index)),
+            "grad_norm": values["grad_norm"] if np.isfinite(values["grad_norm"]) else None,
+            "step_seconds": seconds,
+            "tokens_per_second": rate,
+            "mfu": mfu,
+        }
+        self.metrics.append(record)
+        self._check(index, bool(values["ok"]))
+        speed = f"{rate:,.0f} tok/s" + (f"  MFU {mfu:.1%}" if mfu else "")
+        bpb = f"  bpb {self.facts['val_bpb']:.3f}" if "val_bpb" in self.facts else ""
+        bar.advance()
+        bar.update(f"loss {values['loss']:.3f}{bpb}  {speed}")
+
+    def _check(self, index: int, ok: bool) -> None:
+        self.bad_in_a_row = 0 if ok else self.bad_in_a_row + 1
+        if ok:
+            return
+        self.facts["bad_steps"] += 1
+        say(f"  step {index}: loss or gradient not finite, update skipped", style="yellow")
+        if self.bad_in_a_row >= self.job.config.train.max_bad_steps:
+            raise DivergedError(
+                f"{self.job.title}: {self.bad_in_a_row} steps in a row were not finite (step {index}); "
+                "lower optim.lr_scale, then start again"
+            )
+
+    def _evaluate(self, state: TrainState, count: int) -> None:
+        """Held-out bits per byte and the job's own evaluators; not counted as training time."""
+        job, begin = self.job, time.perf_counter()
+        scores: dict[str, float] = {}
+        if job.val_rows is not None:
+            rows = job.config.train.eval_rows
+            found = bits_per_byte(
+                self.eval_step, state.params, job.val_rows, job.byte_lengths, self.batch_rows, rows, self.mesh
+            )
+            scores |= {"val_bpb": found["bits_per_byte"], "val_loss": found["loss"]}
+        for evaluator in job.evaluators:
+            scores |= dict(evaluator(state, count))
+        self.facts |= scores
+        self.facts["eval_seconds"] = self.facts.get("eval_seconds", 0.0) + time.perf_counter() - begin
+        if scores:
+            self.metrics.amend(scores)
+            text = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            say(f"  step {count:>6,} of {job.config.train.steps:,}  {text}")
+
+    def _leave(self, count: int) -> None:
+        self.checkpoints.wait()
+        name = signal.Signals(self.stop_signal).name
+        raise InterruptedRun(f"{self.job.title}: stopped by {name} after step {count}, saved; the same command resumes")
+
+
+@contextlib.contextmanager
+def _signals(run: _Run) -> Iterator[None]:
+    """SIGTERM and SIGINT ask the loop to save and leave; a second SIGINT stops at once. Main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        run.stop_signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

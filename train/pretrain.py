@@ -1,0 +1,45 @@
+"""Pretraining: packed rows of the corpus -> base model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxchat.config import Config
+from jaxchat.data.rows import Rows
+from jaxchat.log import say
+from jaxchat.model.sizes import count_parameters, flops_per_token
+from jaxchat.paths import RunDir
+from jaxchat.text.tokenizer import Tokenizer
+from train.loop import Job, fit
+
+
+def run(config: Config, run: RunDir) -> dict[str, Any]:
+    """Train the base model in `base/`; facts: sizes, tokens, scores, seconds, `params_sha256`."""
+    tokenizer = Tokenizer.load(run.tokenizer)
+    rows, val_rows = Rows(run.data / "rows" / "train"), Rows(run.data / "rows" / "val")
+    count, train = count_parameters(config.model), config.train
+    tokens = train.steps * train.batch_tokens
+    say(
+        f"  {count.total:,} parameters ({count.scaling:,} in products), {config.model.depth} layers of width "
+        f"{config.model.width}; {tokens:,} tokens in {train.steps:,} steps, "
+        f"{tokens / max(1, len(rows) * config.model.seq_len):.2f} epochs"
+    )
+    job = Job(
+        config=config,
+        directory=run.stage("base"),
+        rows=rows,
+        val_rows=val_rows,
+        byte_lengths=tokenizer.byte_lengths(),
+        title="pretrain",
+    )
+    facts = fit(job)
+    return facts | {
+        "digest": facts["params_sha256"],
+        "parameters": count.total,
+        "scaling_parameters": count.scaling,
+        "tokens": tokens,
+        "epochs": tokens / max(1, len(rows) * config.model.seq_len),
+        "flops_per_token": flops_per_token(config.model),
+        "flops": flops_per_token(config.model) * tokens,
+        "tokens_per_second": tokens / max(facts["seconds"], 1e-9),
+    }

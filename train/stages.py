@@ -1,0 +1,223 @@
+"""The stages of a run, in order; what each reads; and the record that lets a command be repeated safely.
+
+A stage is keyed by its inputs: the configuration keys it reads and the digests of the stages before it. Unchanged and
+done, it does nothing. Changed, a cheap stage (exams, report) runs again and a trained one refuses, naming the keys.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jaxchat.config import Config, flatten, to_toml
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.log import say
+from jaxchat.paths import RunDir, atomic_write, read_json, write_json
+from train import evaluate, prepare, pretrain, report, sft, tokenizer
+
+# Keys that change how fast or how often, never what is computed (beyond float rounding).
+FREE_KEYS = (
+    "mesh.",
+    "serve.",
+    "train.device_batch_rows",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.eval_every",
+    "train.eval_rows",
+    "train.sample_every",
+    "train.loss_chunk",
+    "train.scan_unroll",
+    "train.max_bad_steps",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`run(config, run_dir)` returns facts for the record, `digest` among them; `outputs` must exist when done."""
+
+    name: str
+    run: Callable[[Config, RunDir], dict[str, Any]]
+    reads: tuple[str, ...]  # configuration keys, or prefixes that end in a dot
+    needs: tuple[str, ...]  # stages whose digests are inputs
+    outputs: tuple[str, ...]  # paths inside the run directory
+    trained: bool  # refuses changed inputs instead of running again
+
+
+STAGES = (
+    Stage(
+        "tokenizer",
+        tokenizer.run,
+        ("tokenizer.", "data.source", "data.val_fraction", "model.vocab_size"),
+        (),
+        ("tokenizer/tokenizer.json",),
+        True,
+    ),
+    Stage("prepare", prepare.run, ("data.", "model.seq_len"), ("tokenizer",), ("data/rows",), True),
+    Stage("pretrain", pretrain.run, ("seed", "model.", "train.", "optim."), ("prepare",), ("base",), True),
+    Stage("sft", sft.run, ("seed", "sft."), ("pretrain",), ("sft",), True),
+    Stage("eval", evaluate.run, ("eval.", "tasks."), ("pretrain", "sft"), ("eval",), False),
+    Stage("report", report.run, (), ("eval",), ("report.md", "report.json"), False),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def select(only: str | None, start: str | None) -> list[Stage]:
+    """The stages of `--stages a,b` or `--from a`; all of them without either. `UsageError` names an unknown one."""
+    names = list(NAMES)
+    if only:
+        names = [name.strip() for name in only.split(",") if name.strip()]
+    for name in [*names, *([start] if start else [])]:
+        if name not in NAMES:
+            raise UsageError(f"stage {name!r} is unknown; stages: {', '.join(NAMES)}")
+    if start:
+        names = [name for name in names if NAMES.index(name) >= NAMES.index(start)]
+    return [stage for stage in STAGES if stage.name in names]
+
+
+def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: dict[str, str]) -> None:
+    """Run what is not done yet, in order; every stage's record is in `stages.json` from its start on."""
+    with run.lock():
+        records = load_records(run)
+        for stage in stages:
+            inputs = stage_inputs(stage, config, records)
+            record = records.get(stage.name)
+            if record and stage.trained:
+                _refuse_changes(stage, record, inputs, run)
+            if record and record["status"] == "done" and record["inputs"] == inputs and _complete(stage, run):
+                say(f"{stage.name:<10} done ({record['seconds']:.0f} s), nothing to do")
+                continue
+            atomic_write(run.config, to_toml(config, reasons))
+            _run_one(stage, config, run, records, inputs)
+
+
+def load_records(run: RunDir) -> dict[str, Any]:
+    """`stages.json`, or nothing for a new run."""
+    return read_json(run.stages) if run.stages.exists() else {}
+
+
+def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[str, Any]:
+    """Configuration keys and digests that decide what the stage produces."""
+    inputs: dict[str, Any] = {}
+    for key, value in flatten(config).items():
+        read = any(key == name or (name.endswith(".") and key.startswith(name)) for name in stage.reads)
+        free = any(key == name or (name.endswith(".") and key.startswith(name)) for name in FREE_KEYS)
+        if read and not free:
+            inputs[key] = value
+    for need in stage.needs:
+        done = records.get(need, {})
+        if done.get("status") != "done":
+            raise UsageError(f"stage {stage.name}: needs stage {need} first; run --stages {need},{stage.name}")
+        inputs[f"{need}.digest"] = done["facts"]["digest"]
+    return json.loads(json.dumps(inputs))
+
+
+def _refuse_changes(stage: Stage, record: dict[str, Any], inputs: dict[str, Any], run: RunDir) -> None:
+    before = record["inputs"]
+    changed = [k for k in sorted(before.keys() | inputs.keys()) if before.get(k) != inputs.get(k)]
+    if changed:
+        text = ", ".join(f"{k} ({before.get(k)!r} -> {inputs.get(k)!r})" for k in changed)
+        raise UsageError(
+            f"stage {stage.name}: {run.root} was made with other settings: {text}; "
+            "take them back, or choose another --run-dir"
+        )
+
+
+def _complete(stage: Stage, run: RunDir) -> bool:
+    missing = [path for path in stage.outputs if not (run.root / path).exists()]
+    if missing:
+        say(f"{stage.name:<10} recorded as done, but {', '.join(missing)} is missing: running it again")
+    return not missing
+
+
+def _run_one(
+    stage: Stage, config: Config, run: RunDir, records: dict[str, Any], inputs: dict[str, Any]
+) -> None:
+    previous = records.get(stage.name, {})
+    begin = time.perf_counter()
+    resumed = previous.get("status") == "running" and previous.get("inputs") == inputs
+    record = {
+        "status": "running",
+        "start": previous["start"] if resumed else _now(),
+        "end": None,
+        "seconds": previous.get("seconds", 0.0) if resumed else 0.0,
+        "commit": _commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "inputs": inputs,
+        "inputs_digest": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
+        "facts": {},
+    }
+    records[stage.name] = record
+    write_json(run.stages, records)
+    say(f"{stage.name:<10} {'goes on' if resumed else 'starts'}", style="bold")
+    spent = record["seconds"]
+    try:
+        facts = stage.run(config, run)
+    except (JaxchatError, KeyboardInterrupt):
+        record["seconds"] = spent + time.perf_counter() - begin
+        write_json(run.stages, records)
+        raise
+    record |= {
+        "status": "done",
+        "end": _now(),
+        "seconds": spent + time.perf_counter() - begin,
+        "peak_rss_bytes": _peak_rss(),
+        "facts": facts,
+    }
+    if "params_sha256" in facts:
+        record["params_sha256"] = facts["params_sha256"]
+    write_json(run.stages, records)
+    say(f"{stage.name:<10} done in {record['seconds']:.0f} s")
+
+
+def versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def hardware() -> dict[str, Any]:
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind if device.platform != "cpu" else (platform.processor() or platform.machine()),
+        "devices": jax.device_count(),
+        "hosts": jax.process_count(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
+    }
+
+
+def _peak_rss() -> int:
+    """Bytes; Linux counts kilobytes, macOS bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _commit() -> str | None:
+    """The code's git commit, with + where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        run = {"cwd": root, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if dirty else "")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

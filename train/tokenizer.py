@@ -1,0 +1,45 @@
+"""Stage tokenizer: train a byte-level BPE on the training text, or take an existing one."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from jaxchat.config import Config
+from jaxchat.data.corpus import iterate_documents
+from jaxchat.errors import UsageError
+from jaxchat.log import progress, say
+from jaxchat.paths import RunDir
+from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
+
+SAMPLE_DOCUMENTS = 2000  # of the held-out text, to measure the compression
+
+
+def run(config: Config, run: RunDir) -> dict[str, Any]:
+    """Write `tokenizer/`; facts: vocabulary, bytes per token on held-out text, digest."""
+    data, options = config.data, config.tokenizer
+    if options.path:
+        tokenizer = Tokenizer.load(options.path)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise UsageError(
+                f"tokenizer.path: {options.path} has {tokenizer.vocab_size} tokens, special tokens included; "
+                f"set model.vocab_size={tokenizer.vocab_size}"
+            )
+    else:
+        documents = iterate_documents(data.source, "train", data.val_fraction)
+        with progress("tokenizer", None) as bar:
+            counted = (bar.advance() or document for document in documents)
+            tokenizer = train_tokenizer(counted, config.model.vocab_size, options.train_chars, options.doc_chars)
+    tokenizer.save(run.tokenizer)
+    sample = list(itertools.islice(iterate_documents(data.source, "val", data.val_fraction), SAMPLE_DOCUMENTS))
+    tokens = sum(len(ids) for ids in tokenizer.encode_batch(sample))
+    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in sample)
+    facts = {
+        "vocab_size": tokenizer.vocab_size,
+        "trained": not options.path,
+        "bytes_per_token": size / max(tokens, 1),
+        "chars_per_token": sum(map(len, sample)) / max(tokens, 1),
+        "digest": tokenizer.digest,
+    }
+    say(f"  {facts['vocab_size']:,} tokens, {facts['bytes_per_token']:.2f} bytes per token on held-out text")
+    return facts
