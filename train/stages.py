@@ -141,9 +141,7 @@ def _complete(stage: Stage, run: RunDir) -> bool:
     return not missing
 
 
-def _run_one(
-    stage: Stage, config: Config, run: RunDir, records: dict[str, Any], inputs: dict[str, Any]
-) -> None:
+def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any], inputs: dict[str, Any]) -> None:
     previous = records.get(stage.name, {})
     begin = time.perf_counter()
     resumed = previous.get("status") == "running" and previous.get("inputs") == inputs

@@ -27,9 +27,7 @@ class Batches:
         if shuffle:
             dataset = dataset.shuffle()
         self._dataset = (
-            dataset.repeat()
-            .batch(batch_rows * grad_accum)
-            .map(lambda row: _split(row, grad_accum, batch_rows))
+            dataset.repeat().batch(batch_rows * grad_accum).map(lambda row: _split(row, grad_accum, batch_rows))
         )
 
     def batch(self, step: int) -> dict[str, np.ndarray]:

@@ -77,7 +77,9 @@ def normalize(messages: Sequence[Message]) -> list[Message]:
         expected = "assistant" if i % 2 else "user"
         role = message.get("role") if isinstance(message, dict) else None
         if role != expected:
-            raise UsageError(f"messages[{i + offset}]: role {role!r} where {expected!r} is due (user and assistant in turn)")
+            raise UsageError(
+                f"messages[{i + offset}]: role {role!r} where {expected!r} is due (user and assistant in turn)"
+            )
         if role == "user":
             text = _text(message, i + offset)
             result.append({"role": role, "content": f"{system}\n\n{text}" if i == 0 and system is not None else text})

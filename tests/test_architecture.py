@@ -1,0 +1,142 @@
+"""The laws of the architecture, held by walking the imports."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PRODUCT = sorted(
+    [*ROOT.glob("jaxchat/**/*.py"), *ROOT.glob("train/**/*.py"), *ROOT.glob("serve/**/*.py"), ROOT / "launch.py"]
+)
+# data flows from left to right, imports point to the left
+ORDER = (
+    "config", "recipes", "mesh", "text", "data", "model", "losses", "optim", "state", "checkpoint", "engine", "tasks", "interop",
+)  # fmt: skip
+LEAVES = {"errors", "paths", "log", "tools"}  # anyone may import them
+WITHOUT_JAX = ("jaxchat/config.py", "jaxchat/recipes.py", "jaxchat/paths.py", "jaxchat/log.py", "jaxchat/errors.py",
+               "jaxchat/text/", "jaxchat/tools/")  # fmt: skip
+JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "grain"}
+MAX_FILE, MAX_FUNCTION = 300, 60
+# longer for a reason: splitting would make a reader jump
+LONGER_FILES: dict[str, int] = {}
+LONGER_FUNCTIONS: dict[str, int] = {}
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path):
+    """Every module that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(module):
+    return module.split(".")[1] if module.startswith("jaxchat.") else None
+
+
+def test_there_is_something_to_check():
+    assert len(PRODUCT) > 30
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
+def test_imports_point_to_the_left(path):
+    top = path.relative_to(ROOT).parts[0]
+    own = path.relative_to(ROOT).with_suffix("").parts[1] if top == "jaxchat" else None
+    for module in imports(path):
+        root = module.split(".")[0]
+        if top == "jaxchat":
+            assert root not in ("train", "serve", "launch"), f"the library imports {module}"
+            other = layer(module)
+            if other in ORDER and own in ORDER:
+                assert ORDER.index(other) <= ORDER.index(own), f"{own} imports {other} from its right"
+            if own in LEAVES and root == "jaxchat":
+                allowed = {"errors", "paths", "log", own} if own != "tools" else {"tools"}
+                assert other in allowed | {None}, f"leaf {own} imports {module}"
+        if top in ("train", "serve"):
+            assert root != ("serve" if top == "train" else "train"), f"{top} imports {module}"
+            assert root != "launch"
+
+
+@pytest.mark.parametrize("path", [p for p in PRODUCT if p.parts[-2:] != ("jaxchat", "__init__.py")], ids=name_of)
+def test_every_module_has_its_place(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "jaxchat":
+        assert parts[1] in (*ORDER, *LEAVES)
+    assert parts[-1] not in ("utils", "helpers", "common", "misc")
+
+
+def test_no_cycles():
+    graph = {}
+    for path in PRODUCT:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        graph[module] = set(imports(path))
+    done, active = set(), []
+
+    def visit(module):
+        assert module not in active, f"cycle: {' -> '.join([*active[active.index(module) :], module])}"
+        if module in done or module not in graph:
+            return
+        active.append(module)
+        for other in sorted(graph[module]):
+            visit(other)
+        active.pop()
+        done.add(module)
+
+    for module in graph:
+        visit(module)
+
+
+@pytest.mark.parametrize("path", [p for p in PRODUCT if name_of(p).startswith(WITHOUT_JAX)], ids=name_of)
+def test_no_jax_where_none_belongs(path):
+    assert not {module.split(".")[0] for module in imports(path)} & JAX
+
+
+@pytest.mark.parametrize("path", [p for p in PRODUCT if p.name != "launch.py"], ids=name_of)
+def test_arguments_and_environment_are_read_at_the_entry_only(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    entry = [n for n in tree.body if isinstance(n, ast.If) and "__main__" in ast.unparse(n.test)]
+    inside = {id(n) for block in entry for n in ast.walk(block)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and id(node) not in inside:
+            assert ast.unparse(node) not in ("sys.argv", "os.environ", "os.getenv"), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
+def test_sizes(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGER_FILES.get(name_of(path), MAX_FILE)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= LONGER_FUNCTIONS.get(f"{name_of(path)}:{node.name}", MAX_FUNCTION), node.name
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
+def test_public_functions_are_typed_and_modules_documented(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not tree.body or ast.get_docstring(tree), "no module docstring"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            missing = [a.arg for a in node.args.args + node.args.kwonlyargs if a.annotation is None]
+            assert not missing, f"{node.name}: untyped {missing}"
+            assert node.returns is not None, f"{node.name}: no return type"
+
+
+def test_every_module_has_its_test_file():
+    tested = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
+    for path in PRODUCT:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[-1] == "__init__" or parts == ("launch",):
+            continue
+        module = ".".join(parts)
+        short = rf"from {re.escape('.'.join(parts[:-1]))} import [^\n]*\b{parts[-1]}\b"
+        assert re.search(rf"\b{re.escape(module)}\b|{short}", tested), f"no test imports {module}"
