@@ -1,0 +1,317 @@
+"""Continuous batching: requests enter free slots between chunks of decoding and leave when they are done.
+
+An engine belongs to one thread. That thread either calls `generate`, `chat` and `stream`, which run to their end, or
+drives `submit`, `step` and `cancel` itself (a server).
+"""
+
+from __future__ import annotations
+
+import collections
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxchat.checkpoint import restore_params
+from jaxchat.config import ModelConfig, load_config
+from jaxchat.engine import decode
+from jaxchat.engine.request import Event, Handle, Request, Result
+from jaxchat.engine.turn import Turn
+from jaxchat.errors import DataError, UsageError
+from jaxchat.model.cache import serving_params
+from jaxchat.paths import RunDir
+from jaxchat.recipes import resolve_model
+from jaxchat.text.chat import render_prompt
+from jaxchat.text.tokenizer import ASSISTANT_END, BOS, PYTHON_END, USER_START, Tokenizer
+
+MIN_PROMPT_BUCKET = 32  # tokens
+MIN_CACHE_BUCKET = 64  # positions
+PREFILL_GROUP = 8  # prompts prefilled at once when several wait
+STAGES = ("rl", "sft", "base")  # furthest trained first
+
+
+@dataclass
+class _Chunk:
+    """A dispatched chunk: its outputs (still being computed) and whose rows they are."""
+
+    tokens: jax.Array
+    status: jax.Array
+    handles: dict[int, Handle]
+    steps: int
+
+
+class Engine:
+    """Generates with one model.
+
+    Args:
+      config: resolved (`recipes.resolve_model`); params: nested dict of arrays, the training layout.
+      slots: sequences decoded at once at most, a power of two.
+      capacity: tokens of context, `config.seq_len` by default.
+      chunk: tokens a row makes between two looks of the host; new requests enter at these points.
+      dtype: of weights and cache; float32 on a CPU and bfloat16 elsewhere by default.
+      lookahead: read a chunk while the next one runs; by default where the device is not the CPU itself.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: dict[str, Any],
+        tokenizer: Tokenizer,
+        slots: int = 8,
+        capacity: int | None = None,
+        chunk: int = 8,
+        dtype: Any = None,
+        lookahead: bool | None = None,
+    ):
+        on_cpu = jax.default_backend() == "cpu"
+        if slots < 1 or slots & (slots - 1):
+            raise UsageError(f"serve.slots: must be a power of two, not {slots}")
+        if tokenizer.vocab_size > config.vocab_size:
+            raise DataError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}: "
+                "they are not from the same run"
+            )
+        self.config, self.tokenizer = config, tokenizer
+        self.slots, self.capacity, self.chunk = slots, capacity or config.seq_len, chunk
+        dtype = dtype or (jnp.float32 if on_cpu else jnp.bfloat16)
+        self._params = jax.jit(serving_params, static_argnums=(0, 2))(config, params, dtype)
+        self._state = decode.new_slots(config, slots, self.capacity, dtype)
+        self._lookahead = not on_cpu if lookahead is None else lookahead
+        self._rows: dict[int, Handle] = {}  # busy slots
+        self._waiting: collections.deque[Handle] = collections.deque()
+        self._flying: collections.deque[_Chunk] = collections.deque()
+        self._floor = 1  # rows of a chunk at least: a batch job would rather waste rows than compile for fewer
+
+    @classmethod
+    def from_pretrained(cls, run_dir: str | Path, stage: str | None = None, **options: Any) -> Engine:
+        """The model of a run directory: the furthest trained stage, or the one named. `DataError` if there is none."""
+        config, params, tokenizer, slots = _load(RunDir(run_dir), stage)
+        return cls(config, params, tokenizer, **({"slots": slots} | options))
+
+    # Requests
+
+    def chat_request(self, messages: Sequence[dict[str, Any]], **settings: Any) -> Request:
+        """Answer a conversation that ends with a user message; `settings` are fields of `Request`."""
+        stop = tuple(self.tokenizer.special[name] for name in (ASSISTANT_END, USER_START, BOS))
+        return Request(render_prompt(self.tokenizer, list(messages)), **({"stop": stop} | settings))
+
+    def text_request(self, text: str, **settings: Any) -> Request:
+        """Continue a text as a document of the pretraining corpus, to its end."""
+        tokens = [self.tokenizer.bos, *self.tokenizer.encode(text)]
+        return Request(tokens, **({"stop": (self.tokenizer.bos,), "tools": False} | settings))
+
+    def submit(self, request: Request) -> Handle:
+        """Queue a request; `UsageError` for one that cannot run."""
+        n = len(request.tokens)
+        if not 1 <= n <= self.capacity:
+            raise UsageError(f"the prompt has {n} tokens; this model's context holds 1 to {self.capacity}")
+        if len(request.stop) > decode.MAX_STOP_IDS:
+            raise UsageError(f"{len(request.stop)} stop ids; at most {decode.MAX_STOP_IDS}")
+        limit = self.capacity + 1 - n
+        if request.max_tokens is not None:
+            limit = min(limit, request.max_tokens)
+        if limit < 1:
+            raise UsageError(f"max_tokens: must be at least 1, not {request.max_tokens}")
+        seed = secrets.randbits(32) if request.seed is None else request.seed % 2**32
+        handle = Handle(request, seed, limit, Turn(self.tokenizer))
+        self._waiting.append(handle)
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """Give up a request; its slot is free at once. Without effect on a finished one."""
+        if handle.done:
+            return
+        if handle in self._waiting:
+            self._waiting.remove(handle)
+        else:
+            self._state = decode.release(self._state, np.int32(self._leave(handle)))
+        handle.finish_reason = "cancelled"
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._rows)
+
+    # Driving
+
+    def step(self) -> list[tuple[Handle, Event]]:
+        """Start what waits, decode one chunk, and return what it brought; [] when there is nothing to do."""
+        self._admit()
+        unfinished = any(self._in_flight(row, h) + h.made < h.limit for row, h in self._rows.items())
+        if unfinished:
+            self._flying.append(self._dispatch())
+        if self._flying and (len(self._flying) > self._lookahead or not unfinished):
+            return self._read(self._flying.popleft())
+        return []
+
+    def generate(self, requests: Sequence[Request], on_done: Callable[[Handle], None] | None = None) -> list[Result]:
+        """Answer all requests, slots kept full; results in the order of the requests."""
+        handles = [self.submit(request) for request in requests]
+        self._floor = min(_power_of_two(len(requests)), self.slots)
+        while not all(handle.done for handle in handles):
+            for handle, event in self.step():
+                if event.kind == "done" and on_done:
+                    on_done(handle)
+        self._floor = 1
+        return [handle.result() for handle in handles]
+
+    def events(self, request: Request) -> Iterator[Event]:
+        """Pieces of one answer as they are made, "done" last. Closing the iterator frees the slot."""
+        handle = self.submit(request)
+        try:
+            while not handle.done:
+                yield from (event for owner, event in self.step() if owner is handle)
+        finally:
+            self.cancel(handle)
+
+    def chat(self, messages: Sequence[dict[str, Any]], **settings: Any) -> str:
+        """The text of the answer to a conversation; `settings` are fields of `Request` (default: temperature 0)."""
+        return self.generate([self.chat_request(messages, **settings)])[0].text
+
+    def stream(self, messages: Sequence[dict[str, Any]], **settings: Any) -> Iterator[str]:
+        """The same piece by piece."""
+        for event in self.events(self.chat_request(messages, **settings)):
+            if event.kind == "text":
+                yield event.text
+
+    def warm_up(self) -> None:
+        """Compile everything that any request can need (a server, before it says that it is ready)."""
+        assert not self._rows and not self._flying
+        for count in {1, min(PREFILL_GROUP, self.slots)}:
+            for bucket in _buckets(MIN_PROMPT_BUCKET, self.capacity):
+                self._prefill([], count, bucket)
+        for rows in _buckets(1, self.slots):
+            for bucket in _buckets(MIN_CACHE_BUCKET, self.capacity):
+                self._state, *_ = self._decode(rows, bucket)
+        zero = np.int32(0)
+        self._state = decode.resume(self._state, zero, np.zeros(decode.FORCED, np.int32), zero)
+        self._state = decode.move(self._state, zero, zero)
+        self._state = decode.release(self._state, zero)
+        jax.block_until_ready(self._state)
+
+    # Inside
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._rows) < self.slots:
+            count = min(len(self._waiting), self.slots - len(self._rows), PREFILL_GROUP)
+            group = [self._waiting.popleft() for _ in range(count)]
+            longest = max(len(handle.request.tokens) for handle in group) - 1
+            size = 1 if count == 1 else min(PREFILL_GROUP, self.slots)
+            bucket = next(b for b in _buckets(MIN_PROMPT_BUCKET, self.capacity) if b >= longest)
+            self._prefill(group, size, bucket)
+
+    def _prefill(self, group: list[Handle], size: int, bucket: int) -> None:
+        """Prefill `group`, padded to `size` prompts of `bucket` tokens, into the lowest free slots."""
+        tokens, length = np.zeros((size, bucket), np.int32), np.ones(size, np.int32)
+        target, remaining = np.full((size, 2), self.slots, np.int32), np.ones(size, np.int32)
+        settings = decode.Settings(
+            seed=np.zeros(size, np.uint32),
+            temperature=np.zeros(size, np.float32),
+            top_k=np.zeros(size, np.int32),
+            top_p=np.ones(size, np.float32),
+            stop=np.full((size, decode.MAX_STOP_IDS), decode.NO_TOKEN, np.int32),
+            pause=np.full(size, decode.NO_TOKEN, np.int32),
+        )  # type: ignore[arg-type]
+        free = (row for row in range(self.slots) if row not in self._rows)
+        for i, (handle, row) in enumerate(zip(group, list(free), strict=False)):
+            r = handle.request
+            self._rows[row] = handle
+            ids = r.tokens[:bucket]
+            tokens[i, : len(ids)], length[i] = ids, len(r.tokens)
+            target[i], remaining[i] = (row, r.tokens[-1]), handle.limit
+            settings.seed[i], settings.temperature[i] = handle.seed, r.temperature
+            settings.top_k[i], settings.top_p[i] = r.top_k, r.top_p
+            settings.stop[i, : len(r.stop)] = r.stop
+            if r.tools:
+                settings.pause[i] = self.tokenizer.special[PYTHON_END]
+        self._state = decode.admit(self.config, self._params, self._state, tokens, length, target, remaining, settings)
+
+    def _dispatch(self) -> _Chunk:
+        rows = max(_power_of_two(len(self._rows)), self._floor)
+        for row in sorted(r for r in self._rows if r >= rows):  # keep the busy rows together
+            free = next(r for r in range(rows) if r not in self._rows)
+            self._rows[free] = self._rows.pop(row)
+            self._state = decode.move(self._state, np.int32(row), np.int32(free))
+        longest = max(
+            len(h.request.tokens) - 1 + h.made + self._in_flight(row, h) + self.chunk for row, h in self._rows.items()
+        )
+        buckets = _buckets(MIN_CACHE_BUCKET, self.capacity)
+        self._state, tokens, status = self._decode(rows, next((b for b in buckets if b >= longest), self.capacity))
+        return _Chunk(tokens, status, dict(self._rows), self.chunk)
+
+    def _decode(self, rows: int, bucket: int) -> tuple[decode.Slots, jax.Array, jax.Array]:
+        return decode.decode_chunk(self.config, self._params, self._state, rows, bucket, self.chunk, self.capacity)
+
+    def _in_flight(self, row: int, handle: Handle) -> int:
+        """Steps dispatched for a request whose outcome is not known yet."""
+        return sum(chunk.steps for chunk in self._flying if handle in chunk.handles.values())
+
+    def _read(self, chunk: _Chunk) -> list[tuple[Handle, Event]]:
+        """Wait for a chunk and hand out its tokens."""
+        tokens, status = np.asarray(chunk.tokens).T, np.asarray(chunk.status)
+        events: list[tuple[Handle, Event]] = []
+        for row, handle in chunk.handles.items():
+            made = tokens[row][tokens[row] != decode.NO_TOKEN].tolist()
+            if handle.done or not made:  # cancelled; or it already waited or ended before this chunk
+                continue
+            handle.made += len(made)
+            state = status[row]
+            if state == decode.STOPPED:
+                made.pop()
+            for token in made:
+                events += [(handle, event) for event in handle.turn.add(token)]
+            if state == decode.PAUSED:
+                self._resume(handle)
+            elif state in (decode.STOPPED, decode.FULL):
+                self._leave(handle)
+                handle.finish_reason = "stop" if state == decode.STOPPED else "length"
+                events += [(handle, event) for event in handle.turn.flush()]
+                events.append((handle, Event("done", finish_reason=handle.finish_reason)))
+        return events
+
+    def _resume(self, handle: Handle) -> None:
+        """Answer the tool call at which a row waits."""
+        row = next(r for r, h in self._rows.items() if h is handle)
+        ids = handle.turn.tool_output()
+        forced = np.zeros(decode.FORCED, np.int32)
+        forced[: len(ids)] = ids
+        self._state = decode.resume(self._state, np.int32(row), forced, np.int32(len(ids)))
+
+    def _leave(self, handle: Handle) -> int:
+        row = next(r for r, h in self._rows.items() if h is handle)
+        del self._rows[row]
+        return row
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest one that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _buckets(smallest: int, largest: int) -> list[int]:
+    """Powers of two from the smallest, and the largest itself."""
+    sizes = [min(smallest, largest)]
+    while sizes[-1] < largest:
+        sizes.append(min(_power_of_two(sizes[-1] + 1), largest))
+    return sizes
+
+
+def _load(run: RunDir, stage: str | None) -> tuple[ModelConfig, dict[str, Any], Tokenizer, int]:
+    """(resolved config, parameters, tokenizer, slots) of a run directory."""
+    if not run.config.is_file():
+        raise DataError(f"{run.root}: not a run directory (no config.toml); train one with launch.py first")
+    config = load_config(run.config)
+    found = [s for s in STAGES if any(p.name.isdigit() for p in run.stage(s).glob("*"))]
+    if not found or (stage is not None and stage not in found):
+        wanted = f"no stage {stage!r} with a checkpoint" if stage else "no trained stage"
+        raise DataError(f"{run.root}: {wanted}; found: {', '.join(found) or 'none'}")
+    params, _ = restore_params(run.stage(stage or found[0]))
+    return resolve_model(config.model), params, Tokenizer.load(run.tokenizer), config.serve.slots
