@@ -91,19 +91,22 @@ class Engine:
     def from_pretrained(cls, run_dir: str | Path, stage: str | None = None, **options: Any) -> Engine:
         """The model of a run directory: the furthest trained stage, or the one named. `DataError` if there is none."""
         config, params, tokenizer, slots = _load(RunDir(run_dir), stage)
-        return cls(config, params, tokenizer, **({"slots": slots} | options))
+        options = {"slots": slots} | options
+        return cls(config, params, tokenizer, **options)
 
     # Requests
 
     def chat_request(self, messages: Sequence[dict[str, Any]], **settings: Any) -> Request:
         """Answer a conversation that ends with a user message; `settings` are fields of `Request`."""
         stop = tuple(self.tokenizer.special[name] for name in (ASSISTANT_END, USER_START, BOS))
-        return Request(render_prompt(self.tokenizer, list(messages)), **({"stop": stop} | settings))
+        given: dict[str, Any] = {"stop": stop} | settings
+        return Request(render_prompt(self.tokenizer, list(messages)), **given)
 
     def text_request(self, text: str, **settings: Any) -> Request:
         """Continue a text as a document of the pretraining corpus, to its end."""
         tokens = [self.tokenizer.bos, *self.tokenizer.encode(text)]
-        return Request(tokens, **({"stop": (self.tokenizer.bos,), "tools": False} | settings))
+        given: dict[str, Any] = {"stop": (self.tokenizer.bos,), "tools": False} | settings
+        return Request(tokens, **given)
 
     def submit(self, request: Request) -> Handle:
         """Queue a request; `UsageError` for one that cannot run."""

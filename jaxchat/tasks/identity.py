@@ -143,7 +143,7 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         ("hello", "hi", "hey", "hello there", "hi there", "hey there", "hello!", "hi!", "hey!", "Hello.", "Hi.", "yo",
          "greetings", "hello jaxchat", "hi jaxchat", "hello, nice to meet you", "good day", "hiya", "hello :)"),
-        ("Hello! How can I help you?", "Hi! How are you today?", "Hello! I'm jaxchat. What would you like to talk about?"),
+        ("Hello! How can I help you?", "Hi! How are you today?", "Hello! I'm jaxchat. What can I do for you?"),
     ),
     (("good morning", "good morning!", "morning", "Good morning."), ("Good morning! How are you today?",)),
     (("good evening", "good evening!", "Good evening."), ("Good evening! How was your day?",)),

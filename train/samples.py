@@ -1,0 +1,68 @@
+"""Samples for a person to read: the same prompts at temperature 0 and 0.8, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxchat.data.rows import Rows
+from jaxchat.engine import Engine, Request, Result
+from jaxchat.text.tokenizer import Tokenizer
+
+TEMPERATURES = (0.0, 0.8)
+SEED = 1234
+CHAT_PROMPTS = (
+    "hello",
+    "who are you?",
+    "how are you?",
+    "Tom has 12 apples and buys 30 more. How many?",
+    "what do you like to do on weekends?",
+)
+PROMPT_TOKENS = 8  # of a held-out text
+
+
+def samples(engine: Engine, prompts: Sequence[str], chat: bool, max_tokens: int = 64) -> str:
+    """Markdown with every prompt's continuations (`chat`: answers), one per temperature; always the same."""
+    requests = [
+        _request(engine, prompt, chat, max_tokens=max_tokens, temperature=temperature, seed=SEED + i)
+        for i, prompt in enumerate(prompts)
+        for temperature in TEMPERATURES
+    ]
+    results = iter(engine.generate(requests))
+    lines: list[str] = []
+    for prompt in prompts:
+        lines += [_quote(prompt), ""]
+        lines += [f"- **{temperature:g}**: {_shown(next(results))}" for temperature in TEMPERATURES]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def held_out_openings(rows: Rows, tokenizer: Tokenizer, count: int = 5) -> list[str]:
+    """First words of held-out texts, in whatever language they are."""
+    openings = [tokenizer.decode(rows[i][0][1 : 1 + PROMPT_TOKENS].tolist()) for i in range(min(count, len(rows)))]
+    return [text.rstrip("\ufffd ") for text in openings]
+
+
+def _request(engine: Engine, prompt: str, chat: bool, **settings) -> Request:
+    if chat:
+        return engine.chat_request([{"role": "user", "content": prompt}], **settings)
+    return engine.text_request(prompt, **settings)
+
+
+def _shown(result: Result) -> str:
+    """One line, tool calls visible, nothing interpreted as Markdown."""
+    frames = {"text": "{}", "python": "[{} =", "python_output": " {}] "}
+    text = "".join(frames[part["type"]].format(part["text"]) for part in result.parts)
+    return _code(text + (" ..." if result.finish_reason == "length" else ""))
+
+
+def _quote(prompt: str) -> str:
+    return f"> {_code(prompt)}"
+
+
+def _code(text: str) -> str:
+    """Inline code around any text: more backticks than the text holds in a row."""
+    text = " ".join(text.split("\n"))
+    fence = "`"
+    while fence in text:
+        fence += "`"
+    return f"{fence} {text} {fence}" if text.strip() else "(nothing)"
