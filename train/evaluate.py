@@ -14,7 +14,7 @@ from typing import Any
 from jaxchat.checkpoint import params_sha256, restore_params
 from jaxchat.config import Config
 from jaxchat.data.rows import Rows
-from jaxchat.engine import Engine
+from jaxchat.engine import Engine, Result
 from jaxchat.errors import DataError
 from jaxchat.log import progress, say
 from jaxchat.mesh import batch_devices, make_mesh
@@ -112,12 +112,21 @@ class Examiner:
         return {"metric": first["bits_per_byte"], "unit": "bits per byte"} | first | scores
 
     def written(self, task: Task) -> Scores:
-        """Answers at temperature 0, all slots full; every answer is kept beside the scores."""
+        """Answers at temperature 0, all slots full; every answer is kept beside the scores.
+
+        A question that is longer than the context counts as wrong; `too_long` says how many there are.
+        """
         limit = self.config.eval.max_per_task
         examples = list(task.examples())[: limit if limit >= 0 else None]
         requests = [self.engine.chat_request(e.prompt, max_tokens=task.max_tokens) for e in examples]
-        with progress(f"{self.stage} {task.name}", len(requests)) as bar:
-            results = self.engine.generate(requests, on_done=lambda _: bar.advance())
+        fitting = [len(request.tokens) <= self.engine.capacity for request in requests]
+        with progress(f"{self.stage} {task.name}", sum(fitting)) as bar:
+            made = self.engine.generate(
+                [request for request, fits in zip(requests, fitting, strict=True) if fits], lambda _: bar.advance()
+            )
+        answered = iter(made)
+        nothing = Result([], [], "too_long", 0, 0)
+        results = [next(answered) if fits else nothing for fits in fitting]
         right = [task.grade(e, result.text) for e, result in zip(examples, results, strict=True)]
         groups: dict[str, list[bool]] = defaultdict(list)
         for example, ok in zip(examples, right, strict=True):
@@ -135,7 +144,8 @@ class Examiner:
         ]
         lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         atomic_write(self.run.eval(self.stage).with_name(f"{self.stage}_{task.name}.jsonl"), lines)
-        return accuracy(right) | {"groups": {name: accuracy(oks) for name, oks in sorted(groups.items())}}
+        scores = accuracy(right) | {"too_long": fitting.count(False)}
+        return scores | {"groups": {name: accuracy(oks) for name, oks in sorted(groups.items())}}
 
     def _inputs(self) -> dict[str, Any]:
         """What the scores depend on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxchat.data.rows import Rows
 from jaxchat.engine import Engine, Request, Result
@@ -21,7 +22,11 @@ PROMPT_TOKENS = 8  # of a held-out text
 
 
 def samples(engine: Engine, prompts: Sequence[str], chat: bool, max_tokens: int = 64) -> str:
-    """Markdown with every prompt's continuations (`chat`: answers), one per temperature; always the same."""
+    """Markdown with every prompt's continuations (`chat`: answers), one per temperature; always the same.
+
+    Prompts that are longer than the context are left out.
+    """
+    prompts = [p for p in prompts if len(_request(engine, p, chat).tokens) <= engine.capacity]
     requests = [
         _request(engine, prompt, chat, max_tokens=max_tokens, temperature=temperature, seed=SEED + i)
         for i, prompt in enumerate(prompts)
@@ -42,7 +47,7 @@ def held_out_openings(rows: Rows, tokenizer: Tokenizer, count: int = 5) -> list[
     return [text.rstrip("\ufffd ") for text in openings]
 
 
-def _request(engine: Engine, prompt: str, chat: bool, **settings) -> Request:
+def _request(engine: Engine, prompt: str, chat: bool, **settings: Any) -> Request:
     if chat:
         return engine.chat_request([{"role": "user", "content": prompt}], **settings)
     return engine.text_request(prompt, **settings)

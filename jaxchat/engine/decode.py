@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxchat.config import ModelConfig
 from jaxchat.engine.sampling import sample
@@ -26,6 +27,7 @@ FORCED = 64  # tokens that a tool's result may have, its two marks included
 NO_TOKEN = -1
 
 Params = dict[str, Any]
+Array = jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -33,12 +35,12 @@ Params = dict[str, Any]
 class Settings:
     """Per slot (or per prompt of a prefill)."""
 
-    seed: jax.Array  # uint32
-    temperature: jax.Array  # float32
-    top_k: jax.Array  # int32, 0: off
-    top_p: jax.Array  # float32, 1: off
-    stop: jax.Array  # (R, MAX_STOP_IDS) int32, NO_TOKEN where unused
-    pause: jax.Array  # int32 id at which a row waits for the host, NO_TOKEN: never
+    seed: Array  # uint32
+    temperature: Array  # float32
+    top_k: Array  # int32, 0: off
+    top_p: Array  # float32, 1: off
+    stop: Array  # (R, MAX_STOP_IDS) int32, NO_TOKEN where unused
+    pause: Array  # int32 id at which a row waits for the host, NO_TOKEN: never
 
 
 @jax.tree_util.register_dataclass

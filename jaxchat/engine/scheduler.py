@@ -222,7 +222,7 @@ class Engine:
             top_p=np.ones(size, np.float32),
             stop=np.full((size, decode.MAX_STOP_IDS), decode.NO_TOKEN, np.int32),
             pause=np.full(size, decode.NO_TOKEN, np.int32),
-        )  # type: ignore[arg-type]
+        )
         free = (row for row in range(self.slots) if row not in self._rows)
         for i, (handle, row) in enumerate(zip(group, list(free), strict=False)):
             r = handle.request

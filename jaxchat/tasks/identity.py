@@ -61,6 +61,7 @@ TOPICS: dict[str, Topic] = {
             "what are you", "are you human", "are you a human", "are you a person", "are you a real person",
             "are you a robot", "are you a bot", "are you an ai", "are you a machine", "are you alive",
             "are you a man or a woman", "are you a chatbot", "what kind of thing are you", "are you a program",
+            "what exactly are you", "what sort of thing are you",
         ),
         ("are you a real human", "are you an ai or a human", "what kind of ai are you"),
         (
@@ -128,6 +129,8 @@ TOPICS: dict[str, Topic] = {
             "what can you do", "what can you do for me", "what are you able to do", "what are you good at",
             "how can you help me", "how can you help", "can you help me", "what are your skills", "can you do math",
             "can you calculate", "can you solve word problems", "what do you know", "what can i ask you",
+            "what are you good for", "what are you useful for", "what are you able to help with", "what do you do",
+            "what are you capable of doing", "what are you made for", "show me what you can do",
         ),
         ("what can you help me with", "can you do calculations", "what are you capable of"),
         (
