@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 from jaxchat.config import Config
@@ -19,7 +20,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Write `tokenizer/`; facts: vocabulary, bytes per token on held-out text, digest."""
     data, options = config.data, config.tokenizer
     if options.path:
-        tokenizer = Tokenizer.load(options.path)
+        tokenizer = Tokenizer.load(Path(options.path).expanduser())
         if tokenizer.vocab_size > config.model.vocab_size:
             raise UsageError(
                 f"tokenizer.path: {options.path} has {tokenizer.vocab_size} tokens, special tokens included; "

@@ -32,7 +32,9 @@ class Batches:
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """The batch of one optimizer step, on the host."""
-        return self._dataset[step]
+        batch = self._dataset[step]
+        assert batch is not None  # a repeated data set has an element for every position
+        return batch
 
     def iterate(self, start: int, sharding: Sharding | None = None) -> Iterator[dict[str, Any]]:
         """Batches from step `start` on, read ahead in threads, placed on the mesh where a sharding is given."""
@@ -52,10 +54,15 @@ def _split(batch: tuple[np.ndarray, np.ndarray], grad_accum: int, batch_rows: in
 
 
 def val_batches(rows: Rows, batch_rows: int, max_rows: int) -> Iterator[dict[str, np.ndarray]]:
-    """The first `max_rows` rows in file order, once; the last batch is filled up with rows of weight 0."""
+    """`max_rows` rows spread evenly over the file (all, if there are no more), once and in order.
+
+    Packing puts long documents first, so the first rows alone would not stand for the rest. Each batch is (1, B, T);
+    the last one is filled up with rows of weight 0.
+    """
     total = min(len(rows), max_rows)
+    chosen = [i * len(rows) // total for i in range(total)]
     for start in range(0, total, batch_rows):
-        picked = [rows[i % len(rows)] for i in range(start, start + batch_rows)]
-        tokens, weights = np.stack([p[0] for p in picked]), np.stack([p[1] for p in picked])
-        weights = np.where(np.arange(start, start + batch_rows)[:, None] < total, weights, 0)
-        yield _split((tokens, weights), 1, batch_rows)
+        picked = [rows[i] for i in chosen[start : start + batch_rows]]
+        tokens, weights = (np.stack(part) for part in zip(*picked, strict=True))
+        missing = ((0, batch_rows - len(picked)), (0, 0))
+        yield _split((np.pad(tokens, missing), np.pad(weights, missing)), 1, batch_rows)

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxchat.data.corpus import chitchat_conversations, document_hash
+from jaxchat.data.corpus import chitchat_conversations, chitchat_document, document_hash, split_limit
 from jaxchat.errors import DataError
 
 MAX_TURNS = 6  # of one chitchat dialogue; a longer one is cut into several
-OTHER_BOTS = ("ai.yml", "botprofile.yml")  # answers about itself that are another program's
-OTHER_BOT_WORDS = ("alice", "aiml", "chatterbot", "a.l.i.c.e", "robot", "program", "my name", "botmaster", "computer")
+# What other programs say about themselves in chatterbot-corpus contradicts who our model is (`tasks/identity.py`).
+OTHER_BOT_FILES = {"ai.yml", "botprofile.yml", "ia.yml", "perfilbot.yml"}
+OTHER_BOT_NAMES = re.compile(r"\b(A\.?L\.?I\.?C\.?E|(?i:aiml|chatterbot|botmaster|teknolust))\b")
+WHO_ARE_YOU = re.compile(
+    r"\b(who|what) (are|r) (you|u)\b( really| anyway)?\W*$"
+    r"|\byour (real )?(name|maker|creator|age|father|mother|purpose|function)\b"
+    r"|\b(made|created|built|programmed|trained|wrote|designed) you\b|\bmy name\b"
+    r"|\bare you (an? |the |really )?(human|person|man|woman|real|alive|(chat)?bot|robot|ai|computer|machine|program)",
+    re.I,
+)
+I_AM_A_MACHINE = re.compile(
+    r"\b(i|i'm|me|my|mine|we|our|us)\b.*\b((chat)?bots?|robots?|software|programs?|programmed|computers?|machines?"
+    r"|processor|circuits?|android|cyborg|artificial intelligence|power supply|memory banks?|database|man in a mask)\b"
+    r"|\b((chat)?bots?|robots?|software|computers?|machines?)\b.*\b(i|i'm|me|my|we|our)\b",
+    re.I | re.S,
+)
 
 Message = dict[str, Any]
 
@@ -21,9 +36,9 @@ def chitchat_dialogues(split: str, val_fraction: float) -> Iterator[list[Message
 
     `split` is "train" or "val", by the same hash as the pretraining corpus: what is held out there is held out here.
     """
+    limit = split_limit("chitchat", val_fraction)
     for turns in chitchat_conversations():
-        text = "\n".join(message for turn in turns for message in turn)
-        if (document_hash(text) < val_fraction) != (split == "val"):
+        if (document_hash(chitchat_document(turns)) < limit) != (split == "val"):
             continue
         for start in range(0, len(turns), MAX_TURNS):
             piece = turns[start : start + MAX_TURNS]
@@ -34,7 +49,10 @@ def chitchat_dialogues(split: str, val_fraction: float) -> Iterator[list[Message
 
 
 def chatterbot_pairs(language: str = "english") -> Iterator[list[Message]]:
-    """Question-answer pairs of chatterbot-corpus, without those in which another bot speaks of itself."""
+    """Question-answer pairs of chatterbot-corpus, each once, without those in which another bot speaks of itself.
+
+    The corpus repeats some pairs dozens of times. `DataError` names a language that it does not have.
+    """
     try:
         import chatterbot_corpus
         import yaml
@@ -44,11 +62,20 @@ def chatterbot_pairs(language: str = "english") -> Iterator[list[Message]]:
     if not folder.is_dir():
         known = ", ".join(sorted(p.name for p in folder.parent.iterdir() if p.is_dir()))
         raise DataError(f"source chatterbot: no language {language!r}; it has {known}")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where it is there: ten times as fast
+    seen = set()
     for file in sorted(folder.glob("*.yml")):
-        if file.name in OTHER_BOTS:
+        if file.name.lower() in OTHER_BOT_FILES:
             continue
-        for conversation in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-            texts = [str(text).strip() for text in conversation[:2]]
-            about_itself = any(word in text.lower() for text in texts for word in OTHER_BOT_WORDS)
-            if len(texts) == 2 and all(texts) and not about_itself:
-                yield [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
+        for conversation in yaml.load(file.read_text(encoding="utf-8"), loader)["conversations"]:
+            pair = tuple(str(text).strip() for text in conversation[:2])
+            if len(pair) < 2 or not all(pair) or pair in seen or is_other_bot(*pair):
+                continue
+            seen.add(pair)
+            yield [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+
+
+def is_other_bot(question: str, answer: str) -> bool:
+    """Whether a pair is about who answers, or has the one who answers speak as a machine."""
+    named = any(OTHER_BOT_NAMES.search(text) for text in (question, answer))
+    return bool(named or WHO_ARE_YOU.search(question) or WHO_ARE_YOU.search(answer) or I_AM_A_MACHINE.search(answer))

@@ -69,11 +69,11 @@ def pack_documents(
             if document is None:
                 break
             stats.documents += 1
-            while len(document) > row_len:
-                yield _count(stats, document[:row_len])
-                document = _rest(document, row_len, bos)
-                stats.cuts += 1
-            pool.add(document)
+            *full, last = _pieces(document, row_len, bos)
+            stats.cuts += len(full)
+            for piece in full:
+                yield _count(stats, piece)
+            pool.add(last)
         if not pool.count:
             return
         yield _count(stats, _fill_row(pool, row_len, bos, stats))
@@ -94,6 +94,13 @@ def _fill_row(pool: _Pool, row_len: int, bos: int, stats: PackStats) -> np.ndarr
         pieces.append(piece)
         free -= len(piece)
     return np.concatenate(pieces)
+
+
+def _pieces(document: np.ndarray, row_len: int, bos: int) -> Iterator[np.ndarray]:
+    """The document cut into pieces of at most `row_len`, each with a `<|bos|>` of its own."""
+    yield document[:row_len]
+    for start in range(row_len, len(document), row_len - 1):
+        yield _rest(document[: start + row_len - 1], start, bos)
 
 
 def _rest(document: np.ndarray, taken: int, bos: int) -> np.ndarray:

@@ -1,7 +1,13 @@
-"""Row files: fixed rows of `seq_len + 1` tokens on disk, memory-mapped and verified."""
+"""Row files: fixed rows of `seq_len + 1` tokens on disk, memory-mapped and verified.
+
+A folder holds `rows.bin`, the token ids (uint16 up to 65,536 of them, else uint32; little-endian), and what of them is
+to be learned: `lengths.bin` (uint32 a row: so many tokens are real, the rest is padding) for documents, or
+`weights.bin` (a byte per token: 1 where it is a target) for conversations; and `meta.json`.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterable
@@ -14,46 +20,59 @@ from jaxchat.data.tokenize import token_dtype
 from jaxchat.errors import DataError
 from jaxchat.paths import read_json, sha256_file, sync_directory, write_json
 
-FORMAT = 1
-WRITE_ROWS = 4096  # buffered between writes
+FORMAT = 2
+META_KEYS = {"rows", "row_len", "dtype", "targets", "tokenizer", "sha256"}
+LENGTH = np.dtype("<u4")
 
 
 def write_rows(
     directory: Path, rows: Iterable[np.ndarray | tuple[np.ndarray, np.ndarray]], row_len: int, pad: int, vocab_size: int
 ) -> int:
-    """Write rows (ids, or (ids, mask) pairs), each at most `row_len` long, padded with `pad`; returns their number.
+    """Write rows, each at most `row_len` long, padded with `pad`; returns their number.
 
-    `rows.bin` holds the ids, `weights.bin` a byte per position: 1 where the token is a target to learn. Everything is
-    written into a folder aside, which `finish_rows` puts in place.
+    Rows are all ids (every token is a target) or all pairs (ids, mask). They are written into a folder aside, which
+    `finish_rows` puts in place; a failure leaves nothing of it.
     """
     aside = _aside(directory)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    dtype, count = token_dtype(vocab_size), 0
-    with open(aside / "rows.bin", "wb") as ids_file, open(aside / "weights.bin", "wb") as weights_file:
-        for row in rows:
-            ids, mask = row if isinstance(row, tuple) else (row, np.ones(len(row), np.uint8))
-            full = np.full(row_len, pad, dtype)
-            weights = np.zeros(row_len, np.uint8)
-            full[: len(ids)], weights[: len(ids)] = ids, mask
-            ids_file.write(full.tobytes())
-            weights_file.write(weights.tobytes())
-            count += 1
-        for file in (ids_file, weights_file):
-            file.flush()
-            os.fsync(file.fileno())
+    dtype, count, source = token_dtype(vocab_size), 0, iter(rows)
+    try:
+        first = next(source, None)
+        targets = "lengths.bin" if isinstance(first, np.ndarray) else "weights.bin"
+        with open(aside / "rows.bin", "wb") as ids_file, open(aside / targets, "wb") as targets_file:
+            for row in itertools.chain([] if first is None else [first], source):
+                ids, mask = row if isinstance(row, tuple) else (row, None)
+                full = np.full(row_len, pad, dtype)
+                full[: len(ids)] = ids
+                ids_file.write(full.tobytes())
+                if mask is None:
+                    targets_file.write(np.array(len(ids), LENGTH).tobytes())
+                else:
+                    weights = np.zeros(row_len, np.uint8)
+                    weights[: len(ids)] = mask
+                    targets_file.write(weights.tobytes())
+                count += 1
+            for file in (ids_file, targets_file):
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     return count
 
 
 def finish_rows(directory: Path, meta: dict[str, Any], row_len: int, count: int, vocab_size: int) -> dict[str, Any]:
     """Add sizes and checksums to `meta`, and put the written folder in place of `directory`; returns the meta."""
     aside = _aside(directory)
+    targets = "lengths.bin" if (aside / "lengths.bin").exists() else "weights.bin"
     meta = meta | {
         "format": FORMAT,
         "rows": count,
         "row_len": row_len,
         "dtype": token_dtype(vocab_size).name,
-        "sha256": {name: sha256_file(aside / name) for name in ("rows.bin", "weights.bin")},
+        "targets": targets,
+        "sha256": {name: sha256_file(aside / name) for name in ("rows.bin", targets)},
     }
     write_json(aside / "meta.json", meta)
     shutil.rmtree(directory, ignore_errors=True)
@@ -67,28 +86,47 @@ def _aside(directory: Path) -> Path:
 
 
 class Rows:
-    """Random access to a row folder: `rows[i]` is (tokens int32 (row_len,), weights uint8 (row_len,))."""
+    """Random access to a row folder: `rows[i]` is (tokens int32 (row_len,), weights uint8 (row_len,)).
+
+    Checked on opening by format, sizes, tokenizer and (unless `verify` is off) SHA-256; `DataError` names the fault.
+    """
 
     def __init__(self, directory: str | Path, tokenizer_digest: str | None = None, verify: bool = True):
         self.directory = Path(directory)
-        self.meta = read_json(self.directory / "meta.json")
+        path = self.directory / "meta.json"
+        self.meta = read_json(path)
         repair = f"delete {self.directory} and run its stage again"
+        if not isinstance(self.meta, dict) or self.meta.get("format") != FORMAT or not META_KEYS <= self.meta.keys():
+            raise DataError(f"{path}: damaged, or of another version; {repair}")
+        if self.meta["dtype"] not in ("uint16", "uint32") or self.meta["targets"] not in ("lengths.bin", "weights.bin"):
+            raise DataError(f"{path}: damaged (dtype {self.meta['dtype']}, targets {self.meta['targets']}); {repair}")
         if tokenizer_digest is not None and self.meta["tokenizer"] != tokenizer_digest:
-            raise DataError(f"{self.directory}: made with another tokenizer; {repair}")
-        shape = (self.meta["rows"], self.meta["row_len"])
-        arrays = []
-        for name, dtype in (("rows.bin", np.dtype(self.meta["dtype"])), ("weights.bin", np.dtype(np.uint8))):
-            path, size = self.directory / name, shape[0] * shape[1] * dtype.itemsize
-            if not path.exists() or path.stat().st_size != size:
-                found = path.stat().st_size if path.exists() else "no"
-                raise DataError(f"{path}: {found} bytes, must be {size}; {repair}")
-            if verify and sha256_file(path) != self.meta["sha256"][name]:
-                raise DataError(f"{path}: damaged (SHA-256 differs); {repair}")
-            arrays.append(np.memmap(path, dtype.newbyteorder("<"), mode="r", shape=shape))
-        self._ids, self._weights = arrays
+            raise DataError(f"{self.directory}: made with another tokenizer; {repair}, or choose another --run-dir")
+        count, row_len = self.meta["rows"], self.meta["row_len"]
+        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        self._ids = self._map("rows.bin", dtype, (count, row_len), verify, repair)
+        self._has_lengths = self.meta["targets"] == "lengths.bin"
+        if self._has_lengths:
+            self._targets = self._map("lengths.bin", LENGTH, (count,), verify, repair)
+        else:
+            self._targets = self._map("weights.bin", np.dtype(np.uint8), (count, row_len), verify, repair)
+        self._positions = np.arange(row_len, dtype=np.uint32)
+
+    def _map(self, name: str, dtype: np.dtype, shape: tuple[int, ...], verify: bool, repair: str) -> np.ndarray:
+        path, size = self.directory / name, int(np.prod(shape)) * dtype.itemsize
+        if not path.exists():
+            raise DataError(f"{path}: missing; {repair}")
+        if path.stat().st_size != size:
+            raise DataError(f"{path}: {path.stat().st_size} bytes, must be {size} (truncated?); {repair}")
+        if verify and sha256_file(path) != self.meta["sha256"].get(name):
+            raise DataError(f"{path}: damaged (SHA-256 differs from meta.json); {repair}")
+        # an empty file cannot be mapped
+        return np.memmap(path, dtype, mode="r", shape=shape) if size else np.zeros(shape, dtype)
 
     def __len__(self) -> int:
         return self.meta["rows"]
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._ids[index].astype(np.int32), np.asarray(self._weights[index])
+        tokens, targets = self._ids[index].astype(np.int32), self._targets[index]
+        weights = (self._positions < targets).astype(np.uint8) if self._has_lengths else np.asarray(targets)
+        return tokens, weights

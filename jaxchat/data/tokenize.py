@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from jaxchat.errors import DataError
-from jaxchat.paths import atomic_write, read_json, sha256_file, write_json
+from jaxchat.paths import read_json, sha256_file, sync_directory, write_json
 from jaxchat.text.tokenizer import Tokenizer
 
 FORMAT = 1
 BATCH_DOCUMENTS = 512
+MANIFEST_KEYS = {"origin", "tokenizer", "bos", "vocab_size", "dtype", "tokens", "documents", "bytes", "chars", "shards"}
+REPAIR = "delete the run's data folder and run stage prepare again"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -28,77 +33,108 @@ def write_shards(
     directory: Path,
     shard_tokens: int,
     on_tokens: Callable[[int], None] = lambda count: None,
+    origin: str = "",
 ) -> dict[str, Any]:
     """Tokenize documents into `00000.bin`, ... of about `shard_tokens` tokens, and return the manifest.
 
-    The manifest is written last: without it the shards do not count. Memory is bounded by one shard.
+    The manifest is written last: without it the shards do not count; a failure leaves nothing. `origin` goes into it,
+    so that a later run can tell whether these shards are what it wants. Memory holds `BATCH_DOCUMENTS` documents.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     manifest = {
-        "format": FORMAT, "tokenizer": tokenizer.digest, "bos": tokenizer.bos, "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype.name, "tokens": 0, "documents": 0, "bytes": 0, "chars": 0, "shards": [],
+        "format": FORMAT, "origin": origin, "tokenizer": tokenizer.digest, "bos": tokenizer.bos,
+        "vocab_size": tokenizer.vocab_size, "dtype": dtype.name,
+        "tokens": 0, "documents": 0, "bytes": 0, "chars": 0, "shards": [],
     }  # fmt: skip
-    pending: list[np.ndarray] = []
-
-    def flush() -> None:
-        tokens = np.concatenate(pending)
-        path = directory / f"{len(manifest['shards']):05d}.bin"
-        atomic_write(path, tokens.tobytes())
-        manifest["shards"].append({"file": path.name, "tokens": len(tokens), "sha256": sha256_file(path)})
-        pending.clear()
-
-    held = 0
-    for batch in _batched(documents, BATCH_DOCUMENTS):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-            pending.append(np.array([tokenizer.bos, *ids], dtype))
-            manifest["documents"] += 1
-            manifest["chars"] += len(text)
-            manifest["bytes"] += len(text.encode("utf-8", "surrogatepass"))
-            manifest["tokens"] += len(ids) + 1
-            held += len(ids) + 1
-        on_tokens(manifest["tokens"])
-        if held >= shard_tokens:
-            flush()
-            held = 0
-    if pending:
-        flush()
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    batches = _token_batches(documents, tokenizer, dtype, manifest, on_tokens)
+    try:
+        for first in batches:
+            path = directory / f"{len(manifest['shards']):05d}.bin"
+            manifest["shards"].append(_write_shard(path, itertools.chain([first], batches), shard_tokens))
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
     write_json(directory / "manifest.json", manifest)
+    return manifest
+
+
+def _token_batches(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
+    manifest: dict[str, Any],
+    on_tokens: Callable[[int], None],
+) -> Iterator[np.ndarray]:
+    """Documents as one array per batch of them, each with `<|bos|>` in front; counts them in the manifest."""
+    iterator = iter(documents)
+    while batch := list(itertools.islice(iterator, BATCH_DOCUMENTS)):
+        parts = [np.array([tokenizer.bos, *ids], dtype) for ids in tokenizer.encode_batch(batch)]
+        tokens = np.concatenate(parts).astype(dtype, copy=False)
+        manifest["documents"] += len(batch)
+        manifest["chars"] += sum(map(len, batch))
+        manifest["bytes"] += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
+        manifest["tokens"] += len(tokens)
+        on_tokens(manifest["tokens"])
+        yield tokens
+
+
+def _write_shard(path: Path, batches: Iterator[np.ndarray], shard_tokens: int) -> dict[str, Any]:
+    """Write batches until the shard has its size; returns its entry of the manifest."""
+    count, checksum, aside = 0, hashlib.sha256(), path.with_suffix(".partial")
+    with open(aside, "wb") as file:
+        for tokens in batches:
+            data = tokens.tobytes()
+            file.write(data)
+            checksum.update(data)
+            count += len(tokens)
+            if count >= shard_tokens:
+                break
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    sync_directory(path.parent)
+    return {"file": path.name, "tokens": count, "sha256": checksum.hexdigest()}
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a shard folder; `DataError` if it is missing, damaged or of another format."""
+    path = directory / "manifest.json"
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not MANIFEST_KEYS <= manifest.keys():
+        raise DataError(f"{path}: damaged, or of another version; {REPAIR}")
+    if manifest["dtype"] != token_dtype(manifest["vocab_size"]).name:
+        raise DataError(f"{path}: dtype {manifest['dtype']} does not go with the vocabulary; {REPAIR}")
     return manifest
 
 
 def read_documents(directory: Path, tokenizer_digest: str) -> Iterator[np.ndarray]:
     """Token arrays of the documents, `<|bos|>` first. Verifies every shard; `DataError` names a damaged one."""
-    manifest = read_json(directory / "manifest.json")
+    manifest = read_manifest(directory)
     if manifest["tokenizer"] != tokenizer_digest:
-        raise DataError(f"{directory}: made with another tokenizer; choose another --run-dir, or delete this folder")
+        raise DataError(f"{directory}: made with another tokenizer; choose another --run-dir, or {REPAIR}")
     dtype = np.dtype(manifest["dtype"])
     for shard in manifest["shards"]:
         tokens = read_shard(directory / shard["file"], shard, dtype, manifest["vocab_size"])
         starts = np.flatnonzero(tokens == manifest["bos"])
         if not len(starts) or starts[0] != 0:
-            raise DataError(f"{directory / shard['file']}: does not start with a document; delete it and run again")
+            raise DataError(f"{directory / shard['file']}: does not start with a document; {REPAIR}")
         for start, stop in itertools.pairwise([*starts.tolist(), len(tokens)]):
             yield tokens[start:stop]
 
 
 def read_shard(path: Path, entry: dict[str, Any], dtype: np.dtype, vocab_size: int) -> np.ndarray:
     """One shard, checked by size, SHA-256 and the range of its ids."""
-    repair = "delete the run's data folder and run stage prepare again"
     if not path.exists():
-        raise DataError(f"{path}: missing; {repair}")
+        raise DataError(f"{path}: missing; {REPAIR}")
     if path.stat().st_size != entry["tokens"] * dtype.itemsize:
         raise DataError(
-            f"{path}: {path.stat().st_size} bytes, must be {entry['tokens'] * dtype.itemsize} (truncated?); {repair}"
+            f"{path}: {path.stat().st_size} bytes, must be {entry['tokens'] * dtype.itemsize} (truncated?); {REPAIR}"
         )
     if sha256_file(path) != entry["sha256"]:
-        raise DataError(f"{path}: damaged (SHA-256 differs from the manifest); {repair}")
+        raise DataError(f"{path}: damaged (SHA-256 differs from the manifest); {REPAIR}")
     tokens = np.fromfile(path, dtype.newbyteorder("<"))
     if len(tokens) and int(tokens.max()) >= vocab_size:
-        raise DataError(f"{path}: token id {int(tokens.max())} is outside the vocabulary of {vocab_size}; {repair}")
+        raise DataError(f"{path}: token id {int(tokens.max())} is outside the vocabulary of {vocab_size}; {REPAIR}")
     return tokens
-
-
-def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch

@@ -56,13 +56,16 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int]
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """ids of a conversation that ends with the user, up to and with the `<|assistant_start|>` to go on from."""
-    if not messages or messages[-1].get("role") != "user":
-        raise UsageError("messages: the last one must be the user's")
-    return render(tokenizer, messages)[0] + [tokenizer.special[ASSISTANT_START]]
+    ids = render(tokenizer, messages)[0]
+    if messages[-1]["role"] != "user":
+        raise UsageError(f"messages[{len(messages) - 1}]: the last one must be the user's")
+    return ids + [tokenizer.special[ASSISTANT_START]]
 
 
 def normalize(messages: Sequence[Message]) -> list[Message]:
     """Check form and order, merge the system message, and turn assistants' contents into parts."""
+    if not isinstance(messages, (list, tuple)):
+        raise UsageError(f"messages: must be a list of messages, not {type(messages).__name__}")
     if not messages:
         raise UsageError("messages: empty; give at least one user message")
     messages = list(messages)
@@ -90,8 +93,11 @@ def normalize(messages: Sequence[Message]) -> list[Message]:
 
 def _text(message: Message, index: int) -> str:
     content = message.get("content")
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        content = "".join(str(p.get("text", "")) for p in content)
+    if isinstance(content, list):
+        parts = _checked_parts(content, index)
+        if any(part["type"] != "text" for part in parts):
+            raise UsageError(f"messages[{index}]: only an assistant's content may hold tool calls")
+        return "".join(part["text"] for part in parts)
     if not isinstance(content, str):
         raise UsageError(f"messages[{index}]: content must be text, not {type(content).__name__}")
     return content
@@ -103,7 +109,12 @@ def _parts(message: Message, index: int) -> list[dict[str, str]]:
         return [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise UsageError(f"messages[{index}]: content must be text or a list of parts, not {type(content).__name__}")
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") not in PART_FRAMES or not isinstance(part.get("text"), str):
-            raise UsageError(f"messages[{index}]: a part needs a type of {', '.join(PART_FRAMES)} and a text")
-    return content
+    return _checked_parts(content, index)
+
+
+def _checked_parts(parts: list[Any], index: int) -> list[dict[str, str]]:
+    kinds = tuple(PART_FRAMES)
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
+            raise UsageError(f"messages[{index}]: a part needs a type of {', '.join(kinds)} and a text")
+    return parts

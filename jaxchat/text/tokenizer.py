@@ -7,6 +7,7 @@ UTF-8 can hold, become U+FFFD.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from jaxchat.errors import DataError
+from jaxchat.errors import DataError, UsageError
 from jaxchat.paths import atomic_write, write_json
 
 BOS = "<|bos|>"
@@ -33,22 +34,31 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 FORMAT = 1
+PROBE = "Two  spaces,\n\ttabs, Ünïcode, 한국어 and 😀 <|bos|>\n "  # what a tokenizer from elsewhere must give back
 
 
 class Tokenizer:
-    """A `tokenizers` tokenizer in which every special token of the chat has an id."""
+    """A `tokenizers` tokenizer in which every special token of the chat has an id.
+
+    Another project's tokenizer keeps its ids, and its normalizer where it has one; what it lacks of `SPECIAL_TOKENS`
+    is added behind them.
+    """
 
     def __init__(self, backend: Backend):
         self._backend = backend
-        missing = [AddedToken(t, special=True) for t in SPECIAL_TOKENS if backend.token_to_id(t) is None]
-        if missing:
-            backend.add_special_tokens(missing)
+        backend.no_truncation()
+        backend.no_padding()
+        there = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        backend.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS if t not in there])
         backend.encode_special_tokens = True  # special tokens written in a text are encoded as text
-        self.special = {name: backend.token_to_id(name) for name in SPECIAL_TOKENS}
+        ids = backend.get_vocab(with_added_tokens=True)
+        if len(set(ids.values())) < len(ids):  # the library numbers added tokens by count, not by the largest id
+            raise DataError("the tokenizer's ids have gaps that its special tokens would fall into; take another one")
+        self.special = {name: ids[name] for name in SPECIAL_TOKENS}
         self.bos = self.special[BOS]
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        self._added = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._bytes = _byte_table(backend, self.vocab_size, self._added)
+        self.vocab_size = max(ids.values()) + 1
+        special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._bytes = _byte_table(backend, self.vocab_size, special)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -65,7 +75,16 @@ class Tokenizer:
             raise DataError(f"{file}: not a tokenizer.json of Hugging Face's format ({error})") from None
         if not isinstance(backend.model, models.BPE) or "ByteLevel" not in str(json.loads(text).get("decoder")):
             raise DataError(f"{file}: only byte-level BPE tokenizers can encode every text; this is another kind")
-        return cls(backend)
+        try:
+            tokenizer = cls(backend)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
+        lacking = 256 - len({token for token in tokenizer._bytes if len(token) == 1})
+        if lacking:
+            raise DataError(f"{file}: {lacking} of the 256 bytes have no token, so it cannot encode every text")
+        if any(tokenizer.decode(tokenizer.encode(text)) != text for text in (PROBE, " " + PROBE)):
+            raise DataError(f"{file}: does not give a text back as it was (it adds, drops or changes characters)")
+        return tokenizer
 
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer.json` (Hugging Face's format) and `meta.json`."""
@@ -74,13 +93,15 @@ class Tokenizer:
         meta = {"format": FORMAT, "vocab_size": self.vocab_size, "digest": self.digest, "special_tokens": self.special}
         write_json(directory / "meta.json", meta)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of what decides the encoding; equal for equal tokenizers, whatever the file's layout."""
         content = json.loads(self._backend.to_str())
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        deciding = {key: content[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
+        """ids of the text, without `<|bos|>`; never a special token, whatever stands in the text."""
         return self._backend.encode(_clean(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -109,10 +130,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_chars: int, d
     """Byte-level BPE of exactly `vocab_size` ids (special tokens included) from a stream of documents.
 
     Sees at most `max_chars` characters, `doc_chars` of each document; holds only word counts, never the text.
-    `DataError` if the text is too small to fill the vocabulary.
+    `DataError` if the text is too small to fill the vocabulary, `UsageError` if the vocabulary cannot hold the bytes.
     """
     if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise DataError(
+        raise UsageError(
             f"model.vocab_size: {vocab_size} is below {256 + len(SPECIAL_TOKENS)}, "
             f"the 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
         )
