@@ -115,5 +115,3 @@ def discard(directory: str | Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-

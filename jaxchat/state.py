@@ -65,7 +65,7 @@ def state_sharding(config: Config, optimizer: optax.GradientTransformation, mesh
     """A `TrainState` of shardings. Moments lie where their parameter lies; everything small is replicated."""
     shapes, axes = gpt.abstract_params(config.model)
     of_params = jax.tree.map(lambda s, a: parameter_sharding(mesh, s.shape, a), shapes, axes)
-    by_path = {path: s for path, s in jax.tree_util.tree_leaves_with_path(of_params)}
+    by_path = dict(jax.tree_util.tree_leaves_with_path(of_params))
     shape_of = {path: s.shape for path, s in jax.tree_util.tree_leaves_with_path(shapes)}
 
     def place(path: Any, leaf: Any) -> NamedSharding:

@@ -10,7 +10,7 @@ from jaxchat.model.attention import attention, cached_attention, choose_backend
 
 def reference(q, k, v, window):
     """The definition, in float64 loops over nothing: masks as matrices."""
-    B, T, H, N = q.shape
+    _, T, H, N = q.shape
     k, v = (np.repeat(np.asarray(a, np.float64), H // k.shape[2], axis=2) for a in (k, v))
     scores = np.einsum("bqhn,bshn->bhqs", np.asarray(q, np.float64), k) / np.sqrt(N)
     i, j = np.indices((T, T))

@@ -79,7 +79,9 @@ def test_broken_toml_is_named(tmp_path):
 
 
 def test_overrides_are_typed_and_text_needs_no_quotes():
-    config = load_config("nano", ["data.source=files:a b/*.txt", "model.depth=7", "optim.matrix_lr=1", "serve.api_keys=k"])
+    config = load_config(
+        "nano", ["data.source=files:a b/*.txt", "model.depth=7", "optim.matrix_lr=1", "serve.api_keys=k"]
+    )
     assert config.data.source == "files:a b/*.txt"
     assert config.model.depth == 7
     assert config.optim.matrix_lr == 1.0 and type(config.optim.matrix_lr) is float

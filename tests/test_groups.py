@@ -86,5 +86,7 @@ def test_moments_are_carried_and_schedules_start_again():
         jax.tree.map(lambda a, b: (a, b), state, carried), is_leaf=lambda x: type(x) is tuple and len(x) == 2 and hasattr(x[0], "shape"))
         if not np.array_equal(a, b)}  # fmt: skip
     assert changed and all(name.endswith(".count") for name in changed)
-    counts = [int(s) for p, s in jax.tree_util.tree_leaves_with_path(carried) if jax.tree_util.keystr(p).endswith(".count")]
+    counts = [
+        int(s) for p, s in jax.tree_util.tree_leaves_with_path(carried) if jax.tree_util.keystr(p).endswith(".count")
+    ]
     assert set(counts) == {0, 3}  # schedules at 0; Adam's bias correction goes on

@@ -32,7 +32,9 @@ def test_counts_equal_the_tree(model):
     matrices = [v.size for k, v in shapes["blocks"].items() if k not in ("residual_scale", "x0_scale")]
     assert sum(matrices) == count.trunk
     assert shapes["embedding"].size == count.embedding
-    for shape, names in zip(jax.tree.leaves(shapes), jax.tree.leaves(axes, is_leaf=lambda x: type(x) is tuple), strict=True):
+    for shape, names in zip(
+        jax.tree.leaves(shapes), jax.tree.leaves(axes, is_leaf=lambda x: type(x) is tuple), strict=True
+    ):
         assert len(shape.shape) == len(names)
         assert set(names) <= set(LOGICAL_TO_MESH)
 

@@ -68,7 +68,7 @@ class GPT(nnx.Module):
             self.unembedding = declare((V, D), ("vocab", "embed"), init)
         if c.value_embeddings:
             shape = (len(value_layers(c)), V, c.n_kv_heads * c.head_width)
-            self.value_embedding = declare(shape, ("layer", "vocab", "kv_heads"), _uniform(D**-0.5))
+            self.value_embedding = declare(shape, ("layer", "table", "kv_heads"), _uniform(D**-0.5))
         if c.smear:
             self.smear_gate = declare((SMEAR_CHANNELS, 1), ("gate", "gate"), _gate_init)
             self.smear_scale = declare((), (), nnx.initializers.zeros)
@@ -90,9 +90,7 @@ def init_params(config: ModelConfig, seed: int) -> Params:
 def abstract_params(config: ModelConfig) -> tuple[Params, Params]:
     """(shapes and dtypes, logical axes) of all parameters, as nested dicts; allocates nothing."""
     state = nnx.state(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
-    axes = jax.tree.map(
-        lambda p: p.get_metadata()["logical_axes"], state, is_leaf=lambda p: isinstance(p, nnx.Param)
-    )
+    axes = jax.tree.map(lambda p: p.get_metadata()["logical_axes"], state, is_leaf=lambda p: isinstance(p, nnx.Param))
     return nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 
@@ -266,7 +264,7 @@ def _ramp(first: float, last: float) -> Callable[..., jax.Array]:
 
 
 def _kernel_inits(config: ModelConfig) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
-    """(q, k, v; fc). classic: normal, std min(1, sqrt(out/in)) / sqrt(in); modern: uniform, std D^-0.5, fc 0.4 of it."""
+    """(q k v, fc). classic: normal, std min(1, sqrt(out/in)) / sqrt(in); modern: uniform, std D^-0.5, fc 0.4 of it."""
     if config.recipe == "modern":
         return _uniform(config.width**-0.5), _uniform(0.4 * config.width**-0.5)
 

@@ -46,9 +46,7 @@ def scan_groups(config: ModelConfig) -> tuple[int, int]:
         period = math.lcm(period, 2)
     sizes = windows(config)
     groups = 0
-    while (groups + 1) * period <= config.depth and all(
-        sizes[groups * period + j] == sizes[j] for j in range(period)
-    ):
+    while (groups + 1) * period <= config.depth and all(sizes[groups * period + j] == sizes[j] for j in range(period)):
         groups += 1
     return groups, period
 

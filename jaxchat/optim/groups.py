@@ -24,6 +24,9 @@ GROUPS: tuple[tuple[str, str], ...] = (
     (r"smear_gate|smear_scale|backout_scale", "mixing"),
 )
 ADAM_EPS = 1e-10
+# At the start the residual, x0 and backout scalars have no gradient but rounding noise of about 1e-10 (the projections
+# are zero and the last norm removes any scale). Adam would blow it up to whole steps, different on every mesh.
+SCALAR_EPS = 1e-6
 
 
 def label_parameters(params: Any) -> Any:
@@ -55,10 +58,10 @@ def make_optimizer(config: Config, compute_dtype: jnp.dtype | type) -> optax.Gra
     def scaled(rate: float) -> optax.GradientTransformation:
         return optax.scale_by_schedule(lambda step: -rate * schedule(step))
 
-    def adamw(rate: float, betas: tuple[float, float], decay: float) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.scale_by_adam(*betas, eps=ADAM_EPS), optax.add_decayed_weights(decay), scaled(rate)
-        )
+    def adamw(
+        rate: float, betas: tuple[float, float], decay: float, eps: float = ADAM_EPS
+    ) -> optax.GradientTransformation:
+        return optax.chain(optax.scale_by_adam(*betas, eps=eps), optax.add_decayed_weights(decay), scaled(rate))
 
     clip = optax.clip_by_global_norm(c.grad_clip) if c.grad_clip > 0 else optax.identity()
     if c.kind == "adamw":
@@ -76,9 +79,9 @@ def make_optimizer(config: Config, compute_dtype: jnp.dtype | type) -> optax.Gra
         "unembedding": adamw(by_width * c.unembedding_lr, (0.8, 0.96), 0.01 if modern else 0.0),
         "embedding": adamw(by_width * c.embedding_lr, (0.8, 0.995), 0.001 if modern else 0.0),
         "value_embedding": adamw(by_width * c.embedding_lr / 2, (0.8, 0.995), 0.01),
-        "residual": adamw(c.lr_scale * c.scalar_lr * 0.01, (0.8, 0.95), 0.05),
-        "x0": adamw(c.lr_scale * c.scalar_lr, (0.96, 0.95), 0.0),
-        "mixing": adamw(0.2, (0.8, 0.95), 0.0),  # tuned by itself: never scaled
+        "residual": adamw(c.lr_scale * c.scalar_lr * 0.01, (0.8, 0.95), 0.05, SCALAR_EPS),
+        "x0": adamw(c.lr_scale * c.scalar_lr, (0.96, 0.95), 0.0, SCALAR_EPS),
+        "mixing": adamw(0.2, (0.8, 0.95), 0.0, SCALAR_EPS),  # tuned by itself: never scaled
     }
     return optax.chain(clip, optax.partition(groups, label_parameters))
 

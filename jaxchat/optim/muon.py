@@ -2,7 +2,7 @@
 
 `muon()` chains: Nesterov momentum -> row equilibration (MuonEq, 2603.28254) -> Polar Express orthogonalization
 (2505.16932) with the Frobenius norm set (Muon+, 2602.21545) -> variance per neuron (NorMuon, 2510.05491) -> cautious
-weight decay. Muon itself: Keller Jordan. Each piece works on stacks `(..., in, out)` of kernels, each matrix for itself.
+weight decay. Muon itself: Keller Jordan. Each works on stacks `(..., in, out)` of kernels, each matrix for itself.
 """
 
 from __future__ import annotations

@@ -1,0 +1,54 @@
+"""The analytic plan: the contract's object, and honest refusals."""
+
+import json
+
+import pytest
+
+from jaxchat.config import load_config
+from jaxchat.errors import UsageError
+from jaxchat.optim.horizon import resolve
+from train.plan import estimate, parse_target, plan
+
+KEYS = {
+    "tier", "target", "fits", "devices", "params", "tokens", "steps", "flops_total", "flops_per_token",
+    "peak_bytes_per_device", "device_bytes", "argument_bytes", "temp_bytes", "collectives", "device_batch_rows",
+    "grad_accum", "step_seconds_estimate", "hours_estimate", "usd_estimate", "mfu_assumed", "compile_seconds", "method",
+}  # fmt: skip
+
+
+def test_json_has_the_keys_of_the_contract(capsys):
+    plan(resolve(load_config("d20")), "h100:8", as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == KEYS
+    assert found["method"] == "analytic" and found["devices"] == 8
+    assert found["params"] == 896_533_746
+    assert found["flops_total"] == found["flops_per_token"] * found["tokens"]
+    rows = found["device_batch_rows"] * found["grad_accum"] * 8 * 2048
+    assert rows * found["steps"] == found["tokens"]
+
+
+def test_more_devices_take_less_time_for_the_same_money():
+    config = resolve(load_config("d20"))
+    one, eight = estimate(config, "h100:1"), estimate(config, "h100:8")
+    assert one["hours_estimate"] == pytest.approx(8 * eight["hours_estimate"])
+    assert one["usd_estimate"] == pytest.approx(eight["usd_estimate"])
+
+
+def test_a_model_too_large_does_not_fit():
+    assert not estimate(resolve(load_config("d32")), "v5e:1")["fits"]
+    assert estimate(resolve(load_config("nano")), "cpu:1")["fits"]
+
+
+@pytest.mark.parametrize(("target", "devices"), [("h100:8", 8), ("v6e:2x4", 8), ("cpu:2", 2), ("h200", 1)])
+def test_targets(target, devices):
+    assert parse_target(target)[1] == devices
+
+
+def test_this_machine():
+    assert estimate(resolve(load_config("nano")), "auto")["devices"] >= 1
+
+
+@pytest.mark.parametrize("target", ["b300:8", "h100:eight", "h100:0", "v6e:2x"])
+def test_unknown_targets_name_the_known_ones(target):
+    with pytest.raises(UsageError, match="--target"):
+        parse_target(target)

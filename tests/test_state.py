@@ -1,0 +1,129 @@
+"""The training step: same losses on any mesh, bad steps skipped, moments placed with their parameters."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxchat.config import MeshConfig, load_config
+from jaxchat.mesh import make_mesh
+from jaxchat.optim.groups import make_optimizer
+from jaxchat.optim.horizon import resolve
+from jaxchat.state import compute_dtype, init_state, make_eval_step, make_train_step, scan_unroll, state_sharding
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=64",
+        "model.seq_len=16", "train.batch_tokens=64", "train.steps=10"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = resolve(load_config("nano", TINY))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    optimizer = make_optimizer(config, jnp.float32)
+    return config, mesh, optimizer, make_train_step(config, optimizer, mesh)
+
+
+def batch_of(config, weight=1.0, seed=0):
+    tokens = np.random.default_rng(seed).integers(0, config.model.vocab_size, (1, 4, config.model.seq_len + 1))
+    tokens = tokens.astype(np.int32)
+    weights = np.full(tokens[..., 1:].shape, weight, np.float32)
+    return {"inputs": tokens[..., :-1], "targets": tokens[..., 1:], "weights": weights}
+
+
+def test_one_device_and_eight_give_the_same_losses():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = str(ROOT)
+    run = subprocess.run(
+        [sys.executable, ROOT / "tests/simulated_devices.py"], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["one"][-1] < found["one"][0] - 0.3
+    for name in ("accumulated", "data", "mixed"):
+        np.testing.assert_allclose(found[name], found["one"], rtol=1e-5, err_msg=name)
+
+
+def test_a_step_learns_and_counts(tiny):
+    config, mesh, optimizer, step = tiny
+    state, losses = init_state(config, optimizer, mesh), []
+    for _ in range(10):
+        state, metrics = step(state, batch_of(config))
+        losses.append(float(metrics["loss"]))
+    assert int(state.step) == 10
+    assert losses[0] == pytest.approx(np.log(64), rel=0.01)
+    assert losses[-1] < losses[0] - 0.3
+    assert float(metrics["ok"]) == 1
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tiny):
+    config, mesh, optimizer, step = tiny
+    before = jax.device_get(init_state(config, optimizer, mesh))
+    state, metrics = step(init_state(config, optimizer, mesh), batch_of(config, weight=np.nan))
+    assert float(metrics["ok"]) == 0 and int(state.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, before.params, jax.device_get(state.params))
+    jax.tree.map(np.testing.assert_array_equal, before.opt_state, jax.device_get(state.opt_state))
+
+
+def test_a_batch_without_targets_gives_no_nan(tiny):
+    config, mesh, optimizer, step = tiny
+    state, metrics = step(init_state(config, optimizer, mesh), batch_of(config, weight=0.0))
+    assert float(metrics["loss"]) == 0.0 and float(metrics["ok"]) == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
+
+
+def test_state_is_donated(tiny):
+    config, mesh, optimizer, step = tiny
+    state = init_state(config, optimizer, mesh)
+    step(state, batch_of(config))
+    assert state.params["embedding"].is_deleted()
+
+
+def test_tied_embeddings_train():
+    config = resolve(load_config("nano", [*TINY, "model.tie_embeddings=true"]))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    optimizer = make_optimizer(config, compute_dtype(config))
+    step, state = make_train_step(config, optimizer, mesh), init_state(config, optimizer, mesh)
+    first = None
+    for _ in range(10):
+        state, metrics = step(state, batch_of(config))
+        first = first or float(metrics["loss"])
+    assert float(metrics["loss"]) < first - 0.2
+
+
+def test_same_seed_same_parameters(tiny):
+    config, mesh, optimizer, _ = tiny
+    a, b = (jax.device_get(init_state(config, optimizer, mesh).params) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_moments_lie_with_their_parameters(tiny):
+    config, mesh, optimizer, _ = tiny
+    shardings = state_sharding(config, optimizer, mesh)
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer, mesh))
+    assert jax.tree.structure(shardings) == jax.tree.structure(shapes)
+
+
+def test_evaluation_sums(tiny):
+    config, mesh, optimizer, _ = tiny
+    state = init_state(config, optimizer, mesh)
+    byte_lengths = np.full(64, 2, np.int32)
+    byte_lengths[:32] = 0
+    batch = batch_of(config)
+    found = {k: float(v) for k, v in make_eval_step(config, mesh)(state.params, batch, byte_lengths).items()}
+    counted = int((batch["targets"] >= 32).sum())
+    assert found["targets"] == 64 and found["bytes"] == 2 * counted
+    assert found["all_nats"] == pytest.approx(64 * np.log(64), rel=0.01)
+    assert found["nats"] == pytest.approx(counted * np.log(64), rel=0.02)
+
+
+def test_unroll_follows_the_size():
+    assert scan_unroll(resolve(load_config("nano"))) == 1
+    assert scan_unroll(resolve(load_config("d32"))) == 1
+    assert scan_unroll(resolve(load_config("d32", ["train.scan_unroll=4"]))) == 4
