@@ -7,6 +7,7 @@ paragraphs, about `TEXT_DOCUMENT_CHARS` characters each, so that part of a singl
 
 from __future__ import annotations
 
+import functools
 import glob
 import gzip
 import hashlib
@@ -15,7 +16,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -223,19 +224,20 @@ def _chitchat() -> Iterator[str]:
         yield chitchat_document(turns)
 
 
-def chitchat_document(turns: list[list[str]]) -> str:
+def chitchat_document(turns: Sequence[Sequence[str]]) -> str:
     """A conversation as pretraining text: a message a line."""
     return "\n".join(text for turn in turns for text in turn)
 
 
-def chitchat_conversations() -> Iterator[list[list[str]]]:
+@functools.cache  # parsing takes most of a second, and a run reads it about ten times; the texts alone take 40 MB
+def chitchat_conversations() -> tuple[tuple[tuple[str, ...], ...], ...]:
     """Conversations as turns of messages (only their texts); empty ones are left out."""
     try:
         from chitchat_dataset import Dataset
     except ImportError:
         raise DataError("source chitchat: install it with pip install -r requirements.txt") from None
+    conversations = []
     for record in Dataset().values():
-        turns = [[m["text"].strip() for m in turn if m["text"].strip()] for turn in record["messages"]]
-        turns = [turn for turn in turns if turn]
-        if turns:
-            yield turns
+        turns = (tuple(m["text"].strip() for m in turn if m["text"].strip()) for turn in record["messages"])
+        conversations.append(tuple(turn for turn in turns if turn))
+    return tuple(turns for turns in conversations if turns)

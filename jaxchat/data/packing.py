@@ -62,6 +62,8 @@ def pack_documents(
     """
     stats.row_len = row_len
     pool, source, more = _Pool(), iter(documents), True
+    row: list[np.ndarray] = []
+    free = row_len
     while True:
         while more and pool.count < window:
             document = next(source, None)
@@ -74,26 +76,25 @@ def pack_documents(
             for piece in full:
                 yield _count(stats, piece)
             pool.add(last)
-        if not pool.count:
+        piece = _next_piece(pool, free, row_len, bos, stats)
+        if piece is not None:
+            row.append(piece)
+            free -= len(piece)
+        elif not row:
             return
-        yield _count(stats, _fill_row(pool, row_len, bos, stats))
+        if piece is None or not free:
+            yield _count(stats, np.concatenate(row))
+            row, free = [], row_len
 
 
-def _fill_row(pool: _Pool, row_len: int, bos: int, stats: PackStats) -> np.ndarray:
-    pieces, free = [], row_len
-    while free and pool.count:
-        piece = pool.take(free)
-        if piece is None:
-            if free < MIN_CUT:
-                break
-            longest = pool.take(row_len)
-            assert longest is not None
-            piece = longest[:free]
-            pool.add(_rest(longest, free, bos))
-            stats.cuts += 1
-        pieces.append(piece)
-        free -= len(piece)
-    return np.concatenate(pieces)
+def _next_piece(pool: _Pool, free: int, row_len: int, bos: int, stats: PackStats) -> np.ndarray | None:
+    """What best fills the `free` positions of a row; None where they stay empty, or the pool is."""
+    piece = pool.take(free)
+    if piece is None and free >= MIN_CUT and (longest := pool.take(row_len)) is not None:
+        pool.add(_rest(longest, free, bos))
+        stats.cuts += 1
+        piece = longest[:free]
+    return piece
 
 
 def _pieces(document: np.ndarray, row_len: int, bos: int) -> Iterator[np.ndarray]:

@@ -1,0 +1,115 @@
+"""Batches: a function of the step alone, each row once an epoch, the same on a mesh and after a resumption."""
+
+import itertools
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxchat.config import MeshConfig
+from jaxchat.data.batches import Batches, val_batches
+from jaxchat.data.rows import Rows, finish_rows, write_rows
+from jaxchat.mesh import batch_sharding, make_mesh
+
+COUNT, ROW_LEN = 50, 9
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Row i holds i, i + 1, ... and every fifth row is padded at its end."""
+    folder = tmp_path_factory.mktemp("data") / "rows"
+    content = (np.arange(i, i + ROW_LEN - (3 if i % 5 == 0 else 0)) for i in range(COUNT))
+    count = write_rows(folder, content, ROW_LEN, 0, 300)
+    finish_rows(folder, {"tokenizer": "t"}, ROW_LEN, count, 300)
+    return Rows(folder, "t")
+
+
+def numbers(batch):
+    """The numbers of the rows in a batch, in order."""
+    return batch["inputs"][..., 0].ravel().tolist()
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def test_a_batch_worked_by_hand(rows):
+    batch = Batches(rows, 3, 2, seed=0).batch(0)
+    assert all(batch[k].shape == (2, 3, ROW_LEN - 1) for k in ("inputs", "targets", "weights"))
+    assert batch["inputs"].dtype == batch["targets"].dtype == np.int32 and batch["weights"].dtype == np.float32
+    for a, b in itertools.product(range(2), range(3)):
+        tokens, weights = rows[int(batch["inputs"][a, b, 0])]
+        assert np.array_equal(batch["inputs"][a, b], tokens[:-1])
+        assert np.array_equal(batch["targets"][a, b], tokens[1:])
+        assert np.array_equal(batch["weights"][a, b], weights[1:])
+
+
+def test_each_epoch_has_every_row_once_in_an_order_of_its_own(rows):
+    batches = Batches(rows, 4, 2, seed=1)  # 8 rows a batch: epochs end inside batches
+    order = list(itertools.chain.from_iterable(numbers(batches.batch(step)) for step in range(25)))
+    epochs = [order[i : i + COUNT] for i in range(0, 200, COUNT)]
+    assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4 and list(range(COUNT)) not in epochs
+
+
+def test_the_seed_decides(rows):
+    def order(seed, **options):
+        return [numbers(Batches(rows, 5, 2, seed, **options).batch(step)) for step in range(5)]
+
+    assert order(3) == order(3) != order(4)
+    assert order(3 + 2**32) == order(3)  # any whole number will do
+    assert order(3, shuffle=False) == [list(range(i, i + 10)) for i in range(0, COUNT, 10)]
+
+
+def test_resumed_batches_equal_the_uninterrupted_ones(rows):
+    whole = list(itertools.islice(Batches(rows, 4, 2, seed=5).iterate(0), 30))
+    assert all(equal(batch, Batches(rows, 4, 2, seed=5).batch(step)) for step, batch in enumerate(whole))
+    for start in (1, 7, 29):  # 7 is inside the second epoch
+        resumed = itertools.islice(Batches(rows, 4, 2, seed=5).iterate(start), 30 - start)
+        assert all(equal(a, b) for a, b in zip(resumed, whole[start:], strict=True))
+
+
+def test_the_split_into_micro_batches_does_not_change_the_rows(rows):
+    orders = [[numbers(Batches(rows, b, a, seed=2).batch(i)) for i in range(9)] for b, a in ((8, 1), (4, 2), (1, 8))]
+    assert orders[0] == orders[1] == orders[2]
+
+
+def test_on_a_mesh_the_content_is_the_same(rows):
+    mesh = make_mesh(MeshConfig())
+    sharding = batch_sharding(mesh)
+    batches = Batches(rows, 8, 2, seed=2)
+    for step, batch in zip(range(3, 6), batches.iterate(3, sharding), strict=False):
+        assert all(isinstance(v, jax.Array) and v.sharding == sharding for v in batch.values())
+        assert equal({k: np.asarray(v) for k, v in batch.items()}, batches.batch(step))
+
+
+def test_fewer_rows_than_a_batch(rows):
+    batch = Batches(rows, 32, 4, seed=0).batch(0)  # 128 rows out of 50
+    counts = np.bincount(numbers(batch), minlength=COUNT)
+    assert set(counts) == {2, 3} and counts.sum() == 128
+
+
+def test_reading_ahead_ends_with_the_iterator(rows):
+    """Nothing hangs when a run stops in the middle."""
+    iterator = Batches(rows, 4, 1, seed=0).iterate(0)
+    next(iterator)
+    start = time.monotonic()
+    iterator.close()
+    del iterator
+    assert time.monotonic() - start < 5
+
+
+def test_held_out_rows_come_once_in_order(rows):
+    batches = list(val_batches(rows, 8, 1000))
+    assert len(batches) == 7 and all(b["inputs"].shape == (1, 8, ROW_LEN - 1) for b in batches)
+    assert list(itertools.chain.from_iterable(map(numbers, batches)))[:COUNT] == list(range(COUNT))
+    assert batches[-1]["weights"][0, 2:].sum() == 0 < batches[-1]["weights"][0, :2].sum()
+    total = sum(b["weights"].sum() for b in batches)
+    assert total == sum(rows[i][1][1:].sum() for i in range(COUNT))
+
+
+def test_fewer_held_out_rows_are_spread_over_all(rows):
+    (batch,) = val_batches(rows, 8, 5)
+    assert numbers(batch)[:5] == [0, 10, 20, 30, 40] and batch["weights"][0, 5:].sum() == 0
+    assert list(val_batches(rows, 8, 0)) == []

@@ -1,0 +1,168 @@
+"""Packing: every token once, rows next to full, on made-up extremes and on the real corpus."""
+
+import itertools
+import random
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from jaxchat.data.corpus import iterate_documents
+from jaxchat.data.packing import MIN_CUT, PackStats, pack_conversations, pack_documents
+from jaxchat.text.tokenizer import train_tokenizer
+
+BOS = 0
+
+
+def documents_of(lengths):
+    """Documents of numbered tokens, so that each token can be told from every other."""
+    number = itertools.count(1)
+    return [np.array([BOS, *itertools.islice(number, n)], np.uint32) for n in lengths]
+
+
+def pack(documents, row_len, window=1000):
+    stats = PackStats()
+    return list(pack_documents(iter(documents), row_len, BOS, window, stats)), stats
+
+
+def check_law(documents, rows, stats, row_len):
+    """Every token of the corpus exactly once, each run of a row an unbroken piece of one document behind a bos."""
+    tokens = np.concatenate(rows)
+    real = tokens[tokens != BOS]
+    expected = np.concatenate(documents)
+    assert sorted(real.tolist()) == expected[expected != BOS].tolist()
+    owner = np.zeros(int(expected.max()) + 1, int)
+    for i, document in enumerate(documents):
+        owner[document[1:]] = i
+    for row in rows:
+        assert 0 < len(row) <= row_len and row[0] == BOS
+        for piece in np.split(row, np.flatnonzero(row == BOS))[1:]:
+            assert len(piece) > 1
+            assert (np.diff(piece[1:].astype(int)) == 1).all() and len(set(owner[piece[1:]])) == 1
+    assert stats.rows == len(rows) and stats.tokens == len(tokens) and stats.documents == len(documents)
+    assert len(tokens) - len(expected) == stats.cuts  # each cut costs one bos more, and nothing else
+    assert stats.fill == pytest.approx(len(tokens) / (len(rows) * row_len))
+
+
+@pytest.mark.parametrize("window", [1, 5, 1000])
+@pytest.mark.parametrize("row_len", [9, 33, 257])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_token_exactly_once(seed, row_len, window):
+    draw = random.Random(seed)
+    lengths = [draw.choice([1, 2, draw.randrange(1, row_len), draw.randrange(1, 5 * row_len)]) for _ in range(300)]
+    documents = documents_of(lengths)
+    rows, stats = pack(documents, row_len, window)
+    check_law(documents, rows, stats, row_len)
+    assert all(len(row) > row_len - MIN_CUT for row in rows[:-1])  # only the last one may be short
+
+
+@pytest.mark.parametrize("length", [1, 8, 9, 31, 32, 33, 63, 64, 65, 1000])
+def test_lengths_around_the_row(length):
+    documents = documents_of([length] * 20)
+    rows, stats = pack(documents, 33)
+    check_law(documents, rows, stats, 33)
+
+
+def test_documents_that_fit_together_are_not_cut():
+    documents = documents_of([19, 11] * 100)  # 20 + 12 = 32
+    rows, stats = pack(documents, 32)
+    check_law(documents, rows, stats, 32)
+    assert stats.cuts == 0 and stats.fill == 1
+
+
+def test_no_documents_give_no_rows():
+    assert pack([], 32)[0] == []
+
+
+def test_one_giant_document_takes_linear_time():
+    document = np.arange(5_000_000, dtype=np.uint32)
+    start = time.monotonic()
+    rows, stats = pack([document], 257)
+    assert time.monotonic() - start < 3  # copying the rest at each cut took minutes
+    assert stats.cuts == len(rows) - 1 and stats.tokens == 5_000_000 + stats.cuts
+    assert np.array_equal(np.concatenate([row[1:] for row in rows]), document[1:])
+
+
+def test_memory_is_bounded_by_the_window():
+    """What a row took is read after it, and no more: 20 + 13 positions of the first row are two documents."""
+    read = []
+
+    def stream():
+        for document in documents_of([20] * 500):
+            read.append(1)
+            yield document
+
+    rows = pack_documents(stream(), 33, BOS, 50, PackStats())
+    next(rows)
+    assert len(read) == 51
+
+
+def test_packing_is_deterministic():
+    documents = documents_of([n % 77 + 1 for n in range(500)])
+    assert all(np.array_equal(a, b) for a, b in zip(pack(documents, 65)[0], pack(documents, 65)[0], strict=True))
+
+
+def test_the_real_corpus_fills_the_rows():
+    texts = list(iterate_documents("chitchat", "val", 0.1))
+    tokenizer = train_tokenizer(texts[:200], 600, 10**9, 10_000)
+    documents = [np.array([tokenizer.bos, *ids]) for ids in tokenizer.encode_batch(texts)]
+    stats = PackStats()
+    rows = list(pack_documents(documents, 257, tokenizer.bos, 20_000, stats))
+    assert stats.fill >= 0.995
+    count = Counter(np.concatenate(documents).tolist())
+    packed = Counter(np.concatenate(rows).tolist())
+    assert packed[tokenizer.bos] == count[tokenizer.bos] + stats.cuts
+    del packed[tokenizer.bos], count[tokenizer.bos]
+    assert packed == count
+    # and as texts: the pieces of each document, put together again, are the document
+    pieces = [p for row in rows for p in np.split(row, np.flatnonzero(row == tokenizer.bos))[1:]]
+    assert sum(len(tokenizer.decode_bytes(p)) for p in pieces) == sum(len(t.encode()) for t in texts)
+
+
+END = 99
+
+
+def conversation(*turns):
+    """(ids, mask): bos, then per turn some user tokens (1) and assistant tokens (2) and the end of the turn."""
+    ids, mask = [BOS], [0]
+    for asked, answered in turns:
+        ids += [1] * asked + [2] * answered + [END]
+        mask += [0] * asked + [1] * (answered + 1)
+    return ids, mask
+
+
+def test_conversations_stay_whole():
+    draw = random.Random(0)
+    conversations = [
+        conversation(*[(draw.randrange(1, 9), draw.randrange(1, 9))] * draw.randrange(1, 4)) for _ in range(400)
+    ]
+    stats = PackStats()
+    packed = pack_conversations(conversations, 64, END, stats)
+    found = []
+    for ids, mask in packed:
+        assert len(ids) == len(mask) <= 64 and ids[0] == BOS and mask.dtype == np.uint8
+        starts = [*np.flatnonzero(ids == BOS), len(ids)]
+        found += [(ids[a:b].tolist(), mask[a:b].tolist()) for a, b in itertools.pairwise(starts)]
+    assert sorted(found) == sorted(conversations)
+    assert stats.cuts == 0 and stats.documents == 400 and stats.rows == len(packed) and stats.fill > 0.97
+
+
+def test_a_conversation_too_long_is_cut_at_a_turn_and_counted():
+    stats = PackStats()
+    long = conversation((5, 4), (5, 4), (5, 4))  # 1 + 3 x 10
+    ((ids, mask),) = pack_conversations([long], 25, END, stats)
+    assert (ids.tolist(), mask.tolist()) == (long[0][:21], long[1][:21]) and ids[-1] == END
+    assert stats.cuts == 1
+    ((ids, mask),) = pack_conversations([conversation((3, 40))], 25, END, stats)  # not one whole answer fits
+    assert len(ids) == 25 and mask.sum() == 21
+    ((ids, mask),) = pack_conversations([conversation((40, 3))], 25, END, stats)  # and nothing to learn in this one
+    assert len(ids) == 25 and mask.sum() == 0
+    assert stats.cuts == 3 and pack_conversations([], 25, END, PackStats()) == []
+
+
+def test_an_end_that_the_user_typed_is_no_end():
+    ids, mask = conversation((5, 40))
+    ids[3] = END  # not learned: not the end of an answer
+    ((cut, _),) = pack_conversations([(ids, mask)], 25, END, PackStats())
+    assert len(cut) == 25
