@@ -62,7 +62,7 @@ class Checkpoints:
         try:
             with quiet_libraries():
                 found = self._manager.restore(step, args=args)
-        except (ValueError, KeyError, FileNotFoundError, OSError) as error:
+        except Exception as error:  # Orbax and TensorStore raise all kinds
             raise DataError(f"{self.directory / str(step)}: cannot be restored ({_first_line(error)})") from error
         step_array = jax.device_put(np.int32(step), like.step.sharding)
         return TrainState(found["params"], found["opt_state"], step_array), dict(found["meta"])
@@ -91,7 +91,7 @@ def restore_params(directory: str | Path) -> tuple[Any, dict[str, Any]]:
             params = reader.restore(path / "params", like)
         with contextlib.closing(ocp.Checkpointer(ocp.JsonCheckpointHandler())) as reader:
             meta = reader.restore(path / "meta")
-    except (ValueError, KeyError, FileNotFoundError, OSError) as error:
+    except Exception as error:  # Orbax and TensorStore raise all kinds
         raise DataError(f"{path}: cannot be read ({_first_line(error)})") from error
     return params, meta
 

@@ -1,0 +1,202 @@
+"""The whole way on a tiny model: stages, resume, kill, repeat, refuse, exit codes. Real processes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import launch
+from jaxchat.log import read_metrics
+from train.stages import NAMES, select, stage_inputs
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 24
+TINY = ["model.depth=2", "model.width=48", "model.n_heads=3", "model.head_width=16", "model.vocab_size=400",
+        "model.seq_len=64", "train.batch_tokens=256", f"train.steps={STEPS}", "train.eval_every=12",
+        "train.checkpoint_every=6", "train.device_batch_rows=4", "eval.max_per_task=4", "eval.sample_tokens=8",
+        'sft.mixture=["identity:60","word_problems:60"]', "data.val_fraction=0.05"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A small text with structure."""
+    folder = tmp_path_factory.mktemp("corpus")
+    verbs, nouns = ["sees", "finds", "likes", "paints", "hears"], ["cat", "river", "house", "star", "boat", "tree"]
+    lines = [
+        f"The {nouns[i % 6]} {verbs[i % 5]} the {nouns[(i * 7 + 3) % 6]} number {i % 97}.\n"
+        + ("\n" if i % 9 == 8 else "")
+        for i in range(3000)
+    ]
+    (folder / "tale.txt").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def arguments(corpus, run_dir, *more):
+    sets = [part for override in TINY for part in ("--set", override)]
+    return ["--tier", "nano", "--data", f"files:{corpus}/*.txt", "--run-dir", str(run_dir), *sets, *more]
+
+
+def start(args, **options):
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, ROOT / "launch.py", *args], cwd=ROOT, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def finish(process, timeout=240):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def records(run_dir):
+    return json.loads((run_dir / "stages.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def finished(corpus, tmp_path_factory):
+    """One whole undisturbed run."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    code, _, err = finish(start(arguments(corpus, run_dir)))
+    assert code == 0, err
+    return run_dir
+
+
+def test_the_whole_way(finished):
+    found = records(finished)
+    assert list(found) == list(NAMES) and all(r["status"] == "done" for r in found.values())
+    for name in ("pretrain", "sft"):
+        assert re.fullmatch("[0-9a-f]{64}", found[name]["params_sha256"])
+    for path in ("config.toml", "tokenizer/tokenizer.json", "tokenizer/meta.json", "base/metrics.jsonl", "base/loss.png",
+                 "sft/loss.png", "eval/base.json", "eval/sft.json", "report.md", "report.json"):  # fmt: skip
+        assert (finished / path).stat().st_size > 0, path
+    metrics = read_metrics(finished / "base" / "metrics.jsonl")
+    assert [r["step"] for r in metrics] == list(range(STEPS))
+    keys = {"step", "tokens", "loss", "lr_mult", "grad_norm", "step_seconds", "tokens_per_second", "mfu"}
+    assert all(keys <= set(r) for r in metrics)
+    assert [r["step"] for r in metrics if "val_bpb" in r] == [11, 23]
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
+    exams = json.loads((finished / "eval" / "sft.json").read_text())["tasks"]
+    assert {"bits_per_byte", "word_problems", "identity"} <= set(exams)
+
+
+def test_repeated_it_says_done_and_does_nothing(corpus, finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
+    for args in (arguments(corpus, finished), ["--run-dir", str(finished)]):
+        begin = time.monotonic()
+        code, _, err = finish(start(args))
+        assert code == 0 and err.count("nothing to do") == len(NAMES), err
+        assert time.monotonic() - begin < 30
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def kill_at(corpus, run_dir, stage, step, sign):
+    """Start, wait until the stage has logged that step, send the signal; the exit code."""
+    process = start(arguments(corpus, run_dir))
+    metrics = run_dir / stage / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while len(read_metrics(metrics)) <= step:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(sign)
+    return finish(process)
+
+
+def test_killed_and_started_again_ends_bit_equal(corpus, finished, tmp_path):
+    run_dir = tmp_path / "killed"
+    code, _, _ = kill_at(corpus, run_dir, "base", 8, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert records(run_dir)["pretrain"]["status"] == "running"
+    code, _, err = finish(start(arguments(corpus, run_dir, "--stages", "tokenizer,prepare,pretrain,sft")))
+    assert code == 0 and "resumed from step" in err, err
+    for name in ("pretrain", "sft"):
+        assert records(run_dir)[name]["params_sha256"] == records(finished)[name]["params_sha256"]
+    assert [r["step"] for r in read_metrics(run_dir / "base" / "metrics.jsonl")] == list(range(STEPS))
+    losses = [[r["loss"] for r in read_metrics(d / "base" / "metrics.jsonl")] for d in (run_dir, finished)]
+    assert losses[0] == losses[1]
+
+
+def test_a_signal_saves_and_exits_75(corpus, finished, tmp_path):
+    run_dir = tmp_path / "stopped"
+    code, _, err = kill_at(corpus, run_dir, "base", 3, signal.SIGTERM)
+    assert code == 75 and "stopped by SIGTERM" in err and "Traceback" not in err
+    assert len(read_metrics(run_dir / "base" / "metrics.jsonl")) < STEPS
+    code, _, err = finish(start(arguments(corpus, run_dir, "--stages", "pretrain")))
+    assert code == 0 and "resumed from step" in err
+    assert records(run_dir)["pretrain"]["params_sha256"] == records(finished)["pretrain"]["params_sha256"]
+
+
+def test_changed_settings_are_refused_by_name(corpus, finished):
+    code, _, err = finish(start(arguments(corpus, finished, "--set", "optim.matrix_lr=0.01")))
+    assert code == 2 and "stage pretrain" in err and "optim.matrix_lr (0.02 -> 0.01)" in err
+    code, _, err = finish(start(arguments(corpus, finished, "--set", "train.checkpoint_every=5")))
+    assert code == 0, err  # may change at any time
+
+
+def test_two_at_once_on_one_directory(corpus, tmp_path):
+    first = start(arguments(corpus, tmp_path / "run"))
+    while not (tmp_path / "run" / "stages.json").exists():
+        time.sleep(0.05)
+    code, _, err = finish(start(arguments(corpus, tmp_path / "run")))
+    first.kill()
+    first.communicate()
+    assert code == 2 and f"in use by process {first.pid}" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--tier", "nanoo"], 2, "did you mean nano?"),
+        (["--set", "model.detph=3"], 2, "model.detph: unknown key, did you mean model.depth?"),
+        (["--stages", "pretrian"], 2, "stage 'pretrian' is unknown"),
+        (["--nonsense"], 2, "unrecognized arguments: --nonsense"),
+        (["--data", "files:/no/such/*.txt"], 3, "/no/such/*.txt"),
+        (["--data", "ftp:x"], 2, "data.source"),
+        (["--stages", "pretrain"], 2, "needs stage prepare first"),
+        (["--plan", "--target", "b300:8"], 2, "--target b300:8"),
+        (["--chat"], 3, "run"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, capsys, monkeypatch, args, code, message):
+    monkeypatch.chdir(tmp_path)
+    assert launch.main([*args, "--run-dir", str(tmp_path / "run")]) == code
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and "Traceback" not in err
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+def test_text_too_small_for_the_vocabulary_leaves_nothing_half_written(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one two three.\n" * 300 + "\n" + "four five six.\n" * 300)
+    args = ["--data", f"files:{tmp_path}/a.txt", "--run-dir", str(tmp_path / "run")]
+    assert launch.main(args) == 3
+    assert "too small for model.vocab_size 4096" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+def test_selection_of_stages():
+    assert [s.name for s in select(None, None)] == list(NAMES)
+    assert [s.name for s in select(None, "sft")] == ["sft", "eval", "report"]
+    assert [s.name for s in select("prepare, tokenizer", None)] == ["tokenizer", "prepare"]
+
+
+def test_inputs_leave_out_what_may_change(finished):
+    from jaxchat.config import load_config
+    from jaxchat.optim.horizon import resolve
+
+    config = resolve(load_config(finished / "config.toml"))
+    inputs = stage_inputs(select("pretrain", None)[0], config, records(finished))
+    assert inputs["model.depth"] == 2 and "prepare.digest" in inputs
+    assert "train.checkpoint_every" not in inputs and not any(k.startswith("mesh.") for k in inputs)
+
+
+def test_tiers_are_listed(capsys):
+    assert launch.main(["--tiers"]) == 0
+    out = capsys.readouterr().out
+    for word in ("nano", "d20", "Hardware", "Cost"):
+        assert word in out
