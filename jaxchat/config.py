@@ -75,7 +75,7 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints kept
     eval_every: int = 250  # steps; 0: only at the end
     eval_rows: int = 512  # held-out rows at most per evaluation
-    sample_every: int = 0  # steps; 0: only before and after
+    sample_every: int = 0  # steps between samples during pretraining; 0: only before and after
     compute_dtype: str = "auto"  # "auto" | "bfloat16" | "float32"
     loss_chunk: int = -1  # tokens per chunk of the loss
     scan_unroll: int = -1  # groups of layers unrolled in the trunk's scan

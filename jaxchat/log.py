@@ -6,9 +6,9 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +22,7 @@ from rich.progress import (
 
 from jaxchat.paths import atomic_write
 
+T = TypeVar("T")
 console = Console(highlight=False, stderr=True)
 
 
@@ -39,12 +40,18 @@ class Task:
     def advance(self, amount: float = 1) -> None:
         self._bars.advance(self._task, amount)
 
+    def track(self, items: Iterable[T]) -> Iterator[T]:
+        """Pass the items on, advancing by one each."""
+        for item in items:
+            self.advance()
+            yield item
+
     def update(self, text: str) -> None:
         self._bars.update(self._task, status=text)
 
 
 @contextlib.contextmanager
-def progress(description: str, total: float | None, done: float = 0) -> Iterator[Task]:
+def progress(description: str, total: float | None, done: int = 0) -> Iterator[Task]:
     """A live bar on a terminal; silent when the output is a file or a pipe (the caller's `say` lines remain)."""
     columns = (
         TextColumn("{task.description}"),

@@ -65,8 +65,8 @@ def state_sharding(config: Config, optimizer: optax.GradientTransformation, mesh
     """A `TrainState` of shardings. Moments lie where their parameter lies; everything small is replicated."""
     shapes, axes = gpt.abstract_params(config.model)
     of_params = jax.tree.map(lambda s, a: parameter_sharding(mesh, s.shape, a), shapes, axes)
-    by_path = dict(jax.tree_util.tree_leaves_with_path(of_params))
-    shape_of = {path: s.shape for path, s in jax.tree_util.tree_leaves_with_path(shapes)}
+    by_path: dict[Any, NamedSharding] = dict(jax.tree_util.tree_leaves_with_path(of_params))
+    shape_of: dict[Any, tuple[int, ...]] = {path: s.shape for path, s in jax.tree_util.tree_leaves_with_path(shapes)}
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         suffix = next((path[i:] for i in range(len(path)) if path[i:] in by_path), None)
@@ -74,7 +74,7 @@ def state_sharding(config: Config, optimizer: optax.GradientTransformation, mesh
         return by_path[suffix] if same else replicated(mesh)
 
     opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, shapes))
-    return TrainState(of_params, opt_state, replicated(mesh))
+    return TrainState(of_params, opt_state, replicated(mesh))  # type: ignore[arg-type]
 
 
 def make_train_step(

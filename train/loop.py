@@ -45,6 +45,7 @@ class Job:
     byte_lengths: np.ndarray  # (V,) int32
     start: Callable[[TrainState], TrainState] = lambda state: state
     evaluators: list[Evaluator] = field(default_factory=list)
+    sampler: Callable[[TrainState, int], None] | None = None  # every `train.sample_every` steps
     title: str = "train"
 
 
@@ -78,7 +79,8 @@ def fit(job: Job) -> dict[str, Any]:
     checkpoints = Checkpoints(job.directory, config.train.keep_last)
     try:
         state = init_state(config, optimizer, mesh)
-        done, facts = 0, {"seconds": 0.0, "bad_steps": 0}
+        done = 0
+        facts: dict[str, Any] = {"seconds": 0.0, "bad_steps": 0}
         if checkpoints.latest() is not None:
             state, facts = checkpoints.restore(state)
             done = facts["step"]
@@ -126,7 +128,8 @@ class _Run:
                 # read the step before while this one runs, so that logging never stalls the device
                 self._record(pending, bar)
                 pending, count = (index, metrics), index + 1
-                if self._due(count) or count % train.checkpoint_every == 0 or self.stop_signal:
+                sample = self.job.sampler is not None and train.sample_every > 0 and count % train.sample_every == 0
+                if self._due(count) or count % train.checkpoint_every == 0 or sample or self.stop_signal:
                     self._record(pending, bar)
                     pending = None
                     self.checkpoints.save(count, state, self.facts)  # before the evaluation, which could fail
@@ -134,6 +137,8 @@ class _Run:
                         self._leave(count)
                     if self._due(count):
                         self._evaluate(state, count)
+                    if sample and self.job.sampler:
+                        self.job.sampler(state, count)
                     self.clock = time.perf_counter()
         return state
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from jaxchat.config import Config
 from jaxchat.data.rows import Rows
+from jaxchat.engine import Engine
 from jaxchat.log import say
 from jaxchat.model.sizes import count_parameters, flops_per_token
-from jaxchat.paths import RunDir
+from jaxchat.paths import RunDir, atomic_write
+from jaxchat.state import TrainState
 from jaxchat.text.tokenizer import Tokenizer
 from train.loop import Job, fit
+from train.samples import held_out_openings, samples
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
@@ -24,12 +29,19 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         f"{config.model.width}; {tokens:,} tokens in {train.steps:,} steps, "
         f"{tokens / max(1, len(rows) * config.model.seq_len):.2f} epochs"
     )
+
+    def sample(state: TrainState, step: int) -> None:
+        engine = Engine(config.model, jax.device_get(state.params), tokenizer, slots=8)
+        text = samples(engine, held_out_openings(val_rows, tokenizer, 3), False, config.eval.sample_tokens)
+        atomic_write(run.stage("base") / "samples" / f"step_{step:06d}.md", f"# Step {step}\n\n{text}")
+
     job = Job(
         config=config,
         directory=run.stage("base"),
         rows=rows,
         val_rows=val_rows,
         byte_lengths=tokenizer.byte_lengths(),
+        sampler=sample,
         title="pretrain",
     )
     facts = fit(job)

@@ -145,7 +145,7 @@ def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any],
     previous = records.get(stage.name, {})
     begin = time.perf_counter()
     resumed = previous.get("status") == "running" and previous.get("inputs") == inputs
-    record = {
+    record: dict[str, Any] = {
         "status": "running",
         "start": previous["start"] if resumed else _now(),
         "end": None,
@@ -208,13 +208,17 @@ def _peak_rss() -> int:
 def _commit() -> str | None:
     """The code's git commit, with + where files differ from it; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
     try:
-        run = {"cwd": root, "capture_output": True, "text": True, "timeout": 10, "check": True}
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None  # installed inside somebody else's checkout
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return head + ("+" if dirty else "")
 
 
 def _now() -> str:

@@ -29,8 +29,9 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     else:
         documents = iterate_documents(data.source, "train", data.val_fraction)
         with progress("tokenizer", None) as bar:
-            counted = (bar.advance() or document for document in documents)
-            tokenizer = train_tokenizer(counted, config.model.vocab_size, options.train_chars, options.doc_chars)
+            tokenizer = train_tokenizer(
+                bar.track(documents), config.model.vocab_size, options.train_chars, options.doc_chars
+            )
     tokenizer.save(run.tokenizer)
     sample = list(itertools.islice(iterate_documents(data.source, "val", data.val_fraction), SAMPLE_DOCUMENTS))
     tokens = sum(len(ids) for ids in tokenizer.encode_batch(sample))

@@ -43,7 +43,7 @@ def attention(
     # is_causal must stay: a window alone would look into the future (jax issue 39576)
     local = (window, 0) if window < q.shape[1] - 1 else None
     implementation = "cudnn" if backend == "cudnn" else "xla"
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation=implementation)  # type: ignore[call-overload]
 
 
 def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, window: int, score_bound: float) -> jax.Array:

@@ -19,7 +19,7 @@ Schedule = Callable[[jax.Array], jax.Array | float] | float
 
 
 class NesterovState(NamedTuple):
-    count: jax.Array  # () int32, for the schedule
+    count: jax.Array  # type: ignore[assignment]  # () int32, for the schedule
     momentum: optax.Updates
 
 
@@ -28,7 +28,7 @@ class NorMuonState(NamedTuple):
 
 
 class DecayState(NamedTuple):
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
 
 
 def muon(
