@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -17,10 +18,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
-from jaxchat.config import Config, load_config, tier_files  # noqa: E402
-from jaxchat.errors import InterruptedRun, JaxchatError, OutOfMemoryError, UsageError  # noqa: E402
-from jaxchat.log import console, say  # noqa: E402
-from jaxchat.paths import RunDir  # noqa: E402
+from jaxchat.config import Config, load_config, tier_files
+from jaxchat.errors import InterruptedRun, JaxchatError, OutOfMemoryError, UsageError
+from jaxchat.log import console, say
+from jaxchat.paths import RunDir
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,6 +119,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("interrupted; the same command goes on from here", InterruptedRun.exit_code)
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        return _fail(f"{error.filename or 'file system'}: {error.strerror}; what was complete is kept", 3)
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             advice = "out of device memory: lower train.device_batch_rows, for example to half"

@@ -176,7 +176,19 @@ def test_text_too_small_for_the_vocabulary_leaves_nothing_half_written(tmp_path,
     args = ["--data", f"files:{tmp_path}/a.txt", "--run-dir", str(tmp_path / "run")]
     assert launch.main(args) == 3
     assert "too small for model.vocab_size 4096" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "tokenizer").exists()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_mended_command_is_not_refused(corpus, tmp_path):
+    """A first try that failed before it made anything does not pin its settings."""
+    assert launch.main(["--data", "files:/no/such", "--run-dir", str(tmp_path / "run")]) == 3
+    assert launch.main(arguments(corpus, tmp_path / "run", "--stages", "tokenizer")) == 0
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert launch.main(["--run-dir", str(tmp_path / "file" / "run")]) == 3
+    assert "file" in capsys.readouterr().err
 
 
 def test_selection_of_stages():

@@ -21,7 +21,7 @@ from train.samples import held_out_openings, samples
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Train the base model in `base/`; facts: sizes, tokens, scores, seconds, `params_sha256`."""
     tokenizer = Tokenizer.load(run.tokenizer)
-    rows, val_rows = Rows(run.data / "rows" / "train"), Rows(run.data / "rows" / "val")
+    rows, val_rows = (Rows(run.data / "rows" / split, tokenizer.digest) for split in ("train", "val"))
     count, train = count_parameters(config.model), config.train
     tokens = train.steps * train.batch_tokens
     say(

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import Config, flatten, to_toml
+from jaxchat.config import Config, flatten, load_config, to_toml
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.log import say
 from jaxchat.paths import RunDir, atomic_write, read_json, write_json
@@ -98,8 +98,14 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
             if record and record["status"] == "done" and record["inputs"] == inputs and _complete(stage, run):
                 say(f"{stage.name:<10} done ({record['seconds']:.0f} s), nothing to do")
                 continue
-            atomic_write(run.config, to_toml(config, reasons))
+            _save_config(config, run, reasons)
             _run_one(stage, config, run, records, inputs)
+
+
+def _save_config(config: Config, run: RunDir, reasons: dict[str, str]) -> None:
+    """Write `config.toml`, but keep the file (and its reasons) where it says the same already."""
+    if not run.config.exists() or load_config(run.config) != config:
+        atomic_write(run.config, to_toml(config, reasons))
 
 
 def load_records(run: RunDir) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any],
         facts = stage.run(config, run)
     except (JaxchatError, KeyboardInterrupt):
         record["seconds"] = spent + time.perf_counter() - begin
-        write_json(run.stages, records)
+        _keep_or_forget(stage, run, records)
         raise
     record |= {
         "status": "done",
@@ -178,6 +184,17 @@ def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any],
         record["params_sha256"] = facts["params_sha256"]
     write_json(run.stages, records)
     say(f"{stage.name:<10} done in {record['seconds']:.0f} s")
+
+
+def _keep_or_forget(stage: Stage, run: RunDir, records: dict[str, Any]) -> None:
+    """After a failure: a stage that has made nothing leaves no record, so that a mended command is not refused."""
+    if not any((run.root / path).exists() for path in stage.outputs):
+        del records[stage.name]
+    if records:
+        write_json(run.stages, records)
+    else:
+        run.stages.unlink(missing_ok=True)
+        run.config.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:
