@@ -58,20 +58,16 @@ def random_tokens(length, seed=0):
     return np.random.default_rng(seed).integers(3, V, length).tolist()
 
 
-def settings(**lists):
-    """Settings of as many prompts as the lists are long; greedy without stop or pause where not given."""
-    count = len(next(iter(lists.values())))
-    stop = np.full((count, engine.MAX_STOP_IDS), engine.NO_TOKEN, np.int32)
-    for i, ids in enumerate(lists.get("stop", [()] * count)):
-        stop[i, : len(ids)] = ids
-    return engine.Settings(
-        seed=np.array(lists.get("seed", [0] * count), np.uint32),
-        temperature=np.array(lists.get("temperature", [0] * count), np.float32),
-        top_k=np.array(lists.get("top_k", [0] * count), np.int32),
-        top_p=np.array(lists.get("top_p", [1] * count), np.float32),
-        stop=stop,
-        pause=np.array(lists.get("pause", [engine.NO_TOKEN] * count), np.int32),
-    )
+def settings(count, **lists):
+    """Settings of `count` prompts; greedy without stop or pause where not given."""
+    made = engine.blank_settings(count)
+    for name, values in lists.items():
+        for i, value in enumerate(values):
+            if name == "stop":
+                made.stop[i, : len(value)] = value
+            else:
+                getattr(made, name)[i] = value
+    return made
 
 
 def admit(recipe, slots, prompts, rows, remaining=None, bucket=32, **lists):
@@ -83,8 +79,7 @@ def admit(recipe, slots, prompts, rows, remaining=None, bucket=32, **lists):
     length = np.array([len(p) for p in prompts], np.int32)
     target = np.array([(row, p[-1]) for row, p in zip(rows, prompts, strict=True)], np.int32)
     limit = np.array(remaining or [CAPACITY] * len(prompts), np.int32)
-    given = settings(**({"seed": [0] * len(prompts)} | lists))
-    return engine.admit(config, serving, slots, tokens, length, target, limit, given)
+    return engine.admit(config, serving, slots, tokens, length, target, limit, settings(len(prompts), **lists))
 
 
 def fresh(recipe, slots=4):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxchat.config import ModelConfig
-from jaxchat.engine import Engine, Event, Request
+from jaxchat.engine import Engine, Event, Request, scheduler
 from jaxchat.errors import DataError, UsageError
 from jaxchat.model import gpt
 from jaxchat.recipes import resolve_model
@@ -28,6 +28,12 @@ CONVERSATIONS = [
     [*GREETING, {"role": "assistant", "content": "Hi 🙂 안녕!"}],
 ]  # fmt: skip
 CAPACITY = 128
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch):
+    """Several cache buckets in this small context."""
+    monkeypatch.setattr(scheduler, "MIN_CACHE_BUCKET", 32)
 
 
 @functools.cache

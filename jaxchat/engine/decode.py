@@ -27,7 +27,6 @@ FORCED = 64  # tokens that a tool's result may have, its two marks included
 NO_TOKEN = -1
 
 Params = dict[str, Any]
-Array = jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -35,12 +34,28 @@ Array = jax.Array | np.ndarray
 class Settings:
     """Per slot (or per prompt of a prefill)."""
 
-    seed: Array  # uint32
-    temperature: Array  # float32
-    top_k: Array  # int32, 0: off
-    top_p: Array  # float32, 1: off
-    stop: Array  # (R, MAX_STOP_IDS) int32, NO_TOKEN where unused
-    pause: Array  # int32 id at which a row waits for the host, NO_TOKEN: never
+    seed: jax.Array  # uint32
+    temperature: jax.Array  # float32
+    top_k: jax.Array  # int32, 0: off
+    top_p: jax.Array  # float32, 1: off
+    stop: jax.Array  # (R, MAX_STOP_IDS) int32, NO_TOKEN where unused
+    pause: jax.Array  # int32 id at which a row waits for the host, NO_TOKEN: never
+
+
+def blank_settings(count: int) -> Settings:
+    """Host arrays to fill in: greedy, without stop or pause."""
+
+    def full(value: float, dtype: Any, *shape: int) -> Any:
+        return np.full((count, *shape), value, dtype)
+
+    return Settings(
+        seed=full(0, np.uint32),
+        temperature=full(0, np.float32),
+        top_k=full(0, np.int32),
+        top_p=full(1, np.float32),
+        stop=full(NO_TOKEN, np.int32, MAX_STOP_IDS),
+        pause=full(NO_TOKEN, np.int32),
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -70,14 +85,7 @@ def new_slots(config: ModelConfig, slots: int, capacity: int, dtype: jnp.dtype |
         forced=full(0, jnp.int32, FORCED),
         forced_next=full(0, jnp.int32),
         forced_count=full(0, jnp.int32),
-        settings=Settings(
-            seed=full(0, jnp.uint32),
-            temperature=full(0, jnp.float32),
-            top_k=full(0, jnp.int32),
-            top_p=full(1, jnp.float32),
-            stop=full(NO_TOKEN, jnp.int32, MAX_STOP_IDS),
-            pause=full(NO_TOKEN, jnp.int32),
-        ),
+        settings=jax.tree.map(jnp.asarray, blank_settings(slots)),
     )
 
 

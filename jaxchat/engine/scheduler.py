@@ -17,22 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.checkpoint import restore_params
-from jaxchat.config import ModelConfig, load_config
+from jaxchat.config import ModelConfig
 from jaxchat.engine import decode
+from jaxchat.engine.loading import load_run
 from jaxchat.engine.request import Event, Handle, Request, Result
 from jaxchat.engine.turn import Turn
 from jaxchat.errors import DataError, UsageError
 from jaxchat.model.cache import serving_params
 from jaxchat.paths import RunDir
-from jaxchat.recipes import resolve_model
 from jaxchat.text.chat import render_prompt
 from jaxchat.text.tokenizer import ASSISTANT_END, BOS, PYTHON_END, USER_START, Tokenizer
 
 MIN_PROMPT_BUCKET = 32  # tokens
-MIN_CACHE_BUCKET = 64  # positions
+MIN_CACHE_BUCKET = 512  # positions; cutting out fewer costs more than reading them
 PREFILL_GROUP = 8  # prompts prefilled at once when several wait
-STAGES = ("rl", "sft", "base")  # furthest trained first
 
 
 @dataclass
@@ -90,7 +88,7 @@ class Engine:
     @classmethod
     def from_pretrained(cls, run_dir: str | Path, stage: str | None = None, **options: Any) -> Engine:
         """The model of a run directory: the furthest trained stage, or the one named. `DataError` if there is none."""
-        config, params, tokenizer, slots = _load(RunDir(run_dir), stage)
+        config, params, tokenizer, slots = load_run(RunDir(run_dir), stage)
         options = {"slots": slots} | options
         return cls(config, params, tokenizer, **options)
 
@@ -215,14 +213,7 @@ class Engine:
         """Prefill `group`, padded to `size` prompts of `bucket` tokens, into the lowest free slots."""
         tokens, length = np.zeros((size, bucket), np.int32), np.ones(size, np.int32)
         target, remaining = np.full((size, 2), self.slots, np.int32), np.ones(size, np.int32)
-        settings = decode.Settings(
-            seed=np.zeros(size, np.uint32),
-            temperature=np.zeros(size, np.float32),
-            top_k=np.zeros(size, np.int32),
-            top_p=np.ones(size, np.float32),
-            stop=np.full((size, decode.MAX_STOP_IDS), decode.NO_TOKEN, np.int32),
-            pause=np.full(size, decode.NO_TOKEN, np.int32),
-        )
+        settings: Any = decode.blank_settings(size)
         free = (row for row in range(self.slots) if row not in self._rows)
         for i, (handle, row) in enumerate(zip(group, list(free), strict=False)):
             r = handle.request
@@ -305,16 +296,3 @@ def _buckets(smallest: int, largest: int) -> list[int]:
     while sizes[-1] < largest:
         sizes.append(min(_power_of_two(sizes[-1] + 1), largest))
     return sizes
-
-
-def _load(run: RunDir, stage: str | None) -> tuple[ModelConfig, dict[str, Any], Tokenizer, int]:
-    """(resolved config, parameters, tokenizer, slots) of a run directory."""
-    if not run.config.is_file():
-        raise DataError(f"{run.root}: not a run directory (no config.toml); train one with launch.py first")
-    config = load_config(run.config)
-    found = [s for s in STAGES if any(p.name.isdigit() for p in run.stage(s).glob("*"))]
-    if not found or (stage is not None and stage not in found):
-        wanted = f"no stage {stage!r} with a checkpoint" if stage else "no trained stage"
-        raise DataError(f"{run.root}: {wanted}; found: {', '.join(found) or 'none'}")
-    params, _ = restore_params(run.stage(stage or found[0]))
-    return resolve_model(config.model), params, Tokenizer.load(run.tokenizer), config.serve.slots

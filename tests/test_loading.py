@@ -1,0 +1,60 @@
+"""An engine from a run directory: the furthest trained stage, a named one, or a clear error."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxchat.checkpoint import Checkpoints
+from jaxchat.config import Config, ModelConfig, to_toml
+from jaxchat.engine import Engine, Request
+from jaxchat.engine.loading import load_run
+from jaxchat.errors import DataError
+from jaxchat.model import gpt
+from jaxchat.paths import RunDir
+from jaxchat.recipes import resolve_model
+from jaxchat.state import TrainState
+from jaxchat.text.tokenizer import train_tokenizer
+
+MODEL = ModelConfig(depth=1, seq_len=64, vocab_size=270, width=32, n_heads=2, head_width=16)
+SEEDS = {"base": 1, "sft": 2}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = RunDir(tmp_path_factory.mktemp("run"))
+    config = Config(model=MODEL)
+    run.config.write_text(to_toml(dataclasses.replace(config, serve=dataclasses.replace(config.serve, slots=2))))
+    train_tokenizer(["some text to learn from"], 270, 1000, 1000).save(run.tokenizer)
+    for stage, seed in SEEDS.items():
+        checkpoints = Checkpoints(run.stage(stage))
+        state = TrainState(gpt.init_params(resolve_model(MODEL), seed), {"none": jnp.zeros(1)}, jnp.int32(1))
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        checkpoints.close()
+    return run
+
+
+def test_stages_are_found_and_named(run):
+    for stage, seed in ((None, SEEDS["sft"]), ("sft", SEEDS["sft"]), ("base", SEEDS["base"])):
+        config, params, tokenizer, slots = load_run(run, stage)
+        assert config == resolve_model(MODEL) and tokenizer.vocab_size == 270 and slots == 2
+        np.testing.assert_array_equal(params["embedding"], gpt.init_params(config, seed)["embedding"])
+
+
+def test_an_engine_from_a_run_is_that_model(run):
+    config, params, tokenizer, _ = load_run(run, "sft")
+    request = Request(tokenizer.encode("some text"), max_tokens=12, temperature=1.0, seed=5)
+    found = Engine.from_pretrained(run.root).generate([request])[0].tokens
+    assert found == Engine(config, params, tokenizer, slots=1).generate([request])[0].tokens and len(found) == 12
+
+
+def test_what_is_missing_is_named(run, tmp_path):
+    with pytest.raises(DataError, match=r"no stage 'rl' with a checkpoint; found: sft, base"):
+        Engine.from_pretrained(run.root, stage="rl")
+    with pytest.raises(DataError, match="not a run directory"):
+        Engine.from_pretrained(tmp_path)
+    (tmp_path / "config.toml").write_text(run.config.read_text())
+    with pytest.raises(DataError, match="no trained stage; found: none"):
+        Engine.from_pretrained(tmp_path)
