@@ -127,3 +127,17 @@ def test_unroll_follows_the_size():
     assert scan_unroll(resolve(load_config("nano"))) == 1
     assert scan_unroll(resolve(load_config("d32"))) == 1
     assert scan_unroll(resolve(load_config("d32", ["train.scan_unroll=4"]))) == 4
+
+
+@pytest.mark.parametrize("extra", [[], ["model.recipe=classic", "model.tie_embeddings=true"]])
+def test_bfloat16_compute_keeps_float32_masters(extra):
+    config = resolve(load_config("nano", [*TINY, "train.compute_dtype=bfloat16", *extra]))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    optimizer = make_optimizer(config, compute_dtype(config))
+    step, state, losses = make_train_step(config, optimizer, mesh), init_state(config, optimizer, mesh), []
+    for _ in range(10):
+        batch = {k: v.reshape(2, 2, -1) for k, v in batch_of(config).items()}
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.2 and float(metrics["ok"]) == 1
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
