@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -11,13 +12,15 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jaxchat.checkpoint import params_sha256, restore_params
 from jaxchat.config import Config
 from jaxchat.data.rows import Rows
 from jaxchat.engine import Engine, Result
 from jaxchat.errors import DataError
 from jaxchat.log import progress, say
-from jaxchat.mesh import batch_devices, make_mesh
+from jaxchat.mesh import batch_devices, make_mesh, replicated
 from jaxchat.model import gpt
 from jaxchat.paths import RunDir, atomic_write, read_json, write_json
 from jaxchat.state import make_eval_step
@@ -80,7 +83,7 @@ class Examiner:
         record = read_json(path) if path.exists() else {}
         tasks = record.get("tasks", {}) if record.get("inputs") == inputs else {}
         todo: dict[str, Callable[[], Scores]] = {"bits_per_byte": self.bits_per_byte}
-        todo |= {name: lambda name=name: self.written(get_task(name)) for name in exams}
+        todo |= {name: functools.partial(self.written, get_task(name)) for name in exams}
         for name, exam in todo.items():
             if name not in tasks:
                 begin = time.perf_counter()
@@ -95,6 +98,7 @@ class Examiner:
         mesh = make_mesh(self.config.mesh)
         batch_rows = -(-self.config.eval.batch_rows // batch_devices(mesh)) * batch_devices(mesh)
         step = make_eval_step(self.config, mesh)
+        params = jax.device_put(self.params, replicated(mesh))
         scores: Scores = {}
         for kind, folder in (("text", "rows/val"), ("conversations", "sft/val")):
             directory = self.run.data / folder
@@ -104,7 +108,7 @@ class Examiner:
             if len(rows) == 0:
                 continue
             limit, lengths = min(self.config.eval.rows, len(rows)), self.tokenizer.byte_lengths()
-            found = bits_per_byte(step, self.params, rows, lengths, batch_rows, limit, mesh)
+            found = bits_per_byte(step, params, rows, lengths, batch_rows, limit, mesh)
             scores[kind] = {"n": limit} | found
         if not scores:
             raise DataError(f"{self.run.data}: no held-out rows; run stage prepare again")
