@@ -83,4 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    from launch import prefer_huge_pages
+
+    prefer_huge_pages()
     main()

@@ -49,7 +49,7 @@ def _split(config: Config, run: RunDir, tokenizer: Tokenizer, split: str) -> dic
         with progress(f"pack {split}", None) as bar:
             documents = read_documents(run.data / "tokens" / split, tokenizer.digest)
             rows = pack_documents(documents, row_len, tokenizer.bos, data.pack_docs, stats)
-            rows = (bar.advance() or row for row in rows)
+            rows = bar.track(rows)
             count = write_rows(target, rows, row_len, tokenizer.bos, tokenizer.vocab_size)
         facts = {name: manifest[name] for name in ("documents", "tokens", "bytes", "chars", "tokenizer")}
         facts |= {"cuts": stats.cuts, "fill": stats.fill, "origin": _digest(origin)}
