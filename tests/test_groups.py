@@ -82,9 +82,10 @@ def test_moments_are_carried_and_schedules_start_again():
         _, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
     carried = carry_moments(state, fresh)
     assert jax.tree.structure(carried) == jax.tree.structure(state)
-    changed = {jax.tree_util.keystr(p) for p, (a, b) in jax.tree_util.tree_leaves_with_path(
-        jax.tree.map(lambda a, b: (a, b), state, carried), is_leaf=lambda x: type(x) is tuple and len(x) == 2 and hasattr(x[0], "shape"))
-        if not np.array_equal(a, b)}  # fmt: skip
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree_util.tree_leaves_with_path(carried), strict=True
+    )
+    changed = {jax.tree_util.keystr(path) for (path, a), (_, b) in pairs if not np.array_equal(a, b)}
     assert changed and all(name.endswith(".count") for name in changed)
     counts = [
         int(s) for p, s in jax.tree_util.tree_leaves_with_path(carried) if jax.tree_util.keystr(p).endswith(".count")

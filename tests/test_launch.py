@@ -73,8 +73,9 @@ def test_the_whole_way(finished):
     assert list(found) == list(NAMES) and all(r["status"] == "done" for r in found.values())
     for name in ("pretrain", "sft"):
         assert re.fullmatch("[0-9a-f]{64}", found[name]["params_sha256"])
-    for path in ("config.toml", "tokenizer/tokenizer.json", "tokenizer/meta.json", "base/metrics.jsonl", "base/loss.png",
-                 "sft/loss.png", "eval/base.json", "eval/sft.json", "report.md", "report.json"):  # fmt: skip
+    for path in ("config.toml", "tokenizer/tokenizer.json", "tokenizer/meta.json", "base/metrics.jsonl",
+                 "base/loss.png", "sft/loss.png", "eval/base.json", "eval/sft.json", "report.md",
+                 "report.json"):  # fmt: skip
         assert (finished / path).stat().st_size > 0, path
     metrics = read_metrics(finished / "base" / "metrics.jsonl")
     assert [r["step"] for r in metrics] == list(range(STEPS))

@@ -76,10 +76,10 @@ def pack_documents(
             for piece in full:
                 yield _count(stats, piece)
             pool.add(last)
-        piece = _next_piece(pool, free, row_len, bos, stats)
-        if piece is not None:
-            row.append(piece)
-            free -= len(piece)
+        fitting = _next_piece(pool, free, row_len, bos, stats)
+        if fitting is not None:
+            row.append(fitting)
+            free -= len(fitting)
         elif not row:
             return
         if piece is None or not free:
@@ -151,6 +151,6 @@ def pack_conversations(
             open_rows[free - need].append(row)
             present |= 1 << (free - need)
     packed = [(np.concatenate([p[0] for p in row]), np.concatenate([p[1] for p in row])) for row in rows]
-    for ids, _ in packed:
-        _count(stats, ids)
+    for row_ids, _ in packed:
+        _count(stats, row_ids)
     return packed

@@ -41,7 +41,7 @@ def write_shards(
     so that a later run can tell whether these shards are what it wants. Memory holds `BATCH_DOCUMENTS` documents.
     """
     dtype = token_dtype(tokenizer.vocab_size)
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT, "origin": origin, "tokenizer": tokenizer.digest, "bos": tokenizer.bos,
         "vocab_size": tokenizer.vocab_size, "dtype": dtype.name,
         "tokens": 0, "documents": 0, "bytes": 0, "chars": 0, "shards": [],
