@@ -45,7 +45,10 @@ TEXTS = {
 }
 EXAMPLES = ["hello", "who are you?", "Tom has 12 apples and buys 30 more. How many?", "what do you like to do?"]
 CSS = """
-.gradio-container { max-width: 860px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 860px !important; margin: 0 auto !important; }
+.examples { gap: .5em !important; }
+.example { border: 1px solid var(--border-color-primary) !important; border-radius: 10px !important; }
+textarea { border: 1px solid var(--border-color-primary) !important; border-radius: 10px !important; }
 .speed { opacity: .55; font-size: .8em; }
 .tool { background: var(--background-fill-secondary); border-radius: 6px; padding: 0 .4em; font-family: monospace; }
 footer { display: none !important; }
@@ -106,7 +109,15 @@ def build_page(worker: Worker, run: RunDir, config: Config) -> gr.Blocks:
             answer,
             title=t("title"),
             chatbot=gr.Chatbot(show_label=False, buttons=["copy"], feedback_options=None, scale=1, min_height=320),
-            textbox=gr.Textbox(placeholder=t("placeholder"), show_label=False, container=False, scale=7, max_lines=6),
+            textbox=gr.Textbox(
+                placeholder=t("placeholder"),
+                show_label=False,
+                container=False,
+                scale=7,
+                max_lines=6,
+                submit_btn=True,
+                stop_btn=True,
+            ),
             additional_inputs=[temperature, top_k, most],
             additional_inputs_accordion=gr.Accordion(t("settings"), open=False, render=False),
             examples=[[text] for text in EXAMPLES],

@@ -176,7 +176,7 @@ def test_stop_ends_the_answer_and_frees_the_slot(open_page, service):
     worker.engine.step = slow_step
     try:
         say(page, "word " * 10)
-        page.get_by_role("button", name="Stop").first.click(timeout=10_000)
+        page.locator("button.stop-button").click(timeout=10_000)
         for _ in range(50):
             page.wait_for_timeout(100)
             if not worker.engine.running and not worker.engine.waiting:
