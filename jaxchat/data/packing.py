@@ -82,7 +82,7 @@ def pack_documents(
             free -= len(fitting)
         elif not row:
             return
-        if piece is None or not free:
+        if fitting is None or not free:
             yield _count(stats, np.concatenate(row))
             row, free = [], row_len
 

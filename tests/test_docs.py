@@ -1,0 +1,88 @@
+"""Documents that stay true: commands parse, keys and links exist, both languages have every page."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import launch
+from jaxchat import errors
+from jaxchat.config import Config, flatten, load_config, tier_files
+from train.plan import parse_target
+from train.stages import select
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*ENGLISH, ROOT / "README.ko.md", *sorted((ROOT / "docs/ko").glob("*.md"))]
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def commands(path):
+    for line in path.read_text(encoding="utf-8").splitlines():
+        found = re.search(r"python launch\.py[^`|]*", line)
+        if found:
+            yield found[0].split("  #")[0].split("   ")[0].strip()
+
+
+def test_there_are_commands_to_check():
+    assert sum(len(list(commands(path))) for path in PAGES) > 20
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_every_command_parses_and_its_keys_exist(path):
+    for command in commands(path):
+        args = launch.make_parser().parse_args(shlex.split(command)[2:])
+        if args.tier != "NAME":
+            load_config(args.tier or "nano", args.set)
+        select(args.stages, args.start)
+        parse_target(args.target if args.target != "auto" else "cpu:1")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_every_link_leads_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_every_file_named_in_the_text_exists(path):
+    for name in re.findall(r"`((?:jaxchat|train|serve|bench|tests|configs)/[\w/.]+\.(?:py|toml))`", path.read_text("utf-8")):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", ENGLISH, ids=name_of)
+def test_every_page_has_its_korean_twin(path):
+    twin = ROOT / "README.ko.md" if path.name == "README.md" else ROOT / "docs/ko" / path.name
+    text = twin.read_text(encoding="utf-8")
+    assert len(re.findall("[가-힣]", text)) > 200
+    assert list(commands(twin)) == list(commands(path))
+
+
+@pytest.mark.parametrize("page", ["docs/configuration.md", "docs/ko/configuration.md"])
+def test_every_key_is_documented_with_its_default(page):
+    rows = re.findall(r"^\| `([\w.]+)` \| `(.*?)` \|", (ROOT / page).read_text(encoding="utf-8"), re.M)
+    assert [key for key, _ in rows] == list(flatten(Config()))
+    for (key, text), value in zip(rows, flatten(Config()).values(), strict=True):
+        shown = {"none": None, "true": True, "false": False}.get(text, text)
+        assert str(shown).strip('"') == str(value).strip('"') or shown == value or text.replace('"', "'") == str(value), key
+
+
+@pytest.mark.parametrize("page", ["docs/training.md", "docs/ko/training.md"])
+def test_exit_codes(page):
+    documented = {int(c) for c in re.findall(r"^\| (\d+) \|", (ROOT / page).read_text(encoding="utf-8"), re.M)}
+    real = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.JaxchatError)}
+    assert documented == (real - {1}) | {0}
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.ko.md"])
+def test_the_two_commands_and_every_tier(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert "pip install -r requirements.txt && python launch.py --tier nano" in text
+    assert "pip install -r requirements.txt && python -m pytest" in text
+    for path in tier_files():
+        assert f"| `{path.stem}` |" in text
