@@ -74,7 +74,7 @@ def resolve_arguments(args: argparse.Namespace) -> tuple[Config, RunDir, dict[st
     overrides = list(args.set)
     for key, value in (("data.source", args.data), ("serve.host", args.host)):
         if value is not None:
-            overrides.append(f"{key}={json.dumps(value)}")
+            overrides.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
     for key, value in (("seed", args.seed), ("serve.port", args.port)):
         if value is not None:
             overrides.append(f"{key}={value}")

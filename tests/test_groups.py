@@ -82,9 +82,7 @@ def test_moments_are_carried_and_schedules_start_again():
         _, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
     carried = carry_moments(state, fresh)
     assert jax.tree.structure(carried) == jax.tree.structure(state)
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(state), jax.tree_util.tree_leaves_with_path(carried), strict=True
-    )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree_util.tree_leaves_with_path(carried), strict=True)
     changed = {jax.tree_util.keystr(path) for (path, a), (_, b) in pairs if not np.array_equal(a, b)}
     assert changed and all(name.endswith(".count") for name in changed)
     counts = [

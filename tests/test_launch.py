@@ -1,71 +1,16 @@
 """The whole way on a tiny model: stages, resume, kill, repeat, refuse, exit codes. Real processes."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from whole_run import STEPS, arguments, finish, records, start
 
 import launch
 from jaxchat.log import read_metrics
 from train.stages import NAMES, select, stage_inputs
-
-ROOT = Path(__file__).resolve().parent.parent
-STEPS = 24
-TINY = ["model.depth=2", "model.width=48", "model.n_heads=3", "model.head_width=16", "model.vocab_size=400",
-        "model.seq_len=64", "train.batch_tokens=256", f"train.steps={STEPS}", "train.eval_every=12",
-        "train.checkpoint_every=6", "train.device_batch_rows=4", "eval.max_per_task=4", "eval.sample_tokens=8",
-        'sft.mixture=["identity:60","word_problems:60"]', "data.val_fraction=0.05"]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """A small text with structure."""
-    folder = tmp_path_factory.mktemp("corpus")
-    verbs, nouns = ["sees", "finds", "likes", "paints", "hears"], ["cat", "river", "house", "star", "boat", "tree"]
-    lines = [
-        f"The {nouns[i % 6]} {verbs[i % 5]} the {nouns[(i * 7 + 3) % 6]} number {i % 97}.\n"
-        + ("\n" if i % 9 == 8 else "")
-        for i in range(3000)
-    ]
-    (folder / "tale.txt").write_text("".join(lines), encoding="utf-8")
-    return folder
-
-
-def arguments(corpus, run_dir, *more):
-    sets = [part for override in TINY for part in ("--set", override)]
-    return ["--tier", "nano", "--data", f"files:{corpus}/*.txt", "--run-dir", str(run_dir), *sets, *more]
-
-
-def start(args, **options):
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        [sys.executable, ROOT / "launch.py", *args], cwd=ROOT, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-    )  # fmt: skip
-
-
-def finish(process, timeout=240):
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
-
-
-def records(run_dir):
-    return json.loads((run_dir / "stages.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def finished(corpus, tmp_path_factory):
-    """One whole undisturbed run."""
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    code, _, err = finish(start(arguments(corpus, run_dir)))
-    assert code == 0, err
-    return run_dir
 
 
 def test_the_whole_way(finished):

@@ -34,7 +34,9 @@ def service(tmp_path_factory):
     worker.close()
 
 
-@pytest.mark.parametrize("text", ["a *b* _c_ `d`", "# no heading\n- no list\n1. none", "<b>&amp;</b> [x](http://y)", "한국어 $x$"])
+@pytest.mark.parametrize(
+    "text", ["a *b* _c_ `d`", "# no heading\n- no list\n1. none", "<b>&amp;</b> [x](http://y)", "한국어 $x$"]
+)
 def test_text_is_never_markup_and_comes_back_whole(text):
     shown = show([("text", text)])
     assert "<b>" not in shown and "*" not in shown and "[" not in shown and "http:" not in shown

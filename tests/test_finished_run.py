@@ -1,0 +1,52 @@
+"""The report card of a real tiny run."""
+
+import json
+import re
+
+from jaxchat.config import load_config
+from jaxchat.log import read_metrics
+from jaxchat.optim.horizon import resolve
+from jaxchat.paths import RunDir
+from train.plots import loss_plot
+from train.report import code_size, collect
+
+
+def test_every_number_of_the_card_is_in_the_json(finished):
+    card = json.loads((finished / "report.json").read_text())
+    records = json.loads((finished / "stages.json").read_text())
+    assert card["pretrain"]["params_sha256"] == records["pretrain"]["params_sha256"]
+    assert card["seconds"].keys() == records.keys() - {"report"}
+    assert len(card["curves"]["base"]["loss"]) == len(read_metrics(finished / "base/metrics.jsonl"))
+    exams = json.loads((finished / "eval/sft.json").read_text())["tasks"]
+    assert card["exams"]["sft"] == exams
+
+
+def test_the_card_reads_well(finished):
+    text = (finished / "report.md").read_text()
+    for part in ("# Report card: nano", "| exam | BASE | SFT | chance | cases |", "word_problems", "95 % interval",
+                 "## Training", "## Data", "## Curves", "## Samples", "## Time", "## Machine and code"):  # fmt: skip
+        assert part in text, part
+    for picture in re.findall(r"\]\((plots/[^)]+)\)", text):
+        assert (finished / picture).stat().st_size > 1000
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, re.M):
+        assert len({line.count("|") - line.count("\\|") for line in table.splitlines()}) == 1, table
+    assert "nan" not in text.lower().split("## samples")[0].replace("nano", "")
+
+
+def test_a_run_of_one_stage_has_a_card_too(finished, tmp_path):
+    run = RunDir(tmp_path)
+    records = json.loads((finished / "stages.json").read_text())
+    run.stages.write_text(json.dumps({k: records[k] for k in ("tokenizer", "prepare")}))
+    card = collect(resolve(load_config(finished / "config.toml")), run)
+    assert card["exams"] == {} and card["pretrain"] == {} and card["data"]["train"]["tokens"] > 0
+
+
+def test_code_is_counted_without_comments_and_docstrings():
+    size = code_size()
+    assert 30 < size["files"] < 200 and size["code_lines"] < size["lines"]
+    assert size["dependencies"] > 10
+
+
+def test_loss_plot_of_nothing_draws_nothing(tmp_path):
+    loss_plot(tmp_path / "none.jsonl", tmp_path / "loss.png", "none")
+    assert not (tmp_path / "loss.png").exists()

@@ -1,0 +1,109 @@
+"""The training loop: micro-batches, divergence, and what a run of it leaves."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxchat.config import load_config
+from jaxchat.data.rows import Rows, finish_rows, write_rows
+from jaxchat.errors import DivergedError, UsageError
+from jaxchat.log import read_metrics
+from jaxchat.optim.horizon import resolve
+from train.bpb import bits_per_byte
+from train.loop import Job, fit, micro_batch
+from train.pretrain import run as pretrain
+
+TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=64",
+        "model.seq_len=16", "train.batch_tokens=64", "train.steps=12", "train.eval_every=5",
+        "train.checkpoint_every=4", "train.sample_every=6", "train.max_bad_steps=3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows") / "train"
+    draw = np.random.default_rng(0)
+    ids = (draw.integers(0, 60, (40, 1)) + np.arange(17)) % 60  # counts up: easy to learn
+    count = write_rows(folder, [row.astype(np.uint16) for row in ids], 17, 63, 64)
+    finish_rows(folder, {"tokenizer": "none"}, 17, count, 64)
+    return Rows(folder)
+
+
+def job(rows, folder, *overrides, **more):
+    return Job(resolve(load_config("nano", [*TINY, *overrides])), folder, rows, rows, np.ones(64, np.int32), **more)
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "device_rows", "devices", "expected"),
+    [(64, 4, 1, (4, 1)), (64, 3, 1, (2, 2)), (64, 1, 1, (1, 4)), (64, 32, 4, (4, 1)), (128, 1, 4, (4, 2))],
+)
+def test_micro_batches_make_up_the_batch(batch_tokens, device_rows, devices, expected):
+    overrides = [f"train.batch_tokens={batch_tokens}", f"train.device_batch_rows={device_rows}"]
+    config = resolve(load_config("nano", [*TINY, *overrides]))
+    assert micro_batch(config, devices) == expected
+
+
+def test_a_batch_that_devices_cannot_share_names_the_nearest_that_works():
+    with pytest.raises(UsageError, match="3 devices cannot share; take 48"):
+        micro_batch(resolve(load_config("nano", TINY)), 3)
+
+
+def test_metrics_scores_and_samples_have_their_steps(rows, tmp_path):
+    sampled = []
+    facts = fit(job(rows, tmp_path, sampler=lambda state, step: sampled.append(step),
+                    evaluators=[lambda state, step: [("extra", float(step))]]))  # fmt: skip
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(12))
+    assert {r["step"]: r["extra"] for r in records if "val_bpb" in r} == {4: 5.0, 9: 10.0, 11: 12.0}
+    assert sampled == [6, 12]
+    assert [r["tokens"] for r in records] == [64 * (s + 1) for s in range(12)]
+    assert all(r["mfu"] is None for r in records) or records[0]["mfu"] > 0
+    assert facts["val_bpb"] == records[-1]["val_bpb"] and facts["bad_steps"] == 0
+    again = fit(job(rows, tmp_path))  # finished: restores, trains nothing
+    assert again["params_sha256"] == facts["params_sha256"]
+    assert read_metrics(tmp_path / "metrics.jsonl") == records
+
+
+def test_a_run_that_diverges_ends_with_its_own_error(rows, tmp_path):
+    broken = job(rows, tmp_path)
+
+    def ruin(state):
+        params = state.params | {"embedding": state.params["embedding"] * np.nan}
+        return dataclasses.replace(state, params=params)
+
+    with pytest.raises(DivergedError, match="3 steps in a row"):
+        fit(dataclasses.replace(broken, start=ruin))
+    assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [None] * 3
+
+
+def test_bits_per_byte_by_hand(rows):
+    """A uniform model over 64 tokens of 2 bytes each: log2(64) / 2 bits a byte."""
+
+    def uniform(params, batch, byte_lengths):
+        targets = batch["weights"].sum()
+        nats = targets * np.log(64)
+        return {"nats": nats, "bytes": 2 * targets, "all_nats": nats, "targets": targets}
+
+    import jax
+
+    from jaxchat.config import MeshConfig
+    from jaxchat.mesh import make_mesh
+
+    found = bits_per_byte(uniform, None, rows, np.full(64, 2), 8, 20, make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert found["bits_per_byte"] == pytest.approx(3.0)
+    assert found["perplexity"] == pytest.approx(64.0) and found["targets"] == 20 * 16
+
+
+def test_pretraining_refuses_rows_of_another_tokenizer(finished, tmp_path):
+    import shutil
+
+    from jaxchat.errors import DataError
+    from jaxchat.paths import RunDir
+    from jaxchat.text.tokenizer import train_tokenizer
+
+    shutil.copytree(finished / "data", tmp_path / "data")
+    other = train_tokenizer(["another text " * 50, "altogether different " * 50], 270, 10**5, 10**5)
+    other.save(tmp_path / "tokenizer")
+    with pytest.raises(DataError, match="another tokenizer"):
+        pretrain(resolve(load_config(finished / "config.toml")), RunDir(tmp_path))
+    assert not (tmp_path / "base").exists()
