@@ -3,12 +3,9 @@
 import json
 import re
 
-from jaxchat.config import load_config
 from jaxchat.log import read_metrics
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir
 from train.plots import loss_plot
-from train.report import code_size, collect
+from train.report import code_size
 
 
 def test_every_number_of_the_card_is_in_the_json(finished):
@@ -31,14 +28,6 @@ def test_the_card_reads_well(finished):
     for table in re.findall(r"(?:^\|.*\|\n)+", text, re.M):
         assert len({line.count("|") - line.count("\\|") for line in table.splitlines()}) == 1, table
     assert "nan" not in text.lower().split("## samples")[0].replace("nano", "")
-
-
-def test_a_run_of_one_stage_has_a_card_too(finished, tmp_path):
-    run = RunDir(tmp_path)
-    records = json.loads((finished / "stages.json").read_text())
-    run.stages.write_text(json.dumps({k: records[k] for k in ("tokenizer", "prepare")}))
-    card = collect(resolve(load_config(finished / "config.toml")), run)
-    assert card["exams"] == {} and card["pretrain"] == {} and card["data"]["train"]["tokens"] > 0
 
 
 def test_code_is_counted_without_comments_and_docstrings():
