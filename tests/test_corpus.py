@@ -178,6 +178,33 @@ def test_bad_files_are_named_in_one_line(tmp_path):
             assert str(path) in str(caught.value) and "\n" not in str(caught.value), name
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt.zst", "a.parquet"])
+def test_whatever_is_damaged_is_read_or_named_in_one_line(tmp_path, name):
+    """Bits flipped at random, most of them at the two ends, where formats keep what they are."""
+    texts = [f"text {i} 안녕 " * (i % 40 + 1) for i in range(100)]
+    lines = jsonl(*({"text": text} for text in texts)).encode()
+    path, draw = tmp_path / name, random.Random(name)
+    if name.endswith(".zst"):
+        with pa.CompressedOutputStream(str(path), "zstd") as file:
+            file.write("\n\n".join(texts).encode())
+    elif name.endswith(".parquet"):
+        pq.write_table(pa.table({"id": range(100), "text": texts}), path)
+    else:
+        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in (draw.randrange(len(data)), draw.randrange(30), len(data) - 1 - draw.randrange(300)):
+            data[place] ^= draw.choice([0, 1 << draw.randrange(8)])
+        path.write_bytes(data)
+        try:
+            everything(path)
+        except DataError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert refused > 10
+
+
 def test_what_is_not_there(tmp_path):
     for pattern in (tmp_path / "no.txt", tmp_path / "*.txt", tmp_path / "none" / "**", tmp_path):
         with pytest.raises(DataError, match="no such files; give a path or a glob"):

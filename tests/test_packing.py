@@ -57,6 +57,47 @@ def test_every_token_exactly_once(seed, row_len, window):
     assert all(len(row) > row_len - MIN_CUT for row in rows[:-1])  # only the last one may be short
 
 
+def test_every_token_exactly_once_whatever_the_lengths():
+    hypothesis = pytest.importorskip("hypothesis", reason="needs the extra dev")
+    draw = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=100, deadline=None, database=None)
+    @hypothesis.given(
+        draw.lists(draw.integers(1, 120), min_size=1, max_size=60), draw.integers(2, 70), draw.integers(1, 70)
+    )
+    def check(lengths, row_len, window):
+        documents = documents_of(lengths)
+        rows, stats = pack(documents, row_len, window)
+        check_law(documents, rows, stats, row_len)
+        assert all(len(row) > row_len - MIN_CUT for row in rows[:-1])
+
+    check()
+
+
+def test_conversations_whole_or_cut_at_a_turn_whatever_the_lengths():
+    hypothesis = pytest.importorskip("hypothesis", reason="needs the extra dev")
+    draw = hypothesis.strategies
+    turns = draw.lists(draw.tuples(draw.integers(1, 12), draw.integers(1, 12)), min_size=1, max_size=6)
+
+    @hypothesis.settings(max_examples=100, deadline=None, database=None)
+    @hypothesis.given(draw.lists(turns, max_size=30), draw.integers(30, 80))
+    def check(all_turns, row_len):
+        conversations, stats = [conversation(*turns) for turns in all_turns], PackStats()
+        expected = []
+        for ids, mask in conversations:
+            stop = max(i + 1 for i, token in enumerate(ids) if token == END and i < row_len)
+            expected.append((ids[:stop], mask[:stop]))
+        found = []
+        for ids, mask in pack_conversations(conversations, row_len, END, stats):
+            assert len(ids) == len(mask) <= row_len
+            starts = [*np.flatnonzero(ids == BOS), len(ids)]
+            found += [(ids[a:b].tolist(), mask[a:b].tolist()) for a, b in itertools.pairwise(starts)]
+        assert sorted(found) == sorted(expected)
+        assert stats.cuts == sum(len(ids) > row_len for ids, _ in conversations)
+
+    check()
+
+
 @pytest.mark.parametrize("length", [1, 8, 9, 31, 32, 33, 63, 64, 65, 1000])
 def test_lengths_around_the_row(length):
     documents = documents_of([length] * 20)

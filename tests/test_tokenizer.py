@@ -7,8 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxchat.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from jaxchat.data.corpus import iterate_documents
@@ -81,6 +81,26 @@ def test_special_tokens_typed_as_text_stay_text(tokenizer, name, frame):
         assert not set(ids) & set(tokenizer.special.values())
         assert len(ids) > 1
         assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("known", [None, True, False])
+def test_typed_special_tokens_stay_text_in_every_tokenizer(tokenizer, tmp_path, sample, known):
+    """Saved and loaded; from elsewhere; from elsewhere with some of the tokens there already, special or not."""
+    path = foreign(tmp_path / "f.json", sample)
+    if known is not None:
+        backend = Backend.from_file(str(path))
+        backend.add_tokens([AddedToken(name, special=known, normalized=False) for name in SPECIAL_TOKENS[2:5]])
+        backend.save(str(path))
+    for source in (tokenizer, Tokenizer.load(path)):
+        source.save(tmp_path / "saved")
+        for taken in (source, Tokenizer.load(tmp_path / "saved")):
+            special = set(taken.special.values())
+            assert len(special) == 9 and not taken.byte_lengths()[list(special)].any()
+            for name in SPECIAL_TOKENS:
+                text = f"{name} a {name}{name}b"
+                ids = taken.encode(text)
+                assert not set(ids) & special and taken.decode(ids) == text
+                assert taken.encode_batch([text]) == [ids]
 
 
 def test_special_tokens_stand_for_no_text(tokenizer):

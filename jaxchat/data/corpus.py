@@ -140,7 +140,7 @@ def read_file(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert it first, or leave it out") from None
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())  # Arrow's messages have several lines
         raise DataError(f"{path}: cannot be read ({reason})") from None
 
 
