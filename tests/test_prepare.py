@@ -2,21 +2,27 @@
 
 import dataclasses
 import itertools
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxchat.config import Config, DataConfig, ModelConfig
+from jaxchat.config import Config, DataConfig, ModelConfig, to_toml
 from jaxchat.data.corpus import iterate_documents
 from jaxchat.data.rows import Rows
 from jaxchat.data.tokenize import read_documents
-from jaxchat.errors import DataError
+from jaxchat.errors import DataError, UsageError
 from jaxchat.paths import RunDir
 from jaxchat.text.tokenizer import Tokenizer
 from train import prepare
 from train import tokenizer as tokenizer_stage
 
 SEQ_LEN = 64
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +91,49 @@ def test_what_an_interrupted_run_has_finished_is_kept(run):
     assert {p.parent.name for p in kept} == {"train"} and len(kept) > 4
 
 
+KILLED = """
+import os, signal, sys
+from jaxchat.config import load_config
+from jaxchat.paths import RunDir
+from train import prepare
+
+place, config, folder = sys.argv[1:]
+
+def die_at(items, number):
+    for i, item in enumerate(items):
+        if i == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield item
+
+documents, write, finish = prepare.iterate_documents, prepare.write_rows, prepare.finish_rows
+if place == "documents":
+    prepare.iterate_documents = lambda *args: die_at(documents(*args), 40)
+elif place == "rows":
+    prepare.write_rows = lambda directory, rows, *args: write(directory, die_at(rows, 20), *args)
+elif place == "finish":
+    prepare.finish_rows = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+elif place == "second":
+    prepare.write_rows = lambda directory, rows, *args: write(
+        directory, die_at(rows, 3 if directory.name == "val" else -1), *args)
+prepare.run(load_config(config), RunDir(folder))
+"""
+
+
+@pytest.mark.parametrize("place", ["documents", "rows", "finish", "second"])
+def test_killed_half_way_and_run_again_it_is_as_if_nothing_had_been(run, tmp_path, place):
+    config, run = run
+    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    command = [sys.executable, "-c", KILLED, place, str(tmp_path / "config.toml"), str(run.root)]
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
+    with pytest.raises(DataError):
+        Rows(run.data / "rows" / ("val" if place == "second" else "train"))  # nothing that could be taken as whole
+    assert list(run.data.rglob("*.partial")) or place == "documents"
+    facts = prepare.run(config, run)
+    shutil.copytree(run.tokenizer, tmp_path / "other" / "tokenizer")
+    assert prepare.run(config, RunDir(tmp_path / "other")) == facts
+    assert not list(run.data.rglob("*.partial"))
+
+
 def test_damage_is_repaired_where_it_can_be(run):
     config, run = run
     facts = prepare.run(config, run)
@@ -127,6 +176,16 @@ def test_a_corpus_too_small_for_one_row(run):
     with pytest.raises(DataError, match=r"tokens to train on are too few for one row of 1000001; add text, or lower"):
         prepare.run(long, run)
     assert not (run.data / "rows").exists()
+
+
+@pytest.mark.parametrize("key", ["pack_docs", "shard_tokens"])
+@pytest.mark.parametrize("value", [0, -5])
+def test_sizes_that_are_none_are_refused(run, key, value):
+    """A window of no documents once gave no rows, and said that it was done."""
+    config, run = run
+    with pytest.raises(UsageError, match=rf"data\.{key}: must be at least 1, not {value}"):
+        prepare.run(with_data(config, **{key: value}), run)
+    assert not run.data.exists()
 
 
 def test_unreadable_text_leaves_nothing_half_written(run, book):

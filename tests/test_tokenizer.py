@@ -300,3 +300,20 @@ def test_stage_trains_on_the_training_text_and_measures_on_the_rest(tmp_path, sa
     with pytest.raises(UsageError, match="model.vocab_size=500"):
         stage.run(Config(model=ModelConfig(vocab_size=499), data=config.data, tokenizer=taken), RunDir(tmp_path / "b"))
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (TokenizerConfig(), DataError, "too small for model.vocab_size 9000"),
+        (TokenizerConfig(train_chars=0), UsageError, r"tokenizer\.train_chars: must be at least 1, not 0"),
+        (TokenizerConfig(doc_chars=-1), UsageError, r"tokenizer\.doc_chars: must be at least 1, not -1"),
+        (TokenizerConfig(path="/no/such/tokenizer.json"), DataError, "/no/such/tokenizer.json: cannot be read"),
+    ],
+)
+def test_a_stage_that_cannot_do_it_leaves_nothing(tmp_path, sample, options, error, words):
+    (tmp_path / "a.txt").write_text("\n\n".join(sample[:50]), encoding="utf-8")
+    source = DataConfig(source=f"files:{tmp_path}/a.txt", val_fraction=0.1)
+    with pytest.raises(error, match=words):
+        stage.run(Config(model=ModelConfig(vocab_size=9000), data=source, tokenizer=options), RunDir(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

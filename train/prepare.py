@@ -13,7 +13,7 @@ from jaxchat.data.corpus import fingerprint, iterate_documents
 from jaxchat.data.packing import PackStats, pack_documents
 from jaxchat.data.rows import Rows, finish_rows, write_rows
 from jaxchat.data.tokenize import read_documents, read_manifest, write_shards
-from jaxchat.errors import DataError
+from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.paths import RunDir
 from jaxchat.text.tokenizer import Tokenizer
@@ -26,6 +26,9 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
 
     What an interrupted run has finished, of the same source and with the same settings, is kept.
     """
+    for key, value in (("pack_docs", config.data.pack_docs), ("shard_tokens", config.data.shard_tokens)):
+        if value < 1:
+            raise UsageError(f"data.{key}: must be at least 1, not {value}")
     tokenizer = Tokenizer.load(run.tokenizer)
     facts: dict[str, Any] = {split: _split(config, run, tokenizer, split) for split in ("train", "val")}
     checksums = json.dumps([facts[split]["sha256"] for split in facts], sort_keys=True)

@@ -27,6 +27,9 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
                 f"set model.vocab_size={tokenizer.vocab_size}"
             )
     else:
+        for key, value in (("train_chars", options.train_chars), ("doc_chars", options.doc_chars)):
+            if value < 1:
+                raise UsageError(f"tokenizer.{key}: must be at least 1, not {value}")
         documents = iterate_documents(data.source, "train", data.val_fraction)
         with progress("tokenizer", None) as bar:
             tokenizer = train_tokenizer(
