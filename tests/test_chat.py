@@ -45,9 +45,10 @@ CALL = [
 
 
 def test_a_conversation_worked_by_hand(tokenizer):
-    messages = [user("What is 17+25?"), assistant(CALL), user("Thanks"), assistant("Bye")]
+    system = {"role": "system", "content": "Be brief."}
+    messages = [system, user("What is 17+25?"), assistant(CALL), user("Thanks"), assistant("Bye")]
     assert show(tokenizer, render(tokenizer, messages)[0]) == (
-        "<|bos|><|user_start|>What is 17+25?<|user_end|>"
+        "<|bos|><|user_start|>Be brief.\n\nWhat is 17+25?<|user_end|>"
         "<|assistant_start|>Let me see: <|python_start|>17+25<|python_end|><|output_start|>42<|output_end|>It is 42."
         "<|assistant_end|><|user_start|>Thanks<|user_end|><|assistant_start|>Bye<|assistant_end|>"
     )
