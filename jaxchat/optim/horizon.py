@@ -53,8 +53,8 @@ def _resolve_optim(config: Config, model: ModelConfig, batch: int, tokens: int):
 def rate_scale(batch: int) -> float:
     """Learning-rate multiplier of a batch of so many tokens.
 
-    Above the reference the square-root rule of nanochat; below it the power 1/8, which meets the measured optimum at
-    2^11 tokens a step (8 times what the square root gives).
+    Above the reference the square-root rule of nanochat; below it the power 1/8, which meets the optimum known for 2^11
+    tokens a step (8 times what the square root gives). Between the two it has not been tested.
     """
     ratio = batch / REFERENCE_BATCH
     return ratio**0.5 if ratio >= 1 else ratio**SMALL_BATCH_POWER
