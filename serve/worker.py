@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from jaxchat.engine import Engine, Event, Handle, Request
-from jaxchat.errors import JaxchatError
+from jaxchat.errors import JaxchatError, UsageError
 
-IDLE_SECONDS = 0.5  # between looks at the closing flag while nothing is to do
+ANSWER_ROOM = 32  # tokens of the context kept for the answer where the conversation would fill it
 
 
 class EngineStopped(JaxchatError):
@@ -30,7 +31,8 @@ class Worker:
         self.engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[Handle, Callable[[Event | BaseException], None]] = {}
-        self._closing = False
+        self._gate = threading.Lock()  # nothing is put into the inbox after the last look into it
+        self._closing = self._ended = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -41,16 +43,17 @@ class Worker:
 
     async def events(self, request: Request) -> AsyncIterator[Event]:
         """The pieces of one answer, "done" last. Raises what the engine raised, such as `UsageError`."""
-        if not self.alive:
-            raise EngineStopped("the engine has stopped; start the service again")
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
         handles: list[Handle] = []
 
         def tell(item: Event | BaseException) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the client's loop has ended, and the client with it
                 loop.call_soon_threadsafe(inbox.put_nowait, item)
 
         def submit() -> None:
+            if self._closing:
+                tell(self._stopped())
+                return
             try:
                 handle = self.engine.submit(request)
             except Exception as error:
@@ -62,9 +65,11 @@ class Worker:
         def cancel() -> None:
             for handle in handles:
                 self._listeners.pop(handle, None)
-                self.engine.cancel(handle)
+                if not self._ended:  # a broken engine may not even cancel
+                    self.engine.cancel(handle)
 
-        self._inbox.put(submit)
+        if not self._put(submit):
+            raise self._stopped()
         try:
             while True:
                 item = await inbox.get()
@@ -74,18 +79,29 @@ class Worker:
                 if item.kind == "done":
                     return
         finally:
-            self._inbox.put(cancel)  # no effect on a finished answer
+            self._put(cancel)  # no effect on a finished answer
 
     def close(self) -> None:
         """End the thread; answers under way end with `EngineStopped`."""
         self._closing = True
-        self._inbox.put(lambda: None)
+        self._put(lambda: None)  # wakes it
         self._thread.join(timeout=30)
+
+    def _put(self, command: Callable[[], None]) -> bool:
+        """Have the engine's thread run `command`; False where it has ended."""
+        with self._gate:
+            if not self._ended:
+                self._inbox.put(command)
+            return not self._ended
+
+    def _stopped(self) -> EngineStopped:
+        reason = f": {self._failure}" if self._failure else ""
+        return EngineStopped(f"the engine has stopped{reason}; start the service again")
 
     def _run(self) -> None:
         try:
             while not self._closing:
-                self._obey()
+                self._obey(wait=not self.engine.running and not self.engine.waiting)
                 for handle, event in self.engine.step():
                     listener = self._listeners.get(handle)
                     if listener:
@@ -95,18 +111,33 @@ class Worker:
         except Exception as error:
             self._failure = error
         finally:
-            reason = f": {self._failure}" if self._failure else ""
-            stopped: Any = EngineStopped(f"the engine has stopped{reason}; start the service again")
             self._closing = True
-            for listener in list(self._listeners.values()):
-                listener(stopped)
+            with self._gate:
+                self._ended = True
+            self._obey(wait=False)  # whoever has just come hears it too
+            for tell in self._listeners.values():
+                tell(self._stopped())
 
-    def _obey(self) -> None:
-        """Take what has come in; wait for something where nothing runs."""
-        idle = not self.engine.running and not self.engine.waiting
-        try:
-            self._inbox.get(timeout=IDLE_SECONDS)() if idle else self._inbox.get_nowait()()
+    def _obey(self, wait: bool) -> None:
+        """Run all commands that have come in; with `wait`, at least one."""
+        with contextlib.suppress(queue.Empty):
+            if wait:
+                self._inbox.get()()
             while True:
                 self._inbox.get_nowait()()
-        except queue.Empty:
-            return
+
+
+def fitting_request(engine: Engine, messages: Sequence[dict[str, Any]], **settings: Any) -> tuple[Request, int]:
+    """(request, dropped): the answer to a conversation, without as many of its oldest messages as do not fit.
+
+    `UsageError` where the last message alone is longer than the context.
+    """
+    room, dropped = engine.capacity - min(ANSWER_ROOM, engine.capacity // 2), 0
+    while True:
+        request = engine.chat_request(messages[dropped:], **settings)
+        if len(request.tokens) <= room or dropped + 2 >= len(messages):
+            break
+        dropped += 2
+    if len(request.tokens) > engine.capacity:
+        raise UsageError(f"the message has {len(request.tokens)} tokens; this model's context holds {engine.capacity}")
+    return request, dropped

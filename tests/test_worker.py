@@ -1,13 +1,15 @@
 """One thread owns the engine: many clients, cancellation, errors, the end."""
 
 import asyncio
+import threading
+import time
 
 import pytest
 from small_model import CONFIG, GREETING, QUESTION, learned, tokenizer
 
 from jaxchat.engine import Engine
 from jaxchat.errors import UsageError
-from serve.worker import EngineStopped, Worker
+from serve.worker import EngineStopped, Worker, fitting_request
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +79,59 @@ def test_closed_is_closed():
     assert not worker.alive
     with pytest.raises(EngineStopped):
         asyncio.run(collect(worker, GREETING))
+
+
+def test_a_client_that_comes_while_the_engine_ends_is_told():
+    """The last look into the inbox comes after the last moment to put something there."""
+    worker = Worker(Engine(CONFIG, learned(), tokenizer(), slots=1))
+    step, busy, go_on = worker.engine.step, threading.Event(), threading.Event()
+
+    def held():
+        busy.set()
+        assert go_on.wait(20)
+        return step()
+
+    worker.engine.step = held
+    told = []
+
+    def client(messages):
+        try:
+            asyncio.run(collect(worker, messages))
+        except EngineStopped as error:
+            told.append(str(error))
+
+    threads = [threading.Thread(target=client, args=(GREETING,), daemon=True)]
+    threads[0].start()
+    assert busy.wait(20)
+    closer = threading.Thread(target=worker.close, daemon=True)
+    closer.start()
+    while worker.alive:
+        time.sleep(0.01)
+    threads.append(threading.Thread(target=client, args=(QUESTION,), daemon=True))
+    threads[1].start()
+    time.sleep(0.3)
+    go_on.set()
+    for thread in [*threads, closer]:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert len(told) == 2
+
+
+def test_a_client_whose_loop_has_ended_harms_nobody(worker):
+    """Its events have nowhere to go; the engine's thread lives on."""
+    loop = asyncio.new_event_loop()
+    events = worker.events(worker.engine.chat_request(GREETING, max_tokens=60, stop=()))
+    assert loop.run_until_complete(anext(events)).kind == "text"
+    loop.close()
+    assert text_of(asyncio.run(collect(worker, QUESTION))) == "That is it." and worker.alive
+
+
+def test_a_conversation_loses_its_oldest_turns_until_it_fits(worker):
+    engine, turn = worker.engine, [*GREETING, {"role": "assistant", "content": "Hi"}]
+    assert fitting_request(engine, GREETING)[1] == 0
+    request, dropped = fitting_request(engine, [*turn * 20, *GREETING], temperature=0.5)
+    assert dropped in range(2, 40, 2) and len(request.tokens) <= engine.capacity - 32 and request.temperature == 0.5
+    assert request.tokens == engine.chat_request([*turn * (20 - dropped // 2), *GREETING]).tokens
+    assert len(engine.chat_request([*turn * (21 - dropped // 2), *GREETING]).tokens) > engine.capacity - 32
+    with pytest.raises(UsageError, match="context holds 128"):
+        fitting_request(engine, [*turn, {"role": "user", "content": "word " * 500}])
