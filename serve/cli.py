@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import io
+import signal
 import sys
 import time
+import unicodedata
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from jaxchat.config import Config
-from jaxchat.engine import Engine, Request
+from jaxchat.engine import Engine
 from jaxchat.errors import UsageError
 from jaxchat.paths import RunDir
+from serve.worker import fitting_request
 
 HELP = """  /temperature X   0 takes the likeliest word each time, 1 is lively (now {temperature:g})
   /topk N          choose among the N likeliest tokens, 0 among all (now {top_k})
@@ -51,52 +56,33 @@ class Chat:
 
     def answer(self, text: str) -> None:
         """Stream the answer to one user message; Ctrl-C keeps what has come so far."""
-        self.messages.append({"role": "user", "content": text})
+        messages = [*self.messages, {"role": "user", "content": text}]
+        settings = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_k": self.top_k}
         try:
-            request = self._request()
+            request, dropped = fitting_request(self.engine, messages, **settings)
         except UsageError as error:
-            self.messages.pop()
             self._note(str(error))
             return
+        if dropped:
+            self._note(f"the context is full: the oldest {dropped} messages are forgotten")
         parts: list[dict[str, str]] = []
-        begin, shown = time.perf_counter(), ""
-        try:
-            for event in self.engine.events(request):
-                if event.kind == "done":
+        begin = time.perf_counter()
+        events = self.engine.events(request)
+        with interruptible() as stopped, contextlib.closing(events):  # type: ignore[type-var]
+            for event in events:
+                if event.kind == "done" or stopped():
                     break
                 if not parts or parts[-1]["type"] != event.kind:
                     self._write(self._frame(parts[-1]["type"] if parts else "", event.kind))
                     parts.append({"type": event.kind, "text": ""})
                 parts[-1]["text"] += event.text
-                shown += event.text
-                self._write(event.text)
-        except KeyboardInterrupt:
-            self._write(" ...")
+                self._write(printable(event.text))
+            self._write(" ..." if stopped() else "")
         self._write(self._frame(parts[-1]["type"] if parts else "", "") + "\n")
-        if self.interactive and shown:
-            rate = len(self.engine.tokenizer.encode(shown)) / max(time.perf_counter() - begin, 1e-9)
-            self._write(f"\033[2m{rate:.0f} tokens/s\033[0m\n")
-        self.messages.append({"role": "assistant", "content": parts or ""})
-
-    def _request(self) -> Request:
-        """The conversation as a prompt; one too long for the context loses its oldest turns, and says so."""
-        room = self.engine.capacity - min(32, self.engine.capacity // 2)
-        dropped = 0
-        while True:
-            request = self.engine.chat_request(
-                self.messages, max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k
-            )
-            if len(request.tokens) <= room or len(self.messages) == 1:
-                break
-            del self.messages[:2]
-            dropped += 2
-        if len(request.tokens) > self.engine.capacity:
-            raise UsageError(
-                f"the message has {len(request.tokens)} tokens; this model's context holds {self.engine.capacity}"
-            )
-        if dropped:
-            self._note(f"the context is full: the oldest {dropped} messages are forgotten")
-        return request
+        if self.interactive and parts:
+            tokens = sum(len(self.engine.tokenizer.encode(part["text"])) for part in parts)
+            self._note(f"{tokens / max(time.perf_counter() - begin, 1e-9):.0f} tokens/s")
+        self.messages = [*messages[dropped:], {"role": "assistant", "content": parts}]
 
     def _frame(self, before: str, after: str) -> str:
         """Tool calls stand in brackets, so that nobody takes them for the model's own words."""
@@ -119,30 +105,60 @@ class Chat:
 def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO | None = None) -> None:
     """Talk to a finished run until the input ends. In a pipe, only the answers go to standard output."""
     source = source or sys.stdin
+    for stream in (source, sys.stdout, sys.stderr):  # whatever the locale says; no byte of the input is an error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     engine = Engine.from_pretrained(run.root, stage, slots=1)
-    serve = config.serve
     interactive = source.isatty() and sys.stdout.isatty()
-    talk = Chat(engine, serve.temperature, serve.top_k, serve.max_tokens, sys.stdout, interactive)
-    if not interactive:
-        talk = dataclasses.replace(talk, temperature=0.0)  # a script wants the same answer every time
+    temperature = config.serve.temperature if interactive else 0.0  # a script wants the same answer every time
+    talk = Chat(engine, temperature, config.serve.top_k, config.serve.max_tokens, sys.stdout, interactive)
     if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # arrow keys and history in `input`
         print(f"{config.tier} in {run.root}; /help lists the commands")
-    while True:
-        try:
-            line = input("\n> ") if interactive else source.readline()
-        except EOFError:
-            break
-        except KeyboardInterrupt:
-            print()
-            continue
-        if not interactive and not line:
-            break
-        line = line.strip()
+    for line in lines(source, interactive):
         if line.startswith("/"):
             if not talk.command(line):
                 break
         elif line:
             talk.answer(line)
+
+
+def lines(source: TextIO, interactive: bool) -> Iterator[str]:
+    """What the person says, line by line, to the end of the input; Ctrl-C at the prompt clears the line."""
+    while True:
+        try:
+            line = input("\n> ") if interactive else source.readline()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()
+            continue
+        if not line and not interactive:
+            return
+        yield line.strip()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Within, Ctrl-C only sets what the yielded function tells.
+
+    An exception in the middle of a decoding step would lose the engine's state, which that step consumes.
+    """
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def printable(text: str) -> str:
+    """Without the control characters by which a model's text could steer the terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
 
 
 def _number(text: str, kind: type) -> Any:

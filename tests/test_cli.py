@@ -2,8 +2,11 @@
 
 import io
 import os
+import select
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from small_model import GREETING, QUESTION, write_run
 
 from jaxchat.config import load_config
 from jaxchat.engine import Engine
-from serve.cli import Chat, chat
+from serve.cli import Chat, chat, printable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,21 +85,95 @@ def test_a_message_longer_than_the_context_is_refused_with_the_numbers(engine, c
     assert c.messages == []
 
 
-def test_ctrl_c_stops_the_answer_not_the_program(engine, monkeypatch):
+def test_the_model_cannot_steer_the_terminal():
+    assert printable("a\n\tb 안녕 🙂") == "a\n\tb 안녕 🙂"
+    assert printable("\033[2J\r\x07\x9b") == "\ufffd[2J" + "\ufffd" * 3
+
+
+def test_bytes_that_are_no_text_do_not_end_the_chat(run):
+    """Also where the locale knows only ASCII."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch.py", "--run-dir", run.root, "--chat"],
+        input=b"\xff\xfe\n" + GREETING[0]["content"].encode(), capture_output=True, cwd=ROOT, timeout=120,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode().endswith("Hi 🙂 안녕!\n") and done.stdout.count(b"\n") >= 2
+
+
+# makes the terminal on its standard input its own, so that Ctrl-C there reaches it, and becomes the command
+ENTER = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+class Terminal:
+    """A program in a terminal of its own, as a person has it before them."""
+
+    def __init__(self, command, **options):
+        pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+        self.screen, inside = pty.openpty()
+        command = [sys.executable, "-c", ENTER, *map(str, command)]
+        self.program = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, **options)
+        os.close(inside)
+        self.seen = ""
+
+    def type(self, text):
+        os.write(self.screen, text.encode())
+
+    def wait_for(self, text, seconds=60):
+        """All that came up to and with `text`."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < end, f"no {text!r} in {self.seen!r}"
+            if select.select([self.screen], [], [], 0.2)[0]:
+                try:
+                    self.seen += os.read(self.screen, 4096).decode(errors="replace")
+                except OSError:  # the program has gone
+                    assert text in self.seen, f"no {text!r} in {self.seen!r}"
+        part, self.seen = self.seen[: self.seen.index(text) + len(text)], self.seen[self.seen.index(text) + len(text) :]
+        return part
+
+
+def test_a_terminal(run):
+    """Prompt, stream, Ctrl-C at the prompt and in an answer, and the end of the input."""
+    command = [sys.executable, ROOT / "launch.py", "--run-dir", run.root, "--chat", "--set", "serve.temperature=0"]
+    terminal = Terminal(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "LANG": "C.UTF-8"})
+    terminal.wait_for("/help lists the commands")
+    terminal.wait_for("> ")
+    terminal.type("half a line\x03")
+    terminal.wait_for("> ")
+    terminal.type(QUESTION[0]["content"] + "\r")
+    assert "[12+30 = 42]\033[0m That is it." in terminal.wait_for("tokens/s")
+    terminal.wait_for("> ")
+    terminal.type("/help\r")
+    assert "/temperature X" in terminal.wait_for("Ctrl-C stops an answer")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.program.wait(30) == 0
+
+
+def test_ctrl_c_stops_the_answer_not_the_program(engine):
+    """A real signal in the middle of real decoding."""
     c = talk(engine)
-    events = engine.events
+    written = c.out.write
 
-    def interrupted(request):
-        for i, event in enumerate(events(request)):
-            if i == 2:
-                raise KeyboardInterrupt
-            yield event
+    def interrupt(text):
+        if len(c.out.getvalue()) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return written(text)
 
-    monkeypatch.setattr(engine, "events", interrupted)
+    c.out.write = interrupt
     c.answer(GREETING[0]["content"])
-    assert c.out.getvalue().endswith(" ...\n")
-    monkeypatch.undo()
-    assert engine.running == 0
+    assert c.out.getvalue().endswith(" ...\n") and "안녕!" not in c.out.getvalue()
+    assert engine.running == 0 and c.messages[-1]["role"] == "assistant"
+    del c.out.write
     c.command("/clear")
     c.answer(GREETING[0]["content"])
     assert c.out.getvalue().endswith("Hi 🙂 안녕!\n")
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
