@@ -88,3 +88,23 @@ def test_the_two_commands_and_every_tier(page):
     assert "pip install -r requirements.txt && python -m pytest" in text
     for path in tier_files():
         assert f"| `{path.stem}` |" in text
+
+
+@pytest.mark.parametrize("page", ["docs/run-directory.md", "docs/ko/run-directory.md"])
+def test_every_file_of_a_run_is_documented(page, finished):
+    listed = re.findall(r"^\| `([\w./<>]+)` \|", (ROOT / page).read_text(encoding="utf-8").split("\n## ")[0], re.M)
+    files = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    patterns = {name: re.sub(r"<\w+>", "[^/]+", re.escape(name)) + (".*" if name[-1] == "/" else "") for name in listed}
+    unknown = [file for file in files if not any(re.fullmatch(p, file) for p in patterns.values())]
+    assert not unknown
+    never = [name for name, p in patterns.items() if not any(re.fullmatch(p, file) for file in files)]
+    assert never == ["base/samples/step_<step>.md"]  # the tiny run is shorter than train.sample_every
+
+
+@pytest.mark.parametrize("page", ["docs/run-directory.md", "docs/ko/run-directory.md"])
+def test_every_field_of_a_record_is_documented(page, finished):
+    section = (ROOT / page).read_text(encoding="utf-8").split("\n## ")[1]
+    first_cells = re.findall(r"^\| (`.*?) \|", section, re.M)
+    documented = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
+    records = json.loads((finished / "stages.json").read_text())
+    assert documented == {field for record in records.values() for field in record}
