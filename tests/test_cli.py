@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from small_model import GREETING, QUESTION, write_run
 
-from jaxchat.config import load_config
 from jaxchat.engine import Engine
-from serve.cli import Chat, chat, printable
+from serve.cli import Chat, printable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,11 +42,6 @@ def test_a_pipe_gets_the_answers_and_nothing_else(run):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[12+30 = 42] That is it.\nHi 🙂 안녕!\n"
     assert "/temperature" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_the_end_of_the_input_ends_the_chat(run, capsys):
-    chat(run, load_config(run.config), source=io.StringIO(GREETING[0]["content"]))
-    assert capsys.readouterr().out == "Hi 🙂 안녕!\n"
 
 
 def test_commands(engine):
@@ -142,18 +136,21 @@ def test_a_terminal(run):
     """Prompt, stream, Ctrl-C at the prompt and in an answer, and the end of the input."""
     command = [sys.executable, ROOT / "launch.py", "--run-dir", run.root, "--chat", "--set", "serve.temperature=0"]
     terminal = Terminal(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "LANG": "C.UTF-8"})
-    terminal.wait_for("/help lists the commands")
-    terminal.wait_for("> ")
-    terminal.type("half a line\x03")
-    terminal.wait_for("> ")
-    terminal.type(QUESTION[0]["content"] + "\r")
-    assert "[12+30 = 42]\033[0m That is it." in terminal.wait_for("tokens/s")
-    terminal.wait_for("> ")
-    terminal.type("/help\r")
-    assert "/temperature X" in terminal.wait_for("Ctrl-C stops an answer")
-    terminal.wait_for("> ")
-    terminal.type("\x04")
-    assert terminal.program.wait(30) == 0
+    try:
+        terminal.wait_for("/help lists the commands")
+        terminal.wait_for("> ")
+        terminal.type("half a line\x03")
+        terminal.wait_for("> ")
+        terminal.type(QUESTION[0]["content"] + "\r")
+        assert "[12+30 = 42]\033[0m That is it." in terminal.wait_for("tokens/s")
+        terminal.wait_for("> ")
+        terminal.type("/help\r")
+        assert "/temperature X" in terminal.wait_for("Ctrl-C stops an answer")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.program.wait(30) == 0
+    finally:
+        terminal.program.kill()
 
 
 def test_ctrl_c_stops_the_answer_not_the_program(engine):
