@@ -66,7 +66,7 @@ def _quote(prompt: str) -> str:
 
 def _code(text: str) -> str:
     """Inline code around any text: more backticks than the text holds in a row."""
-    text = " ".join(text.split("\n"))
+    text = " ".join(text.splitlines())
     fence = "`"
     while fence in text:
         fence += "`"
