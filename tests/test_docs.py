@@ -10,8 +10,11 @@ import pytest
 import launch
 from jaxchat import errors
 from jaxchat.config import Config, flatten, load_config, tier_files
+from jaxchat.optim import horizon
+from jaxchat.optim.groups import GROUPS
+from jaxchat.recipes import RECIPES
 from train.plan import parse_target
-from train.stages import select
+from train.stages import FREE_KEYS, select
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -79,6 +82,32 @@ def test_exit_codes(page):
     documented = {int(c) for c in re.findall(r"^\| (\d+) \|", (ROOT / page).read_text(encoding="utf-8"), re.M)}
     real = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.JaxchatError)}
     assert documented == (real - {1}) | {0}
+
+
+@pytest.mark.parametrize("page", ["docs/training.md", "docs/ko/training.md"])
+def test_keys_that_may_change_and_optimizer_groups(page):
+    stages, _, optimizer, *_ = (ROOT / page).read_text(encoding="utf-8").split("\n## ")[1:]
+    free = re.findall(r"`([a-z_.*]+)`", " ".join(re.findall(r"^\| (`\w+\.[^|]*)\|", stages, re.M)))
+    assert sorted(free) == sorted(key + "*" if key[-1] == "." else key for key in FREE_KEYS)
+    assert [group for _, group in GROUPS] == re.findall(r"^\| `(\w+)` \|", optimizer, re.M)
+
+
+@pytest.mark.parametrize("page", ["docs/training.md", "docs/ko/training.md"])
+def test_schedules(page):
+    """The numbers of the table, in whatever language stands around them: warm-up, fall, clipping of every column."""
+    rows = [line.split("|")[2:5] for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    start = next(i for i, row in enumerate(rows) if [cell.strip() for cell in row[:2]] == ["modern", "classic"])
+    warmup, fall, _, _, clip = rows[start + 2 : start + 7]
+    columns = [RECIPES["modern"]["optim"], RECIPES["classic"]["optim"], horizon.ADAMW]
+    for column, values in enumerate(columns):
+        ratio = [] if column == 2 else [values["warmdown_ratio"] * 100]
+        assert _numbers(warmup[column]) == [values["warmup_steps"]] * (values["warmup_steps"] > 0)
+        assert _numbers(fall[column]) == pytest.approx([*ratio, values["final_lr"] * 100])
+        assert _numbers(clip[column]) == [values["grad_clip"]] * (values["grad_clip"] > 0)
+
+
+def _numbers(cell):
+    return [float(n) for n in re.findall(r"\d+(?:\.\d+)?", cell)]
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.ko.md"])
