@@ -69,6 +69,29 @@ def test_every_page_has_its_korean_twin(path):
     assert list(commands(twin)) == list(commands(path))
 
 
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_nothing_is_left_to_fill_in(path):
+    assert not re.findall(r"TODO|FIXME|NUMBERS", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page, twin, section", [
+    ("README.md", "README.ko.md", 1), *[("docs/performance.md", "docs/ko/performance.md", n) for n in range(1, 5)]
+])  # fmt: skip
+def test_measured_figures_are_the_same_in_both_languages(page, twin, section):
+    figures = []
+    for name in (page, twin):
+        lines = (ROOT / name).read_text(encoding="utf-8").split("\n## ")[section].splitlines()
+        figures.append([sorted(_figures(line)) for line in lines if line.startswith("|")])
+    assert figures[0] == figures[1] and sum(map(len, figures[0])) > 2
+
+
+def _figures(text):
+    """The numbers of a text, whether large ones are counted in millions or in ten thousands."""
+    units = {"": 1, "M": 1e6, "만": 1e4}
+    found = re.findall(r"(\d[\d,]*(?:\.\d+)?)(?:\s?(M\b|만))?", text)
+    return [round(float(number.replace(",", "")) * units[unit], 6) for number, unit in found]
+
+
 @pytest.mark.parametrize("page", ["docs/configuration.md", "docs/ko/configuration.md"])
 def test_every_key_is_documented_with_its_default(page):
     rows = re.findall(r"^\| `([\w.]+)` \| `(.*?)` \|", (ROOT / page).read_text(encoding="utf-8"), re.M)
