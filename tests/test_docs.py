@@ -1,5 +1,6 @@
 """Documents that stay true: commands parse, keys and links exist, both languages have every page."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -10,6 +11,8 @@ import pytest
 import launch
 from jaxchat import errors
 from jaxchat.config import Config, flatten, load_config, tier_files
+from jaxchat.data.corpus import iterate_documents
+from jaxchat.engine import Request
 from jaxchat.optim import horizon
 from jaxchat.optim.groups import GROUPS
 from jaxchat.recipes import RECIPES
@@ -160,3 +163,42 @@ def test_every_field_of_a_record_is_documented(page, finished):
     documented = {name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)}
     records = json.loads((finished / "stages.json").read_text())
     assert documented == {field for record in records.values() for field in record}
+
+
+@pytest.mark.parametrize("page", ["docs/chat.md", "docs/ko/chat.md"])
+def test_the_python_examples_run(page, finished, capsys):
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+    assert len(examples) == 2
+    for example in examples:
+        assert example.count("runs/nano") == 1
+        exec(compile(example.replace("runs/nano", str(finished)), page, "exec"), {})
+        assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("page", ["docs/chat.md", "docs/ko/chat.md"])
+def test_settings_of_a_request(page):
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / page).read_text(encoding="utf-8"), re.M))
+    fields = {f.name: f.default for f in dataclasses.fields(Request) if f.name not in ("tokens", "stop", "tools")}
+    assert rows.keys() == fields.keys()
+    assert {name: float(rows[name]) for name in fields if fields[name] is not None} == {
+        name: value for name, value in fields.items() if value is not None
+    }
+
+
+def test_the_lines_of_json_are_read_as_the_page_says(tmp_path):
+    lines = re.findall(r"^ {4}(\{.*\})$", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.M)
+    assert lines == re.findall(r"^ {4}(\{.*\})$", (ROOT / "docs/ko/data.md").read_text(encoding="utf-8"), re.M)
+    (tmp_path / "some.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    documents = list(iterate_documents(f"files:{tmp_path}"))
+    assert documents == ["Once upon a time there was a river.", "hello\nHi! How are you?"]
+
+
+@pytest.mark.parametrize("page", ["docs/start.md", "docs/ko/start.md"])
+def test_messages_of_the_troubleshooting_table_exist(page):
+    code = "".join(p.read_text() for folder in ("jaxchat", "train", "serve") for p in (ROOT / folder).rglob("*.py"))
+    code += (ROOT / "launch.py").read_text()
+    messages = re.findall(r"^\| `([^`]+)` \|", (ROOT / page).read_text(encoding="utf-8"), re.M)
+    assert len(messages) == 7
+    for message in messages:
+        first, *rest = message.split(", did you")  # the hint is put together from two places
+        assert first in code and (not rest or "did you mean" in code), message
