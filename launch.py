@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import json
 import os
 import signal
@@ -125,16 +124,14 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         run(make_parser().parse_args(argv))
-    except JaxchatError as error:
+    except (JaxchatError, InterruptedRun) as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", InterruptedRun.exit_code)
     except BrokenPipeError:
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise
-        return _fail(f"{error.filename or 'file system'}: {error.strerror}; what was complete is kept", 3)
+        return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; what was complete is kept", 3)
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             advice = "out of device memory: lower train.device_batch_rows, for example to half"

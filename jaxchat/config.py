@@ -176,7 +176,7 @@ def load_config(tier: str | Path = "nano", overrides: typing.Sequence[str] = ())
             raise UsageError(f"--set {override}: write it as key=value, for example --set model.depth=10")
         _insert(table, key.strip(), _parse_value(key.strip(), text.strip()))
     config = _build(Config, table, "")
-    return config if path.parent != CONFIG_DIR else dataclasses.replace(config, tier=path.stem)
+    return config if "tier" in table else dataclasses.replace(config, tier=path.stem)
 
 
 def tier_files() -> list[Path]:

@@ -35,7 +35,7 @@ class DivergedError(JaxchatError):
     exit_code = 5
 
 
-class InterruptedRun(JaxchatError):
-    """Stopped by a signal after saving; the same command resumes."""
+class InterruptedRun(BaseException):
+    """Stopped by a signal; the same command resumes. No `Exception`: nothing on the way may take it for a fault."""
 
     exit_code = 75

@@ -66,6 +66,11 @@ def test_strict_errors_name_the_key(override, message):
     assert message in str(error.value)
 
 
+def test_a_tier_of_ones_own_is_named_after_its_file(tmp_path):
+    (tmp_path / "mine.toml").write_text("[model]\ndepth = 5\n")
+    assert load_config(tmp_path / "mine.toml").tier == "mine"
+
+
 def test_unknown_tier_names_the_known_ones():
     with pytest.raises(UsageError, match=r"tier 'nanoo' is unknown, did you mean nano\?; tiers: nano, d12"):
         load_config("nanoo")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxchat.config import load_config
+from jaxchat.config import Config, flatten, load_config
 from jaxchat.errors import UsageError
 from jaxchat.model.sizes import count_parameters
 from jaxchat.optim.horizon import derivations, rate_scale, resolve
@@ -58,3 +58,34 @@ def test_every_derived_key_has_a_reason():
     reasons = derivations(given, resolve(given))
     assert "model.width" in reasons and "train.steps" in reasons
     assert all(text.startswith("derived: ") for text in reasons.values())
+
+
+NUMBERS = [k for k, v in flatten(Config()).items() if type(v) in (int, float)]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", ["0", "-1", "-7", "1000000000000"])
+def test_any_number_is_taken_or_refused_by_name(key, value):
+    """No number of a user's ends in a traceback here, and none that makes no sense gets through."""
+    try:
+        resolve(load_config("nano", [f"{key}={value}"]))
+    except UsageError as error:
+        assert key in str(error) or "model.seq_len" in str(error) or "model." in str(error)
+    else:
+        assert value != "-7" or key.startswith(("mesh.", "tokenizer.", "data."))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.checkpoint_every=0", "train.checkpoint_every: must be at least 1, not 0"),
+        ("eval.rows=0", "eval.rows: must be at least 1"),
+        ("train.compute_dtype=foo", "train.compute_dtype: 'foo' is unknown"),
+        ("sft.batch_tokens=100", "sft.batch_tokens: 100 is no multiple of model.seq_len 256; take 256"),
+        ("data.val_fraction=1.5", "data.val_fraction: must be at most 0.9"),
+    ],
+)
+def test_numbers_that_make_no_sense(override, message):
+    with pytest.raises(UsageError) as error:
+        resolve(load_config("nano", [override]))
+    assert message in str(error.value)

@@ -81,6 +81,10 @@ def test_a_signal_saves_and_exits_75(corpus, finished, tmp_path):
 def test_changed_settings_are_refused_by_name(corpus, finished):
     code, _, err = finish(start(arguments(corpus, finished, "--set", "optim.matrix_lr=0.01")))
     assert code == 2 and "stage pretrain" in err and "optim.matrix_lr (0.02 -> 0.01)" in err
+    before = (finished / "config.toml").read_bytes()
+    code, _, err = finish(start(arguments(corpus, finished, "--stages", "eval", "--set", "model.depth=3")))
+    assert code == 2 and "model.depth (2 -> 3)" in err, "an exam of another model than the one asked for"
+    assert (finished / "config.toml").read_bytes() == before
     code, _, err = finish(start(arguments(corpus, finished, "--set", "train.checkpoint_every=5")))
     assert code == 0, err  # may change at any time
 
@@ -104,7 +108,8 @@ def test_two_at_once_on_one_directory(corpus, tmp_path):
         (["--nonsense"], 2, "unrecognized arguments: --nonsense"),
         (["--data", "files:/no/such/*.txt"], 3, "/no/such/*.txt"),
         (["--data", "ftp:x"], 2, "data.source"),
-        (["--stages", "pretrain"], 2, "needs stage prepare first"),
+        (["--set", 'sft.mixture=["foo"]'], 2, "foo"),
+        (["--set", 'sft.mixture=["identity:5","identity:6"]'], 2, "identity stands there twice"),
         (["--plan", "--target", "b300:8"], 2, "--target b300:8"),
         (["--chat"], 3, "run"),
     ],
@@ -139,8 +144,10 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
 
 def test_selection_of_stages():
     assert [s.name for s in select(None, None)] == list(NAMES)
-    assert [s.name for s in select(None, "sft")] == ["sft", "eval", "report"]
     assert [s.name for s in select("prepare, tokenizer", None)] == ["tokenizer", "prepare"]
+    assert [s.name for s in select("pretrain", None)] == ["tokenizer", "prepare", "pretrain"]  # with what it needs
+    assert [s.name for s in select("eval", None)] == ["tokenizer", "prepare", "pretrain", "eval"]
+    assert [s.name for s in select(None, "sft")] == list(NAMES)
 
 
 def test_inputs_leave_out_what_may_change(finished):

@@ -56,7 +56,11 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     if not found:
         raise DataError(f"{run.root}: nothing to examine; train it first")
     facts = {stage: {name: scores["metric"] for name, scores in tasks.items()} for stage, tasks in found.items()}
-    return facts | {"digest": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}
+    return facts | {
+        "digest": hashlib.sha256(
+            json.dumps([facts, dataclasses.asdict(config.eval)], sort_keys=True).encode()
+        ).hexdigest()
+    }
 
 
 class Examiner:

@@ -20,7 +20,7 @@ from jaxchat.config import Config
 from jaxchat.data.batches import Batches
 from jaxchat.data.rows import Rows
 from jaxchat.errors import DivergedError, InterruptedRun, UsageError
-from jaxchat.log import MetricsFile, Task, progress, say
+from jaxchat.log import MetricsFile, Task, console, progress, say
 from jaxchat.mesh import batch_devices, batch_sharding, make_mesh
 from jaxchat.model.sizes import flops_per_token, peak_flops
 from jaxchat.optim.groups import make_optimizer, make_schedule
@@ -28,6 +28,7 @@ from jaxchat.state import TrainState, compute_dtype, init_state, make_eval_step,
 from train.bpb import bits_per_byte
 from train.plots import loss_plot
 
+SAY_SECONDS = 30.0  # between lines of progress where there is no terminal to draw on
 Evaluator = Callable[[TrainState, int], Iterable[tuple[str, float]]]
 
 
@@ -110,6 +111,7 @@ class _Run:
         self.metrics = MetricsFile(job.directory / "metrics.jsonl")
         self.schedule = make_schedule(job.config)
         self.clock = time.perf_counter()
+        self.said = time.perf_counter()
         self.bad_in_a_row = 0
         self.stop_signal = 0
         peak = peak_flops(jax.devices()[0].device_kind)
@@ -119,8 +121,9 @@ class _Run:
         train = self.job.config.train
         self.metrics.truncate_to(done)
         with _signals(self), progress(self.job.title, train.steps, done) as bar:
-            if self._due(done) and "val_bpb" not in (self.metrics.last() or {"val_bpb": None}):
-                self._evaluate(state, done)  # the run ended between its checkpoint and the evaluation
+            if self._due(done):
+                self._evaluate(state, done)  # the checkpoint was saved before its evaluation
+                self._leave_if_asked(done)
             self.clock = time.perf_counter()
             pending = None
             for index in range(done, train.steps):
@@ -133,12 +136,12 @@ class _Run:
                     self._record(pending, bar)
                     pending = None
                     self.checkpoints.save(count, state, self.facts)  # before the evaluation, which could fail
-                    if self.stop_signal and count < train.steps:
-                        self._leave(count)
+                    self._leave_if_asked(count)
                     if self._due(count):
                         self._evaluate(state, count)
                     if sample and self.job.sampler:
                         self.job.sampler(state, count)
+                    self._leave_if_asked(count)
                     self.clock = time.perf_counter()
         return state
 
@@ -174,6 +177,11 @@ class _Run:
         speed = f"{rate:,.0f} tok/s" + (f"  MFU {mfu:.1%}" if mfu else "")
         bpb = f"  bpb {self.facts['val_bpb']:.3f}" if "val_bpb" in self.facts else ""
         bar.advance()
+        if not console.is_terminal and now - self.said > SAY_SECONDS:
+            self.said = now
+            left = (config.train.steps - index - 1) * seconds
+            where = f"step {index + 1:,} of {config.train.steps:,}"
+            say(f"  {where}  loss {values['loss']:.3f}{bpb}  {speed}  {left:.0f} s left")
         bar.update(f"loss {values['loss']:.3f}{bpb}  {speed}")
 
     def _check(self, index: int, ok: bool) -> None:
@@ -185,7 +193,7 @@ class _Run:
         if self.bad_in_a_row >= self.job.config.train.max_bad_steps:
             raise DivergedError(
                 f"{self.job.title}: {self.bad_in_a_row} steps in a row were not finite (step {index}); "
-                "lower optim.lr_scale, then start again"
+                "start again with a lower optim.lr_scale in another --run-dir"
             )
 
     def _evaluate(self, state: TrainState, count: int) -> None:
@@ -207,7 +215,10 @@ class _Run:
             text = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
             say(f"  step {count:>6,} of {job.config.train.steps:,}  {text}")
 
-    def _leave(self, count: int) -> None:
+    def _leave_if_asked(self, count: int) -> None:
+        """End the run after a signal; the checkpoint of step `count` has been handed over."""
+        if not self.stop_signal:
+            return
         self.checkpoints.wait()
         name = signal.Signals(self.stop_signal).name
         raise InterruptedRun(f"{self.job.title}: stopped by {name} after step {count}, saved; the same command resumes")

@@ -9,11 +9,11 @@ import json
 import re
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from jaxchat.config import Config
 from jaxchat.errors import UsageError
-from jaxchat.log import console
 from jaxchat.model.sizes import activation_bytes, count_parameters, flops_per_token, peak_flops
 
 # target: (bytes per device, FLOP/s peak per device, assumed MFU, USD per device and hour)
@@ -37,7 +37,7 @@ def plan(config: Config, target: str, as_json: bool) -> dict[str, Any]:
     if as_json:
         print(json.dumps(result))
     else:
-        console.print(_table(result))
+        Console().print(_table(result))
     return result
 
 

@@ -17,7 +17,7 @@ from jaxchat.data.corpus import document_hash
 from jaxchat.data.dialogues import chatterbot_pairs, chitchat_dialogues
 from jaxchat.data.packing import PackStats, pack_conversations
 from jaxchat.data.rows import Rows, finish_rows, write_rows
-from jaxchat.errors import DataError
+from jaxchat.errors import DataError, UsageError
 from jaxchat.log import say
 from jaxchat.optim.groups import carry_moments
 from jaxchat.paths import RunDir
@@ -62,6 +62,16 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     )
     trained = fit(job)
     return facts | trained | {"digest": trained["params_sha256"], "tokens": tokens, "steps": settings.train.steps}
+
+
+def check(config: Config) -> None:
+    """Refuse an unknown, malformed or doubled entry of the mixture, and a batch without whole rows, before any work."""
+    names = [parse_mixture_entry(entry)[0] for entry in config.sft.mixture]
+    for name in names:
+        if name not in ("chitchat", "chatterbot"):
+            get_task(name)
+        if names.count(name) > 1:
+            raise UsageError(f"sft.mixture: {name} stands there twice; give it one count")
 
 
 def sft_config(config: Config, rows: int) -> Config:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.config import Config, flatten, load_config, to_toml
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import UsageError
 from jaxchat.log import say
 from jaxchat.paths import RunDir, atomic_write, read_json, write_json
 from train import evaluate, prepare, pretrain, report, sft, tokenizer
@@ -51,8 +50,10 @@ class Stage:
     run: Callable[[Config, RunDir], dict[str, Any]]
     reads: tuple[str, ...]  # configuration keys, or prefixes that end in a dot
     needs: tuple[str, ...]  # stages whose digests are inputs
-    outputs: tuple[str, ...]  # paths inside the run directory
+    outputs: tuple[str, ...]  # paths inside the run directory; <step> stands for a complete checkpoint
     trained: bool  # refuses changed inputs instead of running again
+    uses: tuple[str, ...] = ()  # stages whose digests are inputs where they are done, but which need not be
+    check: Callable[[Config], None] = lambda config: None  # of settings, before anything runs
 
 
 STAGES = (
@@ -64,17 +65,28 @@ STAGES = (
         ("tokenizer/tokenizer.json",),
         True,
     ),
-    Stage("prepare", prepare.run, ("data.", "model.seq_len"), ("tokenizer",), ("data/rows",), True),
-    Stage("pretrain", pretrain.run, ("seed", "model.", "train.", "optim."), ("prepare",), ("base",), True),
-    Stage("sft", sft.run, ("seed", "sft."), ("pretrain",), ("sft",), True),
-    Stage("eval", evaluate.run, ("eval.", "tasks."), ("pretrain", "sft"), ("eval",), False),
+    Stage(
+        "prepare",
+        prepare.run,
+        ("data.", "model.seq_len"),
+        ("tokenizer",),
+        ("data/rows/train/meta.json", "data/rows/val/meta.json"),
+        True,
+    ),
+    Stage("pretrain", pretrain.run, ("seed", "model.", "train.", "optim."), ("prepare",), ("base/<step>",), True),
+    Stage("sft", sft.run, ("seed", "sft."), ("pretrain",), ("sft/<step>",), True, check=sft.check),
+    Stage("eval", evaluate.run, ("eval.", "tasks."), ("pretrain",), ("eval/base.json",), False, uses=("sft",)),
     Stage("report", report.run, (), ("eval",), ("report.md", "report.json"), False),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 
 
 def select(only: str | None, start: str | None) -> list[Stage]:
-    """The stages of `--stages a,b` or `--from a`; all of them without either. `UsageError` names an unknown one."""
+    """The stages of `--stages a,b` or `--from a`, and those that they need; all of them without either.
+
+    What is needed and done already does nothing but make sure that the settings still are those it was made with.
+    `UsageError` names an unknown stage.
+    """
     names = list(NAMES)
     if only:
         names = [name.strip() for name in only.split(",") if name.strip()]
@@ -83,7 +95,11 @@ def select(only: str | None, start: str | None) -> list[Stage]:
             raise UsageError(f"stage {name!r} is unknown; stages: {', '.join(NAMES)}")
     if start:
         names = [name for name in names if NAMES.index(name) >= NAMES.index(start)]
-    return [stage for stage in STAGES if stage.name in names]
+    wanted = set(names)
+    for stage in reversed(STAGES):
+        if stage.name in wanted:
+            wanted |= set(stage.needs)
+    return [stage for stage in STAGES if stage.name in wanted]
 
 
 def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: dict[str, str]) -> None:
@@ -91,9 +107,11 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
     with run.lock():
         records = load_records(run)
         for stage in stages:
+            stage.check(config)
+        for stage in stages:
             inputs = stage_inputs(stage, config, records)
             record = records.get(stage.name)
-            if record and stage.trained:
+            if record and stage.trained and (record["status"] == "done" or any(_made(stage, run))):
                 _refuse_changes(stage, record, inputs, run)
             if record and record["status"] == "done" and record["inputs"] == inputs and _complete(stage, run):
                 say(f"{stage.name:<10} done ({record['seconds']:.0f} s), nothing to do")
@@ -126,6 +144,9 @@ def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[
         if done.get("status") != "done":
             raise UsageError(f"stage {stage.name}: needs stage {need} first; run --stages {need},{stage.name}")
         inputs[f"{need}.digest"] = done["facts"]["digest"]
+    for use in stage.uses:
+        if records.get(use, {}).get("status") == "done":
+            inputs[f"{use}.digest"] = records[use]["facts"]["digest"]
     return json.loads(json.dumps(inputs))
 
 
@@ -141,10 +162,20 @@ def _refuse_changes(stage: Stage, record: dict[str, Any], inputs: dict[str, Any]
 
 
 def _complete(stage: Stage, run: RunDir) -> bool:
-    missing = [path for path in stage.outputs if not (run.root / path).exists()]
+    missing = [path for path, made in zip(stage.outputs, _made(stage, run), strict=True) if not made]
     if missing:
         say(f"{stage.name:<10} recorded as done, but {', '.join(missing)} is missing: running it again")
     return not missing
+
+
+def _made(stage: Stage, run: RunDir) -> list[bool]:
+    """For each output, whether it is there."""
+    found = []
+    for path in stage.outputs:
+        folder = run.root / path.removesuffix("/<step>")
+        steps = path.endswith("/<step>")
+        found.append(any(p.name.isdigit() for p in folder.glob("*")) if steps else folder.exists())
+    return found
 
 
 def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any], inputs: dict[str, Any]) -> None:
@@ -169,7 +200,7 @@ def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any],
     spent = record["seconds"]
     try:
         facts = stage.run(config, run)
-    except (JaxchatError, KeyboardInterrupt):
+    except BaseException:
         record["seconds"] = spent + time.perf_counter() - begin
         _keep_or_forget(stage, run, records)
         raise
@@ -188,7 +219,7 @@ def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any],
 
 def _keep_or_forget(stage: Stage, run: RunDir, records: dict[str, Any]) -> None:
     """After a failure: a stage that has made nothing leaves no record, so that a mended command is not refused."""
-    if not any((run.root / path).exists() for path in stage.outputs):
+    if not any(_made(stage, run)):
         del records[stage.name]
     if records:
         write_json(run.stages, records)
@@ -216,8 +247,12 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def _peak_rss() -> int:
-    """Bytes; Linux counts kilobytes, macOS bytes."""
+def _peak_rss() -> int | None:
+    """Bytes, or None on Windows; Linux counts kilobytes, macOS bytes."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -15,8 +15,84 @@ SMALL_BATCH_POWER = 0.125  # of the rate below that batch; see `rate_scale`
 ADAMW = {"weight_decay": 0.1, "warmup_steps": 200, "warmdown_ratio": 1.0, "final_lr": 0.1, "grad_clip": 1.0}
 
 
+# Smallest and largest value of a key, where not every number makes sense (-1 stays where it means "derived").
+INFINITE = float("inf")
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**63 - 1),
+    "model.depth": (1, 10_000),
+    "model.seq_len": (1, 2**24),
+    "model.vocab_size": (1, 2**31),
+    "model.width": (1, 2**20),
+    "model.n_heads": (1, 2**16),
+    "model.n_kv_heads": (1, 2**16),
+    "model.head_width": (1, 2**16),
+    "model.window_short": (0, 2**24),
+    "model.mlp_factor": (0.01, 1000),
+    "model.softcap": (0.01, INFINITE),
+    "model.norm_eps": (0, 1),
+    "model.rotary_base": (1, INFINITE),
+    "model.qk_scale": (0, INFINITE),
+    "data.val_fraction": (0, 0.9),
+    "train.steps": (1, INFINITE),
+    "train.token_ratio": (1e-6, INFINITE),
+    "train.batch_tokens": (1, INFINITE),
+    "train.device_batch_rows": (1, INFINITE),
+    "train.checkpoint_every": (1, INFINITE),
+    "train.keep_last": (1, INFINITE),
+    "train.eval_every": (0, INFINITE),
+    "train.eval_rows": (1, INFINITE),
+    "train.sample_every": (0, INFINITE),
+    "train.loss_chunk": (1, INFINITE),
+    "train.scan_unroll": (1, INFINITE),
+    "train.max_bad_steps": (1, INFINITE),
+    "optim.lr_scale": (1e-9, INFINITE),
+    "optim.matrix_lr": (0, INFINITE),
+    "optim.unembedding_lr": (0, INFINITE),
+    "optim.embedding_lr": (0, INFINITE),
+    "optim.scalar_lr": (0, INFINITE),
+    "optim.adamw_lr": (0, INFINITE),
+    "optim.weight_decay": (0, INFINITE),
+    "optim.warmup_steps": (0, INFINITE),
+    "optim.warmdown_ratio": (0, 1),
+    "optim.final_lr": (0, 1),
+    "optim.grad_clip": (0, INFINITE),
+    "optim.momentum_warmup_steps": (0, INFINITE),
+    "optim.ns_steps": (1, 20),
+    "sft.epochs": (1e-6, INFINITE),
+    "sft.lr_ratio": (0, INFINITE),
+    "sft.warmdown_ratio": (0, 1),
+    "sft.batch_tokens": (1, INFINITE),
+    "sft.eval_every": (0, INFINITE),
+    "eval.max_per_task": (0, INFINITE),
+    "eval.rows": (1, INFINITE),
+    "eval.batch_rows": (1, INFINITE),
+    "eval.sample_tokens": (1, INFINITE),
+    "serve.port": (0, 65_535),
+    "serve.slots": (1, 4096),
+    "serve.max_tokens": (1, INFINITE),
+    "serve.temperature": (0, 10),
+    "serve.top_k": (0, INFINITE),
+}
+MAY_BE_DERIVED = {key for key, value in flatten(Config()).items() if is_derived(value)}
+
+
+def check_ranges(config: Config) -> None:
+    """`UsageError` names the first key whose value makes no sense."""
+    for key, value in flatten(config).items():
+        low, high = RANGES.get(key, (-INFINITE, INFINITE))
+        derived = key in MAY_BE_DERIVED and is_derived(value)
+        if isinstance(value, (int, float)) and not derived and not low <= value <= high:
+            bound = f"at least {low:g}" if value < low else f"at most {high:g}"
+            raise UsageError(f"{key}: must be {bound}, not {value}")
+    if config.train.compute_dtype not in ("auto", "float32", "bfloat16"):
+        raise UsageError(
+            f"train.compute_dtype: {config.train.compute_dtype!r} is unknown; choose from auto, float32, bfloat16"
+        )
+
+
 def resolve(config: Config) -> Config:
     """The configuration with nothing left to derive (but what the device decides). Raises `UsageError`."""
+    check_ranges(config)
     model = resolve_model(config.model)
     recipe = RECIPES[model.recipe]
     if config.optim.kind not in ("muon", "adamw"):
@@ -24,17 +100,18 @@ def resolve(config: Config) -> Config:
     train = fill(config.train, recipe["train"])
     tokens = train.token_ratio * _horizon_parameters(model)
     train = fill(train, {"batch_tokens": batch_tokens(model, tokens, train.token_ratio)})
-    if train.batch_tokens < model.seq_len or train.batch_tokens % model.seq_len:
-        nearest = max(1, round(train.batch_tokens / model.seq_len)) * model.seq_len
-        raise UsageError(
-            f"train.batch_tokens: {train.batch_tokens} is no multiple of model.seq_len {model.seq_len}; take {nearest}"
-        )
+    _check_batch("train.batch_tokens", train.batch_tokens, model.seq_len)
     train = fill(train, {"steps": max(1, round(tokens / train.batch_tokens))})
-    if train.steps < 1 or train.device_batch_rows < 1:
-        raise UsageError("train.steps and train.device_batch_rows must be at least 1")
     optim = _resolve_optim(config, model, train.batch_tokens, train.steps * train.batch_tokens)
     sft = fill(config.sft, {"batch_tokens": train.batch_tokens})
+    _check_batch("sft.batch_tokens", sft.batch_tokens, model.seq_len)
     return dataclasses.replace(config, model=model, train=train, optim=optim, sft=sft)
+
+
+def _check_batch(key: str, tokens: int, seq_len: int) -> None:
+    if tokens < seq_len or tokens % seq_len:
+        nearest = max(1, round(tokens / seq_len)) * seq_len
+        raise UsageError(f"{key}: {tokens} is no multiple of model.seq_len {seq_len}; take {nearest}")
 
 
 def _resolve_optim(config: Config, model: ModelConfig, batch: int, tokens: int):
