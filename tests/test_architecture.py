@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ LEAVES = {"errors", "paths", "log", "tools"}  # anyone may import them
 WITHOUT_JAX = ("jaxchat/config.py", "jaxchat/recipes.py", "jaxchat/paths.py", "jaxchat/log.py", "jaxchat/errors.py",
                "jaxchat/text/", "jaxchat/tools/")  # fmt: skip
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "grain"}
+ENTRY_NAMES = {"argv", "orig_argv", "environ", "environb", "getenv", "getenvb", "putenv", "unsetenv", "parse_args"}
 MAX_FILE, MAX_FUNCTION = 300, 60
 # longer for a reason: splitting would make a reader jump
 LONGER_FILES: dict[str, int] = {}
@@ -109,14 +112,60 @@ def test_no_jax_where_none_belongs(path):
     assert not {module.split(".")[0] for module in imports(path)} & JAX
 
 
+def test_what_is_without_jax_brings_none_along():
+    """Also not through what it imports: the fresh interpreter that has loaded all of it knows no JAX."""
+    modules = [
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for p in PRODUCT
+        if name_of(p).startswith(WITHOUT_JAX)
+    ]
+    code = f"import sys, {', '.join(modules)}; print(sorted({JAX!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def reads_of_the_entry(tree):
+    """(line, what): arguments and environment, under whatever name, and imports that no import statement shows."""
+    inside = {
+        id(n)
+        for block in tree.body
+        if isinstance(block, ast.If) and "__main__" in ast.unparse(block.test)
+        for n in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in inside:
+            continue
+        if isinstance(node, ast.Attribute) and node.attr in ENTRY_NAMES:
+            yield node.lineno, node.attr
+        if isinstance(node, ast.ImportFrom) and node.module in ("os", "sys"):
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name in ENTRY_NAMES)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield node.lineno, "import by name"
+
+
 @pytest.mark.parametrize("path", [p for p in PRODUCT if p.name != "launch.py"], ids=name_of)
 def test_arguments_and_environment_are_read_at_the_entry_only(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    entry = [n for n in tree.body if isinstance(n, ast.If) and "__main__" in ast.unparse(n.test)]
-    inside = {id(n) for block in entry for n in ast.walk(block)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and id(node) not in inside:
-            assert ast.unparse(node) not in ("sys.argv", "os.environ", "os.getenv"), f"line {node.lineno}"
+    assert list(reads_of_the_entry(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nos.environ['A']",
+        "import os as o\no.environ",
+        "from os import environ",
+        "from os import getenv as g",
+        "import os\nos.putenv('A', 'b')",
+        "from sys import argv",
+        "import sys\nsys.orig_argv",
+        "import argparse\nargparse.ArgumentParser().parse_args()",
+        "import importlib\nimportlib.import_module('train.loop')",
+    ],
+)
+def test_every_way_around_that_law_is_seen(code):
+    assert list(reads_of_the_entry(ast.parse(code)))
+    within = "if __name__ == '__main__':\n" + "\n".join(f"    {line}" for line in code.splitlines())
+    assert not list(reads_of_the_entry(ast.parse(within)))
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)
