@@ -2,57 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
+import datetime
 import html
-import json
 import re
 import socket
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.i18n import I18nData
 
 from jaxchat.config import Config
 from jaxchat.engine import Engine
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import DataError, JaxchatError, UsageError
 from jaxchat.log import say
 from jaxchat.model.sizes import count_parameters
-from jaxchat.paths import RunDir
-from serve.worker import Worker
+from jaxchat.paths import RunDir, read_json
+from serve.texts import CSS, EXAMPLES, TEXTS
+from serve.worker import Worker, fitting_request
 
-TEXTS = {
-    "en": {
-        "title": "jaxchat",
-        "placeholder": "Say something",
-        "settings": "Settings",
-        "temperature": "Temperature (0: the likeliest word each time)",
-        "top_k": "Top-k (0: all tokens)",
-        "max_tokens": "Longest answer, tokens",
-        "examples": "Try",
-        "model": "This model",
-    },
-    "ko": {
-        "title": "jaxchat",
-        "placeholder": "메시지를 입력하세요",
-        "settings": "설정",
-        "temperature": "온도 (0이면 항상 가장 그럴듯한 단어)",
-        "top_k": "Top-k (0이면 전체 토큰)",
-        "max_tokens": "답변 최대 길이(토큰)",
-        "examples": "예시",
-        "model": "이 모델",
-    },
-}
-EXAMPLES = ["hello", "who are you?", "Tom has 12 apples and buys 30 more. How many?", "what do you like to do?"]
-CSS = """
-.gradio-container { width: 100% !important; max-width: 860px !important; margin: 0 auto !important; }
-.examples { gap: .5em !important; }
-.example { border: 1px solid var(--border-color-primary) !important; border-radius: 10px !important; }
-textarea { border: 1px solid var(--border-color-primary) !important; border-radius: 10px !important; }
-.speed { opacity: .55; font-size: .8em; }
-.tool { background: var(--background-fill-secondary); border-radius: 6px; padding: 0 .4em; font-family: monospace; }
-footer { display: none !important; }
-"""
+Messages = list[dict[str, Any]]
+t = I18nData  # a text by its name, in the language of the browser
+
+BREAK = "\u2060"  # word joiner: no width, no meaning
+TRAINING = ("pretrain", "sft", "rl")
+# belt and braces: the browser itself refuses anything from elsewhere
+HEAD = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:\">"
+)
 # the machine's own fonts: nothing is fetched
 THEME = gr.themes.Soft(primary_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
@@ -64,167 +45,227 @@ def serve(run: RunDir, config: Config) -> None:
     say("compiling for every batch size (once per start) ...")
     engine.warm_up()
     worker = Worker(engine)
-    page = build_page(worker, run, config)
+    page = build_page(worker, config)
     say(f"chat page: http://{config.serve.host}:{config.serve.port}   (Ctrl-C stops it)")
     try:
-        page.launch(**launch_options(config), prevent_thread_lock=False)
+        page.launch(**launch_options(run, config), prevent_thread_lock=False)
     finally:
         worker.close()
 
 
-def launch_options(config: Config) -> dict[str, Any]:
-    """What `Blocks.launch` needs so that nothing but this machine is involved."""
+def launch_options(run: RunDir, config: Config) -> dict[str, Any]:
+    """What `Blocks.launch` needs so that nothing but this machine is involved, and no browser keeps the talk."""
     return {
         "server_name": config.serve.host,
         "server_port": config.serve.port,
-        "i18n": gr.I18n(**TEXTS),
+        "i18n": gr.I18n(
+            **{language: words | {"card": model_card(run, config, words)} for language, words in TEXTS.items()}
+        ),
         "theme": THEME,
         "css": CSS,
+        "head": HEAD,
         "ssr_mode": False,
         "share": False,
+        "run_history": False,
         "quiet": True,
         "footer_links": [],
         "show_error": True,
     }
 
 
-def build_page(worker: Worker, run: RunDir, config: Config) -> gr.Blocks:
+def build_page(worker: Worker, config: Config) -> gr.Blocks:
     """The page as Gradio blocks; `worker` answers."""
-    t, limits = gr.I18n(**TEXTS), config.serve
-
-    async def answer(
-        message: str, history: list[dict[str, Any]], temperature: float, top_k: float, max_tokens: float
-    ) -> AsyncIterator[str]:
-        settings = {"temperature": float(temperature), "top_k": int(top_k), "max_tokens": int(max_tokens)}
-        messages = [*plain_history(history), {"role": "user", "content": message}]
-        async for text in stream(worker, messages, settings):
-            yield text
-
+    limits = config.serve
     with gr.Blocks(title="jaxchat", analytics_enabled=False, fill_height=True) as page:
-        temperature = gr.Slider(0, 2, limits.temperature, step=0.05, label=t("temperature"), render=False)
-        top_k = gr.Slider(0, 200, limits.top_k, step=1, label=t("top_k"), render=False)
-        most = gr.Slider(1, worker.engine.capacity, min(limits.max_tokens, worker.engine.capacity), step=1,
-                         label=t("max_tokens"), render=False)  # fmt: skip
-        gr.ChatInterface(
-            answer,
-            title=t("title"),
-            chatbot=gr.Chatbot(show_label=False, buttons=["copy"], feedback_options=None, scale=1, min_height=320),
-            textbox=gr.Textbox(
-                placeholder=t("placeholder"),
-                show_label=False,
-                container=False,
-                scale=7,
-                max_lines=6,
-                submit_btn=True,
-                stop_btn=True,
-            ),
-            additional_inputs=[temperature, top_k, most],
-            additional_inputs_accordion=gr.Accordion(t("settings"), open=False, render=False),
-            examples=[[text] for text in EXAMPLES],
-            examples_label=t("examples"),
-            cache_examples=False,
-            editable=True,
-            flagging_mode="never",
-            analytics_enabled=False,
-            concurrency_limit=limits.slots,
-            api_visibility="private",
-        )
-        with gr.Accordion(t("model"), open=False):
-            gr.Markdown(model_card(run, config))
+        conversation = gr.State([])  # as the engine takes it; the chatbot shows it
+        with gr.Row(scale=1):
+            with gr.Column(scale=3, min_width=300, elem_id="talk"):
+                chatbot, box, status = chat_column()
+            with gr.Column(scale=1, min_width=250, elem_id="side"):
+                gr.HTML(t("card"))
+                sliders = settings_column(config, worker.engine.capacity)
+
+        async def talk(
+            text: str, messages: Messages, temperature: float, top_k: float, max_tokens: float, event: gr.EventData
+        ) -> AsyncIterator[tuple[Any, ...]]:
+            before, text = next_turn(messages, text, event)
+            if not text.strip():
+                yield before, show(before), gr.skip(), gr.skip()
+                return
+            settings = {"temperature": float(temperature), "top_k": int(top_k), "max_tokens": int(max_tokens)}
+            yield before, show([*before, *turn(text)]), typing(False, "" if event._data is None else None), ""
+            try:
+                async with aclosing(answer(worker, before, text, settings)) as pieces:  # type: ignore[type-var]
+                    async for messages, note in pieces:
+                        yield messages, show(messages), gr.skip(), note
+            except JaxchatError as error:
+                gr.Warning(html.escape(str(error)), duration=15)
+                yield before, show(before), typing(True, text), ""
+                return
+            yield messages, show(messages), typing(True), note
+
+        talking = gr.on(  # one event for all, so that a page has one answer at a time
+            [box.submit, chatbot.retry, chatbot.edit, chatbot.example_select], talk, [box, conversation, *sliders],
+            [conversation, chatbot, box, status], trigger_mode="once", show_progress="hidden",
+            concurrency_limit=limits.slots, api_visibility="private",
+        )  # fmt: skip
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        box.stop(lambda: typing(True), None, box, cancels=[talking], **quick)
+        chatbot.undo(undo, conversation, [conversation, chatbot, box, status], cancels=[talking], **quick)
+        chatbot.clear(lambda: ([], typing(True), ""), None, [conversation, box, status], cancels=[talking], **quick)
     page.queue(max_size=8 * limits.slots, default_concurrency_limit=limits.slots)
     return page
 
 
-async def stream(worker: Worker, messages: list[dict[str, Any]], settings: dict[str, Any]) -> AsyncIterator[str]:
-    """The growing answer as safe Markdown: text as text, tool calls marked, the speed at the end.
+def chat_column() -> tuple[gr.Chatbot, gr.Textbox, gr.HTML]:
+    """The conversation, what is typed, and a small line below."""
+    chatbot = gr.Chatbot(
+        elem_id="chat",
+        show_label=False,
+        buttons=["copy"],
+        feedback_options=None,
+        render_markdown=False,  # what was typed and what the model said, letter by letter; nothing in it is markup
+        height="calc(100dvh - 10rem)",
+        min_height="18rem",
+        editable="user",
+        placeholder=t("greeting"),  # type: ignore[arg-type]
+        examples=[{"text": text} for text in EXAMPLES],
+    )
+    box = gr.Textbox(
+        placeholder=t("placeholder"), show_label=False, container=False, max_lines=6, autofocus=True, submit_btn=True,
+        elem_id="box",
+    )  # fmt: skip
+    return chatbot, box, gr.HTML(elem_id="status")
 
-    A conversation too long for the context loses its oldest turns, with a note.
-    """
-    engine, note = worker.engine, ""
-    request = engine.chat_request(messages, **settings)
-    while len(request.tokens) > engine.capacity - min(32, engine.capacity // 2) and len(messages) > 2:
-        messages = messages[2:]
-        note = "<span class='speed'>(the context is full: the oldest messages are forgotten)</span>\n\n"
-        request = engine.chat_request(messages, **settings)
-    parts: list[tuple[str, str]] = []
-    begin, count = time.perf_counter(), 0
-    events = worker.events(request)
-    try:
+
+def settings_column(config: Config, capacity: int) -> tuple[gr.Slider, gr.Slider, gr.Slider]:
+    """Temperature, top-k and longest answer, from the run's own settings."""
+    serve = config.serve
+    with gr.Accordion(t("settings"), open=False):
+        return (
+            gr.Slider(0, 2, serve.temperature, step=0.05, label=t("temperature"), info=t("temperature_info")),
+            gr.Slider(0, 200, serve.top_k, step=1, label=t("top_k"), info=t("top_k_info")),
+            gr.Slider(
+                1, capacity, min(serve.max_tokens, capacity), step=1, label=t("max_tokens"), info=t("max_tokens_info")
+            ),
+        )
+
+
+def typing(allowed: bool, text: str | None = None) -> dict[str, Any]:
+    """Turn the box's button into one that sends or one that stops; with `text`, replace what stands in the box."""
+    value: dict[str, Any] = {} if text is None else {"value": text}
+    return gr.update(submit_btn=allowed, stop_btn=not allowed, **value)
+
+
+def turn(text: str, parts: list[dict[str, str]] | None = None) -> Messages:
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": parts or []}]
+
+
+def next_turn(messages: Messages, text: str, event: gr.EventData) -> tuple[Messages, str]:
+    """(conversation to go on from, what the person says): typed, an example, a message edited or asked again."""
+    data = event._data
+    if data is None:
+        return messages, text
+    if isinstance(data["value"], dict):
+        return messages, data["value"]["text"]
+    before = messages[: 2 * turns_before(messages, data["index"])]
+    if "previous_value" in data:
+        edited = data["value"].replace(BREAK, "")
+        return (before, edited) if edited.strip() else (messages, "")
+    return before, messages[len(before)]["content"]
+
+
+def turns_before(messages: Messages, index: int) -> int:
+    """Number of the turn to which line `index` of the shown conversation belongs."""
+    return max(sum(line["role"] == "user" for line in show(messages)[: index + 1]) - 1, 0)
+
+
+def undo(messages: Messages) -> tuple[Any, ...]:
+    """Take back the last turn; its question returns to the box."""
+    text = messages[-2]["content"] if messages else ""
+    return messages[:-2], show(messages[:-2]), typing(True, text), ""
+
+
+async def answer(
+    worker: Worker, before: Messages, text: str, settings: dict[str, Any]
+) -> AsyncIterator[tuple[Messages, str]]:
+    """(conversation, status line) again and again while the answer grows; the last line tells the speed."""
+    asked = {"role": "user", "content": text}
+    request, dropped = fitting_request(worker.engine, [*before, asked], **settings)
+    parts: list[dict[str, str]] = []
+    begin = time.perf_counter()
+    async with aclosing(worker.events(request)) as events:  # type: ignore[type-var]  # leaving frees the slot
         async for event in events:
             if event.kind == "done":
                 break
-            count += 1
-            if parts and parts[-1][0] == event.kind:
-                parts[-1] = (event.kind, parts[-1][1] + event.text)
-            else:
-                parts.append((event.kind, event.text))
-            yield note + show(parts)
-    except JaxchatError as error:
-        raise gr.Error(str(error), duration=10, print_exception=False) from error
-    finally:
-        await asyncio.shield(events.aclose())  # type: ignore[attr-defined]  # frees the slot, also on stop
-    made = sum(len(engine.tokenizer.encode(text)) for _, text in parts)
+            if not parts or parts[-1]["type"] != event.kind:
+                parts.append({"type": event.kind, "text": ""})
+            parts[-1]["text"] += event.text
+            yield [*before, *turn(text, parts)], ""
+    made = sum(len(worker.engine.tokenizer.encode(part["text"])) for part in parts)
     rate = made / max(time.perf_counter() - begin, 1e-9)
-    yield f"{note}{show(parts)}\n\n<span class='speed'>{rate:.0f} tokens/s</span>"
+    yield [*before, *turn(text, parts)], f"{rate:.0f} {t('speed_forgotten' if dropped else 'speed')}"
 
 
-def show(parts: list[tuple[str, str]]) -> str:
-    """Parts of an answer as Markdown in which nothing of the model's text is markup."""
-    pieces = []
-    for i, (kind, text) in enumerate(parts):
-        safe = escape(text)
-        if kind == "text":
-            pieces.append(safe)
-        elif kind == "python":
-            result = escape(parts[i + 1][1]) if i + 1 < len(parts) else "..."
-            pieces.append(f"<span class='tool'>{safe} = {result}</span> ")
-    return "".join(pieces)
+def show(messages: Messages) -> list[dict[str, Any]]:
+    """A conversation as lines of the chatbot. A tool call is a line of its own, titled `12+30 = 42`."""
+    lines: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] == "user":
+            lines.append({"role": "user", "content": plain(message["content"])})
+            continue
+        for part in message["content"]:
+            if part["type"] == "text":
+                lines.append({"role": "assistant", "content": plain(part["text"])})
+            elif part["type"] == "python":
+                title = {"title": plain(part["text"]), "status": "done"}
+                lines.append({"role": "assistant", "content": "", "metadata": title})
+            elif lines[-1].get("metadata"):
+                lines[-1]["metadata"]["title"] += f" = {plain(part['text'])}"
+        if not message["content"]:
+            lines.append({"role": "assistant", "content": "…"})  # nothing has come yet, or it was stopped before
+    return lines
 
 
-def escape(text: str) -> str:
-    """Text for Markdown in which nothing is markup: its signs as character references, line breaks kept."""
-    return re.sub(r"[\\`*_{}\[\]()#+\-.!|~$<>&:]", lambda m: f"&#{ord(m[0])};", text).replace("\n", "<br>")
+def plain(text: str) -> str:
+    """Text in which a browser finds no tag and no entity, and Gradio no indentation to remove.
+
+    Every sign stands as it was written: escaped signs would show in the box where a message is edited.
+    """
+    return re.sub(r"(?<=[<&])(?=[A-Za-z/!?#])|^(?=[ \t])", BREAK, text, flags=re.M)
 
 
-def plain_history(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the person and the model said, as the engine takes it: roles in turn, the page's own markup removed."""
-    messages: list[dict[str, Any]] = []
-    for entry in history:
-        content = entry["content"]
-        if isinstance(content, list):
-            content = "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in content)
-        content = str(content)
-        if entry["role"] == "assistant":
-            content = unshow(content)
-        if messages and messages[-1]["role"] == entry["role"]:
-            messages[-1]["content"] += "\n" + content
-        else:
-            messages.append({"role": entry["role"], "content": content})
-    if messages and messages[-1]["role"] == "user":
-        messages.append({"role": "assistant", "content": ""})  # an answer that was stopped before its first word
-    return messages
-
-
-def unshow(markdown: str) -> str:
-    """The text behind `show`: notes, speed and tool calls are the page's, the rest the model's."""
-    markdown = re.sub(r"<span class=.(speed|tool).>.*?</span>\s*", "", markdown, flags=re.S)
-    return html.unescape(markdown.replace("<br>", "\n")).strip()
-
-
-def model_card(run: RunDir, config: Config) -> str:
-    """Tier, size and scores of the run, as far as they are there."""
-    count = count_parameters(config.model).total
-    lines = [
-        f"**{config.tier}**: {count:,} parameters, {config.model.depth} layers, context {config.model.seq_len}",
-        "",
+def model_card(run: RunDir, config: Config, words: dict[str, str]) -> str:
+    """Tier, size, training time and exam scores as HTML, as far as they are there."""
+    model = config.model
+    facts = [
+        ("parameters", f"{count_parameters(model).total:,}", ""),
+        ("layers", str(model.depth), ""),
+        ("context", f"{model.seq_len:,}", ""),
     ]
-    for stage in ("sft", "base"):
-        if run.eval(stage).exists():
-            tasks = json.loads(run.eval(stage).read_text(encoding="utf-8"))["tasks"]
-            for name, task in tasks.items():
-                score = f"{task['metric']:.1%}" if "accuracy" in task else f"{task['metric']:.3f}"
-                lines.append(f"- {stage.upper()} {name.replace('_', ' ')}: {score} ({task['n']:,} cases)")
-    return "\n".join(lines)
+    seconds = sum(stage.get("seconds") or 0 for name, stage in saved(run.stages).items() if name in TRAINING)
+    if seconds:
+        facts.append(("trained", str(datetime.timedelta(seconds=round(seconds))), ""))
+    scores: dict[str, Any] = {}
+    for stage in ("rl", "sft", "base"):  # the furthest trained first; bits per byte are about the base model's text
+        tasks = saved(run.eval(stage)).get("tasks", {})
+        scores |= {k: v for k, v in tasks.items() if k not in scores or k == "bits_per_byte"}
+    for name, task in sorted(scores.items()):
+        value = f"{task['metric']:.1%}" if "accuracy" in task else f"{task['metric']:.3f}"
+        facts.append((name, value, f"n = {task['n']:,}"))
+    rows = "".join(
+        f'<dt>{html.escape(words.get(name, name.replace("_", " ")))}</dt><dd title="{hint}">{value}</dd>'
+        for name, value, hint in facts
+    )
+    return f'<div id="card"><h1>jaxchat</h1><p>{html.escape(config.tier)}</p><dl>{rows}</dl></div>'
+
+
+def saved(path: Path) -> dict[str, Any]:
+    """A JSON file of the run; a missing or damaged one keeps nobody from talking."""
+    try:
+        return read_json(path)
+    except DataError:
+        return {}
 
 
 def check_port(host: str, port: int) -> None:
