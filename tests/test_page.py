@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import socket
+import sys
 import time
 
 import gradio as gr
@@ -25,7 +26,23 @@ TALK = [*turn("a", [{"type": "text", "text": "A"}]), *turn("b", PARTS), *turn("c
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
+def calls_out():
+    """Addresses outside this machine that this process has wanted to reach."""
+    addresses, here = [], ("127.", "::1", "localhost", "0.0.0.0")
+
+    def hook(event, arguments):
+        if event in ("socket.connect", "socket.getaddrinfo"):
+            host = arguments[0] if event.endswith("info") else arguments[1]
+            host = host[0] if isinstance(host, tuple) else host
+            if host and not str(host).startswith((*here, "/")):
+                addresses.append((event, host))
+
+    sys.addaudithook(hook)
+    return addresses
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory, calls_out):
     """The page on a free port, answering with the small model, token by token."""
     run = write_run(tmp_path_factory.mktemp("run"))
     with socket.socket() as probe:
@@ -38,6 +55,7 @@ def service(tmp_path_factory):
     yield f"http://127.0.0.1:{port}", worker, run, config
     page.close()
     worker.close()
+    assert not calls_out, f"the service itself called {calls_out}"
 
 
 def test_every_language_has_every_text():
