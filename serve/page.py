@@ -125,7 +125,7 @@ def chat_column() -> tuple[gr.Chatbot, gr.Textbox, gr.HTML]:
         buttons=["copy"],
         feedback_options=None,
         render_markdown=False,  # what was typed and what the model said, letter by letter; nothing in it is markup
-        height="calc(100dvh - 10rem)",
+        height="calc(100dvh - 8.5rem)",
         min_height="18rem",
         editable="user",
         placeholder=t("greeting"),  # type: ignore[arg-type]

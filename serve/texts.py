@@ -35,7 +35,7 @@ TEXTS = {
         "model": "이 모델",
         "parameters": "파라미터",
         "layers": "층",
-        "context": "토큰 문맥",
+        "context": "문맥(토큰)",
         "trained": "학습 시간",
         "bits_per_byte": "바이트당 비트",
         "word_problems": "문장제",
@@ -65,6 +65,7 @@ footer { display: none !important; }
 #chat .example { border: 1px solid var(--border-color-primary); box-shadow: none; }
 #box { border: 1px solid var(--border-color-primary); border-radius: 14px; }
 #status { min-height: 1.3rem; padding: 0 .6rem !important; font-size: .8rem; opacity: .6; }
+#side [data-testid=block-info] { padding: 0; background: none; color: inherit; font-weight: 400; }
 #card h1 { font-size: 1.25rem; margin: .4rem 0 0; }
 #card p { margin: 0; opacity: .65; }
 #card dl { display: grid; grid-template-columns: 1fr auto; gap: .3rem .8rem; margin: .8rem 0 0; font-size: .9rem; }
