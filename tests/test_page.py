@@ -289,6 +289,17 @@ def test_a_closed_window_frees_the_slot(open_page, slow, service):
     assert seconds_until_free(service[1], other) < 1
 
 
+def test_two_people_are_answered_at_once(open_page, slow, service):
+    pages, most = [open_page(), open_page()], 0
+    for page in pages:
+        say(page, GREETING[0]["content"])
+    while not pages[1].locator("#status").get_by_text("tokens/s").count():
+        most = max(most, service[1].engine.running)
+        pages[1].wait_for_timeout(20)
+    assert most == 2
+    assert all("안녕!" in page.locator("[data-testid=bot]").inner_text() for page in pages)
+
+
 def test_what_is_typed_is_shown_letter_by_letter(open_page):
     page = open_page()
     text = "2*3*4 <b>x</b> ![](http://example.org/x.png) # a\n  line"
