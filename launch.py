@@ -54,13 +54,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="K=V", help="any config key; may be repeated")
     parser.add_argument("--seed", type=int, help="one seed; same seed, same machine, same result")
     parser.add_argument("--plan", action="store_true", help="dry run: memory, time and cost; nothing is trained")
-    parser.add_argument("--target", default="auto", help="of --plan: auto, cpu:N, h100:N, h200:N, a100-80g:N, ...")
+    parser.add_argument(
+        "--target",
+        default="auto",
+        help="of --plan: auto, cpu:N, h100:N, h200:N, a100-80g:N, v5e:RxC, v6e:RxC, v5p:AxBxC",
+    )
     parser.add_argument("--json", action="store_true", help="with --plan: one JSON object")
     parser.add_argument("--chat", action="store_true", help="talk to the finished run in the terminal")
     parser.add_argument("--serve", action="store_true", help="open the chat page of the finished run")
     parser.add_argument("--host", help="address to serve on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to serve on (default 8000)")
     return parser
+
+
+def prepare_plan(target: str) -> None:
+    """Before JAX is imported: a plan for another machine neither takes this one's accelerator nor looks for a TPU."""
+    if target != "auto":
+        quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        here = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v6e-1"}
+        os.environ.update({"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", **quiet, **here})
 
 
 def resolve_arguments(args: argparse.Namespace) -> tuple[Config, RunDir, dict[str, str]]:
@@ -96,6 +108,8 @@ def run(args: argparse.Namespace) -> None:
     if args.tiers:
         list_tiers()
         return
+    if args.plan:
+        prepare_plan(args.target)
     config, directory, reasons = resolve_arguments(args)
     if args.plan:
         from train.plan import plan

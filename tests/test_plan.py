@@ -19,7 +19,7 @@ KEYS = {
 def test_json_has_the_keys_of_the_contract(capsys):
     plan(resolve(load_config("d20")), "h100:8", as_json=True)
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == KEYS
+    assert set(found) >= KEYS
     assert found["method"] == "analytic" and found["devices"] == 8
     assert found["params"] == 896_533_746
     assert found["flops_total"] == found["flops_per_token"] * found["tokens"]
@@ -27,11 +27,12 @@ def test_json_has_the_keys_of_the_contract(capsys):
     assert rows * found["steps"] == found["tokens"]
 
 
-def test_more_devices_take_less_time_for_the_same_money():
+def test_more_devices_take_less_time_for_little_more_money():
     config = resolve(load_config("d20"))
     one, eight = estimate(config, "h100:1"), estimate(config, "h100:8")
-    assert one["hours_estimate"] == pytest.approx(8 * eight["hours_estimate"])
-    assert one["usd_estimate"] == pytest.approx(eight["usd_estimate"])
+    assert one["compute_seconds_estimate"] == pytest.approx(8 * eight["compute_seconds_estimate"])
+    assert one["collective_seconds_estimate"] == 0 < eight["collective_seconds_estimate"]
+    assert 1 < eight["usd_estimate"] / one["usd_estimate"] < 1.05
 
 
 def test_a_model_too_large_does_not_fit():
@@ -41,7 +42,7 @@ def test_a_model_too_large_does_not_fit():
 
 @pytest.mark.parametrize(("target", "devices"), [("h100:8", 8), ("v6e:2x4", 8), ("cpu:2", 2), ("h200", 1)])
 def test_targets(target, devices):
-    assert parse_target(target)[1] == devices
+    assert parse_target(target).devices == devices
 
 
 def test_this_machine():

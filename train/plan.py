@@ -1,136 +1,226 @@
-"""`--plan`: what a run would need, before anyone pays for it. Analytic: arithmetic on the configuration.
+"""`--plan`: what a run would need, before anyone pays for it.
 
-Every assumption stands in a table below and is printed with the result.
+The train step and the decode step are compiled for the target (`compiled.py`), and their memory, products and
+collectives read from the program (`hlo.py`). Where the target's compiler is missing, arithmetic on the configuration
+answers (`"method": "analytic"`). Every assumption travels with the result.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import time
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from jaxchat.config import Config
-from jaxchat.errors import UsageError
-from jaxchat.model.sizes import activation_bytes, count_parameters, flops_per_token, peak_flops
+from jaxchat.log import say
+from jaxchat.model.layout import padded_vocab
+from jaxchat.model.sizes import activation_bytes, count_parameters, decode_bytes_per_step, flops_per_token
+from train.plan_table import show
+from train.targets import GPUS_PER_HOST, PRICES_OF, SOURCES, NoCompiler, Target, parse_target, target_devices
 
-# target: (bytes per device, FLOP/s peak per device, assumed MFU, USD per device and hour)
-# Memory and peaks: data sheets, as in sizes.py. Prices: typical on-demand list prices of 2026, to be read as a guess.
-TARGETS: dict[str, tuple[int, float, float, float]] = {
-    "h100": (80 * 10**9, 989e12, 0.45, 3.0),
-    "h200": (141 * 10**9, 989e12, 0.45, 3.5),
-    "a100-80g": (80 * 10**9, 312e12, 0.45, 1.8),
-    "v5e": (16 * 2**30, 197e12, 0.40, 1.2),
-    "v5p": (95 * 2**30, 459e12, 0.40, 4.2),
-    "v6e": (32 * 2**30, 918e12, 0.40, 2.7),
-}
-CPU_FLOPS = 6e10  # per core: float32 products, AVX2
-CPU_MFU = 0.6
-MEMORY_FRACTION = 0.92  # of a device that a process may take
+MEMORY_FRACTION = 0.92  # of a device that a process may take (launch.py sets it)
 
 
 def plan(config: Config, target: str, as_json: bool) -> dict[str, Any]:
     """Print the plan of a resolved configuration on a target, and return it; nothing is trained."""
-    result = estimate(config, target)
+    where = parse_target(target)
+    try:
+        result = compile_plan(config, where)
+    except NoCompiler as missing:
+        say(f"{missing}; this is the analytic estimate")
+        result = estimate(config, where)
     if as_json:
         print(json.dumps(result))
     else:
-        Console().print(_table(result))
+        show(result)
     return result
 
 
-def estimate(config: Config, target: str) -> dict[str, Any]:
-    """The contract's object. `UsageError` names an unknown target."""
-    name, devices, (device_bytes, peak, mfu, price) = parse_target(target)
-    count, train = count_parameters(config.model), config.train
-    item = 4 if name == "cpu" else 2
-    per_device = max(1, train.batch_tokens // config.model.seq_len // devices)
-    rows = max(n for n in range(1, per_device + 1) if per_device % n == 0 and n <= train.device_batch_rows)
-    # masters and gradients in float32, Muon's one moment and Adam's two, and the cast copy
+def estimate(config: Config, target: Target | str) -> dict[str, Any]:
+    """The contract's object from arithmetic alone: pure data parallelism, no rematerialization."""
+    target = parse_target(target) if isinstance(target, str) else target
+    count, chip = count_parameters(config.model), target.chip
+    item = 4 if chip.platform == "cpu" else 2
+    per_device = max(1, config.train.batch_tokens // config.model.seq_len // target.devices)
+    rows = max(n for n in range(1, per_device + 1) if per_device % n == 0 and n <= config.train.device_batch_rows)
+    # masters and gradients in float32, Muon's one moment and Adam's two, all shared by the devices; the cast copy whole
     adam = count.total - (count.trunk if config.optim.kind == "muon" else 0)
-    arguments = 4 * (2 * count.total - adam) + 4 * 2 * adam
-    temporary = 4 * count.total + item * count.total + activation_bytes(config.model, rows, item)
-    tokens = train.steps * train.batch_tokens
-    flops = flops_per_token(config.model) * tokens
-    seconds = flops / (peak * devices * mfu)
+    arguments = (4 * (2 * count.total - adam) + 4 * 2 * adam) // target.devices
+    temporary = 4 * count.total // target.devices + item * count.total + activation_bytes(config.model, rows, item)
+    collectives = {}
+    if target.devices > 1:
+        collectives = {
+            "all-gather": {"count": 1, "bytes": item * count.total},
+            "reduce-scatter": {"count": per_device // rows, "bytes": item * count.total * (per_device // rows)},
+        }
+    sent = sum(c["bytes"] for c in collectives.values())
+    return (
+        _result(config, target, rows, per_device // rows)
+        | _money(config, target, sent / _slowest_rate(target))
+        | {
+            "fits": arguments + temporary < MEMORY_FRACTION * chip.device_bytes,
+            "peak_bytes_per_device": arguments + temporary,
+            "argument_bytes": arguments,
+            "temp_bytes": temporary,
+            "collectives": collectives,
+            "compile_seconds": None,
+            "method": "analytic",
+        }
+    )
+
+
+def compile_plan(config: Config, target: Target, search: bool = True) -> dict[str, Any]:
+    """The contract's object from the compiled steps. Raises `NoCompiler`, and `UsageError` for what cannot be."""
+    from jaxchat.mesh import make_mesh
+    from train import compiled
+
+    begin = time.perf_counter()
+    mesh = make_mesh(config.mesh, target_devices(target))
+    rows, accumulate = compiled.rows_and_accumulation(config, mesh)
+    peaks: dict[int, int] = {}
+
+    def compile_rows(n: int, read: bool = False) -> compiled.Step:
+        times = rows * accumulate // n
+        say(f"compiling the step of {config.tier} for {target.text}: {n} rows a device x {times} micro-batches")
+        step = compiled.compile_step(config, mesh, n, times, read)
+        peaks[n] = step.memory.peak
+        return step
+
+    def peak(n: int) -> int:
+        return peaks[n] if n in peaks else compile_rows(n).memory.peak
+
+    step = compile_rows(rows, read=True)
+    extra: dict[str, Any] = {"mesh": dict(mesh.shape)}
+    if search:
+        largest = compiled.largest_rows(config, mesh, target.chip.device_bytes, peak)
+        extra |= {"largest_device_batch_rows": largest, "peak_bytes_by_rows": {n: peaks[n] for n in sorted(peaks)}}
+        if step.memory.temp:
+            extra["activation_bytes_per_row"] = compiled.activation_bytes_per_row(
+                config, mesh, rows, accumulate, step.memory
+            )
+        say(f"compiling the decode step of {config.serve.slots} slots")
+        extra["decode"] = _decode(config, target, compiled.compile_decode(config, mesh, config.serve.slots))
+    memory = step.memory
+    result = (
+        _result(config, target, rows, accumulate)
+        | _money(config, target, 0.0)
+        | {
+            "fits": memory.peak <= MEMORY_FRACTION * target.chip.device_bytes,
+            "peak_bytes_per_device": memory.peak,
+            "argument_bytes": memory.arguments,
+            "temp_bytes": memory.temp,
+            "collectives": {},
+            "compile_seconds": step.seconds,
+            "method": "compiled",
+            "memory": memory.parts | {"temporaries": memory.temp, "code": memory.code},
+        }
+    )
+    if step.program:
+        result |= _program(config, target, step, rows, mesh.shape["tensor"])
+    return result | extra | {"plan_seconds": time.perf_counter() - begin}
+
+
+def _program(config: Config, target: Target, step: Any, rows: int, tensor: int) -> dict[str, Any]:
+    """What the compiled program does, and the time that follows."""
+    program = step.program
+    seconds = sum(c.count * c.sent_bytes / _rate(target, c.group) for c in program.collectives)
+    sent = sum(c.count * c.sent_bytes for c in program.collectives)
+    vocab, tokens = padded_vocab(config.model) // tensor, rows * config.model.seq_len
+    sizes = {str(shape): dtype for dtype, shape in program.buffers if dtype == "f32" and shape[-1:] == (vocab,)
+             and _product(shape) >= tokens * vocab}  # fmt: skip
+    return _money(config, target, seconds) | {
+        "collectives": program.by_kind(),
+        "collective_sent_bytes_per_device": sent,
+        "flops_per_step_per_device": program.flops,
+        "product_flops": dict(program.product_types) | {"attention kernels": program.attention_flops},
+        "update_flops_share": program.update_flops / program.flops if program.flops else None,
+        "kernels": dict(program.kernels),
+        "largest_buffers": [f"{dtype}{list(shape)}" for dtype, shape in program.buffers[:4]],
+        "float32_logits": sorted(sizes),
+        "optimal_seconds": step.optimal_seconds,
+        "loops_of_unknown_length": program.unknown_loops,
+    }
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _decode(config: Config, target: Target, step: Any) -> dict[str, Any]:
+    """Memory of serving on one device, and the bandwidth's limit on speed."""
+    slots, memory, item = config.serve.slots, step.memory, 4 if target.chip.platform == "cpu" else 2
+    least = decode_bytes_per_step(config.model, slots, config.model.seq_len, item)
+    return {
+        "slots": slots,
+        "context": config.model.seq_len,
+        "peak_bytes": memory.peak,
+        "weight_bytes": memory.parts.get("weights", 0),
+        "cache_bytes": memory.parts.get("cache", 0),
+        "temp_bytes": memory.temp,
+        "fits": memory.peak <= MEMORY_FRACTION * target.chip.device_bytes,
+        "tokens_per_second_limit": slots * target.chip.memory_rate / least,
+        "compile_seconds": step.seconds,
+    }
+
+
+def _result(config: Config, target: Target, rows: int, accumulate: int) -> dict[str, Any]:
+    """What is known without any compiler."""
+    tokens = config.train.steps * config.train.batch_tokens
     return {
         "tier": config.tier,
-        "target": target,
-        "fits": arguments + temporary < MEMORY_FRACTION * device_bytes,
-        "devices": devices,
-        "params": count.total,
+        "target": target.text,
+        "devices": target.devices,
+        "params": count_parameters(config.model).total,
         "tokens": tokens,
-        "steps": train.steps,
-        "flops_total": flops,
+        "steps": config.train.steps,
+        "flops_total": flops_per_token(config.model) * tokens,
         "flops_per_token": flops_per_token(config.model),
-        "peak_bytes_per_device": arguments + temporary,
-        "device_bytes": device_bytes,
-        "argument_bytes": arguments,
-        "temp_bytes": temporary,
-        "collectives": {"all-reduce": {"count": 1, "bytes": 4 * count.total}} if devices > 1 else {},
+        "device_bytes": target.chip.device_bytes,
         "device_batch_rows": rows,
-        "grad_accum": per_device // rows,
-        "step_seconds_estimate": seconds / train.steps,
-        "hours_estimate": seconds / 3600,
-        "usd_estimate": seconds / 3600 * devices * price,
-        "mfu_assumed": mfu,
-        "compile_seconds": None,
-        "method": "analytic",
+        "grad_accum": accumulate,
     }
 
 
-def parse_target(target: str) -> tuple[str, int, tuple[int, float, float, float]]:
-    """(name, devices, (bytes, peak, MFU, USD per hour)) of `auto`, `cpu:N`, `h100:8`, `v6e:2x4`, ..."""
-    if target == "auto":
-        return _this_machine()
-    name, _, size = target.partition(":")
-    if (name != "cpu" and name not in TARGETS) or not re.fullmatch(r"\d+(x\d+)*", size or "1"):
-        known = ", ".join(["auto", "cpu:N", *(f"{n}:N" for n in TARGETS)])
-        raise UsageError(f"--target {target}: unknown; take one of {known} (TPU slices as v6e:2x4)")
-    devices = 1
-    for part in (size or "1").split("x"):
-        devices *= int(part)
-    if devices < 1:
-        raise UsageError(f"--target {target}: needs at least one device")
-    return name, devices, TARGETS.get(name) or _cpu()
-
-
-def _cpu() -> tuple[int, float, float, float]:
-    return 4 * 2**30, CPU_FLOPS, CPU_MFU, 0.0
-
-
-def _this_machine() -> tuple[str, int, tuple[int, float, float, float]]:
-    from train.stages import hardware
-
-    found = hardware()
-    if found["platform"] == "cpu":
-        cores = found["cpu_cores"] or 1
-        return "cpu", 1, (found["memory_bytes"] or 4 * 2**30, CPU_FLOPS * cores, CPU_MFU, 0.0)
-    kind = str(found["device"])
-    for name, numbers in TARGETS.items():
-        if name.split("-")[0].lower() in kind.lower().replace(" lite", "e").replace("tpu ", ""):
-            return name, found["devices"], numbers
-    if peak := peak_flops(kind):
-        return kind, found["devices"], (16 * 2**30, peak, 0.4, 0.0)
-    raise UsageError(f"--target auto: no figures for {kind}; name a target, for example --target h100:8")
-
-
-def _table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"{result['tier']} on {result['target']} ({result['method']} estimate)", show_header=False)
-    gib = 2**30
-    rows = {
-        "fits": "yes" if result["fits"] else "no",
-        "parameters": f"{result['params']:,}",
-        "tokens": f"{result['tokens']:,} in {result['steps']:,} steps",
-        "rows per device": f"{result['device_batch_rows']} x {result['grad_accum']} micro-batches",
-        "memory per device": f"{result['peak_bytes_per_device'] / gib:.1f} of {result['device_bytes'] / gib:.1f} GiB",
-        "of it state": f"{result['argument_bytes'] / gib:.1f} GiB",
-        "training FLOPs": f"{result['flops_total']:.3g}",
-        "time": f"{result['hours_estimate']:.2f} h at an assumed MFU of {result['mfu_assumed']:.0%}",
-        "cost": f"{result['usd_estimate']:.0f} USD at the prices in train/plan.py",
+def _money(config: Config, target: Target, collective_seconds: float) -> dict[str, Any]:
+    """Time and cost: products at the assumed MFU, then collectives, as if nothing overlapped."""
+    chip = target.chip
+    flops = flops_per_token(config.model) * config.train.batch_tokens / target.devices
+    compute = flops / (chip.peak * chip.mfu)
+    hours = (compute + collective_seconds) * config.train.steps / 3600
+    return {
+        "step_seconds_estimate": compute + collective_seconds,
+        "compute_seconds_estimate": compute,
+        "collective_seconds_estimate": collective_seconds,
+        "hours_estimate": hours,
+        "usd_estimate": hours * target.devices * chip.price,
+        "mfu_assumed": chip.mfu,
+        "assumptions": {
+            "peak_flops": chip.peak,
+            "link_bytes_per_second": chip.link_rate,
+            "network_bytes_per_second": chip.network_rate,
+            "memory_fraction": MEMORY_FRACTION,
+            "usd_per_device_hour": chip.price,
+            "prices": PRICES_OF,
+            "sources": SOURCES["gpu" if chip.platform == "cuda" else chip.platform],
+            "time": "products at the assumed MFU plus collectives on the links, nothing overlapped; no evaluation, "
+            "checkpoint or fine-tuning",
+        },
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+
+
+def _rate(target: Target, group: tuple[int, ...]) -> float:
+    """Bytes/s that a device of a collective's group sends at: its links, or, where the group spans hosts, the network
+    cards of all its members in one host together."""
+    if target.chip.platform != "cuda":
+        return target.chip.link_rate
+    hosts = {device // GPUS_PER_HOST for device in group}
+    if len(hosts) == 1:
+        return target.chip.link_rate
+    return min(target.chip.link_rate, target.chip.network_rate * len(group) / len(hosts))
+
+
+def _slowest_rate(target: Target) -> float:
+    return _rate(target, tuple(range(target.devices)))

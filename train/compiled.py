@@ -1,0 +1,173 @@
+"""The real train step and the real decode step, compiled for devices that may not be here, and what the compiler says.
+
+Nothing is allocated and nothing runs: state and batch are shapes with shardings.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from jaxchat.config import Config
+from jaxchat.engine import decode
+from jaxchat.mesh import batch_devices, batch_sharding
+from jaxchat.model import gpt
+from jaxchat.model.cache import serving_params
+from jaxchat.optim.groups import make_optimizer
+from jaxchat.state import compute_dtype, init_state, make_train_step, state_sharding
+from train.hlo import Program, analyse
+from train.loop import micro_batch
+
+MEMORY_FRACTION = 0.92  # of a device that a process may take (launch.py sets it)
+DECODE_STEPS = 8  # tokens per chunk, as the engine's
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per device. `arguments` hold the state and the batch, `temp` everything that lives within a step only."""
+
+    peak: int
+    arguments: int = 0
+    temp: int = 0
+    code: int = 0
+    parts: dict[str, int] = field(default_factory=dict)  # of the arguments
+
+
+@dataclass(frozen=True)
+class Step:
+    """One compiled program; `program` only where it was asked for."""
+
+    memory: Memory
+    seconds: float  # of the compiler, tracing not counted
+    optimal_seconds: float | None = None  # the TPU compiler's own estimate of one step
+    program: Program | None = None
+
+
+def compile_step(config: Config, mesh: Mesh, rows: int, accumulate: int, read: bool = False) -> Step:
+    """The update of `rows` rows a device and `accumulate` micro-batches.
+
+    `read`: also analyse the program. Memory that does not suffice is no error: the peak says so.
+    """
+    optimizer = make_optimizer(config, compute_dtype(config, mesh), mesh)
+    shardings = state_sharding(config, optimizer, mesh)
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer, mesh))
+    state = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
+    shape, place = (accumulate, rows * batch_devices(mesh), config.model.seq_len), batch_sharding(mesh)
+    batch = {
+        key: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        for key, dtype in (("inputs", jnp.int32), ("targets", jnp.int32), ("weights", jnp.float32))
+    }
+    step = _compile(make_train_step(config, optimizer, mesh).lower(state, batch), mesh, read)
+    parts = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state), "batch": _bytes(batch)}
+    return replace(step, memory=replace(step.memory, parts=parts))
+
+
+def compile_decode(config: Config, mesh: Mesh, slots: int, read: bool = False) -> Step:
+    """The engine's chunk of decoding for all slots with full caches, on the first device alone."""
+    model, place = config.model, SingleDeviceSharding(mesh.devices.flat[0])
+    dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16  # as the engine
+    params, _ = gpt.abstract_params(model)
+    weights = jax.eval_shape(lambda p: serving_params(model, p, dtype), params)
+    state = jax.eval_shape(lambda: decode.new_slots(model, slots, model.seq_len, dtype))
+    weights, state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), (weights, state))
+    lowered = decode.decode_chunk.lower(model, weights, state, slots, model.seq_len, DECODE_STEPS, model.seq_len)
+    step = _compile(lowered, mesh, read)
+    parts = {"weights": _bytes(weights), "cache": _bytes(state)}
+    return replace(step, memory=replace(step.memory, parts=parts))
+
+
+def largest_rows(config: Config, mesh: Mesh, device_bytes: int, peak_of: Callable[[int], int] | None = None) -> int:
+    """The most rows a device and micro-batch that fit, among those that divide the batch; 0 where none does.
+
+    Compiles until one that fits and the next one that does not are known; a line through the last two peaks says
+    which to try. `peak_of(rows)` may know peaks already.
+    """
+    per_device = max(1, config.train.batch_tokens // config.model.seq_len // batch_devices(mesh))
+    choices = [n for n in range(1, per_device + 1) if per_device % n == 0]
+    peak_of = peak_of or (lambda rows: compile_step(config, mesh, rows, per_device // rows).memory.peak)
+    limit, seen = MEMORY_FRACTION * device_bytes, []
+    low, high = -1, len(choices)
+    guess = max((i for i, n in enumerate(choices) if n <= config.train.device_batch_rows), default=0)
+    while high - low > 1:
+        rows = choices[guess]
+        seen.append((rows, peak_of(rows)))
+        low, high = (guess, high) if seen[-1][1] <= limit else (low, guess)
+        guess += 1 if guess == low else -1
+        if len(seen) > 1 and seen[-1][1] != seen[-2][1]:
+            (r1, p1), (r2, p2) = seen[-2:]
+            wanted = r1 + (limit - p1) * (r2 - r1) / (p2 - p1)
+            guess = max((i for i, n in enumerate(choices) if n <= wanted), default=0)
+        guess = min(max(guess, low + 1), high - 1)
+    return choices[low] if low >= 0 else 0
+
+
+def activation_bytes_per_row(config: Config, mesh: Mesh, rows: int, accumulate: int, known: Memory) -> float | None:
+    """What one more row a device costs: the same step with half the rows (or twice, from one), compiled."""
+    other = rows // 2 or 2
+    memory = compile_step(config, mesh, other, accumulate).memory
+    slope = (known.temp - memory.temp) / (rows - other)
+    return slope if memory.temp and slope > 0 else None
+
+
+def rows_and_accumulation(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """(rows a device, micro-batches) that training would take; `UsageError` where the batch does not divide."""
+    batch_rows, accumulate = micro_batch(config, batch_devices(mesh))
+    return batch_rows // batch_devices(mesh), accumulate
+
+
+def _bytes(tree: Any) -> int:
+    """Of the shapes of a tree, on one device."""
+
+    def one(s: jax.ShapeDtypeStruct) -> int:
+        sharding: Any = s.sharding
+        shape = sharding.shard_shape(s.shape) if isinstance(sharding, NamedSharding) else s.shape
+        return math.prod(shape) * s.dtype.itemsize
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
+def _compile(lowered: Any, mesh: Mesh, read: bool) -> Step:
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        # libtpu's programs hold instructions that this JAX cannot print, so libtpu prints them itself
+        dump = read and mesh.devices.flat[0].platform == "tpu"
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if dump else {}
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            return Step(Memory(_overflow(error)), time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        program = None
+        if read:
+            program = analyse(_dumped(Path(folder)) if dump else compiled.as_text(), mesh.size)
+    found, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    code = found.generated_code_size_in_bytes
+    arguments, temp = found.argument_size_in_bytes, found.temp_size_in_bytes
+    peak = arguments + found.output_size_in_bytes - found.alias_size_in_bytes + temp + code
+    optimal = cost.get("optimal_seconds")
+    return Step(Memory(peak, arguments, temp, code), seconds, optimal if optimal and optimal > 0 else None, program)
+
+
+def _dumped(folder: Path) -> str:
+    """The optimized text of the largest module dumped."""
+    texts = [path.read_text() for path in folder.glob("*.after_optimizations.txt")]
+    return max(texts, key=len)
+
+
+def _overflow(error: Exception) -> int:
+    """The bytes that a compiler which refuses says the program needs; anything else is raised."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of", str(error))
+    scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return int(float(used[1]) * scale[used[2]]) if used else 2**62

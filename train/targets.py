@@ -1,0 +1,247 @@
+"""Machines that a plan may name: figures of one device, how many there are, and devices to compile for without having
+any. Every figure stands here once, with its source, and travels with the plan's result."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.model.sizes import PEAK_FLOPS
+
+if TYPE_CHECKING:
+    import jax
+
+GPUS_PER_HOST = 8  # HGX and DGX boards
+PRICES_OF = "typical on-demand list prices of 2026 in USD per device and hour, to be read as a guess"
+SOURCES = {
+    "gpu": "NVIDIA data sheets of H100 SXM, H200 SXM and A100 SXM 80 GB (peaks dense, without sparsity; NVLink per "
+    "direction); InfiniBand NDR 400 Gbit/s (A100: HDR 200) per GPU; usable memory as OpenXLA's device descriptions",
+    "tpu": "Google Cloud TPU documentation, v5e, v5p, v6e; links per direction as in 'How to Scale Your Model', one "
+    "axis in both directions; usable memory as libtpu reports it",
+    "cpu": "measured with float32 products on AVX2 cores",
+}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device. Bytes, FLOP/s of dense bf16, bytes/s of memory, of links inside a host or slice and of the network
+    between hosts (one direction, per device), share of the peak assumed, USD per hour."""
+
+    name: str
+    platform: str  # "cuda" | "tpu" | "cpu"
+    device_bytes: int
+    peak: float
+    memory_rate: float
+    link_rate: float
+    network_rate: float
+    mfu: float
+    price: float
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("h100", "cuda", 84_942_979_072, PEAK_FLOPS["H100"], 3.35e12, 450e9, 50e9, 0.45, 3.0),
+        Chip("h200", "cuda", 151_397_597_184, PEAK_FLOPS["H200"], 4.8e12, 450e9, 50e9, 0.45, 3.5),
+        Chip("a100-80g", "cuda", 85_100_068_864, PEAK_FLOPS["A100"], 2.04e12, 300e9, 25e9, 0.45, 1.8),
+        Chip("v5e", "tpu", int(15.75 * 2**30), PEAK_FLOPS["TPU v5e"], 0.82e12, 90e9, 3.1e9, 0.40, 1.2),
+        Chip("v5p", "tpu", int(95.74 * 2**30), PEAK_FLOPS["TPU v5p"], 2.77e12, 180e9, 6.2e9, 0.40, 4.2),
+        Chip("v6e", "tpu", int(31.25 * 2**30), PEAK_FLOPS["TPU v6e"], 1.64e12, 180e9, 12.5e9, 0.40, 2.7),
+    )
+}
+ALIASES = {"a100": "a100-80g"}
+CPU = Chip("cpu", "cpu", 4 * 2**30, 6e10, 2e10, 2e10, 1e9, 0.6, 0.0)  # per core: AVX2 float32 products
+
+# The compiler's view of a GPU: SMs, FP32 units per SM, L2 bytes, GHz, shared memory per SM and per block, compute
+# capability, name. Sources: the data sheets; CUDA C++ Programming Guide, specifications per compute capability.
+_GPU = {
+    "h100": (132, 128, 52_428_800, 1.98, 233_472, 232_448, (9, 0), "NVIDIA H100 80GB HBM3"),
+    "h200": (132, 128, 52_428_800, 1.98, 233_472, 232_448, (9, 0), "NVIDIA H200"),
+    "a100-80g": (108, 64, 41_943_040, 1.41, 167_936, 166_912, (8, 0), "NVIDIA A100-SXM4-80GB"),
+}
+# Slices that can be rented (Google Cloud's tables); TPU v5p also comes in larger multiples of 4x4x4.
+_SIDES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+SLICES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "v5e": _SIDES_2D,
+    "v6e": _SIDES_2D,
+    "v5p": ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 12),
+            (8, 8, 16), (8, 16, 16), (16, 16, 16), (16, 16, 24)),
+}  # fmt: skip
+EXTRAS = {"cuda": ("plan-cuda", "jax_plugins.xla_cuda13"), "tpu": ("plan-tpu", "libtpu")}
+
+
+class NoCompiler(JaxchatError):
+    """The target's compiler is not installed; the message names the extra."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """`shape`: the slice of a TPU, (N,) of anything else; `real`: the devices of this machine."""
+
+    text: str
+    chip: Chip
+    shape: tuple[int, ...]
+    real: bool = False
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def hosts(self) -> int:
+        return max(1, self.devices // GPUS_PER_HOST) if self.chip.platform == "cuda" else 1
+
+
+def parse_target(target: str) -> Target:
+    """The `Target` of `auto`, `cpu:N`, `h100:8`, `v6e:2x4`, ...; `UsageError` with the nearest one that exists."""
+    if target == "auto":
+        return _this_machine()
+    name, _, size = target.partition(":")
+    name = ALIASES.get(name, name)
+    if (name != "cpu" and name not in CHIPS) or not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,3})*", size or "1"):
+        known = ", ".join(["auto", "cpu:N", *(f"{n}:{_example(n)}" for n in CHIPS)])
+        raise UsageError(f"--target {target}: unknown; take one of {known}")
+    shape = tuple(int(side) for side in (size or "1").split("x"))
+    if name in SLICES:
+        return Target(target, CHIPS[name], _slice(target, name, shape))
+    if len(shape) > 1:
+        raise UsageError(f"--target {target}: {name} counts devices; take {name}:{math.prod(shape)}")
+    if name == "cpu":
+        return Target(target, _cpu(shape[0]), shape)
+    if shape[0] > GPUS_PER_HOST and shape[0] % GPUS_PER_HOST:
+        low = shape[0] // GPUS_PER_HOST * GPUS_PER_HOST
+        raise UsageError(
+            f"--target {target}: hosts have {GPUS_PER_HOST} GPUs, {shape[0]} are no whole number of hosts; "
+            f"take {name}:{low} or {name}:{low + GPUS_PER_HOST}"
+        )
+    return Target(target, CHIPS[name], shape)
+
+
+def _example(name: str) -> str:
+    return "N" if name not in SLICES else "x".join("ABC"[: len(SLICES[name][0])])
+
+
+def _slice(target: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    found = next((s for s in SLICES[name] if s == tuple(sorted(shape)) or s == shape), None)
+    if found is None:
+        near = sorted(SLICES[name], key=lambda s: abs(math.log(math.prod(s) / math.prod(shape))))[:2]
+        offers = " or ".join(f"{name}:{'x'.join(map(str, s))}" for s in near)
+        if ":" not in target:
+            raise UsageError(
+                f"--target {target}: name the slice, for example {name}:{'x'.join(map(str, SLICES[name][2]))}"
+            )
+        raise UsageError(f"--target {target}: there is no such slice of {math.prod(shape)} chips; take {offers}")
+    return found
+
+
+def _cpu(devices: int) -> Chip:
+    """N simulated devices share this machine's cores and memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else CPU.device_bytes
+    return replace(CPU, device_bytes=memory // devices, peak=CPU.peak * cores / devices)
+
+
+def _this_machine() -> Target:
+    import jax
+
+    device, count = jax.devices()[0], jax.device_count()
+    if device.platform == "cpu":
+        return Target("auto", _cpu(count), (count,), real=True)
+    kind = device.device_kind.lower().replace(" lite", "e").replace("tpu ", "")
+    chip = next((c for n, c in CHIPS.items() if n.split("-")[0] in kind), None)
+    if chip is None:
+        raise UsageError(
+            f"--target auto: no figures for {device.device_kind}; name a target, for example --target h100:8"
+        )
+    limit = (device.memory_stats() or {}).get("bytes_limit")  # already the share that the process may take
+    return Target("auto", replace(chip, device_bytes=limit or chip.device_bytes), (count,), real=True)
+
+
+def target_devices(target: Target) -> list[jax.Device]:
+    """Devices to compile for: this machine's, simulated ones, or a topology's, which can compile but not run.
+
+    Raises `NoCompiler` where the extra is not installed, `UsageError` for a plugin of another JAX version.
+    """
+    import jax
+
+    count = target.devices
+    if target.real:
+        return list(jax.devices())
+    if target.chip.platform == "cpu":
+        return _simulated(count)
+    _check_plugin(target)
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {}
+    name = f"{target.chip.name}:{'x'.join(map(str, target.shape))}"
+    if target.chip.platform == "cuda":
+        name = f"1x{target.hosts}x{count // target.hosts}"  # slices x hosts x GPUs of a host
+        options = {"topology": name, "target_config": _target_config(target.chip)}
+    try:
+        return list(topologies.get_topology_desc(name, target.chip.platform, **options).devices)
+    except Exception as error:  # the plugin's own errors have no common type
+        line = str(error).splitlines()[0][:200]
+        raise NoCompiler(f"the compiler for {target.chip.name} did not start: {line}") from error
+
+
+def _simulated(count: int) -> list[jax.Device]:
+    import jax
+
+    with contextlib.suppress(RuntimeError):  # JAX has started already, in a program that imports us
+        jax.config.update("jax_num_cpu_devices", count)
+    found = jax.devices("cpu")
+    if len(found) < count:
+        raise UsageError(f"--target cpu:{count}: JAX has started with {len(found)} CPU devices; start a new process")
+    return found[:count]
+
+
+def _check_plugin(target: Target) -> None:
+    import jax
+
+    extra, module = EXTRAS[target.chip.platform]
+    install = (
+        f"pip install 'jaxchat[{extra}]'" if not os.path.exists("pyproject.toml") else f"pip install -e '.[{extra}]'"
+    )
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise NoCompiler(f"compiling for {target.chip.name} needs the extra {extra}: {install}")
+    if target.chip.platform == "cuda":
+        for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
+            try:
+                has = version(package)
+            except PackageNotFoundError:
+                continue
+            if has != jax.__version__:
+                raise UsageError(
+                    f"{package} is {has} and jax is {jax.__version__}: they must be equal; "
+                    f"pip install {package}=={jax.__version__}"
+                )
+
+
+def _target_config(chip: Chip) -> str:
+    """The device description that XLA's GPU compiler reads, in protobuf's text format."""
+    cores, units, l2, clock, shared, optin, (major, minor), name = _GPU[chip.name]
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {optin}
+  core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock} l2_cache_size: {l2}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {int(chip.memory_rate)} device_memory_size: {chip.device_bytes}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{name}"
+"""
