@@ -36,7 +36,7 @@ def test_more_devices_take_less_time_for_little_more_money():
 
 
 def test_a_model_too_large_does_not_fit():
-    assert not estimate(resolve(load_config("d32")), "v5e:1")["fits"]
+    assert not estimate(resolve(load_config("d32")), "v5e:1x1")["fits"]
     assert estimate(resolve(load_config("nano")), "cpu:1")["fits"]
 
 
