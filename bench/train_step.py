@@ -27,7 +27,7 @@ def measure(config: Config, steps: int) -> dict:
     """Seconds to the first step's result, and the median over the steps after three warm-up ones."""
     start = time.perf_counter()
     mesh = make_mesh(config.mesh)
-    optimizer = make_optimizer(config, compute_dtype(config))
+    optimizer = make_optimizer(config, compute_dtype(config, mesh), mesh)
     state = init_state(config, optimizer, mesh)
     step = make_train_step(config, optimizer, mesh)
     rows = config.train.batch_tokens // config.model.seq_len
@@ -58,7 +58,7 @@ def measure(config: Config, steps: int) -> dict:
         "device": device.device_kind,
         "devices": len(mesh.devices.flat),
         "jax": version("jax"),
-        "dtype": jnp.dtype(compute_dtype(config)).name,
+        "dtype": jnp.dtype(compute_dtype(config, mesh)).name,
         "parameters": count_parameters(config.model).total,
         "batch": shape,
         "first_step_seconds": round(first, 2),

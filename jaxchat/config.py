@@ -77,6 +77,7 @@ class TrainConfig:
     eval_rows: int = 512  # held-out rows at most per evaluation
     sample_every: int = 0  # steps between samples during pretraining; 0: only before and after
     compute_dtype: str = "auto"  # "auto" | "bfloat16" | "float32"
+    remat: str = "none"  # "none" | "names" | "dots" | "full": what the backward pass computes again
     loss_chunk: int = -1  # tokens per chunk of the loss
     scan_unroll: int = -1  # groups of layers unrolled in the trunk's scan
     max_bad_steps: int = 5  # consecutive non-finite steps that are skipped before the run stops

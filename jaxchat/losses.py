@@ -10,8 +10,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-DEFAULT_CHUNK = {"cpu": 512}  # tokens; fits the caches of a CPU
+from jaxchat.mesh import BATCH_AXES, batch_devices
+
+CHUNK = {"cpu": 512}  # tokens; fits the caches of a CPU
 ACCELERATOR_CHUNK = 8192
 
 
@@ -20,11 +24,12 @@ class LossSpec(NamedTuple):
 
     vocab_size: int  # rows of the unembedding beyond it are padding
     softcap: float
-    chunk: int  # tokens per chunk, about
+    chunk: int  # tokens per chunk on a device, at most
+    mesh: Mesh | None = None  # rows are split over its data and fsdp axes, the vocabulary over tensor
 
 
-def default_chunk() -> int:
-    return DEFAULT_CHUNK.get(jax.default_backend(), ACCELERATOR_CHUNK)
+def default_chunk(platform: str) -> int:
+    return CHUNK.get(platform, ACCELERATOR_CHUNK)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -33,7 +38,8 @@ def chunked_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of negative log-likelihoods, with the logits of one chunk of tokens alive at a time.
 
-    Logits are `softcap * tanh(x W^T / softcap)` in float32.
+    Logits are `softcap * tanh(x W^T / softcap)` in float32. On a mesh every device runs its own rows and the gradient
+    to W is reduced once.
 
     Args:
       x: (B, T, D) final activations; unembedding: (V, D) float32, cast to x's dtype for the products.
@@ -63,44 +69,64 @@ chunked_loss.defvjp(_forward, _backward)
 
 
 def _run(x, unembedding, targets, weights, spec, with_gradients):
-    """Scan over chunks of positions, so that rows keep their sharding."""
-    B, T, D = x.shape
-    length = _chunk_length(B, T, spec.chunk)
     w = unembedding.astype(x.dtype)
-    padding = jnp.arange(w.shape[0]) >= spec.vocab_size if w.shape[0] != spec.vocab_size else None
+    if spec.mesh is None or spec.mesh.size == 1:
+        return _local(x, w, targets, weights, spec, with_gradients)
+    rows, V = P(BATCH_AXES), w.shape[0]
+    shards = batch_devices(spec.mesh)
+    scatter = V % (shards * spec.mesh.shape["tensor"]) == 0
+
+    def local(*arrays):
+        total, nll, dx, dw = _local(*arrays, spec, with_gradients)
+        total = jax.lax.psum(total, BATCH_AXES)
+        if with_gradients:
+            reduce = functools.partial(jax.lax.psum_scatter, tiled=True) if scatter else jax.lax.psum
+            dw = reduce(dw, BATCH_AXES)
+        return total, nll, dx, dw
+
+    of_dw = P(("tensor", *BATCH_AXES)) if scatter else P("tensor")
+    out_specs = (P(), rows, *((rows, of_dw) if with_gradients else (None, None)))
+    in_specs = (rows, P("tensor"), rows, rows)
+    return jax.shard_map(local, mesh=spec.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
+        x, w, targets, weights
+    )
+
+
+def _local(x, w, targets, weights, spec, with_gradients):
+    """Scan over chunks of one device's tokens; w (V, D) may be this device's part of the vocabulary."""
+    (B, T, D), V = x.shape, w.shape[0]
+    split_vocab = spec.mesh is not None and spec.mesh.shape["tensor"] > 1
+    everywhere = functools.partial(jax.lax.psum, axis_name="tensor") if split_vocab else lambda a: a
+    ids = jnp.arange(V) + (jax.lax.axis_index("tensor") * V if split_vocab else 0)
+    padded = split_vocab or spec.vocab_size != V
+    length = max(d for d in range(1, min(spec.chunk, B * T) + 1) if B * T % d == 0)
 
     def split(a):
-        return a.reshape(B, T // length, length, *a.shape[2:]).swapaxes(0, 1)
+        return a.reshape(B * T // length, length, *a.shape[2:])
 
     def step(dw, chunk):
         xc, target, weight = chunk
-        z = jnp.einsum("btd,vd->btv", xc, w, preferred_element_type=jnp.float32)
+        z = jnp.einsum("td,vd->tv", xc, w, preferred_element_type=jnp.float32)
         s = jnp.tanh(z / spec.softcap)
         # the cap bounds the logits, so a constant replaces the row maximum of the softmax
         e = jnp.exp(spec.softcap * (s - 1.0))
-        if padding is not None:
-            e = jnp.where(padding, 0.0, e)
-        total = e.sum(axis=-1)
-        at_target = jnp.take_along_axis(s, target[..., None], axis=-1)[..., 0]
+        if padded:
+            e = jnp.where(ids < spec.vocab_size, e, 0.0)
+        total = everywhere(e.sum(axis=-1))
+        if split_vocab:
+            at_target = everywhere(jnp.where(target[:, None] == ids, s, 0.0).sum(axis=-1))
+        else:
+            at_target = jnp.take_along_axis(s, target[:, None], axis=-1)[:, 0]
         nll = jnp.log(total) + spec.softcap * (1.0 - at_target)
         if not with_gradients:
             return dw, (nll, None)
-        onehot = target[..., None] == jnp.arange(w.shape[0])
-        p = e * (weight / total)[..., None]
-        dz = ((p - jnp.where(onehot, weight[..., None], 0.0)) * (1.0 - s * s)).astype(x.dtype)
-        dx = jnp.einsum("btv,vd->btd", dz, w)
-        dw = dw + jnp.einsum("btv,btd->vd", dz, xc, preferred_element_type=jnp.float32)
+        p = e * (weight / total)[:, None]
+        dz = ((p - jnp.where(target[:, None] == ids, weight[:, None], 0.0)) * (1.0 - s * s)).astype(x.dtype)
+        dx = everywhere(jnp.einsum("tv,vd->td", dz, w))
+        dw = dw + jnp.einsum("tv,td->vd", dz, xc, preferred_element_type=jnp.float32)
         return dw, (nll, dx)
 
     dw = jnp.zeros(w.shape, jnp.float32) if with_gradients else None
     dw, (nll, dx) = jax.lax.scan(step, dw, (split(x), split(targets), split(weights)))
-    nll = nll.swapaxes(0, 1).reshape(B, T)
-    if with_gradients:
-        dx = dx.swapaxes(0, 1).reshape(B, T, D)
-    return jnp.sum(nll * weights), nll, dx, dw
-
-
-def _chunk_length(B: int, T: int, chunk: int) -> int:
-    """Positions per chunk: the largest divisor of T that keeps B times it within the chunk."""
-    wanted = max(1, chunk // B)
-    return max(d for d in range(1, T + 1) if T % d == 0 and d <= max(wanted, 1))
+    nll = nll.reshape(B, T)
+    return jnp.sum(nll * weights), nll, None if dx is None else dx.reshape(B, T, D), dw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxchat.config import MeshConfig
 from jaxchat.errors import UsageError
 
-# Resharding the model is an edit of this table. `data` never appears: parameters are replicated over it.
+# Resharding the model is an edit of this table. `data` never appears: weights are replicated over it while they are
+# used; between steps their masters are split over it too (`master_sharding`).
 LOGICAL_TO_MESH: dict[str, str | None] = {
     "layer": None,  # stacked and scanned over
     "embed": "fsdp",  # model width D
@@ -24,6 +26,7 @@ LOGICAL_TO_MESH: dict[str, str | None] = {
     "gate": None,  # the few channels that gates read
 }
 BATCH_AXES = ("data", "fsdp")  # a batch's rows are spread over both
+SMALL = 4096  # values; splitting fewer is not worth a collective
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -34,7 +37,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     free = [name for name, size in sizes.items() if size == -1]
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    fixed = math.prod(size for size in sizes.values() if size != -1)
     text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
         raise UsageError(f"{text}: sizes are at least 1, and at most one may be -1 (fills)")
@@ -55,6 +58,33 @@ def parameter_sharding(mesh: Mesh, shape: tuple[int, ...], logical_axes: tuple[s
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
+def master_sharding(mesh: Mesh, shape: tuple[int, ...], logical_axes: tuple[str, ...]) -> NamedSharding:
+    """Where a parameter's float32 master, its gradient and its moments lie: also split over `data` (ZeRO, 1910.02054).
+
+    The split is over the dimension before the last, or the last where that does not divide; small arrays stay whole.
+    """
+    spec = list(parameter_sharding(mesh, shape, logical_axes).spec)
+    if mesh.shape["data"] > 1 and len(shape) > 1 and math.prod(shape) >= SMALL:
+        for i in (-2, -1):
+            axes = (*((spec[i],) if spec[i] else ()), "data")
+            if shape[i] % math.prod(mesh.shape[axis] for axis in axes) == 0:
+                spec[i] = axes
+                break
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def gathered_sharding(mesh: Mesh, shape: tuple[int, ...], logical_axes: tuple[str, ...]) -> NamedSharding:
+    """How a weight is used in products: whole but for `tensor`."""
+    spec = parameter_sharding(mesh, shape, logical_axes).spec
+    return NamedSharding(mesh, PartitionSpec(*(axis if axis == "tensor" else None for axis in spec)))
+
+
+def platform(mesh: Mesh) -> str:
+    """ "cpu", "gpu" or "tpu": of the mesh's devices, which need not be those of this machine (a dry run)."""
+    name = mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of a batch `(A, B, T)`: rows B over data and fsdp, micro-batches A and positions T whole."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
@@ -66,4 +96,4 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_devices(mesh: Mesh) -> int:
     """How many devices share a batch's rows."""
-    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxchat.config import Config
 from jaxchat.losses import LossSpec, chunked_loss, default_chunk
-from jaxchat.mesh import batch_sharding, parameter_sharding, replicated
+from jaxchat.mesh import (
+    batch_sharding,
+    gathered_sharding,
+    master_sharding,
+    parameter_sharding,
+    platform,
+    replicated,
+)
 from jaxchat.model import gpt
+from jaxchat.model.attention import choose_backend
 from jaxchat.model.layout import scan_groups
 
 Batch = dict[str, jax.Array]  # inputs, targets (A, B, T) int32; weights (A, B, T) float32; A micro-batches
@@ -30,11 +39,11 @@ class TrainState:
     step: jax.Array
 
 
-def compute_dtype(config: Config) -> jnp.dtype:
+def compute_dtype(config: Config, mesh: Mesh) -> jnp.dtype:
     """Of activations and products: bfloat16 on accelerators, float32 on CPUs (bf16 products are slower there)."""
     name = config.train.compute_dtype
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if platform(mesh) == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
@@ -46,9 +55,46 @@ def scan_unroll(config: Config) -> int:
     return groups if groups * period <= 8 else 1
 
 
-def loss_spec(config: Config) -> LossSpec:
-    chunk = config.train.loss_chunk if config.train.loss_chunk > 0 else default_chunk()
-    return LossSpec(config.model.vocab_size, config.model.softcap, chunk)
+def loss_spec(config: Config, mesh: Mesh) -> LossSpec:
+    chunk = config.train.loss_chunk if config.train.loss_chunk > 0 else default_chunk(platform(mesh))
+    return LossSpec(config.model.vocab_size, config.model.softcap, chunk, mesh)
+
+
+def trunk(config: Config, mesh: Mesh) -> gpt.Trunk:
+    """How the layers run on the devices of `mesh`."""
+    shapes, axes = gpt.abstract_params(config.model)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(axes, is_leaf=_is_axes), strict=True)
+    named = {".".join(k.key for k in path): (shape.shape, logical) for (path, shape), logical in leaves}
+    dtype = compute_dtype(config, mesh)
+
+    def place(name: str, weight: jax.Array) -> jax.Array:
+        """Whole where it is used; its gradient goes straight to where its master lies."""
+        if mesh.size == 1 or name not in named:
+            return weight
+        shape, logical = (part[-weight.ndim :] if weight.ndim else () for part in named[name])
+        return _gather(gathered_sharding(mesh, shape, logical), master_sharding(mesh, shape, logical), weight)
+
+    return gpt.Trunk(
+        unroll=scan_unroll(config),
+        backend=choose_backend(config.model.attention, dtype),
+        remat=config.train.remat,
+        place=place,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(used: NamedSharding, kept: NamedSharding, weight: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(weight, used)
+
+
+_gather.defvjp(
+    lambda used, kept, weight: (_gather(used, kept, weight), None),
+    lambda used, kept, _, gradient: (jax.lax.with_sharding_constraint(gradient, kept),),
+)
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple)
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -62,9 +108,9 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def state_sharding(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A `TrainState` of shardings. Moments lie where their parameter lies; everything small is replicated."""
+    """A `TrainState` of shardings. Moments lie where their parameter's master lies; everything small is replicated."""
     shapes, axes = gpt.abstract_params(config.model)
-    of_params = jax.tree.map(lambda s, a: parameter_sharding(mesh, s.shape, a), shapes, axes)
+    of_params = jax.tree.map(lambda s, a: master_sharding(mesh, s.shape, a), shapes, axes)
     by_path: dict[Any, NamedSharding] = dict(jax.tree_util.tree_leaves_with_path(of_params))
     shape_of: dict[Any, tuple[int, ...]] = {path: s.shape for path, s in jax.tree_util.tree_leaves_with_path(shapes)}
 
@@ -83,29 +129,37 @@ def make_train_step(
     """The jitted, donated update: (state, batch) -> (state, metrics).
 
     Metrics (float32 scalars): `loss`, mean nats per target; `grad_norm`; `ok`, 0 where loss or gradient was not
-    finite: then nothing but the step counter changes. Gradients of the A micro-batches add up in float32.
+    finite: then nothing but the step counter changes. Gradients of the A micro-batches add up in float32, split like
+    the masters.
     """
-    dtype, unroll, spec = compute_dtype(config), scan_unroll(config), loss_spec(config)
+    run, spec, shardings = trunk(config, mesh), loss_spec(config, mesh), state_sharding(config, optimizer, mesh)
+    cast = _caster(config, mesh)
+
+    def like_masters(grads: Any) -> Any:
+        return jax.lax.with_sharding_constraint(grads, shardings.params)
 
     def summed_loss(weights: Any, micro: Batch) -> jax.Array:
-        x = gpt.hidden(config.model, weights, micro["inputs"], unroll)
+        x = gpt.hidden(config.model, weights, micro["inputs"], run)
         return chunked_loss(x, weights["unembedding"], micro["targets"], micro["weights"], spec)[0]
 
-    def accumulate(weights: Any, batch: Batch) -> tuple[jax.Array, Any]:
-        gradient = jax.value_and_grad(summed_loss)
+    def gradient(weights: Any, params: Any, micro: Batch) -> tuple[jax.Array, Any]:
+        total, grads = jax.value_and_grad(summed_loss)(weights, micro)
+        return total, like_masters(jax.tree.map(lambda g: g.astype(jnp.float32), _fold_tied(params, grads)))
+
+    def accumulate(weights: Any, params: Any, batch: Batch) -> tuple[jax.Array, Any]:
         if batch["inputs"].shape[0] == 1:
-            return gradient(weights, jax.tree.map(lambda a: a[0], batch))
+            return gradient(weights, params, jax.tree.map(lambda a: a[0], batch))
 
         def add(total: Any, micro: Batch) -> tuple[Any, None]:
-            return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, gradient(weights, micro)), None
+            return jax.tree.map(jnp.add, total, gradient(weights, params, micro)), None
 
-        zeros = jnp.zeros(()), jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+        zeros = jnp.zeros(()), like_masters(jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add, zeros, batch)[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        total, grads = accumulate(gpt.cast_params(state.params, dtype), batch)
+        total, grads = accumulate(cast(state.params), state.params, batch)
         targets = jnp.maximum(batch["weights"].sum(), 1.0)  # a batch without a target has loss 0, not NaN
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / targets, _fold_tied(state.params, grads))
+        grads = jax.tree.map(lambda g: g / targets, grads)
         loss, grad_norm = total / targets, optax.global_norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -116,13 +170,26 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": grad_norm, "ok": ok.astype(jnp.float32)}
         return TrainState(params, opt_state, state.step + 1), metrics
 
-    shardings = state_sharding(config, optimizer, mesh)
     return jax.jit(
         step,
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
     )
+
+
+def _caster(config: Config, mesh: Mesh) -> Callable[[Any], Any]:
+    """Masters -> weights in the compute dtype, gathered over `data` in that dtype, once a step."""
+    dtype = compute_dtype(config, mesh)
+    shapes, axes = gpt.abstract_params(config.model)
+    shardings = jax.tree.map(lambda s, a: parameter_sharding(mesh, s.shape, a), shapes, axes)
+
+    def cast(params: Any) -> Any:
+        weights = gpt.cast_params(params, dtype)
+        kept = {"unembedding": weights["unembedding"]}  # the loss casts and gathers it
+        return jax.lax.with_sharding_constraint({k: weights[k] for k in shardings}, shardings) | kept
+
+    return cast
 
 
 def _fold_tied(params: Any, grads: Any) -> Any:
@@ -140,12 +207,12 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch, jax.Arra
     `nats` and `bytes` over the targets that stand for text (special tokens count neither way), for bits per byte;
     `all_nats` and `targets` over every weighted target, for the loss and the perplexity.
     """
-    dtype, unroll, spec = compute_dtype(config), scan_unroll(config), loss_spec(config)
+    cast, run, spec = _caster(config, mesh), trunk(config, mesh), loss_spec(config, mesh)
 
     def step(params: Any, batch: Batch, byte_lengths: jax.Array) -> dict[str, jax.Array]:
-        weights = gpt.cast_params(params, dtype)
+        weights = cast(params)
         micro = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), batch)
-        x = gpt.hidden(config.model, weights, micro["inputs"], unroll)
+        x = gpt.hidden(config.model, weights, micro["inputs"], run)
         total, nll = chunked_loss(x, weights["unembedding"], micro["targets"], micro["weights"], spec)
         size = byte_lengths[micro["targets"]] * micro["weights"]
         return {

@@ -1,6 +1,7 @@
 """Laws of the model."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxchat.config import ModelConfig
-from jaxchat.model import gpt
+from jaxchat.model import gpt, layers
 from jaxchat.model.layout import padded_vocab, scan_groups, value_layers, windows
 from jaxchat.recipes import resolve_model
 
@@ -57,12 +58,12 @@ def test_a_window_hides_what_lies_before_it():
     one_layer = dataclasses.replace(config, depth=2, backout=False)
 
     def output(embedding):
-        x, _ = gpt.embed(one_layer, params | {"embedding": embedding}, tokens)
+        x, _ = layers.embed(one_layer, params | {"embedding": embedding}, tokens)
         layer = gpt.layer_params(one_layer, params, 0)
         attend = lambda q, k, v: gpt.attention(q, k, v, 6, "blocked", 10.0)  # noqa: E731
-        return gpt.block(one_layer, layer, x, x, tokens, gpt.rotary(one_layer, jnp.arange(24)[None], x.dtype), attend)[
-            0, 20
-        ].sum()
+        return layers.block(
+            one_layer, layer, x, x, tokens, layers.rotary(one_layer, jnp.arange(24)[None], x.dtype), attend
+        )[0, 20].sum()
 
     reach = np.abs(np.asarray(jax.jit(jax.grad(output))(params["embedding"]))).sum(-1)[:24]
     assert np.flatnonzero(reach).tolist() == list(range(14, 21))
@@ -73,8 +74,29 @@ def test_a_window_hides_what_lies_before_it():
 def test_scan_equals_the_plain_loop(recipe, depth):
     config = resolve_model(ModelConfig(**(SMALL | {"depth": depth, "recipe": recipe, "width": 32, "n_heads": 4})))
     params, tokens = lively(config), tokens_of(config, length=16)
-    run = jax.jit(gpt.hidden, static_argnums=(0, 3))
-    np.testing.assert_allclose(run(config, params, tokens, 1), run(config, params, tokens, depth), atol=1e-5)
+    scanned, plain = (jax.jit(functools.partial(gpt.hidden, config, trunk=gpt.Trunk(unroll=n))) for n in (1, depth))
+    np.testing.assert_allclose(scanned(params, tokens), plain(params, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("unroll", [1, 8])
+def test_rematerialization_changes_memory_alone(unroll):
+    """Gradients stay the same to the last bits, and every policy keeps less than the one before."""
+    config = resolve_model(ModelConfig(**(SMALL | {"depth": 8, "width": 32, "n_heads": 4})))
+    params, tokens = lively(config), tokens_of(config, length=128)
+    found, kept = {}, {}
+    for policy in gpt.REMAT:
+        trunk = gpt.Trunk(unroll=unroll, remat=policy)
+        step = jax.jit(jax.grad(lambda p, trunk=trunk: jnp.sin(gpt.hidden(config, p, tokens, trunk)).sum()))
+        found[policy] = step(params)
+        saved = jax.eval_shape(lambda p, t=trunk: jax.vjp(lambda p: gpt.hidden(config, p, tokens, t), p)[1], params)
+        kept[policy] = sum(leaf.size for leaf in jax.tree.leaves(saved))
+    for policy in gpt.REMAT[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max())),
+            found[policy],
+            found["none"],
+        )
+    assert kept["none"] > kept["names"] > kept["full"] and kept["none"] > kept["dots"] > kept["full"]
 
 
 def test_scan_groups_of_d26():
@@ -132,14 +154,14 @@ def test_rotary_turns_by_minus_theta_and_keeps_relative_scores():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, config.head_width))
 
     def score(i, j):
-        turn = lambda x, t: gpt.rotate(x, gpt.rotary(config, jnp.array([[t]]), jnp.float32))  # noqa: E731
+        turn = lambda x, t: layers.rotate(x, layers.rotary(config, jnp.array([[t]]), jnp.float32))  # noqa: E731
         return float((turn(q, i) * turn(k, j)).sum())
 
     assert score(9, 4) == pytest.approx(score(15, 10), rel=1e-4)
     assert score(9, 4) != pytest.approx(score(9, 5), rel=1e-3)
     half = config.head_width // 2
     unit = jnp.zeros((1, 1, 1, config.head_width)).at[..., 0].set(1.0)
-    turned = gpt.rotate(unit, gpt.rotary(config, jnp.array([[1]]), jnp.float32))[0, 0, 0]
+    turned = layers.rotate(unit, layers.rotary(config, jnp.array([[1]]), jnp.float32))[0, 0, 0]
     assert float(turned[0]) == pytest.approx(np.cos(1), rel=1e-5)
     assert float(turned[half]) == pytest.approx(-np.sin(1), rel=1e-5)
 

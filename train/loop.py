@@ -76,7 +76,7 @@ def fit(job: Job) -> dict[str, Any]:
     config = job.config
     mesh = make_mesh(config.mesh)
     batch_rows, grad_accum = micro_batch(config, batch_devices(mesh))
-    optimizer = make_optimizer(config, compute_dtype(config))
+    optimizer = make_optimizer(config, compute_dtype(config, mesh), mesh)
     checkpoints = Checkpoints(job.directory, config.train.keep_last)
     try:
         state = init_state(config, optimizer, mesh)

@@ -37,6 +37,7 @@ FREE_KEYS = (
     "train.eval_rows",
     "train.sample_every",
     "train.loss_chunk",
+    "train.remat",
     "train.scan_unroll",
     "train.max_bad_steps",
 )

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from jaxchat.config import ModelConfig
 from jaxchat.model.attention import attention, cached_attention, choose_backend
-from jaxchat.model.gpt import Params, block, embed, finish, layer_params, logits, rotary
+from jaxchat.model.gpt import layer_params
+from jaxchat.model.layers import Params, block, embed, finish, logits, rotary
 from jaxchat.model.layout import score_bound, windows
 
 

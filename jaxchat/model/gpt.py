@@ -1,21 +1,21 @@
 """The GPT: a Flax NNX module that declares the parameters, and pure functions over them.
 
 Axes: B batch, T time, L layer, H query heads, K kv heads, N head width, D width, F feed-forward width, V vocabulary.
-Kernels are (in, out), stacked over the layers. Recipes after nanochat; papers: rotary 2104.09864, relu squared
-2109.08668, QK-norm 2010.04245, value residual 2410.17897.
+Kernels are (in, out), stacked over the layers. Recipes after nanochat; what one layer does is in `layers.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxchat.config import ModelConfig
-from jaxchat.model.attention import attention, choose_backend
+from jaxchat.model.attention import attention
+from jaxchat.model.layers import Dot, Params, block, embed, finish, logits, rotary, unembedding
 from jaxchat.model.layout import (
     SMEAR_CHANNELS,
     VE_GATE_CHANNELS,
@@ -27,8 +27,19 @@ from jaxchat.model.layout import (
     windows,
 )
 
-Params = dict[str, Any]
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# What the backward pass may keep of a layer beside its input, `train.remat`; each saves less and recomputes more.
+REMAT = ("none", "names", "dots", "full")
+SAVED_NAMES = ("q", "k", "v", "attention", "middle", "mlp")  # "names": every product's result but the last
+
+
+class Trunk(NamedTuple):
+    """How the layers run on a device; beyond rounding none of it changes the result."""
+
+    unroll: int = 1  # groups of layers per iteration of the scan
+    backend: str = "xla"  # of the attention
+    remat: str = "none"
+    dot: Dot = jnp.matmul  # of the layers' kernels
+    place: Callable[[str, jax.Array], jax.Array] = lambda name, weight: weight  # gathers a weight where it is used
 
 
 class Blocks(nnx.Module):
@@ -76,10 +87,10 @@ class GPT(nnx.Module):
             self.backout_scale = declare((), (), nnx.initializers.constant(0.2))
         self.blocks = Blocks(config, declare)
 
-    def __call__(self, tokens: jax.Array, unroll: int = 1) -> jax.Array:
+    def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits (B, T, V) float32, softcapped and cropped to the vocabulary, of tokens (B, T) int."""
         params = nnx.to_pure_dict(nnx.state(self))
-        return logits(self.config, params, hidden(self.config, params, tokens, unroll))
+        return logits(self.config, params, hidden(self.config, params, tokens))
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
@@ -100,43 +111,45 @@ def cast_params(params: Params, dtype: jnp.dtype | type) -> Params:
     return cast | {"unembedding": unembedding(params)}
 
 
-def unembedding(params: Params) -> jax.Array:
-    """(V, D); the embedding itself where the two are tied."""
-    return params["unembedding"] if "unembedding" in params else params["embedding"]
+DEFAULT_TRUNK = Trunk()
 
 
-def hidden(config: ModelConfig, params: Params, tokens: jax.Array, unroll: int = 1) -> jax.Array:
+def hidden(config: ModelConfig, params: Params, tokens: jax.Array, trunk: Trunk = DEFAULT_TRUNK) -> jax.Array:
     """Final normed activations (B, T, D) in the dtype of the embedding, of tokens (B, T) int.
 
-    The trunk is a scan over groups of layers, `unroll` groups per iteration; with all groups unrolled, a plain loop.
+    The trunk is a scan over groups of layers, `trunk.unroll` groups per iteration; with all groups unrolled, a plain
+    loop.
     """
-    dtype = params["embedding"].dtype
-    backend, bound = choose_backend(config.attention, dtype), score_bound(config)
-    cos_sin = rotary(config, jnp.arange(tokens.shape[1])[None, :], dtype)
+    cos_sin = rotary(config, jnp.arange(tokens.shape[1])[None, :], params["embedding"].dtype)
+    params = {k: v if k in ("blocks", "value_embedding") else trunk.place(k, v) for k, v in params.items()}
     x, _ = embed(config, params, tokens)
     sizes, (groups, period) = windows(config), scan_groups(config)
 
-    def run(layer: dict[str, jax.Array], window: int, x: jax.Array, x0: jax.Array) -> jax.Array:
+    def run(layer: Params, window: int, x: jax.Array, x0: jax.Array) -> jax.Array:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attention(q, k, v, window, backend, bound)
+            return attention(q, k, v, window, trunk.backend, score_bound(config))
 
-        return block(config, layer, x, x0, tokens, cos_sin, attend)
+        def body(layer: Params, x: jax.Array, x0: jax.Array) -> jax.Array:
+            layer = {k: trunk.place(k if k == "value_embedding" else f"blocks.{k}", w) for k, w in layer.items()}
+            return block(config, layer, x, x0, tokens, cos_sin, attend, trunk.dot)
+
+        return rematerialized(body, trunk.remat)(layer, x, x0)
 
     x0 = middle = x
     start = 0
-    if groups > max(unroll, 1):
+    if groups > max(trunk.unroll, 1):
 
-        def group(carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, list[Params]]) -> tuple[Any, None]:
+        def group(carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, Params]) -> tuple[Any, None]:
             x, middle = carry
-            index, layers = scanned
-            for j, layer in enumerate(layers):
-                x = run(layer, sizes[j], x, x0)
+            index, stacked = scanned
+            for j in range(period):
+                x = run(layer_params(config, stacked, j), sizes[j], x, x0)
                 if config.backout and j == config.depth // 2 % period:
                     middle = jnp.where(index == config.depth // 2 // period, x, middle)
             return (x, middle), None
 
-        scanned = jnp.arange(groups), grouped_layers(config, params, groups, period)
-        (x, middle), _ = jax.lax.scan(group, (x, middle), scanned, unroll=unroll)
+        scanned = jnp.arange(groups), grouped_layers(config, params)
+        (x, middle), _ = jax.lax.scan(group, (x, middle), scanned, unroll=trunk.unroll)
         start = groups * period
     for i in range(start, config.depth):
         x = run(layer_params(config, params, i), sizes[i], x, x0)
@@ -144,81 +157,18 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, unroll: int =
     return finish(config, params, x, middle)
 
 
-def block(
-    config: ModelConfig,
-    p: dict[str, jax.Array],
-    x: jax.Array,
-    x0: jax.Array,
-    tokens: jax.Array,
-    cos_sin: tuple[jax.Array, jax.Array],
-    attend: Attend,
-) -> jax.Array:
-    """One layer on x (B, T, D); `p` holds its own slices, `attend` maps q (B, T, H, N), k, v (B, T, K, N) to y."""
-    B, T, _ = x.shape
-    c, N, dtype = config, config.head_width, x.dtype
-    if c.residual_scalars:
-        x = p["residual_scale"].astype(dtype) * x + p["x0_scale"].astype(dtype) * x0
-    h = norm(x, c.norm_eps)
-    q = (h @ p["q"]).reshape(B, T, c.n_heads, N)
-    k = (h @ p["k"]).reshape(B, T, c.n_kv_heads, N)
-    v = (h @ p["v"]).reshape(B, T, c.n_kv_heads, N)
-    if "value_embedding" in p:
-        gate = 3 * jax.nn.sigmoid(h[..., :VE_GATE_CHANNELS] @ p["ve_gate"])  # (B, T, K), near 1.5 at the start
-        v = v + gate[..., None] * p["value_embedding"][tokens].reshape(v.shape)
-    q = norm(rotate(q, cos_sin), c.norm_eps) * c.qk_scale
-    k = norm(rotate(k, cos_sin), c.norm_eps) * c.qk_scale
-    x = x + attend(q, k, v).reshape(B, T, c.n_heads * N) @ p["o"]
-    return x + jnp.square(jax.nn.relu(norm(x, c.norm_eps) @ p["fc"])) @ p["proj"]
-
-
-def embed(
-    config: ModelConfig, params: Params, tokens: jax.Array, previous: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """(x, e) both (B, T, D): the normed embedding with the token before smeared in, and without.
-
-    `previous` (B, D) is the normed embedding before the first position (decoding); zeros or None at a start.
-    """
-    e = norm(params["embedding"][tokens], config.norm_eps)
-    if not config.smear:
-        return e, e
-    first = jnp.zeros_like(e[:, :1]) if previous is None else previous[:, None].astype(e.dtype)
-    before = jnp.concatenate([first, e[:, :-1]], axis=1)
-    gate = params["smear_scale"].astype(e.dtype) * jax.nn.sigmoid(e[..., :SMEAR_CHANNELS] @ params["smear_gate"])
-    return e + gate * before, e
-
-
-def finish(config: ModelConfig, params: Params, x: jax.Array, middle: jax.Array) -> jax.Array:
-    """Last steps of the trunk: subtract the middle layer's output, norm."""
-    if config.backout:
-        x = x - params["backout_scale"].astype(x.dtype) * middle
-    return norm(x, config.norm_eps)
-
-
-def logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    """Softcapped float32 logits (..., V) of activations (..., D), cropped to the vocabulary."""
-    w = unembedding(params)[: config.vocab_size].astype(x.dtype)
-    z = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
-    return config.softcap * jnp.tanh(z / config.softcap)
-
-
-def norm(x: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis without weights, computed in float32."""
-    y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)).astype(x.dtype)
-
-
-def rotary(config: ModelConfig, positions: jax.Array, dtype: jnp.dtype | type) -> tuple[jax.Array, jax.Array]:
-    """cos and sin (B, T, 1, N/2) of positions (B, T)."""
-    frequency = config.rotary_base ** (-jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
-
-
-def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn (B, T, heads, N) by minus theta, halves split: the convention of karpathy's and Hugging Face's weights."""
-    cos, sin = cos_sin
-    x1, x2 = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
+def rematerialized(function: Callable[..., jax.Array], policy: str) -> Callable[..., jax.Array]:
+    """`function` with its backward pass recomputing what the policy does not save; see `REMAT`."""
+    if policy == "none":
+        return function
+    policies = jax.checkpoint_policies
+    if policy == "names":
+        save = policies.save_only_these_names(*SAVED_NAMES)
+    elif policy == "dots":
+        save = policies.dots_with_no_batch_dims_saveable
+    else:
+        save = policies.nothing_saveable
+    return jax.checkpoint(function, policy=save, prevent_cse=True)
 
 
 def layer_params(config: ModelConfig, params: Params, i: int) -> Params:
@@ -231,22 +181,23 @@ def layer_params(config: ModelConfig, params: Params, i: int) -> Params:
     return layer
 
 
-def grouped_layers(config: ModelConfig, params: Params, groups: int, period: int) -> list[Params]:
-    """For each layer of a group, its slices over all groups (groups, ...): what the scan runs over."""
-    layers: list[Params] = []
-    with_value = value_layers(config)
-    per_group = sum(i < period for i in with_value)
-    for j in range(period):
-        layer = {k: v[j : groups * period : period] for k, v in params["blocks"].items() if k != "ve_gate"}
-        if j in with_value:
-            offset = with_value.index(j)
-            pick = slice(offset, groups * per_group, per_group)
-            layer |= {
-                "ve_gate": params["blocks"]["ve_gate"][pick],
-                "value_embedding": params["value_embedding"][pick],
-            }
-        layers.append(layer)
-    return layers
+def grouped_layers(config: ModelConfig, params: Params) -> Params:
+    """What the scan runs over: stacks (groups, layers of a group, ...) of the layers in whole groups.
+
+    One group's part looks like the parameters of a model of its depth, so `layer_params` slices it.
+    """
+    groups, period = scan_groups(config)
+
+    def split(layers: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda a: a[: groups * layers].reshape(groups, layers, *a.shape[1:])
+
+    with_value = {"blocks": {}}
+    per_group = sum(i < period for i in value_layers(config))
+    if per_group:
+        gate = {"ve_gate": params["blocks"]["ve_gate"]}
+        with_value = jax.tree.map(split(per_group), {"value_embedding": params["value_embedding"], "blocks": gate})
+    others = jax.tree.map(split(period), {k: v for k, v in params["blocks"].items() if k != "ve_gate"})
+    return with_value | {"blocks": others | with_value["blocks"]}
 
 
 def _uniform(std: float) -> Callable[..., jax.Array]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from jaxchat.config import Config
 from jaxchat.optim import schedules
@@ -50,8 +51,13 @@ def make_schedule(config: Config) -> schedules.Schedule:
     return schedules.trapezoid(steps, c.warmup_steps, c.warmdown_ratio, c.final_lr)
 
 
-def make_optimizer(config: Config, compute_dtype: jnp.dtype | type) -> optax.GradientTransformation:
-    """The optimizer of a resolved configuration; rates after nanochat, scaled as `horizon.py` says."""
+def make_optimizer(
+    config: Config, compute_dtype: jnp.dtype | type, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of a resolved configuration; rates after nanochat, scaled as `horizon.py` says.
+
+    The devices of `mesh` share Muon's orthogonalization.
+    """
     c, steps = config.optim, config.train.steps
     schedule = make_schedule(config)
 
@@ -73,6 +79,7 @@ def make_optimizer(config: Config, compute_dtype: jnp.dtype | type) -> optax.Gra
         weight_decay=schedules.cosine_to_zero(steps, c.weight_decay),
         steps=c.ns_steps,
         dtype=compute_dtype,
+        mesh=mesh,
     )
     groups = {
         "matrix": optax.chain(matrix, scaled(c.lr_scale * c.matrix_lr)),

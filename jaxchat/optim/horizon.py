@@ -73,6 +73,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "serve.temperature": (0, 10),
     "serve.top_k": (0, INFINITE),
 }
+CHOICES: dict[str, tuple[str, ...]] = {
+    "train.compute_dtype": ("auto", "float32", "bfloat16"),
+    "train.remat": ("none", "names", "dots", "full"),
+    "optim.kind": ("muon", "adamw"),
+}
 MAY_BE_DERIVED = {key for key, value in flatten(Config()).items() if is_derived(value)}
 
 
@@ -84,10 +89,9 @@ def check_ranges(config: Config) -> None:
         if isinstance(value, (int, float)) and not derived and not low <= value <= high:
             bound = f"at least {low:g}" if value < low else f"at most {high:g}"
             raise UsageError(f"{key}: must be {bound}, not {value}")
-    if config.train.compute_dtype not in ("auto", "float32", "bfloat16"):
-        raise UsageError(
-            f"train.compute_dtype: {config.train.compute_dtype!r} is unknown; choose from auto, float32, bfloat16"
-        )
+    for key, choices in CHOICES.items():
+        if flatten(config)[key] not in choices:
+            raise UsageError(f"{key}: {flatten(config)[key]!r} is unknown; choose from {', '.join(choices)}")
 
 
 def resolve(config: Config) -> Config:
@@ -95,8 +99,6 @@ def resolve(config: Config) -> Config:
     check_ranges(config)
     model = resolve_model(config.model)
     recipe = RECIPES[model.recipe]
-    if config.optim.kind not in ("muon", "adamw"):
-        raise UsageError(f"optim.kind: {config.optim.kind!r} is unknown; choose from muon, adamw")
     train = fill(config.train, recipe["train"])
     tokens = train.token_ratio * _horizon_parameters(model)
     train = fill(train, {"batch_tokens": batch_tokens(model, tokens, train.token_ratio)})

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 Schedule = Callable[[jax.Array], jax.Array | float] | float
 
@@ -37,6 +39,7 @@ def muon(
     beta2: float = 0.9,
     steps: int = 5,
     dtype: jnp.dtype | type | None = None,
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
     """The whole direction of a step, for kernels (..., in, out), still to be scaled by minus the learning rate.
 
@@ -44,11 +47,12 @@ def muon(
       momentum, weight_decay: a number, or a function of the step count.
       beta2: decay of the second moment per neuron; steps: Polar Express iterations.
       dtype: of the orthogonalization's products (bfloat16 on accelerators); None keeps the update's.
+      mesh: devices that share the orthogonalization, each whole matrices.
     """
     return optax.chain(
         nesterov_momentum(momentum),
         equilibrate_rows(),
-        orthogonalize(polar_express_coefficients(steps), dtype),
+        orthogonalize(polar_express_coefficients(steps), dtype, mesh=mesh),
         normalize_neurons(beta2),
         add_cautious_decay(weight_decay),
         scale_by_shape(),
@@ -86,8 +90,12 @@ def orthogonalize(
     dtype: jnp.dtype | type | None = None,
     safety: float = 1.01,
     renormalize: bool = True,
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
     """Replace each matrix by (about) its nearest semi-orthogonal one, U V^T of its singular value decomposition.
+
+    Matrices of one shape are iterated in one stack. On a mesh every device gets whole matrices of the stack (padded
+    with zeros to divide), so that no collective can appear inside the iteration.
 
     Args:
       coefficients: (a, b, c) of each iteration x <- a x + (b x x^T + c (x x^T)^2) x.
@@ -95,26 +103,58 @@ def orthogonalize(
       renormalize: set the Frobenius norm to sqrt(min(in, out)), an exactly semi-orthogonal matrix's.
     """
 
-    def one(u):
-        y = orthogonalized(u, coefficients, dtype, safety)
+    def start(u):
+        x = u / (jnp.linalg.norm(u, axis=(-2, -1), keepdims=True) * safety + 1e-6)
+        return x.astype(dtype or u.dtype)
+
+    def finish(y, u):
+        y = y.astype(u.dtype)
         if renormalize:
             norm = jnp.linalg.norm(y, axis=(-2, -1), keepdims=True)
             y = y * (min(u.shape[-2:]) ** 0.5 / jnp.maximum(norm, 1e-6))
         return y
 
-    return optax.stateless_with_tree_map(lambda u, _: one(u))
+    def update(updates, _):
+        leaves, tree = jax.tree.flatten(updates)
+        done = _by_shape([start(u) for u in leaves], lambda x: _spread(x, coefficients, mesh))
+        return jax.tree.unflatten(tree, [finish(y, u) for y, u in zip(done, leaves, strict=True)])
+
+    return optax.stateless(update)
 
 
-def orthogonalized(
-    u: jax.Array,
-    coefficients: Sequence[tuple[float, float, float]],
-    dtype: jnp.dtype | type | None = None,
-    safety: float = 1.01,
-) -> jax.Array:
-    """The iteration of `orthogonalize` on u (..., m, n), over the shorter side; returns u's dtype."""
-    x = u / (jnp.linalg.norm(u, axis=(-2, -1), keepdims=True) * safety + 1e-6)
-    x = x.astype(dtype or u.dtype)
-    tall = u.shape[-2] > u.shape[-1]
+def _by_shape(arrays: list[jax.Array], function: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
+    """Apply `function` to one stack (K, m, n) for each matrix shape among arrays (..., m, n)."""
+    result = list(arrays)
+    for shape in sorted({a.shape[-2:] for a in arrays}):
+        members = [i for i, a in enumerate(arrays) if a.shape[-2:] == shape]
+        stacks = [arrays[i].reshape(-1, *shape) for i in members]
+        done = function(jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0])
+        start = 0
+        for i, stack in zip(members, stacks, strict=True):
+            result[i] = done[start : start + len(stack)].reshape(arrays[i].shape)
+            start += len(stack)
+    return result
+
+
+def _spread(x: jax.Array, coefficients: Sequence[tuple[float, float, float]], mesh: Mesh | None) -> jax.Array:
+    """The iteration on a stack (K, m, n), whole matrices to every device of the mesh."""
+    if mesh is None or mesh.size == 1:
+        return _iterate(x, coefficients)
+    # between steps a matrix is split over its rows: named here, so that moving to whole matrices is one all-to-all
+    by_rows = NamedSharding(mesh, P(None, mesh.axis_names if x.shape[1] % mesh.size == 0 else None))
+    count = len(x)
+    x = jax.lax.with_sharding_constraint(x, by_rows)
+    x = jnp.pad(x, ((0, -count % mesh.size), (0, 0), (0, 0)))
+    whole = P(mesh.axis_names)
+    y = jax.shard_map(lambda a: _iterate(a, coefficients), mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)(
+        x
+    )
+    return jax.lax.with_sharding_constraint(y, by_rows)[:count]
+
+
+def _iterate(x: jax.Array, coefficients: Sequence[tuple[float, float, float]]) -> jax.Array:
+    """Polar Express on x (..., m, n), over the shorter side."""
+    tall = x.shape[-2] > x.shape[-1]
     for a, b, c in coefficients:
         if tall:
             gram = jnp.einsum("...ki,...kj->...ij", x, x)
@@ -122,7 +162,7 @@ def orthogonalized(
         else:
             gram = jnp.einsum("...ik,...jk->...ij", x, x)
             x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.astype(u.dtype)
+    return x
 
 
 def normalize_neurons(beta2: float) -> optax.GradientTransformation:
