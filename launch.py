@@ -59,6 +59,8 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         help="of --plan: auto, cpu:N, h100:N, h200:N, a100-80g:N, v5e:RxC, v6e:RxC, v5p:AxBxC",
     )
+    parser.add_argument("--budget", metavar="100usd", help="plan the deepest model that the money buys on --target")
+    parser.add_argument("--hours", type=float, metavar="H", help="plan the deepest model that trains in the time")
     parser.add_argument("--json", action="store_true", help="with --plan: one JSON object")
     parser.add_argument("--chat", action="store_true", help="talk to the finished run in the terminal")
     parser.add_argument("--serve", action="store_true", help="open the chat page of the finished run")
@@ -79,7 +81,14 @@ def resolve_arguments(args: argparse.Namespace) -> tuple[Config, RunDir, dict[st
     """(resolved configuration, run directory, why each derived key has its value)."""
     from jaxchat.optim.horizon import derivations, resolve
 
-    source: str | Path = args.config or args.tier or "nano"
+    given = given_config(args)
+    config = resolve(given)
+    return config, RunDir(args.run_dir or Path("runs") / config.tier), derivations(given, config)
+
+
+def given_config(args: argparse.Namespace, default: str = "nano") -> Config:
+    """What the tier's file and the arguments say, nothing derived yet."""
+    source: str | Path = args.config or args.tier or default
     if args.run_dir and not args.tier and not args.config and RunDir(args.run_dir).config.exists():
         source = RunDir(args.run_dir).config
     overrides = list(args.set)
@@ -92,8 +101,7 @@ def resolve_arguments(args: argparse.Namespace) -> tuple[Config, RunDir, dict[st
     given = load_config(source, overrides)
     if args.tier and args.config:
         given = dataclasses.replace(given, tier=args.tier)
-    config = resolve(given)
-    return config, RunDir(args.run_dir or Path("runs") / config.tier), derivations(given, config)
+    return given
 
 
 def list_tiers() -> None:
@@ -108,8 +116,13 @@ def run(args: argparse.Namespace) -> None:
     if args.tiers:
         list_tiers()
         return
-    if args.plan:
+    if args.plan or args.budget or args.hours:
         prepare_plan(args.target)
+    if args.budget or args.hours:
+        from train.budget import plan_budget
+
+        plan_budget(given_config(args, "d20"), args.target, args.budget, args.hours, as_json=args.json)
+        return
     config, directory, reasons = resolve_arguments(args)
     if args.plan:
         from train.plan import plan

@@ -67,7 +67,8 @@ def compile_step(config: Config, mesh: Mesh, rows: int, accumulate: int, read: b
         key: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
         for key, dtype in (("inputs", jnp.int32), ("targets", jnp.int32), ("weights", jnp.float32))
     }
-    step = _compile(make_train_step(config, optimizer, mesh).lower(state, batch), mesh, read)
+    update: Any = make_train_step(config, optimizer, mesh)
+    step = _compile(update.lower(state, batch), mesh, read)
     parts = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state), "batch": _bytes(batch)}
     return replace(step, memory=replace(step.memory, parts=parts))
 

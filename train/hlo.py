@@ -64,6 +64,7 @@ class Program:
     kernels: Counter[str] = field(default_factory=Counter)  # custom calls by target -> executions
     buffers: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # (type, shape) in memory, largest first
     update_flops: float = 0.0  # of `product_flops`, those outside the differentiated part: the optimizer's
+    recomputed_flops: float = 0.0  # of `product_flops`, done again to save memory: by `jax.checkpoint` or by XLA itself
     unknown_loops: int = 0  # loops whose trip count the text does not tell; counted once
 
     @property
@@ -85,10 +86,10 @@ def analyse(text: str, devices: int = 1) -> Program:
     computations, entry = _parse(text)
     program = Program()
     shapes: set[tuple[str, str]] = set()
-    for computation, times, fused in _walk(computations, entry, program):
-        by_name = {i.name: i for i in computation}
+    for computation, times, fused, again in _walk(computations, entry, program):
+        by_name, repeats = {i.name: i for i in computation}, _repeats(computation)
         for instruction in computation:
-            _count(instruction, by_name, times, devices, program)
+            _count(instruction, by_name, times, devices, program, again or instruction.name in repeats)
             if not fused:  # inside a fusion nothing is written to memory
                 shapes.update(_ARRAY.findall(instruction.shape))
     program.buffers = sorted({(dtype, tuple(_split(dims))) for dtype, dims in shapes}, key=_buffer_bytes, reverse=True)
@@ -150,19 +151,33 @@ def _closing(text: str, start: int) -> int:
 
 def _walk(
     computations: dict[str, list[Instruction]], entry: str, program: Program
-) -> Iterator[tuple[list[Instruction], int, bool]]:
-    """Every computation that runs, how often, and whether it is the inside of a fusion."""
-    waiting = [(entry, 1, False)]
+) -> Iterator[tuple[list[Instruction], int, bool, bool]]:
+    """Every computation that runs: how often, whether it is the inside of a fusion, whether it repeats another."""
+    waiting = [(entry, 1, False, False)]
     while waiting:
-        name, times, fused = waiting.pop()
-        yield computations[name], times, fused
+        name, times, fused, again = waiting.pop()
+        yield computations[name], times, fused, again
+        repeats = _repeats(computations[name])
         for i in computations[name]:
             if i.opcode == "while":
-                waiting.append((_attribute(i, "body"), times * _trip_count(i, computations, program), fused))
+                count = _trip_count(i, computations, program)
+                waiting.append((_attribute(i, "body"), times * count, fused, again))
             elif i.opcode in ("fusion", "async-start", "call", "conditional"):
                 called = re.findall(r"(?:calls|to_apply|\w+_computations?)=\{?((?:%[\w.\-]+(?:, )?)+)", i.attributes)
-                inside = fused or i.opcode == "fusion"
-                waiting += [(c.strip(" %"), times, inside) for group in called for c in group.split(",") if c.strip()]
+                names = [c.strip(" %") for group in called for c in group.split(",") if c.strip()]
+                waiting += [(c, times, fused or i.opcode == "fusion", again or i.name in repeats) for c in names]
+
+
+def _repeats(computation: list[Instruction]) -> set[str]:
+    """Instructions that XLA copied to compute again instead of keeping a result: `x.remat`, beside `x`."""
+    seen: set[str] = set()
+    found = set()
+    for i in computation:
+        origin = i.name.split(".remat")[0]
+        if origin in seen and ".remat" in i.name:
+            found.add(i.name)
+        seen.add(origin)
+    return found
 
 
 def _attribute(i: Instruction, name: str) -> str:
@@ -184,7 +199,9 @@ def _trip_count(i: Instruction, computations: dict[str, list[Instruction]], prog
     return 1
 
 
-def _count(i: Instruction, by_name: dict[str, Instruction], times: int, devices: int, program: Program) -> None:
+def _count(
+    i: Instruction, by_name: dict[str, Instruction], times: int, devices: int, program: Program, again: bool
+) -> None:
     operands = [by_name[name].shape for name in i.operands if name in by_name]
     kind = i.opcode.removesuffix("-start")
     if kind in COLLECTIVES:
@@ -195,23 +212,24 @@ def _count(i: Instruction, by_name: dict[str, Instruction], times: int, devices:
             program.collectives.append(Collective(kind, size, times, group, where[1] if where else ""))
     elif i.opcode in ("dot", "convolution"):
         flops = _dot_flops(i, operands) if i.opcode == "dot" else _convolution_flops(i, operands)
-        _add_product(program, i, operands, flops * times)
+        _add_product(program, i, operands, flops * times, again)
     elif i.opcode == "custom-call":
         target = re.search(r'custom_call_target="([^"]*)"', i.attributes)
         name = target[1] if target else "?"
         program.kernels[name] += times
         if name.startswith(("__cublas$", "__onednn$matmul")):
-            _add_product(program, i, operands, _dot_flops(i, operands) * times)
+            _add_product(program, i, operands, _dot_flops(i, operands) * times, again)
         elif "fmha" in name:
             program.attention_flops += times * _attention_flops(i, backward="Backward" in name)
         elif cost := re.search(r'cost_estimate"?:\s?\{[^}]*?"?flops"?:\s?"?(\d+)', i.attributes):
             program.attention_flops += times * int(cost[1])
 
 
-def _add_product(program: Program, i: Instruction, operands: list[str], flops: float) -> None:
+def _add_product(program: Program, i: Instruction, operands: list[str], flops: float, again: bool) -> None:
     types = [found[1] for shape in operands[:2] if (found := _ARRAY.search(shape))]
     program.product_flops += flops
     program.update_flops += 0 if "jvp(" in i.attributes else flops
+    program.recomputed_flops += flops if again or "rematted_computation" in i.attributes else 0
     program.product_types[" x ".join(types)] += int(flops)
 
 

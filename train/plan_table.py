@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 GIB = 2**30
+console = Console(highlight=False)
 
 
 def show(result: dict[str, Any]) -> None:
@@ -24,7 +25,6 @@ def show(result: dict[str, Any]) -> None:
         if section:
             table.add_section()
             table.add_row("", "")
-    console = Console()
     console.print(table)
     console.print("Assumed: " + "; ".join(_assumptions(result)), style="dim", soft_wrap=False)
 
@@ -33,7 +33,7 @@ def _run(r: dict[str, Any]) -> dict[str, str]:
     mesh = ", ".join(f"{axis} {size}" for axis, size in r.get("mesh", {}).items())
     return {
         "devices": f"{r['devices']}" + (f"  (mesh: {mesh})" if mesh else ""),
-        "parameters": f"{r['params']:,}",
+        "parameters": f"{r['params']:,} in {r['depth']} layers",
         "tokens": f"{r['tokens']:,} in {r['steps']:,} steps",
         "rows a device": f"{r['device_batch_rows']} x {r['grad_accum']} micro-batches",
         "training FLOPs": f"{r['flops_total']:.3g}  ({r['flops_per_token']:.3g} a token)",
@@ -72,6 +72,7 @@ def _program(r: dict[str, Any]) -> dict[str, str]:
         types = ", ".join(f"{k} {v:.3g}" for k, v in r["product_flops"].items() if v)
         rows["FLOPs a step, device"] = f"{types}  ({counted:.3f} of the formula)"
         rows["optimizer's share"] = f"{r['update_flops_share']:.2%} of the FLOPs"
+        rows["computed again"] = f"{r['recomputed_flops_share']:.1%}, to save memory"
     if r.get("kernels"):
         shown = sorted(r["kernels"].items(), key=lambda kv: -kv[1])[:6]
         rows["kernels"] = ", ".join(f"{k} x {v}" for k, v in shown)
