@@ -1,0 +1,96 @@
+"""Collectives, products and recomputation read from real compiled programs whose numbers are known by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.hlo import analyse, shape_bytes
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def programs():
+    command = [sys.executable, str(HERE / "plan_programs.py")]
+    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | devices | {"PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("name", "expected", "sent"), [
+    # a row of 64 floats a device; the ring sends 2 x 7/8 of it in every one of 5 iterations
+    ("reduce_in_scan", {"all-reduce": {"count": 5, "bytes": 5 * 256}}, 5 * 2 * 7 / 8 * 256),
+    # 3 x 4 iterations, four rows gathered in each
+    ("gather_in_nested_scans", {"all-gather": {"count": 12, "bytes": 12 * 4 * 256}}, 12 * 3 / 4 * 4 * 256),
+    ("scatter_exchange_shift", {
+        "reduce-scatter": {"count": 6, "bytes": 6 * 256},
+        "all-to-all": {"count": 6, "bytes": 6 * 256},
+        "collective-permute": {"count": 6, "bytes": 6 * 256},
+    }, 6 * (3 / 4 + 3 / 4 + 1) * 256),
+])  # fmt: skip
+def test_collectives_count_with_the_trips_of_their_loops(programs, name, expected, sent):
+    found = programs[name]
+    assert found["collectives"] == expected
+    assert found["without_notes"] == expected, "trip counts from the loop's condition"
+    assert found["sent"] == pytest.approx(sent)
+    assert found["unknown_loops"] == [0, 0]
+
+
+def test_groups_of_devices(programs):
+    assert programs["reduce_in_scan"]["groups"] == [["all-reduce", list(range(8))]]
+    assert programs["gather_in_nested_scans"]["groups"] == [["all-gather", [0, 1, 2, 3]]]
+
+
+def test_products(programs):
+    one = 2 * 32 * 48 * 48
+    assert programs["products_in_scan"]["flops"] == [7 * one, 7 * one]
+    # two products forward, both again for the backward pass, and two of its own
+    assert programs["recomputed"]["flops"][0] == 7 * 6 * one
+    assert programs["recomputed"]["recomputed"] == 7 * 2 * one
+    assert ["f32", [7, 32, 48]] in programs["recomputed"]["buffers"], "the saved inputs of the layers"
+
+
+@pytest.mark.parametrize(("notation", "group"), [
+    ("replica_groups={{0,2},{1,3}}", (0, 2)),
+    ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+    ("replica_groups={}", tuple(range(8))),
+])  # fmt: skip
+def test_every_notation_of_groups(notation, group):
+    text = f"""ENTRY %main (p: f32[16]) -> f32[16] {{
+  %p = f32[16]{{0}} parameter(0)
+  ROOT %r = f32[16]{{0}} all-reduce(%p), channel_id=1, {notation}, use_global_device_ids=true, to_apply=%add
+}}
+"""
+    (found,) = analyse(text, 8).collectives
+    assert found.group == group and found.bytes == 64
+
+
+def test_products_that_the_tpu_compiler_writes_as_convolutions():
+    """Lines of a program compiled for v6e: scores of 4 rows x 6 heads, and heads side by side in one product."""
+    text = (
+        """ENTRY %main (a: bf16[4,2048,6,128], b: bf16[4,2048,6,128]) -> f32[4,6,2048,2048] {
+  %a = bf16[4,2048,6,128]{1,3,2,0:T(8,128)(2,1)S(1)} parameter(0)
+  %b = bf16[4,2048,6,128]{1,3,2,0:T(8,128)(2,1)S(1)} parameter(1)
+  %x = bf16[2048,4,768]{1,3,2,0:T(8,128)(2,1)} parameter(2)
+  %w = bf16[6,128,768]{1,3,2,0:T(8,128)(2,1)} parameter(3)
+  ROOT %s = f32[4,6,2048,2048]{2,3,1,0:T(8,128)} convolution(%a, %b), window={size=4x6 stride=3x5 lhs_dilate=4x6}, """
+        """dim_labels=0b1f_0o1i->01bf
+}
+"""
+    )
+    assert analyse(text).product_flops == 2 * 4 * 6 * 2048 * 2048 * 128
+
+
+def test_bytes_of_shapes():
+    assert shape_bytes("bf16[8,128]{1,0:T(8,128)(2,1)S(1)}") == 2048
+    assert shape_bytes("(f32[2]{0}, /*index=1*/s8[3]{0}, f8e4m3fn[5]{0}, pred[])") == 8 + 3 + 5 + 1
+    assert shape_bytes("token[]") == 0
