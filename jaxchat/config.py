@@ -76,7 +76,8 @@ class TrainConfig:
     eval_every: int = 250  # steps; 0: only at the end
     eval_rows: int = 512  # held-out rows at most per evaluation
     sample_every: int = 0  # steps between samples during pretraining; 0: only before and after
-    compute_dtype: str = "auto"  # "auto" | "bfloat16" | "float32"
+    compute_dtype: str = "auto"  # "auto" | "bfloat16" | "float16" (with loss scaling) | "float32"
+    matmul: str = "plain"  # of the layers: "plain" (in compute_dtype) | "fp8"
     remat: str = "none"  # "none" | "names" | "dots" | "full": what the backward pass computes again
     loss_chunk: int = -1  # tokens per chunk of the loss
     scan_unroll: int = -1  # groups of layers unrolled in the trunk's scan

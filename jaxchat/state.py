@@ -24,7 +24,9 @@ from jaxchat.mesh import (
 )
 from jaxchat.model import gpt
 from jaxchat.model.attention import choose_backend
+from jaxchat.model.fp8 import fp8_dot
 from jaxchat.model.layout import scan_groups
+from jaxchat.optim.loss_scale import SMALLEST, LossScaleState, find_scale
 
 Batch = dict[str, jax.Array]  # inputs, targets (A, B, T) int32; weights (A, B, T) float32; A micro-batches
 
@@ -40,10 +42,14 @@ class TrainState:
 
 
 def compute_dtype(config: Config, mesh: Mesh) -> jnp.dtype:
-    """Of activations and products: bfloat16 on accelerators, float32 on CPUs (bf16 products are slower there)."""
+    """Of activations and products: bfloat16 on accelerators, float32 on CPUs (bf16 products are slower there).
+
+    NVIDIA cards before compute capability 8.0 (T4, V100) have no bfloat16: float16, whose loss is scaled.
+    """
     name = config.train.compute_dtype
     if name == "auto":
-        name = "float32" if platform(mesh) == "cpu" else "bfloat16"
+        capability = float(getattr(mesh.devices.flat[0], "compute_capability", 8.0))
+        name = "float32" if platform(mesh) == "cpu" else "bfloat16" if capability >= 8 else "float16"
     return jnp.dtype(name)
 
 
@@ -78,6 +84,7 @@ def trunk(config: Config, mesh: Mesh) -> gpt.Trunk:
         unroll=scan_unroll(config),
         backend=choose_backend(config.model.attention, dtype),
         remat=config.train.remat,
+        dot=fp8_dot if config.train.matmul == "fp8" else jnp.matmul,
         place=place,
     )
 
@@ -129,8 +136,8 @@ def make_train_step(
     """The jitted, donated update: (state, batch) -> (state, metrics).
 
     Metrics (float32 scalars): `loss`, mean nats per target; `grad_norm`; `ok`, 0 where loss or gradient was not
-    finite: then nothing but the step counter changes. Gradients of the A micro-batches add up in float32, split like
-    the masters.
+    finite: then nothing but the step counter changes; `overflowed`, 1 where float16 was the reason and a smaller loss
+    scale follows (then `ok` stays 1). Gradients of the A micro-batches add up in float32, split like the masters.
     """
     run, spec, shardings = trunk(config, mesh), loss_spec(config, mesh), state_sharding(config, optimizer, mesh)
     cast = _caster(config, mesh)
@@ -138,36 +145,44 @@ def make_train_step(
     def like_masters(grads: Any) -> Any:
         return jax.lax.with_sharding_constraint(grads, shardings.params)
 
-    def summed_loss(weights: Any, micro: Batch) -> jax.Array:
+    def summed_loss(weights: Any, micro: Batch, factor: jax.Array) -> jax.Array:
         x = gpt.hidden(config.model, weights, micro["inputs"], run)
-        return chunked_loss(x, weights["unembedding"], micro["targets"], micro["weights"], spec)[0]
+        return factor * chunked_loss(x, weights["unembedding"], micro["targets"], micro["weights"], spec)[0]
 
-    def gradient(weights: Any, params: Any, micro: Batch) -> tuple[jax.Array, Any]:
-        total, grads = jax.value_and_grad(summed_loss)(weights, micro)
+    def gradient(params: Any, weights: Any, micro: Batch, factor: jax.Array) -> tuple[jax.Array, Any]:
+        total, grads = jax.value_and_grad(summed_loss)(weights, micro, factor)
         return total, like_masters(jax.tree.map(lambda g: g.astype(jnp.float32), _fold_tied(params, grads)))
 
-    def accumulate(weights: Any, params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+    def accumulate(params: Any, batch: Batch, factor: jax.Array) -> tuple[jax.Array, Any]:
+        weights = cast(params)
         if batch["inputs"].shape[0] == 1:
-            return gradient(weights, params, jax.tree.map(lambda a: a[0], batch))
+            return gradient(params, weights, jax.tree.map(lambda a: a[0], batch), factor)
 
         def add(total: Any, micro: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(weights, params, micro)), None
+            return jax.tree.map(jnp.add, total, gradient(params, weights, micro, factor)), None
 
         zeros = jnp.zeros(()), like_masters(jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add, zeros, batch)[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        total, grads = accumulate(cast(state.params), state.params, batch)
         targets = jnp.maximum(batch["weights"].sum(), 1.0)  # a batch without a target has loss 0, not NaN
-        grads = jax.tree.map(lambda g: g / targets, grads)
-        loss, grad_norm = total / targets, optax.global_norm(grads)
+        scaling = find_scale(state.opt_state)
+        factor = jnp.float32(1.0) if scaling is None else scaling.scale / targets
+        total, grads = accumulate(state.params, batch, factor)
+        loss, grads = total / (factor * targets), jax.tree.map(lambda g: g / (factor * targets), grads)
+        grad_norm = optax.global_norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        overflowed = jnp.zeros(()) if scaling is None else ~ok & (scaling.scale > SMALLEST)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        new = (optax.apply_updates(state.params, updates), opt_state)
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
+            lambda new, old: new if isinstance(new, LossScaleState) else jnp.where(ok, new, old),
+            new,
+            (state.params, state.opt_state),
+            is_leaf=lambda node: isinstance(node, LossScaleState),
         )
-        metrics = {"loss": loss, "grad_norm": grad_norm, "ok": ok.astype(jnp.float32)}
+        metrics = {"loss": loss, "grad_norm": grad_norm, "ok": ok | (overflowed > 0), "overflowed": overflowed}
+        metrics = {name: value.astype(jnp.float32) for name, value in metrics.items()}
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return jax.jit(

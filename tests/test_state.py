@@ -1,6 +1,7 @@
 """The training step: same losses on any mesh, bad steps skipped, moments placed with their parameters."""
 
 import collections
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from jaxchat.config import MeshConfig, load_config
 from jaxchat.mesh import make_mesh
 from jaxchat.optim.groups import make_optimizer
 from jaxchat.optim.horizon import resolve
+from jaxchat.optim.loss_scale import find_scale
 from jaxchat.state import compute_dtype, init_state, make_eval_step, make_train_step, scan_unroll, state_sharding
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,3 +164,41 @@ def test_bfloat16_compute_keeps_float32_masters(extra):
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.2 and float(metrics["ok"]) == 1
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+def float16_run(scale=None, steps=10):
+    config = resolve(load_config("nano", [*TINY, "train.compute_dtype='float16'"]))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    optimizer = make_optimizer(config, compute_dtype(config, mesh), mesh)
+    step, state = make_train_step(config, optimizer, mesh), init_state(config, optimizer, mesh)
+    if scale is not None:
+        first, *rest = state.opt_state
+        state = dataclasses.replace(state, opt_state=(first._replace(scale=jnp.float32(scale)), *rest))
+    records = []
+    for _ in range(steps):
+        state, metrics = step(state, batch_of(config))
+        records.append({name: float(value) for name, value in metrics.items()})
+    return state, records
+
+
+def test_float16_learns_like_float32(tiny):
+    config, mesh, optimizer, step = tiny
+    _, records = float16_run()
+    state = init_state(config, optimizer, mesh)
+    for record in records:
+        state, metrics = step(state, batch_of(config))
+        assert record["loss"] == pytest.approx(float(metrics["loss"]), rel=5e-3)
+        assert record["ok"] == 1 and record["overflowed"] == 0
+
+
+def test_float16_skips_what_overflows_and_goes_on():
+    """The largest scale overflows: those steps change no parameter, are counted, and the scale falls until it fits."""
+    state, records = float16_run(scale=2.0**40, steps=40)
+    overflowed = [record["overflowed"] for record in records]
+    count = int(sum(overflowed))
+    assert overflowed[:10] == [1.0] * 10 and count < 30
+    assert records[10]["loss"] == records[0]["loss"]
+    assert all(record["ok"] == 1 for record in records)
+    scaling = find_scale(state.opt_state)
+    assert int(scaling.skipped) == count and float(scaling.scale) == 2.0 ** (40 - count)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.2

@@ -29,7 +29,7 @@ from jaxchat.model.layout import (
 
 # What the backward pass may keep of a layer beside its input, `train.remat`; each saves less and recomputes more.
 REMAT = ("none", "names", "dots", "full")
-SAVED_NAMES = ("q", "k", "v", "attention", "middle", "mlp")  # "names": every product's result but the last
+SAVED_NAMES = ("q", "k", "v", "middle", "mlp", "scale")  # "names": these and the attention's result
 
 
 class Trunk(NamedTuple):
@@ -133,7 +133,7 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, trunk: Trunk 
             layer = {k: trunk.place(k if k == "value_embedding" else f"blocks.{k}", w) for k, w in layer.items()}
             return block(config, layer, x, x0, tokens, cos_sin, attend, trunk.dot)
 
-        return rematerialized(body, trunk.remat)(layer, x, x0)
+        return rematerialized(body, trunk)(layer, x, x0)
 
     x0 = middle = x
     start = 0
@@ -157,18 +157,20 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, trunk: Trunk 
     return finish(config, params, x, middle)
 
 
-def rematerialized(function: Callable[..., jax.Array], policy: str) -> Callable[..., jax.Array]:
+def rematerialized(function: Callable[..., jax.Array], trunk: Trunk) -> Callable[..., jax.Array]:
     """`function` with its backward pass recomputing what the policy does not save; see `REMAT`."""
-    if policy == "none":
-        return function
     policies = jax.checkpoint_policies
-    if policy == "names":
-        save = policies.save_only_these_names(*SAVED_NAMES)
-    elif policy == "dots":
+    if trunk.remat == "none":
+        return function
+    if trunk.remat == "names":
+        save = policies.save_only_these_names(*SAVED_NAMES, *(() if trunk.backend == "cudnn" else ("attention",)))
+        # cuDNN's kernel leaves, beside its result, softmax statistics without a name; to lose them is to run it again
+        save = policies.save_from_both_policies(save, lambda primitive, *_, **__: "attention_fwd" in primitive.name)
+    elif trunk.remat == "dots":
         save = policies.dots_with_no_batch_dims_saveable
     else:
         save = policies.nothing_saveable
-    return jax.checkpoint(function, policy=save, prevent_cse=True)
+    return jax.checkpoint(function, policy=save)
 
 
 def layer_params(config: ModelConfig, params: Params, i: int) -> Params:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxchat.config import Config
 from jaxchat.optim import schedules
+from jaxchat.optim.loss_scale import dynamic_loss_scale
 from jaxchat.optim.muon import DecayState, NesterovState, muon
 
 # First column: a pattern that must match the whole dotted path. Every parameter matches exactly one, or start fails.
@@ -56,8 +57,13 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer of a resolved configuration; rates after nanochat, scaled as `horizon.py` says.
 
-    The devices of `mesh` share Muon's orthogonalization.
+    The devices of `mesh` share Muon's orthogonalization; float16 brings dynamic loss scaling along.
     """
+    optimizer = _unscaled(config, compute_dtype, mesh)
+    return optax.chain(dynamic_loss_scale(), optimizer) if jnp.dtype(compute_dtype) == jnp.float16 else optimizer
+
+
+def _unscaled(config: Config, compute_dtype: jnp.dtype | type, mesh: Mesh | None) -> optax.GradientTransformation:
     c, steps = config.optim, config.train.steps
     schedule = make_schedule(config)
 

@@ -74,7 +74,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "serve.top_k": (0, INFINITE),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
-    "train.compute_dtype": ("auto", "float32", "bfloat16"),
+    "train.compute_dtype": ("auto", "float32", "bfloat16", "float16"),
+    "train.matmul": ("plain", "fp8"),
     "train.remat": ("none", "names", "dots", "full"),
     "optim.kind": ("muon", "adamw"),
 }

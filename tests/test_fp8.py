@@ -1,0 +1,82 @@
+"""Products with fp8 operands: close to the exact ones, real fp8 in the program, and a model that learns the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxchat.config import MeshConfig, load_config
+from jaxchat.mesh import make_mesh
+from jaxchat.model.fp8 import E4M3, E5M2, fp8_dot, quantize
+from jaxchat.optim.groups import make_optimizer
+from jaxchat.optim.horizon import resolve
+from jaxchat.state import init_state, make_train_step
+
+
+def draw(*shape, seed=0, scale=1.0):
+    return scale * jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_quantization_uses_the_whole_range(dtype, scale):
+    x = draw(64, 64, scale=scale)
+    q, s = quantize(x, dtype)
+    assert q.dtype == dtype and float(jnp.abs(q.astype(jnp.float32)).max()) == float(jnp.finfo(dtype).max)
+    bits = jnp.finfo(dtype).nmant
+    error = jnp.abs(q.astype(jnp.float32) * s - x)
+    normal = float(jnp.finfo(dtype).smallest_normal) * s
+    assert float((error / jnp.maximum(jnp.abs(x), normal)).max()) <= 2.0 ** -(bits + 1) * 1.01
+
+
+def test_zeros_stay_zeros():
+    q, s = quantize(jnp.zeros((3, 4)), E4M3)
+    assert not np.any(q.astype(jnp.float32)) and np.isfinite(float(s))
+
+
+def test_product_and_gradients_are_near_the_exact_ones():
+    x, w = draw(4, 8, 64), draw(64, 32, seed=1)
+
+    def energy(dot):
+        return jax.value_and_grad(lambda x, w: jnp.square(dot(x, w)).sum(), (0, 1))(x, w)
+
+    (got, grads), (want, exact) = energy(fp8_dot), energy(jnp.matmul)
+    assert got == pytest.approx(float(want), rel=0.01)
+    for g, e in zip(grads, exact, strict=True):
+        assert float(jnp.linalg.norm(g - e) / jnp.linalg.norm(e)) < 0.1
+
+
+def test_all_three_products_of_the_lowered_program_have_fp8_operands():
+    text = jax.jit(jax.grad(lambda x, w: fp8_dot(x, w).sum(), (0, 1))).lower(draw(8, 16), draw(16, 4)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    forward = jax.jit(fp8_dot).lower(draw(8, 16), draw(16, 4)).as_text()
+    products += [line for line in forward.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    assert all(line.count("f8E4M3FN") + line.count("f8E5M2") == 2 for line in products)
+    assert sum("f8E5M2" in line for line in products) == 2  # the gradient's
+
+
+def test_losses_stay_within_one_percent_of_bfloat16():
+    """30 steps on text with a pattern to learn; the same parameters and batches."""
+    shape = ["model.depth=2", "model.width=64", "model.n_heads=4", "model.head_width=16", "model.vocab_size=128",
+             "model.seq_len=32", "train.batch_tokens=512", "train.steps=30",
+             "train.compute_dtype='bfloat16'"]  # fmt: skip
+
+    def losses(matmul):
+        config = resolve(load_config("nano", [*shape, f"train.matmul='{matmul}'"]))
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        optimizer = make_optimizer(config, jnp.bfloat16, mesh)
+        step, state = make_train_step(config, optimizer, mesh), init_state(config, optimizer, mesh)
+        random, found = np.random.default_rng(0), []
+        for _ in range(30):
+            tokens = (random.integers(0, 128, (1, 16, 1)) + random.integers(1, 4, (1, 16, 33)).cumsum(-1)) % 128
+            tokens = tokens.astype(np.int32)
+            weights = np.ones((1, 16, 32), np.float32)
+            batch = {"inputs": tokens[..., :-1], "targets": tokens[..., 1:], "weights": weights}
+            state, metrics = step(state, batch)
+            found.append(float(metrics["loss"]))
+        return np.array(found)
+
+    plain, fp8 = losses("plain"), losses("fp8")
+    assert plain[-1] < 0.6 * plain[0] and not np.array_equal(plain, fp8)
+    assert np.abs(fp8 / plain - 1).max() < 0.01
