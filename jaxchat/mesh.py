@@ -41,8 +41,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
         raise UsageError(f"{text}: sizes are at least 1, and at most one may be -1 (fills)")
-    if len(devices) % fixed or (not free and fixed != len(devices)):
-        raise UsageError(f"{text}: does not divide the {len(devices)} devices; set one axis to -1 to fill")
+    count = len(devices)
+    if count % fixed or (not free and fixed != count):
+        fitting = next(n for n in range(min(fixed, count), 0, -1) if count % n == 0)
+        advice = f"the fixed axes may multiply to {fitting}" if free else "set one axis to -1 to fill"
+        raise UsageError(
+            f"{text}: {fixed} does not divide the {count} devices; {advice}"
+            if count % fixed
+            else f"{text}: {fixed} devices, but there are {count}; {advice}"
+        )
     if free:
         sizes[free[0]] = len(devices) // fixed
     grid = np.array(devices).reshape(*sizes.values())

@@ -25,7 +25,7 @@ from jaxchat.mesh import (
 from jaxchat.model import gpt
 from jaxchat.model.attention import choose_backend
 from jaxchat.model.fp8 import fp8_dot
-from jaxchat.model.layout import scan_groups
+from jaxchat.model.layout import check_mesh, scan_groups
 from jaxchat.optim.loss_scale import SMALLEST, LossScaleState, find_scale
 
 Batch = dict[str, jax.Array]  # inputs, targets (A, B, T) int32; weights (A, B, T) float32; A micro-batches
@@ -115,7 +115,11 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def state_sharding(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A `TrainState` of shardings. Moments lie where their parameter's master lies; everything small is replicated."""
+    """A `TrainState` of shardings. Moments lie where their parameter's master lies; everything small is replicated.
+
+    Raises `UsageError` if the mesh does not divide the model.
+    """
+    check_mesh(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
     shapes, axes = gpt.abstract_params(config.model)
     of_params = jax.tree.map(lambda s, a: master_sharding(mesh, s.shape, a), shapes, axes)
     by_path: dict[Any, NamedSharding] = dict(jax.tree_util.tree_leaves_with_path(of_params))

@@ -3,10 +3,21 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 
-from jaxchat.config import MeshConfig
+from jaxchat.config import MeshConfig, ModelConfig
 from jaxchat.errors import UsageError
-from jaxchat.mesh import batch_devices, batch_sharding, make_mesh, parameter_sharding
+from jaxchat.mesh import (
+    batch_devices,
+    batch_sharding,
+    gathered_sharding,
+    make_mesh,
+    master_sharding,
+    parameter_sharding,
+)
+from jaxchat.model.layout import check_mesh
+from jaxchat.recipes import resolve_model
 
 
 def mesh_of(count, **axes):
@@ -32,3 +43,28 @@ def test_parameters_and_batches_have_their_places():
     assert all(axis is None for axis in spec)  # on one device everything is whole
     assert batch_sharding(mesh).spec[1] == ("data", "fsdp")
     assert batch_devices(mesh) == int(np.prod(list(mesh.shape.values())))
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "tensor", "message"),
+    [
+        (1, 3, r"mesh.tensor=3: does not divide the heads 10 and the kv heads 10 .* take 1 or 2"),
+        (1, 8, r"mesh.tensor=8: .* heads 10 .* take 1 or 2"),
+        (3, 1, r"mesh.fsdp=3: does not divide the width 1280 .* take 2 or 4"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_refused(fsdp, tensor, message):
+    model = resolve_model(ModelConfig(depth=20))
+    check_mesh(model, 8, 2)
+    with pytest.raises(UsageError, match=message):
+        check_mesh(model, fsdp, tensor)
+
+
+def test_masters_are_split_over_data_too():
+    mesh = AbstractMesh((4, 2, 1), ("data", "fsdp", "tensor"))
+    kernel, tall = ("layer", "embed", "heads"), ("layer", "heads", "embed")
+    assert master_sharding(mesh, (6, 1280, 1280), kernel).spec == P(None, ("fsdp", "data"), None)
+    assert master_sharding(mesh, (6, 1280, 1280), tall).spec == P(None, ("data",), "fsdp")
+    assert master_sharding(mesh, (6, 1282, 1280), kernel).spec == P(None, "fsdp", ("data",))  # 1282 = 2 x 641
+    assert master_sharding(mesh, (6,), ("layer",)).spec == P(None,)  # too small to be worth it
+    assert gathered_sharding(mesh, (6, 1280, 1280), kernel).spec == P(None, None, None)

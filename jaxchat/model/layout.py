@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from jaxchat.config import ModelConfig
+from jaxchat.errors import UsageError
 
 VE_GATE_CHANNELS = 12  # of the normed attention input that gate a value embedding
 SMEAR_CHANNELS = 24  # of the embedding that gate the smear
@@ -54,3 +55,21 @@ def scan_groups(config: ModelConfig) -> tuple[int, int]:
 def score_bound(config: ModelConfig) -> float:
     """Largest possible attention score: q and k are normed to length sqrt(N), then scaled."""
     return config.qk_scale**2 * math.sqrt(config.head_width) * 1.01
+
+
+def check_mesh(config: ModelConfig, fsdp: int, tensor: int) -> None:
+    """`UsageError` names the shapes that a mesh axis does not divide, and the nearest sizes that divide them all."""
+    heads = {"heads": config.n_heads, "kv heads": config.n_kv_heads}
+    split = {
+        "tensor": (tensor, heads | {"MLP width": mlp_width(config), "padded vocabulary": padded_vocab(config)}),
+        "fsdp": (fsdp, {"width": config.width}),
+    }
+    for axis, (size, shapes) in split.items():
+        odd = [f"{name} {n}" for name, n in shapes.items() if n % size]
+        if odd:
+            common = math.gcd(*shapes.values())
+            fitting = sorted((d for d in range(1, common + 1) if common % d == 0), key=lambda d: abs(d - size))
+            raise UsageError(
+                f"mesh.{axis}={size}: does not divide the {' and the '.join(odd)} of this model; "
+                f"take {' or '.join(map(str, sorted(fitting[:2])))}"
+            )
