@@ -74,7 +74,8 @@ def prepare_plan(target: str) -> None:
     if target != "auto":
         quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
         here = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v6e-1"}
-        os.environ.update({"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", **quiet, **here})
+        alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # it only compiles: no chip to lock
+        os.environ.update({"JAX_PLATFORMS": "cpu", **alone, **quiet, **here})
 
 
 def resolve_arguments(args: argparse.Namespace) -> tuple[Config, RunDir, dict[str, str]]:

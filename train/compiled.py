@@ -70,7 +70,7 @@ def compile_step(config: Config, mesh: Mesh, rows: int, accumulate: int, read: b
     update: Any = make_train_step(config, optimizer, mesh)
     step = _compile(update.lower(state, batch), mesh, read)
     parts = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state), "batch": _bytes(batch)}
-    return replace(step, memory=replace(step.memory, parts=parts))
+    return _with_parts(step, parts)
 
 
 def compile_decode(config: Config, mesh: Mesh, slots: int, read: bool = False) -> Step:
@@ -83,8 +83,7 @@ def compile_decode(config: Config, mesh: Mesh, slots: int, read: bool = False) -
     weights, state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), (weights, state))
     lowered = decode.decode_chunk.lower(model, weights, state, slots, model.seq_len, DECODE_STEPS, model.seq_len)
     step = _compile(lowered, mesh, read)
-    parts = {"weights": _bytes(weights), "cache": _bytes(state)}
-    return replace(step, memory=replace(step.memory, parts=parts))
+    return _with_parts(step, {"weights": _bytes(weights), "cache": _bytes(state)})
 
 
 def largest_rows(config: Config, mesh: Mesh, device_bytes: int, peak_of: Callable[[int], int] | None = None) -> int:
@@ -115,15 +114,22 @@ def largest_rows(config: Config, mesh: Mesh, device_bytes: int, peak_of: Callabl
 def activation_bytes_per_row(config: Config, mesh: Mesh, rows: int, accumulate: int, known: Memory) -> float | None:
     """What one more row a device costs: the same step with half the rows (or twice, from one), compiled."""
     other = rows // 2 or 2
-    memory = compile_step(config, mesh, other, accumulate).memory
-    slope = (known.temp - memory.temp) / (rows - other)
-    return slope if memory.temp and slope > 0 else None
+    slope = (known.temp - compile_step(config, mesh, other, accumulate).memory.temp) / (rows - other)
+    return slope if slope > 0 else None
 
 
 def rows_and_accumulation(config: Config, mesh: Mesh) -> tuple[int, int]:
     """(rows a device, micro-batches) that training would take; `UsageError` where the batch does not divide."""
     batch_rows, accumulate = micro_batch(config, batch_devices(mesh))
     return batch_rows // batch_devices(mesh), accumulate
+
+
+def _with_parts(step: Step, parts: dict[str, int]) -> Step:
+    memory = replace(step.memory, parts=parts)
+    if not memory.arguments:  # refused: what is known is what the step needs beside them
+        arguments = sum(parts.values())
+        memory = replace(memory, peak=memory.peak + arguments, arguments=arguments, temp=memory.peak)
+    return replace(step, memory=memory)
 
 
 def _bytes(tree: Any) -> int:
@@ -166,9 +172,8 @@ def _dumped(folder: Path) -> str:
 
 
 def _overflow(error: Exception) -> int:
-    """The bytes that a compiler which refuses says the program needs; anything else is raised."""
+    """The bytes that a compiler which refuses (libtpu's does) says the program needs; anything else is raised."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
-    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of", str(error))
-    scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return int(float(used[1]) * scale[used[2]]) if used else 2**62
+    used = re.search(r"([\d.]+)([KMGT])B?\)? (?:of|exceeds)", str(error))
+    return int(float(used[1]) * 2.0 ** (10 * ("KMGT".index(used[2]) + 1))) if used else 2**50

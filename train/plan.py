@@ -8,6 +8,7 @@ answers (`"method": "analytic"`). Every assumption travels with the result.
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import Any
 
@@ -90,17 +91,19 @@ def compile_plan(config: Config, target: Target, search: bool = True) -> dict[st
         return peaks[n] if n in peaks else compile_rows(n).memory.peak
 
     step = compile_rows(rows, read=True)
+    memory, shown, program_rows = step.memory, step, rows
     extra: dict[str, Any] = {"mesh": dict(mesh.shape)}
     if search:
         largest = compiled.largest_rows(config, mesh, target.chip.device_bytes, peak)
         extra |= {"largest_device_batch_rows": largest, "peak_bytes_by_rows": {n: peaks[n] for n in sorted(peaks)}}
-        if step.memory.temp:
+        if step.program is None and largest:  # refused for its memory: what it would do is read where it fits
+            shown, program_rows = compile_rows(largest, read=True), largest
+        elif step.program:
             extra["activation_bytes_per_row"] = compiled.activation_bytes_per_row(
-                config, mesh, rows, accumulate, step.memory
+                config, mesh, rows, accumulate, memory
             )
         say(f"compiling the decode step of {config.serve.slots} slots")
         extra["decode"] = _decode(config, target, compiled.compile_decode(config, mesh, config.serve.slots))
-    memory = step.memory
     result = (
         _result(config, target, rows, accumulate)
         | _money(config, target, 0.0)
@@ -115,39 +118,37 @@ def compile_plan(config: Config, target: Target, search: bool = True) -> dict[st
             "memory": memory.parts | {"temporaries": memory.temp, "code": memory.code},
         }
     )
-    if step.program:
-        result |= _program(config, target, step, rows, mesh.shape["tensor"])
+    if shown.program:
+        result |= _program(config, target, shown, program_rows, mesh.shape["tensor"])
     return result | extra | {"plan_seconds": time.perf_counter() - begin}
 
 
 def _program(config: Config, target: Target, step: Any, rows: int, tensor: int) -> dict[str, Any]:
     """What the compiled program does, and the time that follows."""
     program = step.program
+    again = program.recomputed_flops / max(program.flops - program.recomputed_flops, 1)
     seconds = sum(c.count * c.sent_bytes / _rate(target, c.group) for c in program.collectives)
     sent = sum(c.count * c.sent_bytes for c in program.collectives)
     vocab, tokens = padded_vocab(config.model) // tensor, rows * config.model.seq_len
-    sizes = {str(shape): dtype for dtype, shape in program.buffers if dtype == "f32" and shape[-1:] == (vocab,)
-             and _product(shape) >= tokens * vocab}  # fmt: skip
-    return _money(config, target, seconds) | {
+    logits = [
+        str(list(shape))
+        for dtype, shape in program.buffers
+        if dtype == "f32" and shape[-1:] == (vocab,) and math.prod(shape) >= tokens * vocab
+    ]
+    return _money(config, target, seconds, again) | {
+        "program_rows": rows,
         "collectives": program.by_kind(),
         "collective_sent_bytes_per_device": sent,
         "flops_per_step_per_device": program.flops,
         "product_flops": dict(program.product_types) | {"attention kernels": program.attention_flops},
         "update_flops_share": program.update_flops / max(program.flops, 1),
-        "recomputed_flops_share": program.recomputed_flops / max(program.flops - program.recomputed_flops, 1),
+        "recomputed_flops_share": again,
         "kernels": dict(program.kernels),
         "largest_buffers": [f"{dtype}{list(shape)}" for dtype, shape in program.buffers[:4]],
-        "float32_logits": sorted(sizes),
+        "float32_logits": logits,
         "optimal_seconds": step.optimal_seconds,
         "loops_of_unknown_length": program.unknown_loops,
     }
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _decode(config: Config, target: Target, step: Any) -> dict[str, Any]:
@@ -186,11 +187,11 @@ def _result(config: Config, target: Target, rows: int, accumulate: int) -> dict[
     }
 
 
-def _money(config: Config, target: Target, collective_seconds: float) -> dict[str, Any]:
-    """Time and cost: products at the assumed MFU, then collectives, as if nothing overlapped."""
+def _money(config: Config, target: Target, collective_seconds: float, again: float = 0.0) -> dict[str, Any]:
+    """Time and cost: products (and the share `again` recomputed) at the assumed MFU, then collectives."""
     chip = target.chip
     flops = flops_per_token(config.model) * config.train.batch_tokens / target.devices
-    compute = flops / (chip.peak * chip.mfu)
+    compute = flops * (1 + again) / (chip.peak * chip.mfu)
     hours = (compute + collective_seconds) * config.train.steps / 3600
     return {
         "step_seconds_estimate": compute + collective_seconds,
@@ -207,8 +208,8 @@ def _money(config: Config, target: Target, collective_seconds: float) -> dict[st
             "usd_per_device_hour": chip.price,
             "prices": PRICES_OF,
             "sources": SOURCES["gpu" if chip.platform == "cuda" else chip.platform],
-            "time": "products at the assumed MFU plus collectives on the links, nothing overlapped; no evaluation, "
-            "checkpoint or fine-tuning",
+            "time": "products, recomputed ones too, at the assumed MFU, then collectives, nothing overlapped; "
+            "without evaluation, checkpoints and fine-tuning",
         },
     }
 
