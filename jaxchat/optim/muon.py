@@ -153,16 +153,18 @@ def _spread(x: jax.Array, coefficients: Sequence[tuple[float, float, float]], me
 
 
 def _iterate(x: jax.Array, coefficients: Sequence[tuple[float, float, float]]) -> jax.Array:
-    """Polar Express on x (..., m, n), over the shorter side."""
+    """Polar Express on x (..., m, n), over the shorter side; a loop, so that it compiles once and not once a step."""
     tall = x.shape[-2] > x.shape[-1]
-    for a, b, c in coefficients:
+
+    def step(x, abc):
+        a, b, c = abc
         if tall:
             gram = jnp.einsum("...ki,...kj->...ij", x, x)
-            x = a * x + x @ (b * gram + c * (gram @ gram))
-        else:
-            gram = jnp.einsum("...ik,...jk->...ij", x, x)
-            x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x
+            return a * x + x @ (b * gram + c * (gram @ gram)), None
+        gram = jnp.einsum("...ik,...jk->...ij", x, x)
+        return a * x + (b * gram + c * (gram @ gram)) @ x, None
+
+    return jax.lax.scan(step, x, jnp.asarray(coefficients, x.dtype))[0]
 
 
 def normalize_neurons(beta2: float) -> optax.GradientTransformation:
