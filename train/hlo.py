@@ -71,6 +71,11 @@ class Program:
     def flops(self) -> float:
         return self.product_flops + self.attention_flops
 
+    @property
+    def recomputed_share(self) -> float:
+        """Of the FLOPs that the step needs."""
+        return self.recomputed_flops / max(self.flops - self.recomputed_flops, 1.0)
+
     def by_kind(self) -> dict[str, dict[str, int]]:
         """kind -> {"count", "bytes"} a step, trip counts included."""
         totals: dict[str, dict[str, int]] = {}

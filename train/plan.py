@@ -78,26 +78,23 @@ def compile_plan(config: Config, target: Target, search: bool = True) -> dict[st
     begin = time.perf_counter()
     mesh = make_mesh(config.mesh, target_devices(target))
     rows, accumulate = compiled.rows_and_accumulation(config, mesh)
-    peaks: dict[int, int] = {}
+    steps: dict[int, compiled.Step] = {}
 
-    def compile_rows(n: int, read: bool = False) -> compiled.Step:
-        times = rows * accumulate // n
-        say(f"compiling the step of {config.tier} for {target.text}: {n} rows a device x {times} micro-batches")
-        step = compiled.compile_step(config, mesh, n, times, read)
-        peaks[n] = step.memory.peak
-        return step
+    def compiled_with(n: int) -> compiled.Step:
+        if n not in steps:
+            times = rows * accumulate // n
+            say(f"compiling the step of {config.tier} for {target.text}: {n} rows a device x {times} micro-batches")
+            steps[n] = compiled.compile_step(config, mesh, n, times, read=True)
+        return steps[n]
 
-    def peak(n: int) -> int:
-        return peaks[n] if n in peaks else compile_rows(n).memory.peak
-
-    step = compile_rows(rows, read=True)
-    memory, shown, program_rows = step.memory, step, rows
+    step = compiled_with(rows)
+    memory, program_rows = step.memory, rows
     extra: dict[str, Any] = {"mesh": dict(mesh.shape)}
     if search:
-        largest = compiled.largest_rows(config, mesh, target.chip.device_bytes, peak)
-        extra |= {"largest_device_batch_rows": largest, "peak_bytes_by_rows": {n: peaks[n] for n in sorted(peaks)}}
+        largest = compiled.largest_rows(config, mesh, target.chip.device_bytes, lambda n: compiled_with(n).memory.peak)
+        extra |= {"largest_device_batch_rows": largest, "by_rows": {n: _brief(steps[n]) for n in sorted(steps)}}
         if step.program is None and largest:  # refused for its memory: what it would do is read where it fits
-            shown, program_rows = compile_rows(largest, read=True), largest
+            program_rows = largest
         elif step.program:
             extra["activation_bytes_per_row"] = compiled.activation_bytes_per_row(
                 config, mesh, rows, accumulate, memory
@@ -118,15 +115,20 @@ def compile_plan(config: Config, target: Target, search: bool = True) -> dict[st
             "memory": memory.parts | {"temporaries": memory.temp, "code": memory.code},
         }
     )
-    if shown.program:
-        result |= _program(config, target, shown, program_rows, mesh.shape["tensor"])
+    if steps[program_rows].program:
+        result |= _program(config, target, steps[program_rows], program_rows, mesh.shape["tensor"])
     return result | extra | {"plan_seconds": time.perf_counter() - begin}
+
+
+def _brief(step: Any) -> dict[str, Any]:
+    again = step.program.recomputed_share if step.program else None
+    return {"peak_bytes": step.memory.peak, "recomputed_flops_share": again, "compile_seconds": step.seconds}
 
 
 def _program(config: Config, target: Target, step: Any, rows: int, tensor: int) -> dict[str, Any]:
     """What the compiled program does, and the time that follows."""
     program = step.program
-    again = program.recomputed_flops / max(program.flops - program.recomputed_flops, 1)
+    again = program.recomputed_share
     seconds = sum(c.count * c.sent_bytes / _rate(target, c.group) for c in program.collectives)
     sent = sum(c.count * c.sent_bytes for c in program.collectives)
     vocab, tokens = padded_vocab(config.model) // tensor, rows * config.model.seq_len

@@ -52,7 +52,10 @@ def _memory(r: dict[str, Any]) -> dict[str, str]:
         rows["  temporaries"] += f"  of it activations {_gib(activations)} ({_gib(per_row)} a row)"
     if "largest_device_batch_rows" in r:
         largest = r["largest_device_batch_rows"]
-        rows["largest rows"] = f"{largest} a device" if largest else "none: shard more, or train.remat"
+        tried = "; ".join(f"{n} take {_gib(c['peak_bytes'])}{_again(c)}" for n, c in r["by_rows"].items())
+        rows["largest rows"] = (
+            f"{largest} a device" if largest else "none: more fsdp, or train.remat"
+        ) + f"  ({tried})"
     if decode := r.get("decode"):
         fits = "fits" if decode["fits"] else "does NOT fit"
         rows["serving, one device"] = (
@@ -100,6 +103,11 @@ def _assumptions(r: dict[str, Any]) -> list[str]:
         a["time"],
         a["sources"],
     ]
+
+
+def _again(tried: dict[str, Any]) -> str:
+    share = tried["recomputed_flops_share"]
+    return f" and compute {share:.0%} again" if share and share >= 0.005 else ""
 
 
 def _gib(count: float) -> str:
