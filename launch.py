@@ -62,6 +62,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", metavar="100usd", help="plan the deepest model that the money buys on --target")
     parser.add_argument("--hours", type=float, metavar="H", help="plan the deepest model that trains in the time")
     parser.add_argument("--json", action="store_true", help="with --plan: one JSON object")
+    hosts = parser.add_argument_group(
+        "several processes", "found by itself under Slurm, Open MPI, Kubernetes, on TPU pods"
+    )
+    for name, kind, text in (
+        ("--coordinator", str, "HOST:PORT of process 0"),
+        ("--processes", int, "how many there are"),
+        ("--process-id", int, "which one this is, from 0"),
+    ):
+        variable = "JAX_" + {"--coordinator": "COORDINATOR_ADDRESS", "--processes": "NUM_PROCESSES"}.get(
+            name, "PROCESS_ID"
+        )
+        hosts.add_argument(name, type=kind, default=os.environ.get(variable), help=f"{text} (or {variable})")
+    hosts.add_argument("--connect-timeout", type=int, default=300, metavar="S", help="seconds to wait for all (300)")
     parser.add_argument("--chat", action="store_true", help="talk to the finished run in the terminal")
     parser.add_argument("--serve", action="store_true", help="open the chat page of the finished run")
     parser.add_argument("--host", help="address to serve on (default 127.0.0.1)")
@@ -105,6 +118,30 @@ def given_config(args: argparse.Namespace, default: str = "nano") -> Config:
     return given
 
 
+def join_processes(args: argparse.Namespace) -> None:
+    """Start JAX's runtime of several processes where flags or a cluster ask for it; all but process 0 fall silent."""
+    import jax
+
+    from jaxchat import hosts
+
+    env = os.environ
+    nodes = env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES"))
+    alone = nodes == env.get("SLURM_NTASKS") if nodes else env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    joined = hosts.start(
+        args.coordinator,
+        args.processes,
+        args.process_id,
+        args.connect_timeout,
+        whole_host=alone and "JAX_LOCAL_DEVICE_IDS" not in env,
+        indexed_pod="KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env,
+        give_up=_give_up,
+    )
+    if joined:
+        signal.signal(signal.SIGTERM, _terminated)  # JAX's runtime takes it for its own
+        console.quiet = hosts.index() > 0
+        say(f"{jax.process_count()} processes, {jax.device_count()} devices")
+
+
 def list_tiers() -> None:
     """Print each tier with the head comment of its file."""
     for path in tier_files():
@@ -141,6 +178,7 @@ def run(args: argparse.Namespace) -> None:
         from train.stages import run_stages, select
 
         stages = select(args.stages, args.start)
+        join_processes(args)
         say(f"jaxchat {config.tier} in {directory.root}")
         run_stages(config, directory, stages, reasons)
         say(f"report card: {directory.report}" if directory.report.exists() else "")
@@ -152,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         run(make_parser().parse_args(argv))
+        _leave()
     except (JaxchatError, InterruptedRun) as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -169,8 +208,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    console.quiet = False
     console.print(f"error: {message}" if code != InterruptedRun.exit_code else message, markup=False, soft_wrap=True)
+    _leave(message, code)
     return code
+
+
+def _give_up(message: str, code: int = UsageError.exit_code) -> None:
+    """From a thread, while the main one waits for other processes where nothing can interrupt it."""
+    console.quiet = False
+    console.print(f"error: {message}" if code != InterruptedRun.exit_code else message, markup=False, soft_wrap=True)
+    os._exit(code)
+
+
+def _leave(message: str = "", code: int = 0) -> None:
+    """End JAX's runtime of several processes, if it was started; after a failure the others are told."""
+    if hosts := sys.modules.get("jaxchat.hosts"):
+        hosts.fail(message, code) if code else hosts.stop()
 
 
 def _terminated(number: int, frame: Any) -> None:

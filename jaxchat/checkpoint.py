@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxchat import hosts
 from jaxchat.errors import DataError
 from jaxchat.log import quiet_libraries
 from jaxchat.state import TrainState
@@ -84,12 +85,18 @@ def restore_params(directory: str | Path) -> tuple[Any, dict[str, Any]]:
         raise DataError(f"{directory}: no checkpoint; train it first")
     path = directory / str(steps[0])
     try:
-        with quiet_libraries(), contextlib.closing(ocp.StandardCheckpointer()) as reader:
+        # of several processes this one alone reads, so it must wait for no other
+        alone = ocp.options.MultiprocessingOptions(primary_host=hosts.index(), active_processes={hosts.index()})
+        with (
+            quiet_libraries(),
+            contextlib.closing(ocp.StandardCheckpointer(multiprocessing_options=alone)) as reader,
+        ):
             like = jax.tree.map(
                 lambda m: np.zeros(m.shape, m.dtype), dict(reader.metadata(path / "params").item_metadata.tree)
             )
             params = reader.restore(path / "params", like)
-        with contextlib.closing(ocp.Checkpointer(ocp.JsonCheckpointHandler())) as reader:
+        json_handler = ocp.JsonCheckpointHandler()
+        with contextlib.closing(ocp.Checkpointer(json_handler, multiprocessing_options=alone)) as reader:
             meta = reader.restore(path / "meta")
     except Exception as error:  # Orbax and TensorStore raise all kinds
         raise DataError(f"{path}: cannot be read ({_first_line(error)})") from error
@@ -97,12 +104,15 @@ def restore_params(directory: str | Path) -> tuple[Any, dict[str, Any]]:
 
 
 def params_sha256(params: Any) -> str:
-    """SHA-256 over all parameters: names, shapes, dtypes and bytes, in sorted order."""
+    """SHA-256 over all parameters: names, shapes, dtypes and bytes, in sorted order.
+
+    Parameters that are spread over processes come together one by one; all processes must ask.
+    """
     digest = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path(params)
     named = {".".join(str(getattr(k, "key", k)) for k in path): leaf for path, leaf in leaves}
     for name in sorted(named):
-        array = np.asarray(named[name])
+        array = hosts.gathered(named[name])
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -78,13 +78,18 @@ def quiet_libraries() -> Iterator[None]:
 
 
 class MetricsFile:
-    """Append-only JSON lines, one object per optimizer step; truncated to the checkpoint on resume."""
+    """Append-only JSON lines, one object per optimizer step; truncated to the checkpoint on resume.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    `write`: of several processes that train together only one may.
+    """
+
+    def __init__(self, path: str | Path, write: bool = True):
+        self.path, self.write = Path(path), write
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, record: dict[str, Any]) -> None:
+        if not self.write:
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -95,14 +100,14 @@ class MetricsFile:
 
     def amend(self, scores: dict[str, Any]) -> None:
         """Add evaluation results to the newest record."""
-        records = read_metrics(self.path)
+        records = read_metrics(self.path) if self.write else []
         if records:
             records[-1] |= scores
             self._rewrite(records)
 
     def truncate_to(self, step: int) -> None:
         """Keep the records of steps below `step`; a torn last line (from a kill) goes too."""
-        if self.path.exists():
+        if self.write and self.path.exists():
             self._rewrite([r for r in read_metrics(self.path) if r["step"] < step])
 
     def _rewrite(self, records: list[dict[str, Any]]) -> None:

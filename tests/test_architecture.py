@@ -14,7 +14,7 @@ PRODUCT = sorted(
 )
 # data flows from left to right, imports point to the left
 ORDER = (
-    "config", "recipes", "mesh", "text", "data", "model", "losses", "optim", "state", "checkpoint", "engine", "tasks",
+    "config", "recipes", "mesh", "hosts", "text", "data", "model", "losses", "optim", "state", "checkpoint", "engine", "tasks",
     "interop",
 )  # fmt: skip
 LEAVES = {"errors", "paths", "log", "tools"}  # anyone may import them

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxchat.data.batches import val_batches
+from jaxchat.data.batches import own_columns, place, val_batches
 from jaxchat.data.rows import Rows
 from jaxchat.mesh import batch_sharding
 
@@ -24,8 +24,10 @@ def bits_per_byte(
     """
     sums = {"nats": 0.0, "bytes": 0.0, "all_nats": 0.0, "targets": 0.0}
     lengths = np.asarray(byte_lengths, np.int32)
-    for batch in val_batches(rows, batch_rows, max_rows):
-        found = jax.device_get(eval_step(params, jax.device_put(batch, batch_sharding(mesh)), lengths))
+    shape, sharding = (1, batch_rows, rows.meta["row_len"] - 1), batch_sharding(mesh)
+    columns = own_columns(sharding, shape)
+    for batch in val_batches(rows, batch_rows, max_rows, columns):
+        found = jax.device_get(eval_step(params, place(batch, sharding, shape, columns), lengths))
         sums = {name: total + float(found[name]) for name, total in sums.items()}
     loss = sums["all_nats"] / max(sums["targets"], 1.0)
     return {

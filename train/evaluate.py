@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jaxchat.checkpoint import params_sha256, restore_params
-from jaxchat.config import Config
+from jaxchat.config import Config, MeshConfig
 from jaxchat.data.rows import Rows
 from jaxchat.engine import Engine, Result
 from jaxchat.errors import DataError
@@ -99,7 +99,7 @@ class Examiner:
 
     def bits_per_byte(self) -> Scores:
         """On held-out text, and on held-out conversations where there are any. `n` counts rows."""
-        mesh = make_mesh(self.config.mesh)
+        mesh = make_mesh(MeshConfig(), jax.local_devices())  # whole parameters on each; other processes wait
         batch_rows = -(-self.config.eval.batch_rows // batch_devices(mesh)) * batch_devices(mesh)
         step = make_eval_step(self.config, mesh)
         params = jax.device_put(self.params, replicated(mesh))

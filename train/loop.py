@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxchat import hosts
 from jaxchat.checkpoint import Checkpoints, params_sha256
 from jaxchat.config import Config
 from jaxchat.data.batches import Batches
@@ -95,8 +96,9 @@ def fit(job: Job) -> dict[str, Any]:
         checkpoints.wait()
     finally:
         checkpoints.close()
-    loss_plot(job.directory / "metrics.jsonl", job.directory / "loss.png", job.title)
-    return run.facts | {"params_sha256": params_sha256(jax.device_get(state.params))}
+    if hosts.index() == 0:
+        loss_plot(job.directory / "metrics.jsonl", job.directory / "loss.png", job.title)
+    return run.facts | {"params_sha256": params_sha256(state.params)}
 
 
 class _Run:
@@ -108,7 +110,7 @@ class _Run:
         self.job, self.eval_step, self.checkpoints = job, eval_step, checkpoints
         self.batch_rows, self.mesh = batch_rows, mesh
         self.facts = {k: v for k, v in facts.items() if k not in ("step", "format")}
-        self.metrics = MetricsFile(job.directory / "metrics.jsonl")
+        self.metrics = MetricsFile(job.directory / "metrics.jsonl", write=hosts.index() == 0)
         self.schedule = make_schedule(job.config)
         self.clock = time.perf_counter()
         self.said = time.perf_counter()
@@ -125,14 +127,15 @@ class _Run:
                 self._evaluate(state, done)  # the checkpoint was saved before its evaluation
                 self._leave_if_asked(done)
             self.clock = time.perf_counter()
-            pending = None
+            pending, ballot = None, hosts.Ballot()
             for index in range(done, train.steps):
                 state, metrics = step(state, next(batches))
                 # read the step before while this one runs, so that logging never stalls the device
                 self._record(pending, bar)
                 pending, count = (index, metrics), index + 1
                 sample = self.job.sampler is not None and train.sample_every > 0 and count % train.sample_every == 0
-                if self._due(count) or count % train.checkpoint_every == 0 or sample or self.stop_signal:
+                stop = ballot.cast(self.stop_signal)  # a signal to one process stops all of them after the same step
+                if self._due(count) or count % train.checkpoint_every == 0 or sample or stop:
                     self._record(pending, bar)
                     pending = None
                     self.checkpoints.save(count, state, self.facts)  # before the evaluation, which could fail
@@ -217,10 +220,11 @@ class _Run:
 
     def _leave_if_asked(self, count: int) -> None:
         """End the run after a signal; the checkpoint of step `count` has been handed over."""
-        if not self.stop_signal:
+        number = hosts.agree(self.stop_signal)
+        if not number:
             return
         self.checkpoints.wait()
-        name = signal.Signals(self.stop_signal).name
+        name = signal.Signals(number).name
         raise InterruptedRun(f"{self.job.title}: stopped by {name} after step {count}, saved; the same command resumes")
 
 

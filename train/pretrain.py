@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from jaxchat import hosts
 from jaxchat.config import Config
 from jaxchat.data.rows import Rows
 from jaxchat.engine import Engine
@@ -21,7 +22,8 @@ from train.samples import held_out_openings, samples
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Train the base model in `base/`; facts: sizes, tokens, scores, seconds, `params_sha256`."""
     tokenizer = Tokenizer.load(run.tokenizer)
-    rows, val_rows = (Rows(run.data / "rows" / split, tokenizer.digest) for split in ("train", "val"))
+    check = hosts.index() == 0  # one process reads all of it
+    rows, val_rows = (Rows(run.data / "rows" / split, tokenizer.digest, check) for split in ("train", "val"))
     count, train = count_parameters(config.model), config.train
     tokens = train.steps * train.batch_tokens
     say(
@@ -31,9 +33,14 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     )
 
     def sample(state: TrainState, step: int) -> None:
-        engine = Engine(config.model, jax.device_get(state.params), tokenizer, slots=8)
-        text = samples(engine, held_out_openings(val_rows, tokenizer, 3), False, config.eval.sample_tokens)
-        atomic_write(run.stage("base") / "samples" / f"step_{step:06d}.md", f"# Step {step}\n\n{text}")
+        params = jax.tree.map(hosts.gathered, state.params)
+
+        def write() -> None:
+            engine = Engine(config.model, params, tokenizer, slots=8)
+            text = samples(engine, held_out_openings(val_rows, tokenizer, 3), False, config.eval.sample_tokens)
+            atomic_write(run.stage("base") / "samples" / f"step_{step:06d}.md", f"# Step {step}\n\n{text}")
+
+        hosts.on_first(write)
 
     job = Job(
         config=config,

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from jaxchat import hosts
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Config
 from jaxchat.data.corpus import document_hash
@@ -33,10 +34,8 @@ Conversation = list[Message]
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Train from `base/` into `sft/`; facts: mixture, rows, fill, scores, seconds, `params_sha256`."""
     tokenizer = Tokenizer.load(run.tokenizer)
-    train, val = mixture(config)
-    facts: dict[str, Any] = {"conversations": {name: len(found) for name, found in train.items()}}
-    rows = _write(config, run, tokenizer, "train", train, facts)
-    val_rows = _write(config, run, tokenizer, "val", val, facts)
+    facts = hosts.on_first(lambda: _write_rows(config, run, tokenizer))
+    rows, val_rows = (Rows(run.data / "sft" / split, tokenizer.digest, verify=False) for split in ("train", "val"))
     settings = sft_config(config, len(rows))
 
     def start(state: TrainState) -> TrainState:
@@ -122,9 +121,18 @@ def mixture(config: Config) -> tuple[dict[str, list[Conversation]], dict[str, li
     return train, val
 
 
+def _write_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Write `data/sft`; facts: conversations by entry, rows and fill of each split."""
+    train, val = mixture(config)
+    facts: dict[str, Any] = {"conversations": {name: len(found) for name, found in train.items()}}
+    return facts | {
+        split: _write(config, run, tokenizer, split, found) for split, found in (("train", train), ("val", val))
+    }
+
+
 def _write(
-    config: Config, run: RunDir, tokenizer: Tokenizer, split: str, found: dict[str, list[Conversation]], facts: dict
-) -> Rows:
+    config: Config, run: RunDir, tokenizer: Tokenizer, split: str, found: dict[str, list[Conversation]]
+) -> dict[str, Any]:
     row_len, stats = config.model.seq_len + 1, PackStats()
     rendered = [render(tokenizer, conversation) for group in found.values() for conversation in group]
     packed = pack_conversations(rendered, row_len, tokenizer.special[ASSISTANT_END], stats)
@@ -133,5 +141,4 @@ def _write(
     count = write_rows(directory, packed, row_len, tokenizer.bos, tokenizer.vocab_size)
     meta = {"tokenizer": tokenizer.digest, "conversations": stats.documents, "cut": stats.cuts, "fill": stats.fill}
     finish_rows(directory, meta, row_len, count, tokenizer.vocab_size)
-    facts[split] = {"rows": count, "conversations": stats.documents, "cut": stats.cuts, "fill": stats.fill}
-    return Rows(directory, tokenizer.digest, verify=False)
+    return {"rows": count, "conversations": stats.documents, "cut": stats.cuts, "fill": stats.fill}

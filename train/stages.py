@@ -9,22 +9,18 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+from jaxchat import hosts
 from jaxchat.config import Config, flatten, load_config, to_toml
 from jaxchat.errors import UsageError
 from jaxchat.log import say
 from jaxchat.paths import RunDir, atomic_write, read_json, write_json
 from train import evaluate, prepare, pretrain, report, sft, tokenizer
+from train.machine import commit, hardware, peak_rss, versions
 
 # Keys that change how fast or how often, never what is computed (beyond float rounding).
 FREE_KEYS = (
@@ -41,6 +37,7 @@ FREE_KEYS = (
     "train.scan_unroll",
     "train.max_bad_steps",
 )
+SHARED_SECONDS = 60.0  # until what process 0 wrote must be seen by the others
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ class Stage:
     trained: bool  # refuses changed inputs instead of running again
     uses: tuple[str, ...] = ()  # stages whose digests are inputs where they are done, but which need not be
     check: Callable[[Config], None] = lambda config: None  # of settings, before anything runs
+    joint: bool = False  # by all processes together; the others by process 0, while the rest waits
 
 
 STAGES = (
@@ -74,8 +72,16 @@ STAGES = (
         ("data/rows/train/meta.json", "data/rows/val/meta.json"),
         True,
     ),
-    Stage("pretrain", pretrain.run, ("seed", "model.", "train.", "optim."), ("prepare",), ("base/<step>",), True),
-    Stage("sft", sft.run, ("seed", "sft."), ("pretrain",), ("sft/<step>",), True, check=sft.check),
+    Stage(
+        "pretrain",
+        pretrain.run,
+        ("seed", "model.", "train.", "optim."),
+        ("prepare",),
+        ("base/<step>",),
+        True,
+        joint=True,
+    ),
+    Stage("sft", sft.run, ("seed", "sft."), ("pretrain",), ("sft/<step>",), True, check=sft.check, joint=True),
     Stage("eval", evaluate.run, ("eval.", "tasks."), ("pretrain",), ("eval/base.json",), False, uses=("sft",)),
     Stage("report", report.run, (), ("eval",), ("report.md", "report.json"), False),
 )
@@ -104,7 +110,14 @@ def select(only: str | None, start: str | None) -> list[Stage]:
 
 
 def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: dict[str, str]) -> None:
-    """Run what is not done yet, in order; every stage's record is in `stages.json` from its start on."""
+    """Run what is not done yet, in order; every stage's record is in `stages.json` from its start on.
+
+    Of several processes the first decides and keeps the records.
+    """
+    hosts.check_same([flatten(config), [stage.name for stage in stages]])
+    if hosts.index() > 0:
+        _follow(config, run)
+        return
     with run.lock():
         records = load_records(run)
         for stage in stages:
@@ -119,6 +132,24 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
                 continue
             _save_config(config, run, reasons)
             _run_one(stage, config, run, records, inputs)
+    hosts.tell(None)
+
+
+def _follow(config: Config, run: RunDir) -> None:
+    """What the other processes do: train along, wait for process 0 in everything else."""
+    while told := hosts.hear():
+        name, start = told
+        stage = STAGES[NAMES.index(name)]
+        if stage.joint:
+            end = time.monotonic() + SHARED_SECONDS
+            while load_records(run).get(name, {}).get("start") != start:  # network file systems show a file late
+                if time.monotonic() > end:
+                    raise UsageError(
+                        f"{run.root}: process {hosts.index()} does not see there what process 0 writes; "
+                        "--run-dir must be on a file system that all share"
+                    )
+                time.sleep(0.5)
+            stage.run(config, run)
 
 
 def _save_config(config: Config, run: RunDir, reasons: dict[str, str]) -> None:
@@ -188,7 +219,7 @@ def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any],
         "start": previous["start"] if resumed else _now(),
         "end": None,
         "seconds": previous.get("seconds", 0.0) if resumed else 0.0,
-        "commit": _commit(),
+        "commit": commit(),
         "versions": versions(),
         "hardware": hardware(),
         "inputs": inputs,
@@ -198,6 +229,7 @@ def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any],
     records[stage.name] = record
     write_json(run.stages, records)
     say(f"{stage.name:<10} {'goes on' if resumed else 'starts'}", style="bold")
+    hosts.tell([stage.name, record["start"]])
     spent = record["seconds"]
     try:
         facts = stage.run(config, run)
@@ -209,7 +241,7 @@ def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any],
         "status": "done",
         "end": _now(),
         "seconds": spent + time.perf_counter() - begin,
-        "peak_rss_bytes": _peak_rss(),
+        "peak_rss_bytes": peak_rss(),
         "facts": facts,
     }
     if "params_sha256" in facts:
@@ -227,51 +259,6 @@ def _keep_or_forget(stage: Stage, run: RunDir, records: dict[str, Any]) -> None:
     else:
         run.stages.unlink(missing_ok=True)
         run.config.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def hardware() -> dict[str, Any]:
-    import jax
-
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "device": device.device_kind if device.platform != "cpu" else (platform.processor() or platform.machine()),
-        "devices": jax.device_count(),
-        "hosts": jax.process_count(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
-    }
-
-
-def _peak_rss() -> int | None:
-    """Bytes, or None on Windows; Linux counts kilobytes, macOS bytes."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _commit() -> str | None:
-    """The code's git commit, with + where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != root:
-            return None  # installed inside somebody else's checkout
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _now() -> str:

@@ -14,6 +14,7 @@ from jaxchat.data.rows import Rows
 
 THREADS = 4
 PREFETCH = 16  # batches read ahead
+LAST_STEP = 2**40  # never reached
 
 
 class Batches:
@@ -24,23 +25,53 @@ class Batches:
 
     def __init__(self, rows: Rows, batch_rows: int, grad_accum: int, seed: int, shuffle: bool = True):
         dataset = grain.MapDataset.source(rows).seed(seed % 2**32)
-        if shuffle:
-            dataset = dataset.shuffle()
-        self._dataset = (
-            dataset.repeat().batch(batch_rows * grad_accum).map(lambda row: _split(row, grad_accum, batch_rows))
-        )
+        self._rows = (dataset.shuffle() if shuffle else dataset).repeat()
+        self._shape = (grad_accum, batch_rows, rows.meta["row_len"] - 1)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """The batch of one optimizer step, on the host."""
-        batch = self._dataset[step]
-        assert batch is not None  # a repeated data set has an element for every position
-        return batch
+        return self._load(step, np.arange(self._shape[1]))
+
+    def _load(self, step: int, columns: np.ndarray) -> dict[str, np.ndarray]:
+        """Those rows of every micro-batch of one step."""
+        grad_accum, batch_rows, _ = self._shape
+        first = step * grad_accum * batch_rows
+        picked = [self._rows[int(first + a * batch_rows + b)] for a in range(grad_accum) for b in columns]
+        tokens, weights = (np.stack(part) for part in zip(*picked, strict=True))
+        return _split((tokens, weights), grad_accum, len(columns))
 
     def iterate(self, start: int, sharding: Sharding | None = None) -> Iterator[dict[str, Any]]:
-        """Batches from step `start` on, read ahead in threads, placed on the mesh where a sharding is given."""
+        """Batches from step `start` on, read ahead in threads, placed on the mesh where a sharding is given.
+
+        A process reads the rows of its own devices only; which rows a batch has does not depend on that.
+        """
+        columns = np.arange(self._shape[1]) if sharding is None else own_columns(sharding, self._shape)
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCH)
-        for batch in iter(self._dataset[start:].to_iter_dataset(options)):
-            yield batch if sharding is None else jax.device_put(batch, sharding)
+        steps = grain.MapDataset.range(start, LAST_STEP).map(lambda step: self._load(step, columns))
+        for batch in iter(steps.to_iter_dataset(options)):
+            yield batch if sharding is None else place(batch, sharding, self._shape, columns)
+
+
+def own_columns(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray:
+    """Which of a batch's B rows (A, B, T) lie on devices of this process, in order."""
+    places: Any = sharding.addressable_devices_indices_map(shape).values()
+    return np.unique(np.concatenate([np.arange(shape[1])[index[1]] for index in places]))
+
+
+def place(
+    batch: dict[str, np.ndarray], sharding: Sharding, shape: tuple[int, ...], columns: np.ndarray
+) -> dict[str, jax.Array]:
+    """The global batch, of which this process holds the rows `columns`."""
+
+    def put(array: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[1].indices(shape[1])
+            begin = int(np.searchsorted(columns, first))
+            return array[:, begin : begin + last - first]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: put(array) for name, array in batch.items()}
 
 
 def _split(batch: tuple[np.ndarray, np.ndarray], grad_accum: int, batch_rows: int) -> dict[str, np.ndarray]:
@@ -53,16 +84,19 @@ def _split(batch: tuple[np.ndarray, np.ndarray], grad_accum: int, batch_rows: in
     }
 
 
-def val_batches(rows: Rows, batch_rows: int, max_rows: int) -> Iterator[dict[str, np.ndarray]]:
+def val_batches(
+    rows: Rows, batch_rows: int, max_rows: int, columns: np.ndarray | None = None
+) -> Iterator[dict[str, np.ndarray]]:
     """`max_rows` rows spread evenly over the file (all, if there are no more), once and in order.
 
     Packing puts long documents first, so the first rows alone would not stand for the rest. Each batch is (1, B, T);
-    the last one is filled up with rows of weight 0.
+    the last one is filled up with rows of weight 0. `columns`: only those of each batch's rows (`own_columns`).
     """
     total = min(len(rows), max_rows)
-    chosen = [i * len(rows) // total for i in range(total)]
+    nothing = np.zeros(rows.meta["row_len"], np.int32), np.zeros(rows.meta["row_len"], np.uint8)
+    wanted = range(batch_rows) if columns is None else columns.tolist()
     for start in range(0, total, batch_rows):
-        picked = [rows[i] for i in chosen[start : start + batch_rows]]
+        numbers = [(start + column) * len(rows) // total if start + column < total else None for column in wanted]
+        picked = [nothing if number is None else rows[number] for number in numbers]
         tokens, weights = (np.stack(part) for part in zip(*picked, strict=True))
-        missing = ((0, batch_rows - len(picked)), (0, 0))
-        yield _split((np.pad(tokens, missing), np.pad(weights, missing)), 1, batch_rows)
+        yield _split((tokens, weights), 1, len(picked))

@@ -1,0 +1,259 @@
+"""Several processes, one run: JAX's own runtime, started where a cluster or the flags ask for it.
+
+Process 0 decides, writes and speaks; the others train with it and wait in everything else. What they tell one another
+goes through the key-value store of JAX's coordinator, so waiting for hours occupies no device; a failure of one ends
+all of them with its line and its exit code.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import json
+import re
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxchat.errors import InterruptedRun, JaxchatError, UsageError
+
+T = TypeVar("T")
+WAIT_SECONDS = 48 * 3600  # for process 0 to prepare or examine; a dead one is noticed by JAX's heartbeats long before
+GRACE_SECONDS = 10.0  # for a process to end by itself after another one's failure
+POLL_MS = 1000  # between looks for a signal while waiting
+FAILED = "jaxchat/failed"
+REQUIRED = "give --coordinator HOST:PORT, --processes N and --process-id I together, the same but for the last"
+
+_failure: dict[str, Any] = {}  # another process's: message, code, process
+_ended = threading.Event()
+_told = 0  # messages of process 0 so far; the same in every process
+_watch: threading.Thread | None = None
+
+
+def index() -> int:
+    """Which process this is; 0 writes and speaks."""
+    return jax.process_index() if several() else 0
+
+
+def several() -> bool:
+    """Whether the run has several processes."""
+    return jax.distributed.is_initialized()
+
+
+def start(
+    coordinator: str | None,
+    processes: int | None,
+    process_id: int | None,
+    timeout: int,
+    whole_host: bool,
+    indexed_pod: bool,
+    give_up: Callable[[str], None],
+) -> bool:
+    """Join the run's other processes, before any use of a device; False where there is only this one.
+
+    Without flags JAX's own detection decides: Slurm, Open MPI, TPU pods, Kubernetes (`indexed_pod`: of an indexed Job).
+    `whole_host`: the only process of its host takes all devices there (JAX gives a Slurm task just one).
+    `give_up` ends the process with a message after `timeout` seconds: JAX would abort it with a stack trace.
+    Raises `UsageError` for flags that contradict one another and processes that differ in their devices.
+    """
+    given = (coordinator, processes, process_id)
+    if processes == 1 or (given == (None, None, None) and _detected(indexed_pod) < 2):
+        return False
+    _check(coordinator, processes, process_id)
+    place = coordinator or "the coordinator that the cluster names"
+    seconds = f"not all processes met at {place} within {timeout} s; check its host, its port (open between the hosts?)"
+    timer = threading.Timer(timeout, give_up, [f"{seconds} and that every process has started"])
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process_id,
+            local_device_ids=[] if whole_host else None,
+            cluster_detection_method="deactivate" if None not in given else None,
+            initialization_timeout=timeout + 60,
+        )
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"starting several processes at {place}: {reason}; {REQUIRED}") from error
+    finally:
+        timer.cancel()
+    _start_watch(give_up)
+    _check_devices()
+    return True
+
+
+def _detected(indexed_pod: bool) -> int:
+    """How many processes JAX's detection finds; 1 outside a cluster."""
+    from jax._src.clusters import ClusterEnv
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # every pod without the client of Kubernetes gets a warning
+        for cluster in ClusterEnv._cluster_types:
+            pods = cluster.__name__ == "K8sCluster"
+            if not cluster.opt_in_only_method and (indexed_pod or not pods) and cluster.is_env_present():
+                return cluster.get_process_count()
+    if indexed_pod:
+        raise UsageError(
+            f"a pod of an indexed Job, but JAX cannot ask Kubernetes: pip install kubernetes, or {REQUIRED}"
+        )
+    return 1
+
+
+def _check(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+    if coordinator is not None and not re.fullmatch(r".+:[1-9]\d{0,4}", coordinator):
+        raise UsageError(f"--coordinator {coordinator}: must be HOST:PORT, for example node1:12355")
+    if processes is not None and processes < 1:
+        raise UsageError(f"--processes {processes}: must be at least 1")
+    if process_id is not None and processes is not None and not 0 <= process_id < processes:
+        raise UsageError(f"--process-id {process_id}: must be from 0 to {processes - 1} of {processes} processes")
+
+
+def _check_devices() -> None:
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        text = ", ".join(f"{count} on process {process}" for process, count in sorted(counts.items()))
+        raise UsageError(f"processes must have equally many devices, not {text}; restart those that differ")
+
+
+def _client() -> Any:
+    from jax._src import distributed  # the store has no public name; Orbax reaches it in the same way
+
+    return distributed.global_state.client
+
+
+def tell(value: Any) -> None:
+    """From process 0 to all others: the next thing they `hear`; JSON."""
+    global _told
+    if several():
+        _client().key_value_set(f"jaxchat/told/{_told}", json.dumps(value))
+        _told += 1
+
+
+def hear() -> Any:
+    """The next thing that process 0 tells, waited for; raises what ended another process meanwhile."""
+    global _told
+    end = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < end:
+        _raise_failure()
+        try:
+            value = _client().blocking_key_value_get(f"jaxchat/told/{_told}", POLL_MS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            continue
+        _told += 1
+        return json.loads(value)
+    raise UsageError(f"process 0 has not been heard of for {WAIT_SECONDS // 3600} hours")
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """`work()` done by process 0 alone; all return its value (JSON) when it is done."""
+    if not several():
+        return work()
+    if index() == 0:
+        value = work()
+        tell(value)
+        return json.loads(json.dumps(value))
+    return hear()
+
+
+def check_same(value: Any) -> None:
+    """`UsageError` where a process was started with other settings than process 0."""
+    mine = json.loads(json.dumps(value))
+    if several() and index() > 0 and hear() != mine:
+        raise UsageError(f"process {index()} was started with other settings than process 0; give all the same command")
+    if index() == 0:
+        tell(mine)
+
+
+def agree(number: int) -> int:
+    """The largest number of all processes; each waits for all."""
+    return int(_largest(number)) if several() else number
+
+
+class Ballot:
+    """The largest number cast by any process, known to all of them at the same call and without waiting."""
+
+    def __init__(self) -> None:
+        self._before: Any = 0
+
+    def cast(self, number: int) -> int:
+        """Of this call with one process; of the call before with several, which the device has reduced meanwhile."""
+        if not several():
+            return number
+        before, self._before = self._before, _largest(number)
+        return int(before)
+
+
+@functools.cache
+def _reduction() -> tuple[NamedSharding, Any]:
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec("all")), jax.jit(jnp.max, out_shardings=whole)
+
+
+def _largest(number: int) -> jax.Array:
+    sharding, largest = _reduction()
+    value = np.full(1, number, np.int32)
+    return largest(jax.make_array_from_callback((jax.device_count(),), sharding, lambda _: value))
+
+
+def gathered(array: Any) -> np.ndarray:
+    """One array whole, on the host of every process; all of them must ask for the same one."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def fail(message: str, code: int) -> None:
+    """Tell all other processes to end with this code, and end the runtime."""
+    if several():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
+            told = {"message": message, "code": code, "process": index()}
+            _client().key_value_set(FAILED, json.dumps(told))
+        stop()
+
+
+def stop() -> None:
+    """End the runtime; all processes meet here."""
+    _ended.set()
+    if _watch is not None:
+        _watch.join()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # a process is gone; there is nothing left to end
+        jax.distributed.shutdown()
+
+
+def _raise_failure() -> None:
+    if _failure:
+        message = f"process {_failure['process']} ended: {_failure['message']}"
+        error = InterruptedRun(message) if _failure["code"] == InterruptedRun.exit_code else JaxchatError(message)
+        error.exit_code = _failure["code"]
+        raise error
+
+
+def _start_watch(give_up: Callable[..., None]) -> None:
+    """Listen for another process's failure; a process that waits for it on a device cannot end by itself."""
+    global _watch
+
+    def watch() -> None:
+        while not _ended.is_set():
+            try:
+                _failure.update(json.loads(_client().blocking_key_value_get(FAILED, POLL_MS)))
+            except jax.errors.JaxRuntimeError:
+                continue
+            if not _ended.wait(GRACE_SECONDS):
+                give_up(f"process {_failure['process']} ended: {_failure['message']}", _failure["code"])
+
+    _watch = threading.Thread(target=watch, daemon=True)
+    _watch.start()
