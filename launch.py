@@ -134,7 +134,7 @@ def join_processes(args: argparse.Namespace) -> None:
         args.connect_timeout,
         whole_host=alone and "JAX_LOCAL_DEVICE_IDS" not in env,
         indexed_pod="KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env,
-        give_up=_give_up,
+        complain=_complain,
     )
     if joined:
         signal.signal(signal.SIGTERM, _terminated)  # JAX's runtime takes it for its own
@@ -203,22 +203,23 @@ def main(argv: list[str] | None = None) -> int:
         if "RESOURCE_EXHAUSTED" in str(error):
             advice = "out of device memory: lower train.device_batch_rows, for example to half"
             return _fail(advice, OutOfMemoryError.exit_code)
+        hosts = sys.modules.get("jaxchat.hosts")
+        if hosts and (lost := hosts.lost(error)):
+            return _fail(str(lost), lost.exit_code)
+        _leave("a fault, shown there", 1)
         raise
     return 0
 
 
 def _fail(message: str, code: int) -> int:
-    console.quiet = False
-    console.print(f"error: {message}" if code != InterruptedRun.exit_code else message, markup=False, soft_wrap=True)
+    _complain(message, code)
     _leave(message, code)
     return code
 
 
-def _give_up(message: str, code: int = UsageError.exit_code) -> None:
-    """From a thread, while the main one waits for other processes where nothing can interrupt it."""
-    console.quiet = False
+def _complain(message: str, code: int) -> None:
+    console.quiet = False  # also where only process 0 speaks
     console.print(f"error: {message}" if code != InterruptedRun.exit_code else message, markup=False, soft_wrap=True)
-    os._exit(code)
 
 
 def _leave(message: str = "", code: int = 0) -> None:

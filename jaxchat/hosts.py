@@ -11,6 +11,7 @@ import collections
 import contextlib
 import functools
 import json
+import os
 import re
 import threading
 import time
@@ -29,12 +30,15 @@ from jaxchat.errors import InterruptedRun, JaxchatError, UsageError
 T = TypeVar("T")
 WAIT_SECONDS = 48 * 3600  # for process 0 to prepare or examine; a dead one is noticed by JAX's heartbeats long before
 GRACE_SECONDS = 10.0  # for a process to end by itself after another one's failure
+STOP_SECONDS = 25.0  # for all processes to meet at the end
 POLL_MS = 1000  # between looks for a signal while waiting
 FAILED = "jaxchat/failed"
 REQUIRED = "give --coordinator HOST:PORT, --processes N and --process-id I together, the same but for the last"
 
 _failure: dict[str, Any] = {}  # another process's: message, code, process
-_ended = threading.Event()
+_heard = threading.Event()  # of that failure
+_ended = threading.Event()  # this process's part
+_stopping = threading.Lock()
 _told = 0  # messages of process 0 so far; the same in every process
 _watch: threading.Thread | None = None
 
@@ -56,13 +60,14 @@ def start(
     timeout: int,
     whole_host: bool,
     indexed_pod: bool,
-    give_up: Callable[[str], None],
+    complain: Callable[[str, int], None],
 ) -> bool:
     """Join the run's other processes, before any use of a device; False where there is only this one.
 
     Without flags JAX's own detection decides: Slurm, Open MPI, TPU pods, Kubernetes (`indexed_pod`: of an indexed Job).
     `whole_host`: the only process of its host takes all devices there (JAX gives a Slurm task just one).
-    `give_up` ends the process with a message after `timeout` seconds: JAX would abort it with a stack trace.
+    `complain` shows the message of a failure (and its exit code) that ends the process from a thread of ours: when
+    not all have come within `timeout` seconds (JAX would abort with a stack trace), and when another process fails.
     Raises `UsageError` for flags that contradict one another and processes that differ in their devices.
     """
     given = (coordinator, processes, process_id)
@@ -70,10 +75,10 @@ def start(
         return False
     _check(coordinator, processes, process_id)
     place = coordinator or "the coordinator that the cluster names"
-    seconds = f"not all processes met at {place} within {timeout} s; check its host, its port (open between the hosts?)"
-    timer = threading.Timer(timeout, give_up, [f"{seconds} and that every process has started"])
-    timer.daemon = True
-    timer.start()
+    late = f"not all processes met at {place} within {timeout} s; check its host, its port (open between the hosts?)"
+    timer = _exit_after(
+        timeout, UsageError.exit_code, lambda code: complain(f"{late} and that every process runs", code)
+    )
     try:
         jax.distributed.initialize(
             coordinator,
@@ -84,11 +89,11 @@ def start(
             initialization_timeout=timeout + 60,
         )
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = _first_line(error).rstrip(".")
         raise UsageError(f"starting several processes at {place}: {reason}; {REQUIRED}") from error
     finally:
         timer.cancel()
-    _start_watch(give_up)
+    _start_watch(complain)
     _check_devices()
     return True
 
@@ -145,7 +150,8 @@ def hear() -> Any:
     global _told
     end = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < end:
-        _raise_failure()
+        if _heard.is_set():
+            raise _failed()
         try:
             value = _client().blocking_key_value_get(f"jaxchat/told/{_told}", POLL_MS)
         except jax.errors.JaxRuntimeError as error:
@@ -222,38 +228,72 @@ def fail(message: str, code: int) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
             told = {"message": message, "code": code, "process": index()}
             _client().key_value_set(FAILED, json.dumps(told))
-        stop()
+        stop(code)
 
 
-def stop() -> None:
-    """End the runtime; all processes meet here."""
-    _ended.set()
-    if _watch is not None:
-        _watch.join()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # a process is gone; there is nothing left to end
-        jax.distributed.shutdown()
+def stop(code: int = 0) -> None:
+    """End the runtime, where all processes meet; if they do not, end this one with `code`."""
+    if not several():
+        return
+    with _stopping:
+        _ended.set()
+        if _watch is not None and _watch is not threading.current_thread():
+            _watch.join()
+        timer = _exit_after(STOP_SECONDS, code)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # a process is gone; there is nothing left to end
+            jax.distributed.shutdown()
+        timer.cancel()
 
 
-def _raise_failure() -> None:
-    if _failure:
-        message = f"process {_failure['process']} ended: {_failure['message']}"
-        error = InterruptedRun(message) if _failure["code"] == InterruptedRun.exit_code else JaxchatError(message)
-        error.exit_code = _failure["code"]
-        raise error
+def lost(error: Exception) -> JaxchatError | InterruptedRun | None:
+    """What to say of an error of the device that another process's end has caused; None for any other error."""
+    if not several() or not isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    if _heard.wait(3 * POLL_MS / 1000):
+        return _failed()
+    if re.search("gloo|nccl|connection|socket|peer|unavailable|coordination|heartbeat", str(error), re.IGNORECASE):
+        return InterruptedRun(f"another process is gone ({_first_line(error)}); the same command goes on from here")
+    return None
 
 
-def _start_watch(give_up: Callable[..., None]) -> None:
+def _failed() -> JaxchatError | InterruptedRun:
+    """The other process's failure as an error of this one, with the same exit code."""
+    message = f"process {_failure['process']} ended: {_failure['message']}"
+    error = InterruptedRun(message) if _failure["code"] == InterruptedRun.exit_code else JaxchatError(message)
+    error.exit_code = _failure["code"]
+    return error
+
+
+def _start_watch(complain: Callable[[str, int], None]) -> None:
     """Listen for another process's failure; a process that waits for it on a device cannot end by itself."""
     global _watch
 
     def watch() -> None:
-        while not _ended.is_set():
-            try:
+        while not _heard.is_set() and not _ended.is_set():
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # nothing yet
                 _failure.update(json.loads(_client().blocking_key_value_get(FAILED, POLL_MS)))
-            except jax.errors.JaxRuntimeError:
-                continue
-            if not _ended.wait(GRACE_SECONDS):
-                give_up(f"process {_failure['process']} ended: {_failure['message']}", _failure["code"])
+                _heard.set()
+        if not _ended.wait(GRACE_SECONDS):
+            complain(str(_failed()), _failure["code"])
+            stop(_failure["code"])
+            os._exit(_failure["code"])
 
     _watch = threading.Thread(target=watch, daemon=True)
     _watch.start()
+
+
+def _exit_after(seconds: float, code: int, before: Callable[[int], None] = lambda code: None) -> threading.Timer:
+    """A running timer that ends the process, wherever that hangs."""
+
+    def leave() -> None:
+        before(code)
+        os._exit(code)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

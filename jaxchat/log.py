@@ -23,7 +23,7 @@ from rich.progress import (
 from jaxchat.paths import atomic_write
 
 T = TypeVar("T")
-console = Console(highlight=False, stderr=True)
+console = Console(highlight=False, stderr=True, emoji=False)
 
 
 def say(text: str, style: str | None = None) -> None:
