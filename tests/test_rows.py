@@ -112,3 +112,17 @@ def test_damage_is_found_and_named(tmp_path, damage, words):
     with pytest.raises(DataError, match=words) as caught:
         Rows(folder, "t")
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_several_rows_at_once_are_the_rows_one_by_one(tmp_path, masks):
+    draw = np.random.default_rng(2)
+    written = [(ids, draw.integers(0, 2, len(ids))) if masks else ids for ids in [*documents(40), np.arange(ROW_LEN)]]
+    rows = Rows(write(tmp_path / "r", written), "t")
+    numbers = draw.integers(0, 41, 100)
+    inputs, targets, weights = rows.shifted(numbers)
+    assert inputs.dtype == targets.dtype == np.int32 and weights.dtype == np.float32
+    for i, number in enumerate(numbers):
+        tokens, mask = rows[int(number)]
+        assert np.array_equal(inputs[i], tokens[:-1]) and np.array_equal(targets[i], tokens[1:])
+        assert np.array_equal(weights[i], mask[1:])

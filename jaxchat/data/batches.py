@@ -24,8 +24,10 @@ class Batches:
     """
 
     def __init__(self, rows: Rows, batch_rows: int, grad_accum: int, seed: int, shuffle: bool = True):
-        dataset = grain.MapDataset.source(rows).seed(seed % 2**32)
-        self._rows = (dataset.shuffle() if shuffle else dataset).repeat()
+        # the order is of row numbers, so that a batch is read with one indexing instead of row by row
+        numbers = grain.MapDataset.range(len(rows)).seed(seed % 2**32)
+        self._numbers = (numbers.shuffle() if shuffle else numbers).repeat()
+        self._rows = rows
         self._shape = (grad_accum, batch_rows, rows.meta["row_len"] - 1)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
@@ -36,9 +38,9 @@ class Batches:
         """Those rows of every micro-batch of one step."""
         grad_accum, batch_rows, _ = self._shape
         first = step * grad_accum * batch_rows
-        picked = [self._rows[int(first + a * batch_rows + b)] for a in range(grad_accum) for b in columns]
-        tokens, weights = (np.stack(part) for part in zip(*picked, strict=True))
-        return _split((tokens, weights), grad_accum, len(columns))
+        picked = [self._numbers[int(first + a * batch_rows + b)] for a in range(grad_accum) for b in columns]
+        arrays = zip(("inputs", "targets", "weights"), self._rows.shifted(np.array(picked)), strict=True)
+        return {name: array.reshape(grad_accum, len(columns), -1) for name, array in arrays}
 
     def iterate(self, start: int, sharding: Sharding | None = None) -> Iterator[dict[str, Any]]:
         """Batches from step `start` on, read ahead in threads, placed on the mesh where a sharding is given.
