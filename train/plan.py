@@ -131,12 +131,7 @@ def _program(config: Config, target: Target, step: Any, rows: int, tensor: int) 
     again = program.recomputed_share
     seconds = sum(c.count * c.sent_bytes / _rate(target, c.group) for c in program.collectives)
     sent = sum(c.count * c.sent_bytes for c in program.collectives)
-    vocab, tokens = padded_vocab(config.model) // tensor, rows * config.model.seq_len
-    logits = [
-        str(list(shape))
-        for dtype, shape in program.buffers
-        if dtype == "f32" and shape[-1:] == (vocab,) and math.prod(shape) >= tokens * vocab
-    ]
+    logits = _full_logits(config, program.buffers, rows * config.model.seq_len, tensor)
     return _money(config, target, seconds, again) | {
         "program_rows": rows,
         "collectives": program.by_kind(),
@@ -151,6 +146,16 @@ def _program(config: Config, target: Target, step: Any, rows: int, tensor: int) 
         "optimal_seconds": step.optimal_seconds,
         "loops_of_unknown_length": program.unknown_loops,
     }
+
+
+def _full_logits(config: Config, buffers: Any, tokens: int, tensor: int) -> list[str]:
+    """Float32 arrays (..., V) as large as all logits of a micro-batch; parts of a weight's gradient (.., D, V) are none."""
+    vocab, found = padded_vocab(config.model) // tensor, []
+    for dtype, shape in buffers:
+        weight = shape[-2:-1] == (config.model.width,) != (config.model.seq_len,)
+        if dtype == "f32" and shape[-1:] == (vocab,) and math.prod(shape) >= tokens * vocab and not weight:
+            found.append(str(list(shape)))
+    return found
 
 
 def _decode(config: Config, target: Target, step: Any) -> dict[str, Any]:
