@@ -27,8 +27,8 @@ from jaxchat.optim.groups import make_optimizer
 from jaxchat.state import compute_dtype, init_state, make_train_step, state_sharding
 from train.hlo import Program, analyse
 from train.loop import micro_batch
+from train.targets import MEMORY_FRACTION
 
-MEMORY_FRACTION = 0.92  # of a device that a process may take (launch.py sets it)
 DECODE_STEPS = 8  # tokens per chunk, as the engine's
 # Per cent. XLA recomputes what would pass its limit: 95 % of what the process may take (0.92 here), but only 95 % of
 # 80 % of the memory where there is no device to ask. This makes the second the first.

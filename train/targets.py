@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import jax
 
 GPUS_PER_HOST = 8  # HGX and DGX boards
+MEMORY_FRACTION = 0.92  # of a device that a process may take (launch.py sets it)
 PRICES_OF = "typical on-demand list prices of 2026 in USD per device and hour, to be read as a guess"
 SOURCES = {
     "gpu": "NVIDIA data sheets of H100 SXM, H200 SXM and A100 SXM 80 GB (peaks dense, without sparsity; NVLink per "
