@@ -36,7 +36,7 @@ def plan_budget(given: Config, target: str, budget: str | None, hours: float | N
             f"{_limits(usd, hours)} on {target}: not even {DEPTHS[0]} layers; they take {least['hours_estimate']:.3g} "
             f"hours and {least['usd_estimate']:.3g} USD"
         )
-    config, result = _deepest_that_fits(affordable, where)
+    config, result = _deepest_that_fits(affordable, where, usd, hours)
     result["deepest_tier"] = _deepest_tier(where, usd, hours)
     result["command"] = _command(given, config)
     if as_json:
@@ -84,11 +84,16 @@ def _with_rows(config: Config, rows: int) -> Config:
 def _allows(config: Config, target: Target, usd: float | None, hours: float | None) -> bool:
     batch = config.train.batch_tokens // config.model.seq_len
     result = estimate(_fitting(config, target), target)
-    within = result["hours_estimate"] <= (hours or 1e30) and result["usd_estimate"] <= (usd or 1e30)
-    return within and result["fits"] and batch % target.devices == 0
+    return _within(result, usd, hours) and result["fits"] and batch % target.devices == 0
 
 
-def _deepest_that_fits(affordable: list[Config], target: Target) -> tuple[Config, dict[str, Any]]:
+def _within(result: dict[str, Any], usd: float | None, hours: float | None) -> bool:
+    return result["hours_estimate"] <= (hours or 1e30) and result["usd_estimate"] <= (usd or 1e30)
+
+
+def _deepest_that_fits(
+    affordable: list[Config], target: Target, usd: float | None, hours: float | None
+) -> tuple[Config, dict[str, Any]]:
     """Compiled from the deepest down, with the rows that the compiler finds; analytic where there is no compiler."""
     for config in reversed(affordable):
         try:
@@ -98,12 +103,13 @@ def _deepest_that_fits(affordable: list[Config], target: Target) -> tuple[Config
             fitting = _fitting(config, target)
             return fitting, estimate(fitting, target)
         rows = result["largest_device_batch_rows"]
-        if result["fits"]:
+        if not result["fits"] and rows:
+            config = _with_rows(config, rows)
+            kept = {key: result[key] for key in ("largest_device_batch_rows", "by_rows", "decode")}
+            result = compile_plan(config, target, search=False) | kept
+        if result["fits"] and _within(result, usd, hours):
             return config, result
-        if rows:
-            smaller = _with_rows(config, rows)
-            return smaller, compile_plan(smaller, target, search=False) | {"largest_device_batch_rows": rows}
-        say(f"{config.model.depth} layers do not fit {target.text} with any batch")
+        say(f"{config.model.depth} layers do not fit {target.text}, or not into the limits once compiled")
     raise UsageError(f"--target {target.text}: no depth that the limits allow fits the memory; take more devices")
 
 
