@@ -1,0 +1,160 @@
+"""Our training step and a peer's, in turns: blocks of steps of two long-lived processes, one asleep while one runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.train_step import Trainer, describe, draw_shape
+from jaxchat.config import Config
+from jaxchat.errors import UsageError
+from jaxchat.model.layout import mlp_width
+
+WORKER = Path(__file__).with_name("nanochat_step.py")
+WALL_STEPS = 600
+SEED = 0
+
+
+def nanochat_config(config: Config) -> dict[str, Any]:
+    """The `GPTConfig` arguments of the same model; `UsageError` where nanochat cannot be it."""
+    c = config.model
+    short = -(-c.seq_len // 4 // 128) * 128
+    same = {
+        "model.recipe": (c.recipe, "modern"),
+        "model.head_width": (c.head_width, c.width // c.n_heads),
+        "model.mlp_factor": (mlp_width(c), 4 * c.width),
+        "model.window_short": (c.window_short if "S" in c.window_pattern else short, short),
+        "train.matmul": (config.train.matmul, "plain"),
+    }
+    for key, (ours, theirs) in same.items():
+        if ours != theirs:
+            raise UsageError(f"{key}: gives {ours}, and nanochat has {theirs} only; leave it out to compare")
+    return {
+        "sequence_len": c.seq_len,
+        "vocab_size": c.vocab_size,
+        "n_layer": c.depth,
+        "n_head": c.n_heads,
+        "n_kv_head": c.n_kv_heads,
+        "n_embd": c.width,
+        "window_pattern": c.window_pattern,
+    }
+
+
+class Peer:
+    """nanochat's step in its own interpreter; raises `UsageError` with its last words if it ends."""
+
+    def __init__(self, config: Config, directory: Path, python: str, environment: dict[str, str], errors: Any):
+        settings = {
+            "directory": str(directory.resolve()),
+            "config": nanochat_config(config),
+            "batch": draw_shape(config),
+            "seed": SEED,
+        }
+        self._errors = errors
+        self._process = subprocess.Popen(
+            [python, "-u", str(WORKER), json.dumps(settings)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=directory, env=environment,
+        )  # fmt: skip
+        self.about = self._answer()
+
+    def order(self, steps: int) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        print(steps, file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._errors.seek(0)
+            last = (self._errors.read().strip().splitlines() or ["no output"])[-1]
+            raise UsageError(f"nanochat ended with code {code}: {last}; --python names an interpreter with torch")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def compare(config: Config, directory: Path, python: str, steps: int, block: int, changes: list[str]) -> dict[str, Any]:
+    """Both first steps, then `steps` steps of each in turns of `block`, the first three of each not in the medians.
+
+    `changes` (K=V) go into the peer's environment, which else is ours; an empty value takes the variable away. Its
+    compile caches are fresh folders, ours is none: both compile from nothing.
+    """
+    if not (directory / "nanochat" / "gpt.py").exists():
+        raise UsageError(f"{directory}: no nanochat/gpt.py there; give a checkout of karpathy/nanochat")
+    with tempfile.TemporaryDirectory() as caches, tempfile.TemporaryFile("w+") as errors:
+        fresh = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
+        given = dict(change.split("=", 1) for change in changes)
+        environment = {k: v for k, v in (dict(os.environ) | fresh | given).items() if v or k not in given}
+        peer = Peer(config, directory, python, environment, errors)
+        try:
+            return _take_turns(config, peer, steps, block)
+        finally:
+            peer.close()
+
+
+def _take_turns(config: Config, peer: Peer, steps: int, block: int) -> dict[str, Any]:
+    theirs = peer.order(1)
+    ours = Trainer(config, SEED)
+    first = {"jaxchat": ours.first_seconds, "nanochat": theirs["first"]}
+    if ours.checksum != theirs["checksum"]:
+        raise UsageError("the two draw different tokens: numpy's generators differ between the interpreters")
+    seconds: dict[str, list[float]] = {"jaxchat": [], "nanochat": []}
+    while len(seconds["jaxchat"]) < steps + 3:
+        count = min(block, steps + 3 - len(seconds["jaxchat"]))
+        seconds["jaxchat"] += [ours.step() for _ in range(count)]
+        answer = peer.order(count)
+        seconds["nanochat"] += answer["seconds"]
+    sides = {name: _summary(config, first[name], values) for name, values in seconds.items()}
+    sides["jaxchat"] |= {"parameters": ours.parameters, "compile_seconds": round(ours.compile_seconds, 2)}
+    sides["jaxchat"] |= {"loss": round(ours.loss, 4)}
+    sides["nanochat"] |= peer.about | {"parameters": theirs["parameters"], "loss": round(answer["loss"], 4)}
+    sides["nanochat"] |= {"peak_bytes": answer["peak_bytes"]}
+    pairs = [
+        statistics.median(b) / statistics.median(a)
+        for a, b in zip(_blocks(seconds["jaxchat"][3:], block), _blocks(seconds["nanochat"][3:], block), strict=True)
+    ]
+    ratio = {
+        key: round(sides["jaxchat"][key] / sides["nanochat"][key], 3) for key in ("tokens_per_second",)
+    } | {
+        key: round(sides["nanochat"][key] / sides["jaxchat"][key], 3) for key in ("first_step_seconds", "wall_seconds")
+    }  # fmt: skip
+    return describe(config, ours) | {
+        **sides,
+        "times_faster": ratio | {"blocks": [round(pair, 3) for pair in sorted(pairs)]},
+        "goal": {"tokens_per_second": 1.0, "wall_seconds": 1.15, "aim": 1.2},
+        "steps": steps,
+        "block": block,
+    }
+
+
+def _blocks(values: list[float], size: int) -> list[list[float]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def _summary(config: Config, first: float, seconds: list[float]) -> dict[str, Any]:
+    """Median and range after three steps of warm-up; wall clock to step 600: what was run, and the rest at the median.
+
+    The first step's seconds hold building, compiling and one step, but not the imports before.
+    """
+    measured = seconds[3:]
+    median = statistics.median(measured)
+    run = [first, *seconds][:WALL_STEPS]
+    return {
+        "first_step_seconds": round(first, 2),
+        "step_seconds": round(median, 4),
+        "step_seconds_range": [round(min(measured), 4), round(max(measured), 4)],
+        "tokens_per_second": round(config.train.batch_tokens / median),
+        "wall_seconds": round(sum(run) + (WALL_STEPS - len(run)) * median, 1),
+        "wall_steps_measured": len(run),
+    }
