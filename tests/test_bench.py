@@ -1,0 +1,90 @@
+"""The benchmarks run for real on tiny shapes, and their last line is the JSON object they promise."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.compare import nanochat_config
+from bench.train_step import draw_shape
+from jaxchat.config import load_config
+from jaxchat.errors import UsageError
+from jaxchat.optim.horizon import resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=128",
+        "model.seq_len=128", "train.batch_tokens=512", "train.device_batch_rows=2"]  # fmt: skip
+SETS = [part for change in TINY for part in ("--set", change)]
+
+
+def run(*arguments, code=0):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_step_says_what_it_measured_and_with_which_settings():
+    result = run("bench.train_step", *SETS, "--steps", "4")[-1]
+    assert result["batch"] == [2, 2, 128] and result["settings"]["model.width"] == 32
+    assert {"device", "jax", "jaxlib", "dtype", "malloc", "load_average"} <= result.keys()
+    low, high = result["step_seconds_range"]
+    assert 0 < low <= result["step_seconds"] <= high
+    assert result["tokens_per_second"] == pytest.approx(512 / result["step_seconds"], rel=0.05)
+    assert result["compile_seconds"] < result["first_step_seconds"]
+    assert 0 < result["share_of_product_rate"] < 1 and result["mfu"] is None  # no peak is known for a CPU
+    assert result["loss"] == pytest.approx(4.85, abs=0.3)  # random tokens: ln 128
+
+
+def test_variants_are_every_combination_and_one_that_fails_stops_no_other():
+    axes = ["--variants", "train.remat=none,full", "--variants", "model.n_kv_heads=2,3"]
+    *lines, last = run("bench.train_step", *SETS, "--steps", "1", *axes)
+    assert last["variants"] == lines and len(lines) == 4
+    for line in lines:
+        assert ("n_kv_heads" in line["error"]) if line["variant"][1].endswith("=3") else line["step_seconds"] > 0
+
+
+def test_the_input_pipeline_is_measured_to_the_host_and_to_the_device():
+    (result,) = run("bench.data", "--tokens", "100_000", "--seq-len", "128", "--rows", "16", "--repeats", "2")
+    assert result["tokens"] == 99_968 and result["goal"] == 104_000_000
+    assert result["host_range"][0] <= result["host_tokens_per_second"] <= result["host_range"][1]
+    assert result["device_tokens_per_second"] > 0
+    assert result["share_of_goal"] == pytest.approx(result["host_tokens_per_second"] / 104e6, abs=1e-3)
+
+
+def test_a_model_that_nanochat_cannot_be_is_refused():
+    config = resolve(load_config("nano", TINY))
+    assert nanochat_config(config)["n_embd"] == 32 and draw_shape(config) == (2, 2, 128)
+    for change in ("model.recipe=classic", "model.mlp_factor=3", "model.window_short=64"):
+        with pytest.raises(UsageError, match=change.split("=")[0]):
+            nanochat_config(resolve(load_config("nano", [*TINY, change])))
+
+
+def test_a_folder_that_is_no_nanochat_and_an_interpreter_that_cannot_run_it_are_named(tmp_path):
+    compare = ["bench.train_step", *SETS, "--compare", "nanochat", str(tmp_path)]
+    assert "no nanochat/gpt.py there" in run(*compare, code=2)
+    (tmp_path / "nanochat").mkdir()
+    (tmp_path / "nanochat/gpt.py").touch()
+    (tmp_path / "nanochat/common.py").write_text("raise ImportError('No module named torch')")
+    assert "--python names an interpreter with torch" in run(*compare, code=2)
+
+
+def test_nanochat_runs_in_turns_with_ours():
+    """NANOCHAT_DIR: a checkout of karpathy/nanochat; NANOCHAT_PYTHON: an interpreter with torch and filelock."""
+    checkout, python = os.environ.get("NANOCHAT_DIR"), os.environ.get("NANOCHAT_PYTHON")
+    if not checkout or not python:
+        pytest.skip("needs NANOCHAT_DIR and NANOCHAT_PYTHON")
+    sides = ["--compare", "nanochat", checkout, "--python", python, "--steps", "4", "--block", "2"]
+    result = run("bench.train_step", *SETS, "--full-attention", *sides)[-1]
+    ours, theirs = result["jaxchat"], result["nanochat"]
+    assert ours["parameters"] == theirs["parameters"]
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.2)
+    ratio = result["times_faster"]
+    assert ratio["tokens_per_second"] == pytest.approx(theirs["step_seconds"] / ours["step_seconds"], rel=0.05)
+    assert ratio["wall_seconds"] == pytest.approx(theirs["wall_seconds"] / ours["wall_seconds"], rel=0.02)
+    assert len(ratio["blocks"]) == 2 and theirs["attention"] and result["settings"]["model.window_pattern"] == "L"
