@@ -47,7 +47,7 @@ class ModelConfig:
     backout: bool | None = None
     softcap: float = 15.0  # logits = softcap * tanh(logits / softcap)
     norm_eps: float = 1.1920929e-7  # float32's machine epsilon, as nanochat; Hugging Face's NanoChat has 1e-6
-    attention: str = "auto"  # "auto" | "cudnn" | "blocked" | "xla"
+    attention: str = "auto"  # "auto" | "cudnn" | "splash" | "blocked" | "xla"
 
 
 @dataclass(frozen=True)

@@ -86,5 +86,7 @@ def _check_model(model: ModelConfig) -> None:
         raise UsageError(f"model.window_pattern: {model.window_pattern!r} may only hold S and L")
     if model.width < 24 and (model.smear or model.value_embeddings):
         raise UsageError(f"model.width: {model.width} is below the 24 channels that gate smear and value embeddings")
-    if model.attention not in ("auto", "cudnn", "blocked", "xla"):
-        raise UsageError(f"model.attention: {model.attention!r} is unknown; choose from auto, cudnn, blocked, xla")
+    if model.attention not in ("auto", "cudnn", "splash", "blocked", "xla"):
+        raise UsageError(
+            f"model.attention: {model.attention!r} is unknown; choose from auto, cudnn, splash, blocked, xla"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxchat.config import Config
+from jaxchat.log import say
 from jaxchat.losses import LossSpec, chunked_loss, default_chunk
 from jaxchat.mesh import (
     batch_sharding,
@@ -23,7 +25,7 @@ from jaxchat.mesh import (
     replicated,
 )
 from jaxchat.model import gpt
-from jaxchat.model.attention import choose_backend
+from jaxchat.model.backends import choose_backend, cuda_capability, trusted_backend
 from jaxchat.model.fp8 import fp8_dot
 from jaxchat.model.layout import check_mesh, scan_groups
 from jaxchat.optim.loss_scale import SMALLEST, LossScaleState, find_scale
@@ -48,9 +50,20 @@ def compute_dtype(config: Config, mesh: Mesh) -> jnp.dtype:
     """
     name = config.train.compute_dtype
     if name == "auto":
-        capability = float(getattr(mesh.devices.flat[0], "compute_capability", 8.0))
-        name = "float32" if platform(mesh) == "cpu" else "bfloat16" if capability >= 8 else "float16"
+        old = (cuda_capability(mesh.devices.flat[0]) or 8.0) < 8.0
+        name = "float32" if platform(mesh) == "cpu" else "float16" if old else "bfloat16"
     return jnp.dtype(name)
+
+
+def check_attention(config: Config, mesh: Mesh) -> Config:
+    """The configuration with an attention that was seen to be right on this machine; one warning if it is a slow one.
+
+    Every process of a run finds the same, since its devices are alike.
+    """
+    backend, why = trusted_backend(config.model, compute_dtype(config, mesh))
+    if why:
+        say(f"  attention falls back to XLA's: {why}", style="yellow")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=backend))
 
 
 def scan_unroll(config: Config) -> int:
@@ -82,9 +95,10 @@ def trunk(config: Config, mesh: Mesh) -> gpt.Trunk:
 
     return gpt.Trunk(
         unroll=scan_unroll(config),
-        backend=choose_backend(config.model.attention, dtype),
+        backend=choose_backend(config.model, dtype, mesh.devices.flat[0])[0],
         remat=config.train.remat,
         dot=fp8_dot if config.train.matmul == "fp8" else jnp.matmul,
+        mesh=mesh,
         place=place,
     )
 
@@ -186,8 +200,7 @@ def make_train_step(
             is_leaf=lambda node: isinstance(node, LossScaleState),
         )
         metrics = {"loss": loss, "grad_norm": grad_norm, "ok": ok | (overflowed > 0), "overflowed": overflowed}
-        metrics = {name: value.astype(jnp.float32) for name, value in metrics.items()}
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1), {k: v.astype(jnp.float32) for k, v in metrics.items()}
 
     return jax.jit(
         step,

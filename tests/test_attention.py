@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.model.attention import attention, cached_attention, choose_backend
+from jaxchat.model.attention import attention, cached_attention
+from jaxchat.model.splash import splash_attention
 
 
 def reference(q, k, v, window):
@@ -54,6 +55,21 @@ def test_cached_attention_is_the_last_row():
     np.testing.assert_allclose(last, reference(q, k, v, 99)[:, -1], atol=1e-5)
 
 
-def test_backend_choice_follows_the_machine():
-    assert choose_backend("xla") == "xla"
-    assert choose_backend("auto") == ("blocked" if jax.default_backend() == "cpu" else choose_backend("auto"))
+@pytest.mark.parametrize("window", [100, 1000])
+def test_splash_equals_the_reference(window):
+    """The TPU kernel's own program, interpreted: grouped heads, short and full windows, values and gradients."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, 256, heads, 128)) for key, heads in zip(keys, (2, 1, 1), strict=True))
+
+    def scalar(run):
+        def loss(*args):
+            y = run(*args)
+            return jnp.sin(y).sum(), y
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+
+    (_, y), grads = scalar(lambda *qkv: splash_attention(*qkv, window, interpret=True))(q, k, v)
+    np.testing.assert_allclose(y, reference(q, k, v, window), atol=2e-5)
+    _, exact = scalar(lambda *qkv: attention(*qkv, window, "xla"))(q, k, v)
+    for a, b in zip(grads, exact, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)

@@ -25,7 +25,7 @@ from jaxchat.log import MetricsFile, Task, console, progress, say
 from jaxchat.mesh import batch_devices, batch_sharding, make_mesh
 from jaxchat.model.sizes import flops_per_token, peak_flops
 from jaxchat.optim.groups import make_optimizer, make_schedule
-from jaxchat.state import TrainState, compute_dtype, init_state, make_eval_step, make_train_step
+from jaxchat.state import TrainState, check_attention, compute_dtype, init_state, make_eval_step, make_train_step
 from train.bpb import bits_per_byte
 from train.plots import loss_plot
 
@@ -74,8 +74,8 @@ def fit(job: Job) -> dict[str, Any]:
 
     Raises `InterruptedRun` after a signal (a checkpoint is saved) and `DivergedError` after too many bad steps.
     """
-    config = job.config
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(job.config.mesh)
+    config = check_attention(job.config, mesh)
     batch_rows, grad_accum = micro_batch(config, batch_devices(mesh))
     optimizer = make_optimizer(config, compute_dtype(config, mesh), mesh)
     checkpoints = Checkpoints(job.directory, config.train.keep_last)

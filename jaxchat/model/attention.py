@@ -9,37 +9,37 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxchat.model.splash import splash_attention
 
 BLOCK = 128  # queries per block of the blocked backend
 SAFE_SCORE = 40.0  # exp(-2 * 40) is still a normal float32
 
 
-def choose_backend(name: str = "auto", dtype: jnp.dtype | type = jnp.float32) -> str:
-    """The backend for this machine: cuDNN on NVIDIA GPUs for 16-bit inputs, blocked on CPUs, else XLA's."""
-    if name != "auto":
-        return name
-    platform = jax.default_backend()
-    if platform == "cpu":
-        return "blocked"
-    is_16_bit = jnp.dtype(dtype).itemsize == 2
-    is_nvidia = platform == "gpu" and "rocm" not in jax.devices()[0].client.platform_version.lower()
-    return "cudnn" if is_nvidia and is_16_bit else "xla"
-
-
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int, backend: str = "xla", score_bound: float = math.inf
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int,
+    backend: str = "xla",
+    score_bound: float = math.inf,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Softmax attention of every position over itself and the `window` positions before it.
 
     Args:
       q: (B, T, H, N); k, v: (B, T, K, N). `window >= T - 1` is full causal attention.
-      backend: "xla", "blocked" or "cudnn" (16-bit inputs on an NVIDIA GPU).
+      backend: "xla", "blocked", "cudnn" (16-bit inputs on an NVIDIA GPU) or "splash" (TPU).
       score_bound: no |q.k| / sqrt(N) is larger; where it is small the blocked backend needs no row maximum.
+      mesh: where rows and heads are split, for the backend that XLA cannot split by itself (splash).
 
     Returns: (B, T, H, N) in the dtype of q.
     """
     if backend == "blocked":
         return _blocked(q, k, v, window, score_bound)
+    if backend == "splash":
+        return splash_attention(q, k, v, window, mesh)
     # is_causal must stay: a window alone would look into the future (jax issue 39576)
     local = (window, 0) if window < q.shape[1] - 1 else None
     implementation = "cudnn" if backend == "cudnn" else "xla"

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat.config import ModelConfig
-from jaxchat.model.attention import attention, cached_attention, choose_backend
+from jaxchat.model.attention import attention, cached_attention
+from jaxchat.model.backends import choose_backend
 from jaxchat.model.gpt import layer_params
 from jaxchat.model.layers import Params, block, embed, finish, logits, rotary
 from jaxchat.model.layout import score_bound, windows
@@ -79,7 +80,8 @@ def prefill(config: ModelConfig, params: Params, tokens: jax.Array, length: jax.
     Returns: logits (B, V) float32 after each prompt's last token, and its `Prefix`.
     """
     dtype = params["embedding"].dtype
-    backend, bound = choose_backend(config.attention, dtype), score_bound(config)
+    backend, _ = choose_backend(config, dtype, jax.devices()[0], tokens.shape[1])
+    bound = score_bound(config)
     cos_sin = rotary(config, jnp.arange(tokens.shape[1])[None, :], dtype)
     x, e = embed(config, params, tokens)
     x0 = middle = x

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxchat.config import ModelConfig
 from jaxchat.model.attention import attention
@@ -39,6 +40,7 @@ class Trunk(NamedTuple):
     backend: str = "xla"  # of the attention
     remat: str = "none"
     dot: Dot = jnp.matmul  # of the layers' kernels
+    mesh: Mesh | None = None
     place: Callable[[str, jax.Array], jax.Array] = lambda name, weight: weight  # gathers a weight where it is used
 
 
@@ -127,7 +129,7 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, trunk: Trunk 
 
     def run(layer: Params, window: int, x: jax.Array, x0: jax.Array) -> jax.Array:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attention(q, k, v, window, trunk.backend, score_bound(config))
+            return attention(q, k, v, window, trunk.backend, score_bound(config), trunk.mesh)
 
         def body(layer: Params, x: jax.Array, x0: jax.Array) -> jax.Array:
             layer = {k: trunk.place(k if k == "value_embedding" else f"blocks.{k}", w) for k, w in layer.items()}

@@ -1,0 +1,94 @@
+"""Which attention runs on a device, and whether it can be trusted there."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxchat.config import ModelConfig
+from jaxchat.model.attention import attention
+from jaxchat.model.splash import TILE
+
+CHECK_LENGTH, CHECK_WINDOW = 2 * TILE, 100  # positions of the self-check's small case, and its short window
+TOLERANCE = {2: 0.03, 4: 1e-3}  # of the largest value, by bytes of the dtype
+
+
+def choose_backend(
+    config: ModelConfig, dtype: jnp.dtype | type, device: jax.Device, seq_len: int | None = None
+) -> tuple[str, str]:
+    """(backend, why not the fast one) on `device`, which may be one of a dry run's.
+
+    "cudnn" on NVIDIA GPUs, "splash" on TPUs, "blocked" on CPUs; "xla" where those cannot run: then the second part
+    says why, for one warning. `config.attention` decides if it is not "auto".
+    """
+    T, N = seq_len or config.seq_len, config.head_width
+    if config.attention != "auto":
+        return config.attention, ""
+    if device.platform == "cpu":
+        return "blocked", ""
+    if device.platform == "tpu":
+        if N % TILE or T % TILE:
+            return "xla", f"splash attention needs heads and contexts of a multiple of {TILE}, not {N} and {T}"
+        return "splash", ""
+    capability = cuda_capability(device)
+    if capability is None or capability < 8:
+        return "xla", "cuDNN's flash attention needs an NVIDIA GPU of compute capability 8.0 or newer"
+    if jnp.dtype(dtype).itemsize != 2:
+        return "xla", f"cuDNN's flash attention needs a 16-bit train.compute_dtype, not {jnp.dtype(dtype).name}"
+    widest = 256 if capability >= 9 else 128
+    if N % 8 or N > widest:
+        return "xla", f"cuDNN's flash attention needs heads of a multiple of 8 up to {widest}, not {N}"
+    return "cudnn", ""
+
+
+def cuda_capability(device: jax.Device) -> float | None:
+    """Compute capability of an NVIDIA GPU, such as 9.0; None for anything else (AMD's say "gfx90a")."""
+    try:
+        return float(getattr(device, "compute_capability", ""))
+    except ValueError:
+        return None
+
+
+def disagreement(backend: str, config: ModelConfig, dtype: jnp.dtype | type) -> float:
+    """Largest relative difference, output and gradients, between `backend` and float32 XLA on this machine.
+
+    A small case with the heads' width and grouping of `config`, once with a short window and once with full context;
+    a backend that cannot run raises what it raises.
+    """
+    group, N = config.n_heads // config.n_kv_heads, config.head_width
+    shapes = [(2, CHECK_LENGTH, heads, N) for heads in (2 * group, 2, 2, 2 * group)]
+    q, k, v, g = (
+        jax.random.normal(key, s) for key, s in zip(jax.random.split(jax.random.key(0), 4), shapes, strict=True)
+    )
+
+    @functools.partial(jax.jit, static_argnums=(0,))
+    def run(backend: str, *inputs: jax.Array) -> list[jax.Array]:
+        results = []
+        for window in (CHECK_WINDOW, CHECK_LENGTH):
+            y, pull = jax.vjp(lambda *qkv, w=window: attention(*qkv, w, backend), *inputs[:3])
+            results += [y, *pull(inputs[3])]
+        return results
+
+    rounded = [a.astype(dtype) for a in (q, k, v, g)]
+    exact = run("xla", *(a.astype(jnp.float32) for a in rounded))
+    pairs = zip(run(backend, *rounded), exact, strict=True)
+    return max(float(jnp.abs(a.astype(jnp.float32) - e).max() / jnp.abs(e).max()) for a, e in pairs)
+
+
+def trusted_backend(config: ModelConfig, dtype: jnp.dtype | type) -> tuple[str, str]:
+    """`choose_backend` for this machine's devices, after a self-check; "xla" and the reason where that fails."""
+    backend, why = choose_backend(config, dtype, jax.local_devices()[0])
+    if backend == "xla":
+        return backend, why
+    try:
+        found = disagreement(backend, config, dtype)
+    except Exception as error:  # a kernel may fail in any way, here or in the driver
+        return (
+            "xla",
+            f"{backend} attention cannot run here ({(str(error).splitlines() or [type(error).__name__])[0][:200]})",
+        )
+    if found <= TOLERANCE[jnp.dtype(dtype).itemsize]:  # not so for NaN
+        return backend, ""
+    return "xla", f"{backend} attention differs from the reference by {found:.2g} of its largest value"

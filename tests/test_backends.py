@@ -1,0 +1,79 @@
+"""Choice of the attention backend by the device, and the self-check before training."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxchat.config import MeshConfig, ModelConfig, load_config
+from jaxchat.mesh import make_mesh
+from jaxchat.model import attention as attention_module
+from jaxchat.model.backends import choose_backend, cuda_capability, disagreement, trusted_backend
+from jaxchat.optim.horizon import resolve
+from jaxchat.recipes import resolve_model
+from jaxchat.state import check_attention, compute_dtype
+
+D20 = resolve_model(ModelConfig(depth=20))
+GROUPED = resolve_model(ModelConfig(depth=2, width=64, n_heads=4, n_kv_heads=2, head_width=16, vocab_size=64))
+
+
+def device(platform, **more):
+    return types.SimpleNamespace(platform=platform, **more)
+
+
+H100, V100 = device("gpu", compute_capability="9.0"), device("gpu", compute_capability="7.0")
+AMD, TPU = device("gpu", compute_capability="gfx942"), device("tpu")
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype", "shape", "backend", "why"),
+    [
+        (device("cpu"), jnp.float32, {}, "blocked", ""),
+        (H100, jnp.bfloat16, {}, "cudnn", ""),
+        (H100, jnp.float32, {}, "xla", "16-bit"),
+        (H100, jnp.bfloat16, {"head_width": 20}, "xla", "multiple of 8"),
+        (device("gpu", compute_capability="8.0"), jnp.bfloat16, {"head_width": 256}, "xla", "up to 128"),
+        (V100, jnp.float16, {}, "xla", "8.0 or newer"),
+        (AMD, jnp.bfloat16, {}, "xla", "NVIDIA"),
+        (TPU, jnp.bfloat16, {}, "splash", ""),
+        (TPU, jnp.bfloat16, {"head_width": 64}, "xla", "multiple of 128"),
+        (TPU, jnp.bfloat16, {"seq_len": 200}, "xla", "multiple of 128"),
+        (H100, jnp.bfloat16, {"attention": "xla"}, "xla", ""),
+    ],
+)
+def test_choice_and_its_reason(where, dtype, shape, backend, why):
+    config = resolve_model(ModelConfig(**({"depth": 20} | shape)))
+    found, reason = choose_backend(config, dtype, where)
+    assert found == backend and (why in reason if why else reason == "")
+
+
+def test_cards_without_bfloat16_get_float16():
+    """And AMD's, whose capability is no number, do not."""
+    config = resolve(load_config("nano"))
+    for card, dtype in ((H100, "bfloat16"), (V100, "float16"), (AMD, "bfloat16"), (TPU, "bfloat16")):
+        devices = types.SimpleNamespace(flat=[card])
+        assert compute_dtype(config, types.SimpleNamespace(devices=devices)) == jnp.dtype(dtype)
+    assert cuda_capability(H100) == 9.0 and cuda_capability(AMD) is None
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_this_machines_backend_is_trusted(dtype):
+    assert disagreement("blocked", GROUPED, dtype) < (1e-5 if dtype == jnp.float32 else 0.02)
+    assert trusted_backend(GROUPED, dtype) == ("blocked" if jax.default_backend() == "cpu" else "xla", "")
+
+
+def test_a_wrong_backend_is_caught(monkeypatch, capsys):
+    """A window that is one too wide: training goes on with XLA's attention after one line."""
+    right = attention_module._blocked
+    monkeypatch.setattr(attention_module, "_blocked", lambda q, k, v, window, bound: right(q, k, v, window + 1, bound))
+    config = resolve(load_config("nano", ["model.attention='blocked'"]))
+    checked = check_attention(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert checked.model.attention == "xla"
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).count("differs from the reference by") == 1
+
+
+def test_a_backend_that_cannot_run_is_replaced():
+    backend, why = trusted_backend(resolve_model(ModelConfig(depth=2, attention="cudnn")), jnp.bfloat16)
+    assert backend == "xla" and "cudnn attention cannot run here" in why
