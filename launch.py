@@ -61,7 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--budget", metavar="100usd", help="plan the deepest model that the money buys on --target")
     parser.add_argument("--hours", type=float, metavar="H", help="plan the deepest model that trains in the time")
-    parser.add_argument("--json", action="store_true", help="with --plan: one JSON object")
+    parser.add_argument("--doctor", action="store_true", help="what this machine can do, and what to install for more")
+    parser.add_argument("--json", action="store_true", help="with --plan and --doctor: one JSON object")
     hosts = parser.add_argument_group(
         "several processes", "found by itself under Slurm, Open MPI, Kubernetes, on TPU pods"
     )
@@ -166,6 +167,10 @@ def run(args: argparse.Namespace) -> None:
         from train.plan import plan
 
         plan(config, args.target, as_json=args.json)
+    elif args.doctor:
+        from train.doctor import doctor
+
+        doctor(config, directory.root, as_json=args.json)
     elif args.chat:
         from serve.cli import chat
 

@@ -203,19 +203,21 @@ def _simulated(count: int) -> list[jax.Device]:
     return found[:count]
 
 
+def install_command(extra: str) -> str:
+    """How to install an extra of pyproject.toml, from a checkout or from elsewhere."""
+    return f"pip install -e '.[{extra}]'" if os.path.exists("pyproject.toml") else f"pip install 'jaxchat[{extra}]'"
+
+
 def _check_plugin(target: Target) -> None:
     import jax
 
     extra, module = EXTRAS[target.chip.platform]
-    install = (
-        f"pip install 'jaxchat[{extra}]'" if not os.path.exists("pyproject.toml") else f"pip install -e '.[{extra}]'"
-    )
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         found = None
     if found is None:
-        raise NoCompiler(f"compiling for {target.chip.name} needs the extra {extra}: {install}")
+        raise NoCompiler(f"compiling for {target.chip.name} needs the extra {extra}: {install_command(extra)}")
     if target.chip.platform == "cuda":
         for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
             try:

@@ -1,0 +1,121 @@
+"""`--doctor`: what it says is true here, and what is broken is said instead of raised."""
+
+import inspect
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxchat.config import load_config
+from jaxchat.model import attention
+from jaxchat.optim.horizon import resolve
+from train import doctor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, ROOT / "launch.py", "--doctor", *arguments],
+        capture_output=True, text=True, cwd=ROOT, timeout=300, env=os.environ | environment,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config():
+    return resolve(load_config("nano"))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    place = tmp_path_factory.mktemp("here")
+    done = command("--json", "--run-dir", str(place / "not" / "yet"), JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout) | {"place": place}
+
+
+def test_one_json_object_that_tells_the_truth(found):
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["devices"]["platform"] == "cpu" and found["devices"]["compute_dtype"] == "float32"
+    assert 0 < found["devices"]["host_memory_available_bytes"] < found["devices"]["host_memory_bytes"]
+    assert found["disk"]["path"] == str(found["place"]) and found["disk"]["writable"]
+    assert found["disk"]["free_bytes"] == pytest.approx(shutil.disk_usage(found["place"]).free, rel=0.2)
+    assert found["network"] == {"loopback": True, "outside": "not tested"}
+    assert not [line for line in found["advice"] if "error" in line or "fails" in line]
+
+
+def test_attention_is_compared_with_the_reference(found):
+    part = found["attention"]
+    assert part["chosen"] == "blocked" and set(part["checks"]) == {"blocked", "xla"}
+    for check in part["checks"].values():
+        assert check["ok"] and 0 <= check["difference"] <= part["tolerance"]
+    assert part["checks"]["blocked"]["difference"] > 0  # it did run: other order of sums
+
+
+def test_a_wrong_backend_is_named(config, monkeypatch):
+    right = attention._blocked
+    monkeypatch.setattr(attention, "_blocked", lambda *args: right(*args) * 1.01)
+    part = doctor.attention(config)
+    assert part["chosen"] == "xla" and not part["checks"]["blocked"]["ok"]
+    lines = doctor.advice({"devices": {}, "attention": part, "disk": {}, "network": {}, "sandbox": {}}, [])
+    assert len(lines) == 1 and "blocked attention fails" in lines[0]
+
+
+def test_a_driver_that_does_not_start_is_said_and_the_rest_is_told(config):
+    done = command(JAX_PLATFORMS="cuda")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "JAX_PLATFORMS=cuda: unset it" in text
+    assert "loopback works" in text and "GiB free at" in text
+
+
+def test_the_table_has_every_part(found, capsys):
+    doctor.show({key: value for key, value in found.items() if key != "place"})
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "devices 1 x",
+        "attention blocked",
+        "right: differs",
+        "disk",
+        "sandbox layer",
+        "loopback works",
+        "extras",
+    ):
+        assert part in text, part
+    assert f"jax {jax.__version__}" in text
+
+
+def test_extras_are_those_of_the_project_and_the_missing_ones_come_with_their_command(found, monkeypatch):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert list(doctor.EXTRAS) == list(project["optional-dependencies"])
+    assert set(found["extras"]) == set(doctor.EXTRAS)
+    monkeypatch.chdir(ROOT)
+    assert doctor.install_command("tpu") == "pip install -e '.[tpu]'"
+    monkeypatch.chdir("/")
+    assert doctor.install_command("tpu") == "pip install 'jaxchat[tpu]'"
+
+
+@pytest.mark.parametrize("device, extra", [("NVIDIA GPU", "cuda"), ("Google TPU", "tpu")])
+def test_an_accelerator_without_its_plugin_is_named_with_the_extra(device, extra):
+    """JAX itself looks for the card and logs this; the words are those of the JAX that is installed."""
+    assert f"{device} may be present on this machine" in inspect.getsource(jax._src.xla_bridge)
+    parts = {"devices": {}, "attention": {}, "disk": {}, "network": {}, "sandbox": {}}
+    with doctor._jax_warnings() as warnings:
+        logging.getLogger("jax._src.xla_bridge").warning("An %s may be present on this machine, but.\nmore", device)
+    (line,) = doctor.advice(parts, warnings)
+    assert doctor.install_command(extra) in line and "more" not in line
+
+
+def test_sandbox_layers_are_probed(found):
+    part = found["sandbox"]
+    assert part["limits"]  # a child that limits its address space cannot have more, on every Linux that runs this
+    assert part["layer"] == 0 + part["limits"] + (part["landlock_abi"] > 0 and part["seccomp"]) + bool(
+        part["bubblewrap"]
+    )

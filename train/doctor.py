@@ -1,0 +1,289 @@
+"""`--doctor`: what this machine can do. Everything said was tried here and now; nothing outside is contacted."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import importlib.util
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxchat.config import Config, MeshConfig
+from jaxchat.mesh import make_mesh
+from jaxchat.model.backends import TOLERANCE, choose_backend, disagreement
+from jaxchat.model.sizes import peak_flops
+from jaxchat.state import compute_dtype
+from train.machine import hardware, versions
+from train.targets import install_command
+
+# extra of pyproject.toml -> (a module that comes with it, what it is for)
+EXTRAS = {
+    "cuda": ("jax_plugins.xla_cuda13", "training on NVIDIA GPUs, driver 580 or newer"),
+    "cuda12": ("jax_plugins.xla_cuda12", "training on NVIDIA GPUs with an older driver"),
+    "tpu": ("libtpu", "training on TPUs"),
+    "plan-cuda": ("jax_plugins.xla_cuda13", "plans for NVIDIA GPUs that are not here"),
+    "plan-tpu": ("libtpu", "plans for TPUs that are not here"),
+    "wandb": ("wandb", "curves on Weights & Biases"),
+    "hf-check": ("transformers", "comparison with Hugging Face's implementation"),
+    "ray": ("ray", "runs under Ray"),
+    "dev": ("ruff", "work on jaxchat itself"),
+}
+PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")  # must be of JAX's version
+LAYERS = ("none", "own process with limits", "and no files or sockets (Landlock, seccomp)", "and own namespaces")
+GIB = 2**30
+
+
+def doctor(config: Config, place: Path, as_json: bool) -> dict[str, Any]:
+    """Print what the machine can do for a run of `config` kept in `place`, and return it."""
+    result = examine(config, place)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show(result)
+    return result
+
+
+def examine(config: Config, place: Path) -> dict[str, Any]:
+    """The findings as one JSON object; a part that fails says so in its `error` and does not stop the others."""
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "versions": versions,
+        "devices": lambda: devices(config),
+        "attention": lambda: attention(config),
+        "disk": lambda: disk(place),
+        "network": network,
+        "sandbox": sandbox,
+        "extras": lambda: {name: _importable(module) for name, (module, _) in EXTRAS.items()},
+    }
+    found: dict[str, Any] = {}
+    with _jax_warnings() as warnings:
+        for name, part in parts.items():
+            try:
+                found[name] = part()
+            except Exception as error:  # a broken driver raises anything; this command is there to show it
+                found[name] = {"error": _first_line(error)}
+    return found | {"advice": advice(found, warnings)}
+
+
+def devices(config: Config) -> dict[str, Any]:
+    """Accelerators and this host. `memory_bytes`: of one device what the process may take; None where it is shared."""
+    first, host = jax.local_devices()[0], hardware()
+    return {
+        "platform": host["platform"],
+        "kind": host["device"],
+        "count": host["devices"],
+        "memory_bytes": (first.memory_stats() or {}).get("bytes_limit"),
+        "peak_flops": peak_flops(first.device_kind),
+        "compute_dtype": compute_dtype(config, make_mesh(MeshConfig())).name,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu_cores": host["cpu_cores"],
+        "host_memory_bytes": host["memory_bytes"],
+        "host_memory_available_bytes": _available(),
+    }
+
+
+def attention(config: Config) -> dict[str, Any]:
+    """The backend that training takes, and how far it and XLA's own are from the float32 reference."""
+    dtype = compute_dtype(config, make_mesh(MeshConfig()))
+    chosen, why = choose_backend(config.model, dtype, jax.local_devices()[0])
+    checks = {}
+    for backend in dict.fromkeys((chosen, "xla")):
+        begin = time.perf_counter()
+        try:
+            found: dict[str, Any] = {"difference": disagreement(backend, config.model, dtype)}
+            found["ok"] = found["difference"] <= TOLERANCE[dtype.itemsize]
+        except Exception as error:  # a kernel may fail in any way, here or in the driver
+            found = {"ok": False, "error": _first_line(error)}
+        checks[backend] = found | {"seconds": time.perf_counter() - begin}
+    taken = chosen if checks[chosen]["ok"] else "xla"
+    return {"chosen": taken, "why": why, "dtype": dtype.name, "tolerance": TOLERANCE[dtype.itemsize], "checks": checks}
+
+
+def disk(place: Path) -> dict[str, Any]:
+    """Where the run directory lies or would lie."""
+    there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+    return {"path": str(there), "free_bytes": shutil.disk_usage(there).free, "writable": os.access(there, os.W_OK)}
+
+
+def network() -> dict[str, Any]:
+    """A byte through a loopback socket, as the chat page needs; no other host is contacted."""
+    loopback = False
+    with (
+        contextlib.suppress(OSError),
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname(), timeout=5) as client,
+        server.accept()[0] as accepted,
+    ):
+        client.sendall(b"x")
+        loopback = accepted.recv(1) == b"x"
+    return {"loopback": loopback, "outside": "not tested"}
+
+
+def sandbox() -> dict[str, Any]:
+    """What the system offers to hold the code of a model, by layers 1 to 3 as in `LAYERS`; none is set up here."""
+    found: dict[str, Any] = {"limits": _holds_memory(), "landlock_abi": 0, "seccomp": False, "bubblewrap": None}
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        # landlock_create_ruleset(NULL, 0, LANDLOCK_CREATE_RULESET_VERSION) answers the version, on every architecture
+        found["landlock_abi"] = max(0, libc.syscall(444, None, 0, 1))
+        # PR_SET_SECCOMP with SECCOMP_MODE_FILTER and no program: EFAULT where filters exist, else EINVAL
+        libc.prctl(22, 2, None, 0, 0)
+        found["seccomp"] = ctypes.get_errno() == errno.EFAULT
+    if tool := shutil.which("bwrap"):
+        found["bubblewrap"] = _runs(tool, "--unshare-all", "--ro-bind", "/", "/", "true")
+    elif tool := shutil.which("unshare"):
+        found["namespaces"] = _runs(tool, "--user", "--net", "true")
+    layers = (found["limits"], found["landlock_abi"] > 0 and found["seccomp"], bool(found["bubblewrap"]))
+    found["layer"] = next((i for i, held in enumerate(layers) if not held), len(layers))
+    return found
+
+
+def advice(found: dict[str, Any], warnings: list[str]) -> list[str]:
+    """What to do or to install for more, from the findings and from what JAX warned of at its start."""
+    lines = [f"{name}: {part['error']}" for name, part in found.items() if part.get("error")]
+    if found["devices"].get("error") and jax.config.jax_platforms:
+        lines.append(f"JAX_PLATFORMS={jax.config.jax_platforms}: unset it to take what is here")
+    for text in warnings:
+        extra = next((e for word, e in (("NVIDIA GPU", "cuda"), ("Google TPU", "tpu")) if f"{word} may" in text), None)
+        lines.append(f"{text}: {install_command(extra)}" if extra else text)
+    for package in PLUGINS:
+        with contextlib.suppress(PackageNotFoundError):
+            if (has := version(package)) != jax.__version__:
+                lines.append(f"{package} is {has}, JAX is {jax.__version__}: pip install {package}=={jax.__version__}")
+    for name, check in found["attention"].get("checks", {}).items():
+        if not check["ok"]:
+            lines.append(f"{name} attention fails its check; training falls back: {check.get('error', check)}")
+    if not found["disk"].get("writable", True):
+        lines.append(f"{found['disk']['path']} cannot be written: give another --run-dir")
+    if not found["network"].get("loopback", True):
+        lines.append("no loopback socket: --serve cannot work here; --chat does")
+    if found["sandbox"].get("namespaces"):
+        lines.append("bubblewrap is not installed (apt install bubblewrap): it adds sandbox layer 3")
+    return lines
+
+
+@contextlib.contextmanager
+def _jax_warnings() -> Iterator[list[str]]:
+    """Collects what JAX logs while it looks for devices: plugins that fail, accelerators it has no plugin for."""
+    lines: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage().splitlines()[0].rstrip("."))
+
+    logger, handler = logging.getLogger("jax._src.xla_bridge"), Collector(logging.WARNING)
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+def _available() -> int | None:
+    """Bytes that the host could give now, within the container's limit; None where the system does not say."""
+    with contextlib.suppress(OSError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            group = Path("/sys/fs/cgroup")
+            limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+            return min(free, max(0, limit - used))
+        return free
+    return None
+
+
+def _holds_memory() -> bool:
+    """Whether a child that limits its own address space is held to it."""
+    program = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+        "try:\n    bytearray(2 << 30)\nexcept MemoryError:\n    raise SystemExit(7)\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, timeout=30)
+    return done.returncode == 7
+
+
+def _runs(*command: str) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True, timeout=10).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def show(r: dict[str, Any]) -> None:
+    """The findings for a person, on standard output."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, rows in (("devices", _devices), ("attention", _attention), ("disk", _disk), ("sandbox", _sandbox)):
+        for title, text in ({name: r[name]["error"]} if "error" in r[name] else rows(r[name])).items():
+            table.add_row(title, text)
+    table.add_row("network", f"loopback {'works' if r['network'].get('loopback') else 'FAILS'}; other hosts not tested")
+    table.add_row("versions", ", ".join(f"{name} {text}" for name, text in r["versions"].items()))
+    for i, (name, (_, purpose)) in enumerate(EXTRAS.items()):
+        state = "installed" if r["extras"][name] else install_command(name)
+        table.add_row("" if i else "extras", f"{name}: {purpose}: {state}")
+    for i, line in enumerate(r["advice"] or ["nothing"]):
+        table.add_row("" if i else "to do", line)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _devices(d: dict[str, Any]) -> dict[str, str]:
+    memory = f" of {d['memory_bytes'] / GIB:.1f} GiB" if d["memory_bytes"] else ""
+    peak = (
+        f"{d['peak_flops'] / 1e12:,.0f} TFLOP/s each in bfloat16" if d["peak_flops"] else "no peak known: no MFU shown"
+    )
+    free = f", {d['host_memory_available_bytes'] / GIB:.1f} free" if d["host_memory_available_bytes"] else ""
+    host = f", {d['host_memory_bytes'] / GIB:.1f} GiB{free}" if d["host_memory_bytes"] else ""
+    return {
+        "devices": f"{d['count']} x {d['kind']}{memory} ({d['platform']}); {peak}; trains in {d['compute_dtype']}",
+        "host": f"{d['system']}, {d['cpu_cores']} cores{host}",
+    }
+
+
+def _attention(a: dict[str, Any]) -> dict[str, str]:
+    rows = {"attention": a["chosen"] + (f" ({a['why']})" if a["why"] else "")}
+    for name, check in a["checks"].items():
+        found = check.get("error") or f"differs from the reference by {check['difference']:.1e}"
+        limit = f"{a['dtype']}, {a['tolerance']:g} allowed, {check['seconds']:.1f} s"
+        rows[f"  {name}"] = f"{'right' if check['ok'] else 'WRONG'}: {found} ({limit})"
+    return rows
+
+
+def _disk(d: dict[str, Any]) -> dict[str, str]:
+    return {"disk": f"{d['free_bytes'] / GIB:.1f} GiB free at {d['path']}" + ("" if d["writable"] else ", READ-ONLY")}
+
+
+def _sandbox(s: dict[str, Any]) -> dict[str, str]:
+    tools = f"Landlock {s['landlock_abi'] or 'no'}, seccomp {'yes' if s['seccomp'] else 'no'}, bubblewrap "
+    tools += {None: "not installed", True: "works", False: "blocked here"}[s["bubblewrap"]]
+    held = " ".join(LAYERS[min(1, s["layer"]) : s["layer"] + 1])
+    return {"sandbox": f"layer {s['layer']} of 3 is possible: {held} ({tools})"}
