@@ -15,18 +15,28 @@ from whole_run import ROOT, records
 
 import launch
 from jaxchat import hosts
-from jaxchat.data.batches import Batches, own_columns, place, val_batches
+from jaxchat.data.batches import Batches, val_batches
 from jaxchat.data.rows import Rows, finish_rows, write_rows
 from jaxchat.errors import UsageError
 from jaxchat.log import read_metrics
 from train import machine
 
-STEPS = 10
+STEPS, MIDDLE = 6, 3
 TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=300",
-        "model.seq_len=32", "train.batch_tokens=256", f"train.steps={STEPS}", "train.eval_every=5",
-        "train.checkpoint_every=5", "train.keep_last=9", "train.sample_every=5", "eval.max_per_task=2", "eval.rows=16",
-        "train.eval_rows=8", "eval.sample_tokens=2", "sft.batch_tokens=256", 'sft.mixture=["identity:30"]',
+        "model.seq_len=32", "train.batch_tokens=256", f"train.steps={STEPS}", f"train.eval_every={MIDDLE}",
+        f"train.checkpoint_every={MIDDLE}", "train.keep_last=9", f"train.sample_every={STEPS}",
+        "eval.max_per_task=2", "eval.rows=16", "train.eval_rows=8", "eval.sample_tokens=2", "sft.batch_tokens=256", 'sft.mixture=["identity:30"]',
         "data.val_fraction=0.05"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Programs that several of these processes run are compiled by the first of them, and in a hurry."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+        yield
 
 
 def start(corpus, run_dir, devices, process=None, port=None, *more):
@@ -35,7 +45,7 @@ def start(corpus, run_dir, devices, process=None, port=None, *more):
     arguments += ["--tier", "nano", "--data", f"files:{corpus}/*.txt", "--run-dir", str(run_dir), *more]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
@@ -97,7 +107,7 @@ def together(corpus, alone, tmp_path_factory):
 def test_two_processes_go_on_from_the_checkpoint_of_one(alone, together):
     run_dir, [(code, said), (other_code, other_said)] = together
     assert (code, other_code) == (0, 0), said + other_said
-    assert "resumed from step 5" in said and "2 processes, 8 devices" in said
+    assert f"resumed from step {MIDDLE}" in said and "2 processes, 8 devices" in said
     assert other_said == "", "only process 0 speaks"
     np.testing.assert_allclose(losses(run_dir), losses(alone), rtol=1e-5)
     found = records(run_dir)
@@ -128,8 +138,99 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(
     step = max(int(p.name) for p in (run_dir / "base").iterdir() if p.name.isdigit())
     assert step < STEPS and all(f"stopped by SIGTERM after step {step}, saved" in error for _, error in said)
     assert len(losses(run_dir)) == step
-    [(code, error)] = finish([start(corpus, run_dir, 8, None, None, "--stages", "pretrain")])
+    [(code, error)] = finish([start(corpus, run_dir, 1, None, None, "--stages", "pretrain")])
     assert code == 0 and f"resumed from step {step}" in error, error
     np.testing.assert_allclose(losses(run_dir), losses(alone), rtol=1e-5)
-    scores = [[r["val_bpb"] for r in read_metrics(d / "base/metrics.jsonl") if "val_bpb" in r] for d in (run_dir, alone)]
+    scores = [
+        [r["val_bpb"] for r in read_metrics(d / "base/metrics.jsonl") if "val_bpb" in r] for d in (run_dir, alone)
+    ]
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5)
+
+
+def test_processes_that_do_not_fit_together_end_with_one_line_each(corpus, tmp_path):
+    """Other devices, and a coordinator that is not there."""
+    unequal = start_two(corpus, tmp_path / "run", devices=(2, 1))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # and does not listen
+        lonely = start(corpus, tmp_path / "run", 1, 1, probe.getsockname()[1], "--connect-timeout", "3")
+        [*both, (code, said)] = finish([*unequal, lonely])
+    for found, text in both:
+        assert found == 2 and text.count("\n") == 1
+        assert "equally many devices, not 2 on process 0, 1 on process 1" in text
+    assert code == 2 and said.count("\n") == 1 and "not all processes met at 127.0.0.1:" in said
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+def test_a_failure_of_one_process_is_everybodys(corpus, tmp_path):
+    """Process 0 finds no text; process 1 waits for it."""
+    (tmp_path / "empty").mkdir()
+    [(code, said), (other, other_said)] = finish(start_two(tmp_path / "empty", tmp_path / "run"))
+    assert code == other == 3 and said.splitlines()[-1].startswith("error: ")
+    assert other_said.startswith("error: process 0 ended: ") and other_said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator", "node1"], "--coordinator node1: must be HOST:PORT"),
+        (["--coordinator", "node1:0"], "must be HOST:PORT"),
+        (["--coordinator", "n:1", "--processes", "2", "--process-id", "2"], "--process-id 2: must be from 0 to 1"),
+        (["--coordinator", "n:1", "--processes", "2", "--process-id", "-1"], "--process-id -1: must be from 0 to 1"),
+        (["--processes", "0", "--process-id", "0"], "--processes 0: must be at least 1"),
+        (["--processes", "two"], "argument --processes: invalid int value: 'two'"),
+        (["--coordinator", "node1:12355"], "give --coordinator HOST:PORT, --processes N and --process-id I together"),
+    ],
+)
+def test_flags_that_make_no_sense_are_one_line(tmp_path, capsys, flags, message):
+    assert launch.main(["--run-dir", str(tmp_path / "run"), *flags]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
+         "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2"}  # fmt: skip
+OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911", "OMPI_COMM_WORLD_SIZE": "4",
+            "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [({}, 1), (SLURM, 2), (SLURM | {"SLURM_NTASKS": "1"}, 1), (OPEN_MPI, 4), ({"KUBERNETES_SERVICE_HOST": "x"}, 1)],
+)
+def test_a_cluster_is_found_and_a_single_machine_is_none(monkeypatch, environment, count):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hosts._detected(indexed_pod=False) == count
+    if count == 1:
+        assert not hosts.start(None, None, None, 1, False, False, print) and not hosts.several()
+
+
+def test_one_process_of_several_asked_for_needs_no_runtime():
+    assert not hosts.start(None, 1, 0, 1, False, False, print)
+    assert hosts.agree(15) == 15 and hosts.Ballot().cast(15) == 15 and hosts.on_first(lambda: [1]) == [1]
+
+
+def test_a_pod_of_an_indexed_job_needs_an_address_or_the_client(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kubernetes", None)  # not installed
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with pytest.raises(UsageError, match="pip install kubernetes"):
+        hosts._detected(indexed_pod=True)
+
+
+def test_each_process_reads_its_own_rows_of_the_same_batches(tmp_path):
+    """Columns 0-1 of one process and 2-3 of the other are the batch of a single one; also of held-out rows."""
+    count = write_rows(tmp_path / "rows", (np.arange(i, i + 9) for i in range(50)), 9, 0, 300)
+    finish_rows(tmp_path / "rows", {"tokenizer": "t"}, 9, count, 300)
+    rows = Rows(tmp_path / "rows")
+    batches = Batches(rows, 4, 2, seed=3)
+    parts = [np.array([0, 1]), np.array([2, 3])]
+    for step in (0, 7):
+        halves, whole = [batches._load(step, part) for part in parts], batches.batch(step)
+        assert all(np.array_equal(np.concatenate([h[k] for h in halves], axis=1), whole[k]) for k in whole)
+    for whole, *halves in zip(
+        val_batches(rows, 4, 49), *(val_batches(rows, 4, 49, part) for part in parts), strict=True
+    ):
+        assert all(np.array_equal(np.concatenate([h[k] for h in halves], axis=1), whole[k]) for k in whole)
+
+
+def test_what_made_a_run_is_recorded():
+    assert machine.versions()["jax"] and machine.hardware()["hosts"] == 1 and machine.peak_rss() > 1e6
