@@ -176,7 +176,7 @@ class _Run:
             "mfu": mfu,
         }
         self.metrics.append(record)
-        self._check(index, bool(values["ok"]))
+        self._check(index, bool(values["ok"]), bool(values["overflowed"]))
         speed = f"{rate:,.0f} tok/s" + (f"  MFU {mfu:.1%}" if mfu else "")
         bpb = f"  bpb {self.facts['val_bpb']:.3f}" if "val_bpb" in self.facts else ""
         bar.advance()
@@ -187,11 +187,12 @@ class _Run:
             say(f"  {where}  loss {values['loss']:.3f}{bpb}  {speed}  {left:.0f} s left")
         bar.update(f"loss {values['loss']:.3f}{bpb}  {speed}")
 
-    def _check(self, index: int, ok: bool) -> None:
+    def _check(self, index: int, ok: bool, overflowed: bool) -> None:
+        """Count skipped updates. An overflow of float16 is expected now and then; the smaller scale mends it."""
         self.bad_in_a_row = 0 if ok else self.bad_in_a_row + 1
+        self.facts["bad_steps"] += not ok or overflowed
         if ok:
             return
-        self.facts["bad_steps"] += 1
         say(f"  step {index}: loss or gradient not finite, update skipped", style="yellow")
         if self.bad_in_a_row >= self.job.config.train.max_bad_steps:
             raise DivergedError(
