@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,18 @@ def _take_turns(config: Config, peer: Peer, steps: int, block: int) -> dict[str,
     if ours.checksum != theirs["checksum"]:
         raise UsageError("the two draw different tokens: numpy's generators differ between the interpreters")
     seconds: dict[str, list[float]] = {"jaxchat": [], "nanochat": []}
+    processor: dict[str, list[float]] = {"jaxchat": [], "nanochat": []}  # per step of a turn, all threads
     while len(seconds["jaxchat"]) < steps + 3:
         count = min(block, steps + 3 - len(seconds["jaxchat"]))
+        begin = time.process_time()
         seconds["jaxchat"] += [ours.step() for _ in range(count)]
+        processor["jaxchat"].append((time.process_time() - begin) / count)
         answer = peer.order(count)
         seconds["nanochat"] += answer["seconds"]
+        processor["nanochat"].append(answer["processor"] / count)
     sides = {name: _summary(config, first[name], values) for name, values in seconds.items()}
+    for name, values in processor.items():  # what a busy machine cannot distort as it does seconds
+        sides[name]["processor_seconds"] = round(statistics.median(values), 4)
     sides["jaxchat"] |= {"parameters": ours.parameters, "compile_seconds": round(ours.compile_seconds, 2)}
     sides["jaxchat"] |= {"loss": round(ours.loss, 4)}
     sides["nanochat"] |= peer.about | {"parameters": theirs["parameters"], "loss": round(answer["loss"], 4)}
@@ -127,7 +134,8 @@ def _take_turns(config: Config, peer: Peer, steps: int, block: int) -> dict[str,
     ratio = {
         key: round(sides["jaxchat"][key] / sides["nanochat"][key], 3) for key in ("tokens_per_second",)
     } | {
-        key: round(sides["nanochat"][key] / sides["jaxchat"][key], 3) for key in ("first_step_seconds", "wall_seconds")
+        key: round(sides["nanochat"][key] / sides["jaxchat"][key], 3)
+        for key in ("first_step_seconds", "wall_seconds", "processor_seconds")
     }  # fmt: skip
     return describe(config, ours) | {
         **sides,

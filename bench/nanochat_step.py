@@ -110,9 +110,11 @@ def main() -> None:
             gc.disable()
             answer({"first": first, "parameters": trainer.parameters, "checksum": trainer.checksum})
             continue
+        processor = time.process_time()
         seconds = [trainer.step() for _ in range(int(line))]
+        processor = time.process_time() - processor
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-        answer({"seconds": seconds, "loss": trainer.loss, "peak_bytes": peak})
+        answer({"seconds": seconds, "processor": processor, "loss": trainer.loss, "peak_bytes": peak})
 
 
 if __name__ == "__main__":
