@@ -61,7 +61,6 @@ def compile_step(config: Config, mesh: Mesh, rows: int, accumulate: int, read: b
 
     `read`: also analyse the program. Memory that does not suffice is no error: the peak says so.
     """
-    config = _for_devices(config, mesh)
     optimizer = make_optimizer(config, compute_dtype(config, mesh), mesh)
     shardings = state_sharding(config, optimizer, mesh)
     shapes = jax.eval_shape(lambda: init_state(config, optimizer, mesh))
@@ -79,7 +78,7 @@ def compile_step(config: Config, mesh: Mesh, rows: int, accumulate: int, read: b
 
 def compile_decode(config: Config, mesh: Mesh, slots: int, read: bool = False) -> Step:
     """The engine's chunk of decoding for all slots with full caches, on the first device alone."""
-    model, place = _for_devices(config, mesh).model, SingleDeviceSharding(mesh.devices.flat[0])
+    model, place = config.model, SingleDeviceSharding(mesh.devices.flat[0])
     dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16  # as the engine
     params, _ = gpt.abstract_params(model)
     weights = jax.eval_shape(lambda p: serving_params(model, p, dtype), params)
@@ -126,15 +125,6 @@ def rows_and_accumulation(config: Config, mesh: Mesh) -> tuple[int, int]:
     """(rows a device, micro-batches) that training would take; `UsageError` where the batch does not divide."""
     batch_rows, accumulate = micro_batch(config, batch_devices(mesh))
     return batch_rows // batch_devices(mesh), accumulate
-
-
-def _for_devices(config: Config, mesh: Mesh) -> Config:
-    """With the attention that the mesh's devices would choose; `auto` would look at those of this machine."""
-    platform = mesh.devices.flat[0].platform
-    if config.model.attention != "auto" or platform == jax.default_backend():
-        return config
-    name = "cudnn" if platform == "gpu" and compute_dtype(config, mesh).itemsize == 2 else "xla"
-    return replace(config, model=replace(config.model, attention=name))
 
 
 def _with_parts(step: Step, parts: dict[str, int]) -> Step:
