@@ -14,6 +14,7 @@ from typing import Any
 from bench.train_step import Trainer, describe, draw_shape
 from jaxchat.config import Config
 from jaxchat.errors import UsageError
+from jaxchat.mesh import make_mesh
 from jaxchat.model.layout import mlp_width
 
 WORKER = Path(__file__).with_name("nanochat_step.py")
@@ -93,6 +94,8 @@ def compare(config: Config, directory: Path, python: str, steps: int, block: int
     """
     if not (directory / "nanochat" / "gpt.py").exists():
         raise UsageError(f"{directory}: no nanochat/gpt.py there; give a checkout of karpathy/nanochat")
+    if (devices := make_mesh(config.mesh).size) > 1:
+        raise UsageError(f"{devices} devices, and nanochat runs on one here: show one only (CUDA_VISIBLE_DEVICES=0)")
     with tempfile.TemporaryDirectory() as caches, tempfile.TemporaryFile("w+") as errors:
         fresh = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
         given = dict(change.split("=", 1) for change in changes)

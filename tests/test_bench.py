@@ -20,8 +20,11 @@ TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=
 SETS = [part for change in TINY for part in ("--set", change)]
 
 
-def run(*arguments, code=0):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+def run(*arguments, code=0, devices=1):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
     done = subprocess.run(
         [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
@@ -72,6 +75,7 @@ def test_a_folder_that_is_no_nanochat_and_an_interpreter_that_cannot_run_it_are_
     (tmp_path / "nanochat/gpt.py").touch()
     (tmp_path / "nanochat/common.py").write_text("raise ImportError('No module named torch')")
     assert "--python names an interpreter with torch" in run(*compare, code=2)
+    assert "show one only" in run(*compare, code=2, devices=2)
 
 
 def test_nanochat_runs_in_turns_with_ours():
