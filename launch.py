@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -125,22 +126,26 @@ def join_processes(args: argparse.Namespace) -> None:
 
     from jaxchat import hosts
 
-    env = os.environ
-    nodes = env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES"))
-    alone = nodes == env.get("SLURM_NTASKS") if nodes else env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
     joined = hosts.start(
         args.coordinator,
         args.processes,
         args.process_id,
         args.connect_timeout,
-        whole_host=alone and "JAX_LOCAL_DEVICE_IDS" not in env,
-        indexed_pod="KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env,
+        whole_host=whole_host(os.environ),
+        indexed_pod="KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ,
         complain=_complain,
     )
     if joined:
         signal.signal(signal.SIGTERM, _terminated)  # JAX's runtime takes it for its own
         console.quiet = hosts.index() > 0
         say(f"{jax.process_count()} processes, {jax.device_count()} devices")
+
+
+def whole_host(env: Mapping[str, str]) -> bool:
+    """Whether a cluster started one process on this host, for all its devices (`JAX_LOCAL_DEVICE_IDS` says which)."""
+    nodes = env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES"))
+    alone = nodes == env.get("SLURM_NTASKS") if nodes else env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    return alone and "JAX_LOCAL_DEVICE_IDS" not in env
 
 
 def list_tiers() -> None:
