@@ -81,8 +81,12 @@ class Peer:
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.stdin.close()  # its loop over orders ends
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:  # we were stopped while it was at work
+            self._process.kill()
+            self._process.wait()
         self._process.stdout.close()
 
 
