@@ -29,7 +29,7 @@ from jaxchat.mesh import make_mesh
 from jaxchat.model.backends import TOLERANCE, choose_backend, disagreement
 from jaxchat.model.sizes import peak_flops
 from jaxchat.state import compute_dtype
-from train.machine import hardware, versions
+from train.machine import available_memory, hardware, versions
 from train.targets import install_command
 
 # extra of pyproject.toml -> (a module that comes with it, what it is for)
@@ -93,7 +93,7 @@ def devices(config: Config) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu_cores": host["cpu_cores"],
         "host_memory_bytes": host["memory_bytes"],
-        "host_memory_available_bytes": _available(),
+        "host_memory_available_bytes": available_memory(),
     }
 
 
@@ -156,8 +156,8 @@ def sandbox() -> dict[str, Any]:
 def advice(found: dict[str, Any], warnings: list[str]) -> list[str]:
     """What to do or to install for more, from the findings and from what JAX warned of at its start."""
     lines = [f"{name}: {part['error']}" for name, part in found.items() if part.get("error")]
-    if found["devices"].get("error") and jax.config.jax_platforms:
-        lines.append(f"JAX_PLATFORMS={jax.config.jax_platforms}: unset it to take what is here")
+    if found["devices"].get("error") and (asked := getattr(jax.config, "jax_platforms", None)):
+        lines.append(f"JAX_PLATFORMS={asked}: unset it to take what is here")
     for text in warnings:
         extra = next((e for word, e in (("NVIDIA GPU", "cuda"), ("Google TPU", "tpu")) if f"{word} may" in text), None)
         lines.append(f"{text}: {install_command(extra)}" if extra else text)
@@ -205,19 +205,6 @@ def _importable(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the package around it
         return False
-
-
-def _available() -> int | None:
-    """Bytes that the host could give now, within the container's limit; None where the system does not say."""
-    with contextlib.suppress(OSError):
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-        with contextlib.suppress(OSError, ValueError):  # "max": no limit
-            group = Path("/sys/fs/cgroup")
-            limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-            return min(free, max(0, limit - used))
-        return free
-    return None
 
 
 def _holds_memory() -> bool:

@@ -27,6 +27,7 @@ from jaxchat.model.sizes import flops_per_token, peak_flops
 from jaxchat.optim.groups import make_optimizer, make_schedule
 from jaxchat.state import TrainState, check_attention, compute_dtype, init_state, make_eval_step, make_train_step
 from train.bpb import bits_per_byte
+from train.memory import explained
 from train.plots import loss_plot
 
 SAY_SECONDS = 30.0  # between lines of progress where there is no terminal to draw on
@@ -69,6 +70,7 @@ def micro_batch(config: Config, devices: int) -> tuple[int, int]:
     return fitting * devices, per_device // fitting
 
 
+@explained
 def fit(job: Job) -> dict[str, Any]:
     """Train to the last step, resuming from the newest checkpoint; returns the stage's facts.
 
