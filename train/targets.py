@@ -75,7 +75,10 @@ SLICES: dict[str, tuple[tuple[int, ...], ...]] = {
     "v5p": ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 12),
             (8, 8, 16), (8, 16, 16), (16, 16, 16), (16, 16, 24)),
 }  # fmt: skip
-EXTRAS = {"cuda": ("plan-cuda", "jax_plugins.xla_cuda13"), "tpu": ("plan-tpu", "libtpu")}
+EXTRAS = {
+    "cuda": ("plan-cuda", ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")),
+    "tpu": ("plan-tpu", ("libtpu",)),
+}
 
 
 class NoCompiler(JaxchatError):
@@ -211,24 +214,24 @@ def install_command(extra: str) -> str:
 def _check_plugin(target: Target) -> None:
     import jax
 
-    extra, module = EXTRAS[target.chip.platform]
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
+    extra, modules = EXTRAS[target.chip.platform]
+    if not any(map(_is_installed, modules)):
         raise NoCompiler(f"compiling for {target.chip.name} needs the extra {extra}: {install_command(extra)}")
-    if target.chip.platform == "cuda":
-        for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
-            try:
-                has = version(package)
-            except PackageNotFoundError:
-                continue
-            if has != jax.__version__:
+    if target.chip.platform == "tpu":
+        return
+    for package in (f"jax-cuda{number}-{part}" for number in (13, 12) for part in ("plugin", "pjrt")):
+        with contextlib.suppress(PackageNotFoundError):
+            if (has := version(package)) != jax.__version__:
                 raise UsageError(
                     f"{package} is {has} and jax is {jax.__version__}: they must be equal; "
                     f"pip install {package}=={jax.__version__}"
                 )
+
+
+def _is_installed(module: str) -> bool:
+    with contextlib.suppress(ModuleNotFoundError):  # of the package it would be in
+        return importlib.util.find_spec(module) is not None
+    return False
 
 
 def _target_config(chip: Chip) -> str:
