@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxchat.config import MeshConfig
+from jaxchat.config import Config, MeshConfig
 from jaxchat.errors import UsageError
 
 # Resharding the model is an edit of this table. `data` never appears: weights are replicated over it while they are
@@ -104,3 +104,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_devices(mesh: Mesh) -> int:
     """How many devices share a batch's rows."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def micro_batch(config: Config, devices: int) -> tuple[int, int]:
+    """(rows per micro-batch over all devices, micro-batches per step), from the batch in tokens.
+
+    Takes the most rows a device that `train.device_batch_rows` allows and the batch can be divided into.
+    Raises `UsageError` if the batch has no whole row for every device.
+    """
+    rows = config.train.batch_tokens // config.model.seq_len
+    if rows % devices:
+        nearest = max(1, round(rows / devices)) * devices * config.model.seq_len
+        raise UsageError(
+            f"train.batch_tokens: {config.train.batch_tokens} tokens are {rows} rows of {config.model.seq_len}, "
+            f"which {devices} devices cannot share; take {nearest}"
+        )
+    per_device = rows // devices
+    fitting = max(n for n in range(1, per_device + 1) if per_device % n == 0 and n <= config.train.device_batch_rows)
+    return fitting * devices, per_device // fitting

@@ -9,9 +9,10 @@ from jaxchat.config import load_config
 from jaxchat.data.rows import Rows, finish_rows, write_rows
 from jaxchat.errors import DivergedError, UsageError
 from jaxchat.log import read_metrics
+from jaxchat.mesh import micro_batch
 from jaxchat.optim.horizon import resolve
 from train.bpb import bits_per_byte
-from train.loop import Job, fit, micro_batch
+from train.loop import Job, fit
 from train.pretrain import run as pretrain
 
 TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=64",

@@ -20,13 +20,12 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jaxchat.config import Config
 from jaxchat.engine import decode
-from jaxchat.mesh import batch_devices, batch_sharding
+from jaxchat.mesh import batch_devices, batch_sharding, micro_batch
 from jaxchat.model import gpt
 from jaxchat.model.cache import serving_params
 from jaxchat.optim.groups import make_optimizer
 from jaxchat.state import compute_dtype, init_state, make_train_step, state_sharding
 from train.hlo import Program, analyse
-from train.loop import micro_batch
 from train.targets import MEMORY_FRACTION
 
 DECODE_STEPS = 8  # tokens per chunk, as the engine's

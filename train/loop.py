@@ -20,9 +20,9 @@ from jaxchat.checkpoint import Checkpoints, params_sha256
 from jaxchat.config import Config
 from jaxchat.data.batches import Batches
 from jaxchat.data.rows import Rows
-from jaxchat.errors import DivergedError, InterruptedRun, UsageError
+from jaxchat.errors import DivergedError, InterruptedRun
 from jaxchat.log import MetricsFile, Task, console, progress, say
-from jaxchat.mesh import batch_devices, batch_sharding, make_mesh
+from jaxchat.mesh import batch_devices, batch_sharding, make_mesh, micro_batch
 from jaxchat.model.sizes import flops_per_token, peak_flops
 from jaxchat.optim.groups import make_optimizer, make_schedule
 from jaxchat.state import TrainState, check_attention, compute_dtype, init_state, make_eval_step, make_train_step
@@ -50,24 +50,6 @@ class Job:
     evaluators: list[Evaluator] = field(default_factory=list)
     sampler: Callable[[TrainState, int], None] | None = None  # every `train.sample_every` steps
     title: str = "train"
-
-
-def micro_batch(config: Config, devices: int) -> tuple[int, int]:
-    """(rows per micro-batch over all devices, micro-batches per step), from the batch in tokens.
-
-    Takes the most rows a device that `train.device_batch_rows` allows and the batch can be divided into.
-    Raises `UsageError` if the batch has no whole row for every device.
-    """
-    rows = config.train.batch_tokens // config.model.seq_len
-    if rows % devices:
-        nearest = max(1, round(rows / devices)) * devices * config.model.seq_len
-        raise UsageError(
-            f"train.batch_tokens: {config.train.batch_tokens} tokens are {rows} rows of {config.model.seq_len}, "
-            f"which {devices} devices cannot share; take {nearest}"
-        )
-    per_device = rows // devices
-    fitting = max(n for n in range(1, per_device + 1) if per_device % n == 0 and n <= config.train.device_batch_rows)
-    return fitting * devices, per_device // fitting
 
 
 @explained

@@ -165,7 +165,12 @@ def _this_machine() -> Target:
             f"--target auto: no figures for {device.device_kind}; name a target, for example --target h100:8"
         )
     limit = (device.memory_stats() or {}).get("bytes_limit")  # already the share that the process may take
-    return Target("auto", replace(chip, device_bytes=limit or chip.device_bytes), (count,), real=True)
+    return Target(
+        "auto",
+        replace(chip, device_bytes=int(limit / MEMORY_FRACTION) if limit else chip.device_bytes),
+        (count,),
+        real=True,
+    )
 
 
 def target_devices(target: Target) -> list[jax.Device]:
