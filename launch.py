@@ -211,8 +211,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; what was complete is kept", 3)
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            advice = "out of device memory: lower train.device_batch_rows, for example to half"
-            return _fail(advice, OutOfMemoryError.exit_code)
+            advice = "out of device memory: lower eval.batch_rows (exams) or serve.slots (--serve)"
+            return _fail(advice, OutOfMemoryError.exit_code)  # training says by itself what fits: train/memory.py
         hosts = sys.modules.get("jaxchat.hosts")
         if hosts and (lost := hosts.lost(error)):
             return _fail(str(lost), lost.exit_code)
