@@ -22,7 +22,7 @@ from jaxchat.log import read_metrics
 from train import machine
 
 STEPS, MIDDLE = 6, 3
-TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=300",
+TINY = ["model.depth=1", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=300",
         "model.seq_len=32", "train.batch_tokens=256", f"train.steps={STEPS}", f"train.eval_every={MIDDLE}",
         f"train.checkpoint_every={MIDDLE}", "train.keep_last=9", f"train.sample_every={STEPS}",
         "eval.max_per_task=2", "eval.rows=16", "train.eval_rows=8", "eval.sample_tokens=2", "sft.batch_tokens=256",
