@@ -127,15 +127,17 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, trunk: Trunk 
     x, _ = embed(config, params, tokens)
     sizes, (groups, period) = windows(config), scan_groups(config)
 
-    def run(layer: Params, window: int, x: jax.Array, x0: jax.Array) -> jax.Array:
+    def run(stacked: Params, i: int, window: int, x: jax.Array, x0: jax.Array) -> jax.Array:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return attention(q, k, v, window, trunk.backend, score_bound(config), trunk.mesh)
 
-        def body(layer: Params, x: jax.Array, x0: jax.Array) -> jax.Array:
+        def body(stacked: Params, x: jax.Array, x0: jax.Array) -> jax.Array:
+            # cut here, inside what is rematerialized: a slice made outside would be saved, a copy of every weight
+            layer = layer_params(config, stacked, i)
             layer = {k: trunk.place(k if k == "value_embedding" else f"blocks.{k}", w) for k, w in layer.items()}
             return block(config, layer, x, x0, tokens, cos_sin, attend, trunk.dot)
 
-        return rematerialized(body, trunk)(layer, x, x0)
+        return rematerialized(body, trunk)(stacked, x, x0)
 
     x0 = middle = x
     start = 0
@@ -145,7 +147,7 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, trunk: Trunk 
             x, middle = carry
             index, stacked = scanned
             for j in range(period):
-                x = run(layer_params(config, stacked, j), sizes[j], x, x0)
+                x = run(stacked, j, sizes[j], x, x0)
                 if config.backout and j == config.depth // 2 % period:
                     middle = jnp.where(index == config.depth // 2 // period, x, middle)
             return (x, middle), None
@@ -154,7 +156,7 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, trunk: Trunk 
         (x, middle), _ = jax.lax.scan(group, (x, middle), scanned, unroll=trunk.unroll)
         start = groups * period
     for i in range(start, config.depth):
-        x = run(layer_params(config, params, i), sizes[i], x, x0)
+        x = run(params, i, sizes[i], x, x0)
         middle = x if i == config.depth // 2 else middle
     return finish(config, params, x, middle)
 
