@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
-from whole_run import arguments, write_corpus
+from whole_run import TINY, arguments, write_corpus
 
+from jaxchat.config import load_config
 from jaxchat.errors import OutOfMemoryError
+from jaxchat.optim.horizon import resolve
+from train import memory
 from train.machine import available_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,3 +71,25 @@ def test_free_memory_is_what_the_process_may_take(tmp_path):
     assert int(done.stdout) == pytest.approx(1 << 28, rel=0.1), done.stderr
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < available_memory() < total
+
+
+def test_a_batch_that_should_fit_is_not_blamed():
+    """Compiled, it needs far less than is free: then something else has the memory, and the next smaller one is named."""
+    line = memory.advice(resolve(load_config("nano", TINY)))
+    assert (
+        "train.device_batch_rows=4; by the compiled step it fits" in line and "--set train.device_batch_rows=2" in line
+    )
+
+
+def test_one_row_is_not_made_smaller():
+    line = memory.advice(resolve(load_config("nano", [*TINY, "train.device_batch_rows=1"])))
+    assert "no smaller batch fits" in line and "train.remat" in line and "mesh.fsdp" in line
+
+
+def test_only_memory_is_explained():
+    @memory.explained
+    def fit(job):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a kernel failed")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel failed"):
+        fit(None)

@@ -54,7 +54,7 @@ def advice(config: Config) -> str:
     size = f" ({limit / GIB:.1f} GiB)" if limit else ""
     begin = f"out of device memory{size} with train.device_batch_rows={rows}"
     fits = None
-    if limit and not hosts.several():
+    if limit and smaller and not hosts.several():
         say("  out of device memory; compiling smaller batches to find the largest that fits")
         try:
             fits = largest_rows(config, mesh, int(limit / MEMORY_FRACTION))
