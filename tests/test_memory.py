@@ -74,7 +74,7 @@ def test_free_memory_is_what_the_process_may_take(tmp_path):
 
 
 def test_a_batch_that_should_fit_is_not_blamed():
-    """Compiled, it needs far less than is free: then something else has the memory, and the next smaller one is named."""
+    """Compiled, it needs far less than is free: something else has the memory; the next smaller one is named."""
     line = memory.advice(resolve(load_config("nano", TINY)))
     assert (
         "train.device_batch_rows=4; by the compiled step it fits" in line and "--set train.device_batch_rows=2" in line
