@@ -76,8 +76,8 @@ def _run(x, unembedding, targets, weights, spec, with_gradients):
     shards = batch_devices(spec.mesh)
     scatter = V % (shards * spec.mesh.shape["tensor"]) == 0
 
-    def local(*arrays):
-        total, nll, dx, dw = _local(*arrays, spec, with_gradients)
+    def local(x, w, targets, weights):
+        total, nll, dx, dw = _local(x, w, targets, weights, spec, with_gradients)
         total = jax.lax.psum(total, BATCH_AXES)
         if with_gradients:
             reduce = functools.partial(jax.lax.psum_scatter, tiled=True) if scatter else jax.lax.psum

@@ -22,7 +22,7 @@ LOGICAL_TO_MESH: dict[str, str | None] = {
     "kv_heads": "tensor",  # K * N and K
     "mlp": "tensor",  # F
     "vocab": "tensor",  # V
-    "table": None,  # rows of a value-embedding table, whose columns are split
+    "table": "fsdp",  # rows of a value-embedding table
     "gate": None,  # the few channels that gates read
 }
 BATCH_AXES = ("data", "fsdp")  # a batch's rows are spread over both

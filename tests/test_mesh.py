@@ -66,5 +66,7 @@ def test_masters_are_split_over_data_too():
     assert master_sharding(mesh, (6, 1280, 1280), kernel).spec == P(None, ("fsdp", "data"), None)
     assert master_sharding(mesh, (6, 1280, 1280), tall).spec == P(None, ("data",), "fsdp")
     assert master_sharding(mesh, (6, 1282, 1280), kernel).spec == P(None, "fsdp", ("data",))  # 1282 = 2 x 641
-    assert master_sharding(mesh, (6,), ("layer",)).spec == P(None,)  # too small to be worth it
+    assert master_sharding(mesh, (6,), ("layer",)).spec == P(
+        None,
+    )  # too small to be worth it
     assert gathered_sharding(mesh, (6, 1280, 1280), kernel).spec == P(None, None, None)

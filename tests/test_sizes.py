@@ -63,3 +63,18 @@ def test_cache_values_and_decode_bytes():
 def test_unknown_devices_have_no_peak():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("cpu") is None
+
+
+@pytest.mark.parametrize(("kind", "peak"), [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA B200", 2250e12),
+    ("NVIDIA GB200", 2500e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12),
+    ("NVIDIA A10G", 70e12), ("NVIDIA A10", 125e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12),
+    ("NVIDIA GeForce RTX 3090", 71e12), ("Tesla T4", 65e12), ("NVIDIA GeForce RTX 3090 Ti", 80e12),
+    ("Tesla V100-SXM2-16GB", 125e12), ("Tesla V100-PCIE-16GB", 112e12), ("TPU v4", 275e12), ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12), ("TPU v6 lite", 918e12), ("TPU7x", 1153.5e12), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("cpu", None), ("NVIDIA T400", None),
+    ("Tesla V100S-PCIE-32GB", None), ("AMD Instinct MI300X", None),
+])  # fmt: skip
+def test_peaks_by_the_names_that_devices_give(kind, peak):
+    assert peak_flops(kind) == peak

@@ -67,7 +67,7 @@ def disagreement(backend: str, config: ModelConfig, dtype: jnp.dtype | type) -> 
     def run(backend: str, *inputs: jax.Array) -> list[jax.Array]:
         results = []
         for window in (CHECK_WINDOW, CHECK_LENGTH):
-            y, pull = jax.vjp(lambda *qkv, w=window: attention(*qkv, w, backend), *inputs[:3])
+            y, pull = jax.vjp(functools.partial(attention, window=window, backend=backend), *inputs[:3])
             results += [y, *pull(inputs[3])]
         return results
 

@@ -197,7 +197,7 @@ def grouped_layers(config: ModelConfig, params: Params) -> Params:
     def split(layers: int) -> Callable[[jax.Array], jax.Array]:
         return lambda a: a[: groups * layers].reshape(groups, layers, *a.shape[1:])
 
-    with_value = {"blocks": {}}
+    with_value: Params = {"blocks": {}}
     per_group = sum(i < period for i in value_layers(config))
     if per_group:
         gate = {"ve_gate": params["blocks"]["ve_gate"]}
