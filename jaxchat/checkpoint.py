@@ -64,6 +64,8 @@ class Checkpoints:
             with quiet_libraries():
                 found = self._manager.restore(step, args=args)
         except Exception as error:  # Orbax and TensorStore raise all kinds
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+                raise  # the device is full, the checkpoint is not to blame
             raise DataError(f"{self.directory / str(step)}: cannot be restored ({_first_line(error)})") from error
         step_array = jax.device_put(np.int32(step), like.step.sharding)
         return TrainState(found["params"], found["opt_state"], step_array), dict(found["meta"])

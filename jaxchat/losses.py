@@ -94,15 +94,21 @@ def _run(x, unembedding, targets, weights, spec, with_gradients):
 
 def _local(x, w, targets, weights, spec, with_gradients):
     """Scan over chunks of one device's tokens; w (V, D) may be this device's part of the vocabulary."""
-    (B, T, D), V = x.shape, w.shape[0]
+    (B, T, _), V = x.shape, w.shape[0]
     split_vocab = spec.mesh is not None and spec.mesh.shape["tensor"] > 1
     everywhere = functools.partial(jax.lax.psum, axis_name="tensor") if split_vocab else lambda a: a
     ids = jnp.arange(V) + (jax.lax.axis_index("tensor") * V if split_vocab else 0)
     padded = split_vocab or spec.vocab_size != V
-    length = max(d for d in range(1, min(spec.chunk, B * T) + 1) if B * T % d == 0)
+    chunks = -(-B * T // spec.chunk)
+    length = -(-B * T // chunks)  # the last chunk is filled with tokens of weight 0
 
     def split(a):
-        return a.reshape(B * T // length, length, *a.shape[2:])
+        flat = a.reshape(B * T, *a.shape[2:])
+        filled = jnp.pad(flat, ((0, chunks * length - B * T), *((0, 0),) * (flat.ndim - 1)))
+        return filled.reshape(chunks, length, *a.shape[2:])
+
+    def join(a):
+        return a.reshape(chunks * length, *a.shape[2:])[: B * T].reshape(B, T, *a.shape[2:])
 
     def step(dw, chunk):
         xc, target, weight = chunk
@@ -128,5 +134,5 @@ def _local(x, w, targets, weights, spec, with_gradients):
 
     dw = jnp.zeros(w.shape, jnp.float32) if with_gradients else None
     dw, (nll, dx) = jax.lax.scan(step, dw, (split(x), split(targets), split(weights)))
-    nll = nll.reshape(B, T)
-    return jnp.sum(nll * weights), nll, None if dx is None else dx.reshape(B, T, D), dw
+    nll = join(nll)
+    return jnp.sum(nll * weights), nll, None if dx is None else join(dx), dw

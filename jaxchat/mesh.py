@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxchat.config import Config, MeshConfig
@@ -52,7 +53,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     if free:
         sizes[free[0]] = len(devices) // fixed
-    grid = np.array(devices).reshape(*sizes.values())
+    if devices[0].platform == "tpu":  # neighbours on the mesh should be neighbours in the slice's torus
+        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    else:
+        grid = np.array(devices).reshape(*sizes.values())
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 

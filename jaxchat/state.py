@@ -10,7 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from jaxchat.config import Config
@@ -25,7 +28,7 @@ from jaxchat.mesh import (
     replicated,
 )
 from jaxchat.model import gpt
-from jaxchat.model.backends import choose_backend, cuda_capability, trusted_backend
+from jaxchat.model.backends import choose_backend, cuda_capability, has_fp8, trusted_backend
 from jaxchat.model.fp8 import fp8_dot
 from jaxchat.model.layout import check_mesh, scan_groups
 from jaxchat.optim.loss_scale import SMALLEST, LossScaleState, find_scale
@@ -55,14 +58,21 @@ def compute_dtype(config: Config, mesh: Mesh) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def check_attention(config: Config, mesh: Mesh) -> Config:
-    """The configuration with an attention that was seen to be right on this machine; one warning if it is a slow one.
+def check_kernels(config: Config, mesh: Mesh) -> Config:
+    """The configuration with an attention that was seen to be right on this machine; one warning if it is a slow one,
+    and one if `train.matmul = "fp8"` gains nothing here.
 
-    Every process of a run finds the same, since its devices are alike.
+    Where one process of several has to fall back, all do: they must compile the same program.
     """
     backend, why = trusted_backend(config.model, compute_dtype(config, mesh))
+    if jax.process_count() > 1:
+        fallen = multihost_utils.process_allgather(np.int32(backend == "xla"))
+        if backend != "xla" and fallen.any():
+            backend, why = "xla", "another process cannot run the fast one"
     if why:
         say(f"  attention falls back to XLA's: {why}", style="yellow")
+    if config.train.matmul == "fp8" and not has_fp8(jax.local_devices()[0]):
+        say("  no 8-bit float units here: train.matmul=fp8 is emulated, slower than plain", style="yellow")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=backend))
 
 
@@ -91,7 +101,8 @@ def trunk(config: Config, mesh: Mesh) -> gpt.Trunk:
         if mesh.size == 1 or name not in named:
             return weight
         shape, logical = (part[-weight.ndim :] if weight.ndim else () for part in named[name])
-        return _gather(gathered_sharding(mesh, shape, logical), master_sharding(mesh, shape, logical), weight)
+        kept = master_sharding(mesh, shape, logical)
+        return checkpoint_name(_gather(gathered_sharding(mesh, shape, logical), kept, weight), "gathered")
 
     return gpt.Trunk(
         unroll=scan_unroll(config),
@@ -128,6 +139,13 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
     return jax.jit(init, out_shardings=state_sharding(config, optimizer, mesh))()
 
 
+def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, for a restore; allocates nothing."""
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer, mesh))
+    shardings = state_sharding(config, optimizer, mesh)
+    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
+
+
 def state_sharding(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A `TrainState` of shardings. Moments lie where their parameter's master lies; everything small is replicated.
 
@@ -158,7 +176,7 @@ def make_train_step(
     scale follows (then `ok` stays 1). Gradients of the A micro-batches add up in float32, split like the masters.
     """
     run, spec, shardings = trunk(config, mesh), loss_spec(config, mesh), state_sharding(config, optimizer, mesh)
-    cast = _caster(config, mesh)
+    cast, float16 = _caster(config, mesh), compute_dtype(config, mesh) == jnp.float16
 
     def like_masters(grads: Any) -> Any:
         return jax.lax.with_sharding_constraint(grads, shardings.params)
@@ -182,9 +200,12 @@ def make_train_step(
         zeros = jnp.zeros(()), like_masters(jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add, zeros, batch)[0]
 
+    def keep(new: LossScaleState, old: LossScaleState) -> LossScaleState:
+        return new if float16 else old
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         targets = jnp.maximum(batch["weights"].sum(), 1.0)  # a batch without a target has loss 0, not NaN
-        scaling = find_scale(state.opt_state)
+        scaling = find_scale(state.opt_state) if float16 else None
         factor = jnp.float32(1.0) if scaling is None else scaling.scale / targets
         total, grads = accumulate(state.params, batch, factor)
         loss, grads = total / (factor * targets), jax.tree.map(lambda g: g / (factor * targets), grads)
@@ -194,7 +215,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = (optax.apply_updates(state.params, updates), opt_state)
         params, opt_state = jax.tree.map(
-            lambda new, old: new if isinstance(new, LossScaleState) else jnp.where(ok, new, old),
+            lambda new, old: keep(new, old) if isinstance(new, LossScaleState) else jnp.where(ok, new, old),
             new,
             (state.params, state.opt_state),
             is_leaf=lambda node: isinstance(node, LossScaleState),

@@ -12,7 +12,7 @@ from jaxchat.model import attention as attention_module
 from jaxchat.model.backends import choose_backend, cuda_capability, disagreement, trusted_backend
 from jaxchat.optim.horizon import resolve
 from jaxchat.recipes import resolve_model
-from jaxchat.state import check_attention, compute_dtype
+from jaxchat.state import check_kernels, compute_dtype
 
 D20 = resolve_model(ModelConfig(depth=20))
 GROUPED = resolve_model(ModelConfig(depth=2, width=64, n_heads=4, n_kv_heads=2, head_width=16, vocab_size=64))
@@ -60,7 +60,7 @@ def test_cards_without_bfloat16_get_float16():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_this_machines_backend_is_trusted(dtype):
     assert disagreement("blocked", GROUPED, dtype) < (1e-5 if dtype == jnp.float32 else 0.02)
-    assert trusted_backend(GROUPED, dtype) == ("blocked" if jax.default_backend() == "cpu" else "xla", "")
+    assert trusted_backend(GROUPED, dtype)[0] == choose_backend(GROUPED, dtype, jax.devices()[0])[0]
 
 
 def test_a_wrong_backend_is_caught(monkeypatch, capsys):
@@ -68,7 +68,7 @@ def test_a_wrong_backend_is_caught(monkeypatch, capsys):
     right = attention_module._blocked
     monkeypatch.setattr(attention_module, "_blocked", lambda q, k, v, window, bound: right(q, k, v, window + 1, bound))
     config = resolve(load_config("nano", ["model.attention='blocked'"]))
-    checked = check_attention(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    checked = check_kernels(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     assert checked.model.attention == "xla"
     shown = capsys.readouterr()
     assert (shown.out + shown.err).count("differs from the reference by") == 1

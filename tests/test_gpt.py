@@ -49,7 +49,7 @@ def test_causality_by_gradients(config):
 
 
 def test_a_window_hides_what_lies_before_it():
-    """With short windows in all but the last layer cut to one block: depth 1, window 6, position 20 sees 14..20."""
+    """With short windows in all but the last layer cut to one block: depth 2, window 6, position 20 sees 14..20."""
     config = resolve_model(
         ModelConfig(**(SMALL | {"depth": 2, "window_pattern": "S"}), smear=False, value_embeddings=False)
     )

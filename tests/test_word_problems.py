@@ -85,7 +85,7 @@ def test_grading_reads_commas_between_thousands():
 
 
 def test_registry_names_tasks_and_reads_mixture_entries():
-    assert {name: task.name for name, task in TASKS.items()} == {name: name for name in TASKS}
+    assert {name: get_task(name).name for name in TASKS} == {name: name for name in TASKS}
     assert parse_mixture_entry("identity:500") == ("identity", 500)
     assert parse_mixture_entry("chitchat") == ("chitchat", None)
     with pytest.raises(UsageError, match="did you mean identity"):

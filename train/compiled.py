@@ -24,7 +24,7 @@ from jaxchat.mesh import batch_devices, batch_sharding, micro_batch
 from jaxchat.model import gpt
 from jaxchat.model.cache import serving_params
 from jaxchat.optim.groups import make_optimizer
-from jaxchat.state import compute_dtype, init_state, make_train_step, state_sharding
+from jaxchat.state import abstract_state, compute_dtype, make_train_step
 from train.hlo import Program, analyse
 from train.targets import MEMORY_FRACTION
 
@@ -61,9 +61,7 @@ def compile_step(config: Config, mesh: Mesh, rows: int, accumulate: int, read: b
     `read`: also analyse the program. Memory that does not suffice is no error: the peak says so.
     """
     optimizer = make_optimizer(config, compute_dtype(config, mesh), mesh)
-    shardings = state_sharding(config, optimizer, mesh)
-    shapes = jax.eval_shape(lambda: init_state(config, optimizer, mesh))
-    state = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
+    state = abstract_state(config, optimizer, mesh)
     shape, place = (accumulate, rows * batch_devices(mesh), config.model.seq_len), batch_sharding(mesh)
     batch = {
         key: jax.ShapeDtypeStruct(shape, dtype, sharding=place)

@@ -24,7 +24,7 @@ from jaxchat.mesh import batch_devices, make_mesh, replicated
 from jaxchat.model import gpt
 from jaxchat.paths import RunDir, atomic_write, read_json, write_json
 from jaxchat.state import make_eval_step
-from jaxchat.tasks.base import Task
+from jaxchat.tasks.base import Task, WrittenTask
 from jaxchat.tasks.registry import get_task
 from jaxchat.text.tokenizer import Tokenizer
 from train.bpb import bits_per_byte
@@ -124,6 +124,7 @@ class Examiner:
 
         A question that is longer than the context counts as wrong; `too_long` says how many there are.
         """
+        assert isinstance(task, WrittenTask)
         limit = self.config.eval.max_per_task
         examples = list(task.examples())[: limit if limit >= 0 else None]
         requests = [self.engine.chat_request(e.prompt, max_tokens=task.max_tokens) for e in examples]
@@ -135,7 +136,7 @@ class Examiner:
         answered = iter(made)
         nothing = Result([], [], "too_long", 0, 0)
         results = [next(answered) if fits else nothing for fits in fitting]
-        right = [task.grade(e, result.text) for e, result in zip(examples, results, strict=True)]
+        right = task.grade_all(examples, [result.text for result in results])
         groups: dict[str, list[bool]] = defaultdict(list)
         for example, ok in zip(examples, right, strict=True):
             for tag, value in example.tags.items():

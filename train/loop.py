@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -25,7 +26,15 @@ from jaxchat.log import MetricsFile, Task, console, progress, say
 from jaxchat.mesh import batch_devices, batch_sharding, make_mesh, micro_batch
 from jaxchat.model.sizes import flops_per_token, peak_flops
 from jaxchat.optim.groups import make_optimizer, make_schedule
-from jaxchat.state import TrainState, check_attention, compute_dtype, init_state, make_eval_step, make_train_step
+from jaxchat.state import (
+    TrainState,
+    abstract_state,
+    check_kernels,
+    compute_dtype,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 from train.bpb import bits_per_byte
 from train.memory import explained
 from train.plots import loss_plot
@@ -59,20 +68,19 @@ def fit(job: Job) -> dict[str, Any]:
     Raises `InterruptedRun` after a signal (a checkpoint is saved) and `DivergedError` after too many bad steps.
     """
     mesh = make_mesh(job.config.mesh)
-    config = check_attention(job.config, mesh)
+    config = check_kernels(job.config, mesh)
     batch_rows, grad_accum = micro_batch(config, batch_devices(mesh))
     optimizer = make_optimizer(config, compute_dtype(config, mesh), mesh)
     checkpoints = Checkpoints(job.directory, config.train.keep_last)
     try:
-        state = init_state(config, optimizer, mesh)
         done = 0
         facts: dict[str, Any] = {"seconds": 0.0, "bad_steps": 0}
         if checkpoints.latest() is not None:
-            state, facts = checkpoints.restore(state)
+            state, facts = checkpoints.restore(abstract_state(config, optimizer, mesh))
             done = facts["step"]
             say(f"  resumed from step {done} of {config.train.steps}")
         else:
-            state = job.start(state)
+            state = job.start(init_state(config, optimizer, mesh))
         batches = Batches(job.rows, batch_rows, grad_accum, config.seed)
         run = _Run(job, make_eval_step(config, mesh), checkpoints, facts, batch_rows, mesh)
         step = make_train_step(config, optimizer, mesh)
@@ -95,7 +103,8 @@ class _Run:
         self.batch_rows, self.mesh = batch_rows, mesh
         self.facts = {k: v for k, v in facts.items() if k not in ("step", "format")}
         self.metrics = MetricsFile(job.directory / "metrics.jsonl", write=hosts.index() == 0)
-        self.schedule = make_schedule(job.config)
+        # all at once: a number asked of the device in the loop would wait behind the step that is running
+        self.rates = np.asarray(jax.vmap(make_schedule(job.config))(jnp.arange(job.config.train.steps)))
         self.clock = time.perf_counter()
         self.said = time.perf_counter()
         self.bad_in_a_row = 0
@@ -153,7 +162,7 @@ class _Run:
             "step": index,
             "tokens": (index + 1) * config.train.batch_tokens,
             "loss": values["loss"] if np.isfinite(values["loss"]) else None,
-            "lr_mult": float(self.schedule(index)),
+            "lr_mult": float(self.rates[index]),
             "grad_norm": values["grad_norm"] if np.isfinite(values["grad_norm"]) else None,
             "step_seconds": seconds,
             "tokens_per_second": rate,

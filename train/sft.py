@@ -111,7 +111,7 @@ def mixture(config: Config) -> tuple[dict[str, list[Conversation]], dict[str, li
         if name == "chatterbot":
             found: Iterable[Conversation] = itertools.islice(chatterbot_pairs(), count)
         else:
-            found = get_task(name).train_conversations(count or 1000, config.seed)
+            found = get_task(name).train_conversations(count, config.seed)
         train[entry], val[entry] = [], []
         for conversation in found:
             held_out = document_hash(json.dumps(conversation)) < fraction

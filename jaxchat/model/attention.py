@@ -74,8 +74,8 @@ def _exp_weights(scores: jax.Array, visible: jax.Array, score_bound: float) -> t
     if score_bound <= SAFE_SCORE:
         top = jnp.float32(score_bound)
     else:
-        top = jnp.max(jnp.where(visible, scores, -jnp.inf), axis=-1, keepdims=True)
-    weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
+        top = jax.lax.stop_gradient(jnp.max(jnp.where(visible, scores, -jnp.inf), axis=-1, keepdims=True))
+    weights = jnp.exp(jnp.where(visible, scores - top, -jnp.inf))
     return weights, weights.sum(axis=-1, keepdims=True)
 
 

@@ -51,6 +51,11 @@ def cuda_capability(device: jax.Device) -> float | None:
         return None
 
 
+def has_fp8(device: jax.Device) -> bool:
+    """Whether products of 8-bit floats run in hardware there: NVIDIA from 8.9 on, TPU v7x."""
+    return (cuda_capability(device) or 0.0) >= 8.9 or "TPU7x" in device.device_kind
+
+
 def disagreement(backend: str, config: ModelConfig, dtype: jnp.dtype | type) -> float:
     """Largest relative difference, output and gradients, between `backend` and float32 XLA on this machine.
 

@@ -65,7 +65,7 @@ def new_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype | 
 
 def serving_params(config: ModelConfig, params: Params, dtype: jnp.dtype | type) -> Params:
     """Weights for decoding: cast once, and cut into layers once so that no step slices a stack."""
-    cast = jax.tree.map(lambda p: p.astype(dtype), params)
+    cast = jax.tree.map(lambda p: p if p.ndim < 2 else p.astype(dtype), params)  # as `gpt.cast_params` does
     outer = {k: v for k, v in cast.items() if k not in ("blocks", "value_embedding")}
     return outer | {"layers": [layer_params(config, cast, i) for i in range(config.depth)]}
 

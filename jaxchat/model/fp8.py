@@ -46,5 +46,6 @@ fp8_dot.defvjp(_forward, _backward)
 
 
 def _product(a: jax.Array, b: jax.Array, contract: Any, scale: jax.Array, dtype: Any) -> jax.Array:
-    y = jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=dtype)
-    return y * scale.astype(dtype)
+    wide = jnp.float32 if dtype == jnp.float16 else dtype  # sums of 448 * 448 would leave float16's range
+    y = jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=wide)
+    return (y * scale.astype(wide)).astype(dtype)

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxchat.config import ModelConfig
+from jaxchat.mesh import BATCH_AXES
 from jaxchat.model.attention import attention
 from jaxchat.model.layers import Dot, Params, block, embed, finish, logits, rotary, unembedding
 from jaxchat.model.layout import (
@@ -30,7 +31,7 @@ from jaxchat.model.layout import (
 
 # What the backward pass may keep of a layer beside its input, `train.remat`; each saves less and recomputes more.
 REMAT = ("none", "names", "dots", "full")
-SAVED_NAMES = ("q", "k", "v", "middle", "mlp", "scale")  # "names": these and the attention's result
+SAVED_NAMES = ("q", "k", "v", "middle", "mlp", "scale", "splash")  # "names": these and the attention's result
 
 
 class Trunk(NamedTuple):
@@ -42,6 +43,12 @@ class Trunk(NamedTuple):
     dot: Dot = jnp.matmul  # of the layers' kernels
     mesh: Mesh | None = None
     place: Callable[[str, jax.Array], jax.Array] = lambda name, weight: weight  # gathers a weight where it is used
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """Activations (B, T, D) and their gradient stay split by rows alone."""
+        if self.mesh is None or self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
 
 
 class Blocks(nnx.Module):
@@ -75,7 +82,9 @@ class GPT(nnx.Module):
         c, D, V = config, config.width, padded_vocab(config)
         classic = c.recipe == "classic"
         self.config = config
-        self.embedding = declare((V, D), ("vocab", "embed"), nnx.initializers.normal(1.0 if classic else 0.8))
+        # a tied table also makes the logits, which a wide one would saturate; the norm behind it forgives any scale
+        spread = 0.02 if c.tie_embeddings else 1.0 if classic else 0.8
+        self.embedding = declare((V, D), ("vocab", "embed"), nnx.initializers.normal(spread))
         if not c.tie_embeddings:
             init = nnx.initializers.zeros if classic else nnx.initializers.normal(0.001)
             self.unembedding = declare((V, D), ("vocab", "embed"), init)
@@ -108,8 +117,12 @@ def abstract_params(config: ModelConfig) -> tuple[Params, Params]:
 
 
 def cast_params(params: Params, dtype: jnp.dtype | type) -> Params:
-    """Weights in the compute dtype, once a step. The unembedding stays: the loss casts it and owns its gradient."""
-    cast = jax.tree.map(lambda p: p.astype(dtype), params)
+    """Weights in the compute dtype, once a step.
+
+    The unembedding stays: the loss casts it and owns its gradient. So do the scalars that mix whole activations: their
+    gradients are sums over every token and channel, of which 16 bits would keep the first few terms only.
+    """
+    cast = jax.tree.map(lambda p: p if p.ndim < 2 else p.astype(dtype), params)
     return cast | {"unembedding": unembedding(params)}
 
 
@@ -127,17 +140,17 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, trunk: Trunk 
     x, _ = embed(config, params, tokens)
     sizes, (groups, period) = windows(config), scan_groups(config)
 
-    def run(stacked: Params, i: int, window: int, x: jax.Array, x0: jax.Array) -> jax.Array:
+    def run(stacked: Params, i: int, x: jax.Array, x0: jax.Array, scanned: bool = False) -> jax.Array:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attention(q, k, v, window, trunk.backend, score_bound(config), trunk.mesh)
+            return attention(q, k, v, sizes[i], trunk.backend, score_bound(config), trunk.mesh)
 
         def body(stacked: Params, x: jax.Array, x0: jax.Array) -> jax.Array:
             # cut here, inside what is rematerialized: a slice made outside would be saved, a copy of every weight
             layer = layer_params(config, stacked, i)
             layer = {k: trunk.place(k if k == "value_embedding" else f"blocks.{k}", w) for k, w in layer.items()}
-            return block(config, layer, x, x0, tokens, cos_sin, attend, trunk.dot)
+            return trunk.spread(block(config, layer, x, x0, tokens, cos_sin, attend, trunk.dot))
 
-        return rematerialized(body, trunk)(stacked, x, x0)
+        return rematerialized(body, trunk, scanned)(stacked, x, x0)
 
     x0 = middle = x
     start = 0
@@ -147,7 +160,7 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, trunk: Trunk 
             x, middle = carry
             index, stacked = scanned
             for j in range(period):
-                x = run(stacked, j, sizes[j], x, x0)
+                x = run(stacked, j, x, x0, scanned=True)
                 if config.backout and j == config.depth // 2 % period:
                     middle = jnp.where(index == config.depth // 2 // period, x, middle)
             return (x, middle), None
@@ -156,25 +169,31 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, trunk: Trunk 
         (x, middle), _ = jax.lax.scan(group, (x, middle), scanned, unroll=trunk.unroll)
         start = groups * period
     for i in range(start, config.depth):
-        x = run(params, i, sizes[i], x, x0)
+        x = run(params, i, x, x0)
         middle = x if i == config.depth // 2 else middle
     return finish(config, params, x, middle)
 
 
-def rematerialized(function: Callable[..., jax.Array], trunk: Trunk) -> Callable[..., jax.Array]:
-    """`function` with its backward pass recomputing what the policy does not save; see `REMAT`."""
+def rematerialized(function: Callable[..., jax.Array], trunk: Trunk, scanned: bool = False) -> Callable[..., jax.Array]:
+    """`function` with its backward pass recomputing what the policy does not save; see `REMAT`.
+
+    Weights gathered over fsdp are never saved, or the backward pass would hold all layers' at once.
+    """
     policies = jax.checkpoint_policies
-    if trunk.remat == "none":
+    if trunk.remat == "none" and (trunk.mesh is None or trunk.mesh.shape["fsdp"] == 1):
         return function
-    if trunk.remat == "names":
-        save = policies.save_only_these_names(*SAVED_NAMES, *(() if trunk.backend == "cudnn" else ("attention",)))
+    if trunk.remat == "none":
+        save = policies.save_anything_except_these_names("gathered")
+    elif trunk.remat == "names":
+        own = trunk.backend in ("cudnn", "splash")  # what their backward kernels need is saved by itself
+        save = policies.save_only_these_names(*SAVED_NAMES, *(() if own else ("attention",)))
         # cuDNN's kernel leaves, beside its result, softmax statistics without a name; to lose them is to run it again
         save = policies.save_from_both_policies(save, lambda primitive, *_, **__: "attention_fwd" in primitive.name)
     elif trunk.remat == "dots":
         save = policies.dots_with_no_batch_dims_saveable
     else:
         save = policies.nothing_saveable
-    return jax.checkpoint(function, policy=save)
+    return jax.checkpoint(function, policy=save, prevent_cse=not scanned)  # a scan's body is not merged anyway
 
 
 def layer_params(config: ModelConfig, params: Params, i: int) -> Params:

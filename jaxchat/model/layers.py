@@ -39,7 +39,7 @@ def block(
     B, T, _ = x.shape
     c, N, dtype = config, config.head_width, x.dtype
     if c.residual_scalars:
-        x = p["residual_scale"].astype(dtype) * x + p["x0_scale"].astype(dtype) * x0
+        x = (p["residual_scale"] * x.astype(jnp.float32) + p["x0_scale"] * x0.astype(jnp.float32)).astype(dtype)
     h = norm(x, c.norm_eps)
     q, k, v = (checkpoint_name(dot(h, p[name]), name).reshape(B, T, -1, N) for name in "qkv")
     if "value_embedding" in p:
@@ -90,14 +90,15 @@ def embed(
         return e, e
     first = jnp.zeros_like(e[:, :1]) if previous is None else previous[:, None].astype(e.dtype)
     before = jnp.concatenate([first, e[:, :-1]], axis=1)
-    gate = params["smear_scale"].astype(e.dtype) * jax.nn.sigmoid(e[..., :SMEAR_CHANNELS] @ params["smear_gate"])
-    return e + gate * before, e
+    gate = params["smear_scale"] * jax.nn.sigmoid(e[..., :SMEAR_CHANNELS] @ params["smear_gate"]).astype(jnp.float32)
+    return (e + gate * before).astype(e.dtype), e
 
 
 def finish(config: ModelConfig, params: Params, x: jax.Array, middle: jax.Array) -> jax.Array:
     """Last steps of the trunk: subtract the middle layer's output, norm."""
     if config.backout:
-        x = x - params["backout_scale"].astype(x.dtype) * middle
+        mixed = x.astype(jnp.float32) - params["backout_scale"] * middle.astype(jnp.float32)
+        return norm(mixed, config.norm_eps).astype(x.dtype)
     return norm(x, config.norm_eps)
 
 

@@ -74,10 +74,10 @@ def kv_values_per_row(config: ModelConfig, context: int) -> int:
     return 2 * config.n_kv_heads * config.head_width * seen
 
 
-# Dense 16-bit peak with float32 accumulation, FLOP/s per JAX device, by a part of `device_kind`; the longest match counts.
-# Sparse figures of the sheets halved. Sources: NVIDIA's data sheets (A10 and A10G second hand, from Ray's and Levanter's
-# tables) and white papers (RTX 3090, 4090: float32 accumulation runs at half rate there); Google Cloud's TPU pages, per
-# chip, halved for TPU7x, whose two cores are devices.
+# Dense 16-bit peak with float32 accumulation, FLOP/s per JAX device, by a part of `device_kind`; the longest match
+# counts. Sparse figures of the sheets halved. Sources: NVIDIA's data sheets (A10 and A10G second hand, from Ray's and
+# Levanter's tables) and white papers (RTX 3090, 4090: float32 accumulation runs at half rate there); Google Cloud's TPU
+# pages, per chip, halved for TPU7x, whose two cores are devices.
 PEAK_FLOPS = {
     "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H200 NVL": 835e12, "GH200": 989e12,
     "B200": 2250e12, "GB200": 2500e12, "B300": 2250e12,

@@ -20,7 +20,7 @@ def splash_attention(
     """Causal attention over `window` positions back; q (B, T, H, N), k and v (B, T, K, N) -> (B, T, H, N).
 
     T and N are multiples of `TILE`. On a mesh every device runs its own rows and heads. `interpret` runs the kernel's
-    program without a TPU, slowly. Under rematerialization its residuals are saved as "attention".
+    program without a TPU, slowly. Under rematerialization its residuals are named "splash".
     """
     run = functools.partial(_local, window=window, interpret=interpret)
     if mesh is not None and mesh.size > 1:
@@ -44,7 +44,7 @@ def _local(q: jax.Array, k: jax.Array, v: jax.Array, window: int, interpret: boo
         ),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name="attention",
+        residual_checkpoint_name="splash",
         interpret=interpret,
     )  # fmt: skip
     heads_first = ((q * N**-0.5).swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))  # splash does not scale

@@ -28,7 +28,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.head_width": (1, 2**16),
     "model.window_short": (0, 2**24),
     "model.mlp_factor": (0.01, 1000),
-    "model.softcap": (0.01, INFINITE),
+    "model.softcap": (0.01, 40),  # the loss subtracts the cap, not the maximum, and exp(-2 * 40) is not yet zero
     "model.norm_eps": (0, 1),
     "model.rotary_base": (1, INFINITE),
     "model.qk_scale": (0, INFINITE),

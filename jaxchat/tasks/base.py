@@ -1,45 +1,88 @@
-"""The one interface behind which every exam and every generated SFT set lies.
+"""The interface behind which every exam, every generated SFT set and every RL environment lies.
 
 Messages have the form of `text/chat.py`: {"role", "content"}, where an assistant's content is a string or a list of
-{"type": "text" | "python" | "python_output", "text"}.
+{"type": "text" | "python" | "python_output", "text"}. A task is one small file: see `docs/evaluation.md`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+DEFAULT_COUNT = 1000  # conversations of a generator, where the mixture names no count
 Message = dict[str, Any]
 Conversation = list[Message]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One exam question: `prompt` ends with a user message; `expected` is what the task's `grade` needs."""
+    """A question that is answered in writing: `prompt` ends with a user message; `expected` is what `grade` needs."""
 
     prompt: Conversation
     expected: Any
     tags: dict[str, str] = field(default_factory=dict)  # for breakdowns, such as the kind of a problem
 
 
-class Task(Protocol):
-    """An exam whose answers are written out at temperature 0; `train_conversations` may also feed SFT."""
+@dataclass(frozen=True)
+class ChoiceExample:
+    """A question whose answer is one of `letters`: `right` is the index of the right one."""
+
+    prompt: Conversation
+    letters: tuple[str, ...]
+    right: int
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """What all tasks have. `chance` is the accuracy of guessing."""
 
     name: str
+    chance: float = 0.0
+
+    def train_conversations(self, count: int | None, seed: int) -> list[Conversation]:
+        """`count` conversations for SFT (None: all, or 1,000 of a generator), the same for the same seed; no exam
+        question is among them."""
+        return []
+
+
+class WrittenTask(Task):
+    """Answers are written out at temperature 0, with the calculator at hand, and graded."""
+
     max_tokens: int  # of an answer
 
-    def train_conversations(self, count: int, seed: int) -> list[Conversation]:
-        """`count` conversations, the same for the same seed; no exam question is among them."""
-        ...
-
+    @abstractmethod
     def examples(self) -> Sequence[Example]:
         """The exam, always the same and in the same order."""
-        ...
 
+    def train_examples(self, seed: int) -> Sequence[Example]:
+        """Questions for RL, the same for the same seed; no exam question is among them. Empty: not for RL."""
+        return []
+
+    @abstractmethod
     def grade(self, example: Example, answer: str) -> bool:
         """True where the answer (its text, without tool calls and their output) is right."""
-        ...
+
+    def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
+        """The grades of many answers; a task whose grading is slow does them in parallel."""
+        return [self.grade(example, answer) for example, answer in zip(examples, answers, strict=True)]
+
+    def readings(self, example: Example, answer: str) -> dict[str, bool]:
+        """Other ways to read the answer, counted and shown beside the grade ("lenient")."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What belongs beside the score, such as the sandbox's level."""
+        return {}
+
+
+class ChoiceTask(Task):
+    """Multiple choice: the answer is the one of the letters that has the largest logit where the answer begins."""
+
+    @abstractmethod
+    def examples(self) -> Sequence[ChoiceExample]:
+        """The exam, always the same and in the same order."""
 
 
 def user(text: str) -> Message:

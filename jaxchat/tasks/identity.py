@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxchat.tasks.base import Conversation, Example, assistant, user
+from jaxchat.tasks.base import DEFAULT_COUNT, Conversation, Example, WrittenTask, assistant, user
 
 EXAM_SEED = 20_260_202
 EXAM_COMBINATIONS = 6  # per topic, of trained cores
@@ -164,13 +164,13 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 )  # fmt: skip
 
 
-class Identity:
+class Identity(WrittenTask):
     name = "identity"
     max_tokens = 48
 
-    def train_conversations(self, count: int, seed: int) -> list[Conversation]:
+    def train_conversations(self, count: int | None, seed: int) -> list[Conversation]:
         rng = random.Random(f"{self.name} {seed}")
-        return [self._conversation(rng) for _ in range(count)]
+        return [self._conversation(rng) for _ in range(count or DEFAULT_COUNT)]
 
     def examples(self) -> Sequence[Example]:
         rng = random.Random(EXAM_SEED)

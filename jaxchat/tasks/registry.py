@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 
 from jaxchat.errors import UsageError
 from jaxchat.tasks.base import Task
+from jaxchat.tasks.files import NO_FILES, TaskFiles
 from jaxchat.tasks.identity import Identity
 from jaxchat.tasks.word_problems import WordProblems
 
-TASKS: dict[str, Task] = {task.name: task for task in (WordProblems(), Identity())}
+# name -> the task, made from where its data lies; nothing is read before its examples are asked for
+TASKS: dict[str, Callable[[TaskFiles], Task]] = {
+    "word_problems": lambda files: WordProblems(),
+    "identity": lambda files: Identity(),
+}
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, files: TaskFiles = NO_FILES) -> Task:
     """The task of that name; `UsageError` lists the known ones."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.5)
         hint = f", did you mean {near[0]}?" if near else ""
         raise UsageError(f"task {name!r} is unknown{hint}; tasks: {', '.join(TASKS)}")
-    return TASKS[name]
+    return TASKS[name](files)
 
 
 def parse_mixture_entry(entry: str) -> tuple[str, int | None]:
