@@ -200,9 +200,6 @@ def make_train_step(
         zeros = jnp.zeros(()), like_masters(jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add, zeros, batch)[0]
 
-    def keep(new: LossScaleState, old: LossScaleState) -> LossScaleState:
-        return new if float16 else old
-
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         targets = jnp.maximum(batch["weights"].sum(), 1.0)  # a batch without a target has loss 0, not NaN
         scaling = find_scale(state.opt_state) if float16 else None
@@ -213,13 +210,8 @@ def make_train_step(
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         overflowed = jnp.zeros(()) if scaling is None else ~ok & (scaling.scale > SMALLEST)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = (optax.apply_updates(state.params, updates), opt_state)
-        params, opt_state = jax.tree.map(
-            lambda new, old: keep(new, old) if isinstance(new, LossScaleState) else jnp.where(ok, new, old),
-            new,
-            (state.params, state.opt_state),
-            is_leaf=lambda node: isinstance(node, LossScaleState),
-        )
+        new = optax.apply_updates(state.params, updates), opt_state
+        params, opt_state = _select(ok, float16, new, (state.params, state.opt_state))
         metrics = {"loss": loss, "grad_norm": grad_norm, "ok": ok | (overflowed > 0), "overflowed": overflowed}
         return TrainState(params, opt_state, state.step + 1), {k: v.astype(jnp.float32) for k, v in metrics.items()}
 
@@ -229,6 +221,17 @@ def make_train_step(
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
     )
+
+
+def _select(ok: jax.Array, float16: bool, new: Any, old: Any) -> Any:
+    """`new` where a step is `ok`, else `old`. A loss scale moves then too, but in float16 alone."""
+
+    def choose(new: Any, old: Any) -> Any:
+        if isinstance(new, LossScaleState):
+            return new if float16 else old
+        return jnp.where(ok, new, old)
+
+    return jax.tree.map(choose, new, old, is_leaf=lambda node: isinstance(node, LossScaleState))
 
 
 def _caster(config: Config, mesh: Mesh) -> Callable[[Any], Any]:

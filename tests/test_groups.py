@@ -46,7 +46,7 @@ def test_first_updates_have_the_rates_of_the_table(kind):
     by_width = scale * (32 / 768) ** -0.5
     np.testing.assert_allclose(np.abs(updates["unembedding"]), 0.008 * by_width, rtol=0.05)
     np.testing.assert_allclose(np.abs(updates["value_embedding"]), 0.15 * by_width, rtol=0.05)
-    np.testing.assert_allclose(np.abs(updates["smear_gate"]), 0.2, rtol=1e-3)
+    np.testing.assert_allclose(np.abs(updates["smear_gate"]), 0.2, rtol=0.05)
     norm = np.linalg.norm(updates["blocks"]["fc"], axis=(-2, -1))
     np.testing.assert_allclose(norm, 0.02 * scale * 2 * 32**0.5, rtol=0.02)
 
