@@ -1,6 +1,8 @@
 """SFT: a mixture without leaks, steps from the data, masks on what the assistant says."""
 
+import collections
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -8,12 +10,27 @@ import pytest
 
 from jaxchat.config import load_config
 from jaxchat.data.packing import PackStats, pack_conversations
+from jaxchat.data.rows import Rows
 from jaxchat.errors import DataError, UsageError
 from jaxchat.optim.horizon import resolve
 from jaxchat.optim.schedules import trapezoid
+from jaxchat.paths import RunDir
+from jaxchat.tasks.files import TaskFiles
+from jaxchat.tasks.identity import Identity
+from jaxchat.tasks.registry import get_task
 from jaxchat.text.chat import render
 from jaxchat.text.tokenizer import ASSISTANT_END, train_tokenizer
+from train import sft
+from train.loop import Job, fit
 from train.sft import mixture, sft_config
+
+
+def split_of(config):
+    """(train, val) conversations by entry."""
+    found = {entry: ([], []) for entry in config.sft.mixture}
+    for entry, held_out, conversation in mixture(config):
+        found[entry][held_out].append(conversation)
+    return [{entry: split[i] for entry, split in found.items()} for i in (0, 1)]
 
 
 def config_of(*entries, **more):
@@ -22,7 +39,7 @@ def config_of(*entries, **more):
 
 
 def test_held_out_conversations_are_not_trained():
-    train, val = mixture(config_of("identity:400", "word_problems:400", "chatterbot", "chitchat:300"))
+    train, val = split_of(config_of("identity:400", "word_problems:400", "chatterbot", "chitchat:300"))
     for entry in ("identity:400", "word_problems:400", "chatterbot"):
         seen = {json.dumps(c) for c in train[entry]}
         assert seen and val[entry] and not seen & {json.dumps(c) for c in val[entry]}
@@ -31,14 +48,17 @@ def test_held_out_conversations_are_not_trained():
 
 
 def test_same_seed_same_mixture():
-    assert mixture(config_of("identity:50")) == mixture(config_of("identity:50"))
+    assert split_of(config_of("identity:50")) == split_of(config_of("identity:50"))
 
 
 def test_unknown_or_empty_mixtures_are_refused():
     with pytest.raises(UsageError, match="identty"):
-        mixture(config_of("identty:5"))
-    with pytest.raises(DataError, match=r"sft.mixture: no conversations"):
-        mixture(config_of())
+        split_of(config_of("identty:5"))
+    for bad in ("identty", "identity:5x", "humaneval"):
+        with pytest.raises(UsageError, match=bad):
+            sft.check(config_of(bad))
+    with pytest.raises(UsageError, match="identity stands there twice"):
+        sft.check(config_of("identity:5", "identity*2"))
 
 
 @pytest.mark.parametrize(("rows", "epochs", "steps"), [(1, 1.0, 1), (16, 1.0, 2), (800, 1.0, 100), (800, 0.5, 50)])
@@ -52,7 +72,7 @@ def test_steps_follow_the_rows(rows, epochs, steps):
 
 
 def test_packed_rows_learn_only_what_the_assistant_says():
-    train, _ = mixture(config_of("word_problems:50"))
+    train, _ = split_of(config_of("word_problems:50"))
     conversations = train["word_problems:50"]
     texts = [
         part["text"]
@@ -70,3 +90,80 @@ def test_packed_rows_learn_only_what_the_assistant_says():
     learned = {special[i] for i in ids[mask] if i in special}
     assert learned == {"<|python_start|>", "<|python_end|>", "<|assistant_end|>"}
     assert mask.sum() == sum(sum(m) for _, m in rendered)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [json.dumps(c) for _, _, c in mixture(config_of("identity:200", "word_problems:50"))]
+    return train_tokenizer(texts, 400, 10**6, 10**4)
+
+
+def test_every_epoch_is_packed_for_itself(tmp_path, tokenizer):
+    config = config_of("identity:40*3", "word_problems:30")
+    run = RunDir(tmp_path)
+    facts = sft._write_rows(config, run, tokenizer)
+    rows = Rows(run.data / "sft" / "train", tokenizer.digest)
+    assert facts["train"]["rows"] == len(rows)
+    once = facts["conversations"]
+    assert facts["train"]["conversations"] == 3 * once["identity:40*3"] + once["word_problems:30"]
+    seen: dict[tuple[int, ...], int] = collections.Counter()
+    for row, _ in (rows[i] for i in range(len(rows))):
+        starts = [*np.flatnonzero(row == tokenizer.bos), len(row)]
+        found = [tuple(row[a:b]) for a, b in itertools.pairwise(starts) if b - a > 1]
+        seen.update(set(found))
+        repeated = [piece for piece in found if found.count(piece) > 1]
+        assert all(identical(config, tokenizer, piece) for piece in repeated)
+    assert max(seen.values()) >= 3
+
+
+def identical(config, tokenizer, piece):
+    """Whether the mixture itself, a generator's draws, has the conversation more than once."""
+    rendered = [tuple(render(tokenizer, c)[0]) for _, _, c in mixture(config)]
+    return rendered.count(tuple(int(i) for i in piece)) > 1
+
+
+def test_smoltalk_is_read_from_a_mirror(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "smol-smoltalk" / "data").mkdir(parents=True)
+    says = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    rows = [[*says, {"role": "assistant", "content": f"Hello {i} <|assistant_end|>"}] for i in range(40)]
+    rows[3] = [*rows[3], {"role": "user", "content": "a question that nobody answers"}]
+    path = tmp_path / "smol-smoltalk" / "data" / "train-00000-of-00001.parquet"
+    pq.write_table(pa.table({"messages": rows, "source": ["x"] * 40}), path)
+    task = get_task("smoltalk", TaskFiles(str(tmp_path)))
+    conversations = list(task.train_conversations(None, 0))
+    assert len(conversations) == 40 and conversations[0] == rows[0]
+    assert conversations[3][-1]["role"] == "assistant"
+    some = list(task.train_conversations(7, 1))
+    assert len(some) == 7 and some == list(task.train_conversations(7, 1))
+    pq.write_table(pa.table({"text": ["x"]}), path)
+    with pytest.raises(DataError, match="no column messages; found text"):
+        list(task.train_conversations(None, 0))
+
+
+def test_a_conversation_out_of_form_is_named(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(
+        Identity, "train_conversations", lambda *_: [[{"role": "assistant", "content": "I speak first"}]]
+    )
+    with pytest.raises(DataError, match=r"identity:5: a conversation is out of form: messages\[0\]"):
+        sft._write_rows(config_of("identity:5"), RunDir(tmp_path), tokenizer)
+    monkeypatch.setattr(Identity, "train_conversations", lambda *_: [])
+    with pytest.raises(DataError, match=r"sft.mixture: no conversations"):
+        sft._write_rows(config_of("identity:5"), RunDir(tmp_path), tokenizer)
+
+
+def test_rows_without_targets_at_a_batch_of_one_short_row_do_no_harm(tmp_path, tokenizer):
+    """Context 64, one row a step, half of the rows without anything to learn: every loss is finite, weights too."""
+    talk = [({"role": "user", "content": "what is your name " * 12}, {"role": "assistant", "content": "jaxchat"})] * 3
+    talk += [({"role": "user", "content": "who"}, {"role": "assistant", "content": "jaxchat"})] * 3
+    shape = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=400",
+             "model.seq_len=64", "train.batch_tokens=64", "train.steps=6", "train.eval_every=0"]  # fmt: skip
+    config = resolve(load_config("nano", shape))
+    pieces = [[tuple(np.array(a) for a in render(tokenizer, list(pair)))] for pair in talk]
+    made = sft._write(config, RunDir(tmp_path), tokenizer, "train", pieces)
+    assert made["rows"] == 6 and made["cut"] == 3
+    rows = Rows(tmp_path / "data" / "sft" / "train", tokenizer.digest)
+    facts = fit(Job(config, tmp_path / "sft", rows, None, tokenizer.byte_lengths()))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 6 and losses.count(0.0) == 3 and all(np.isfinite(loss) for loss in losses)
+    assert facts["bad_steps"] == 0

@@ -86,8 +86,10 @@ def test_grading_reads_commas_between_thousands():
 
 def test_registry_names_tasks_and_reads_mixture_entries():
     assert {name: get_task(name).name for name in TASKS} == {name: name for name in TASKS}
-    assert parse_mixture_entry("identity:500") == ("identity", 500)
-    assert parse_mixture_entry("chitchat") == ("chitchat", None)
+    assert parse_mixture_entry("identity:500") == ("identity", 500, 1)
+    assert parse_mixture_entry("chitchat") == ("chitchat", None, 1)
+    assert parse_mixture_entry("mmlu*3") == ("mmlu", None, 3)
+    assert parse_mixture_entry(" identity : 50 * 2 ") == ("identity", 50, 2)
     with pytest.raises(UsageError, match="did you mean identity"):
         get_task("identiti")
     for bad in ("identity:", "identity:-1", "identity:0", "identity:many"):

@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import numpy as np
 
 from jaxchat import hosts
 from jaxchat.checkpoint import Checkpoints
@@ -19,16 +21,21 @@ from jaxchat.data.dialogues import chatterbot_pairs, chitchat_dialogues
 from jaxchat.data.packing import PackStats, pack_conversations
 from jaxchat.data.rows import Rows, finish_rows, write_rows
 from jaxchat.errors import DataError, UsageError
-from jaxchat.log import say
+from jaxchat.log import progress, say
 from jaxchat.optim.groups import carry_moments
 from jaxchat.paths import RunDir
 from jaxchat.state import TrainState
+from jaxchat.tasks.base import Task
+from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.registry import get_task, parse_mixture_entry
 from jaxchat.text.chat import Message, render
 from jaxchat.text.tokenizer import ASSISTANT_END, Tokenizer
 from train.loop import Job, fit
 
 Conversation = list[Message]
+Piece = tuple[np.ndarray, np.ndarray]  # ids and mask of one conversation
+INSTALLED = ("chitchat", "chatterbot")  # conversations of packages; everything else is a task
+CHITCHAT_VAL = 200  # dialogues held out of chitchat, at most
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
@@ -67,8 +74,10 @@ def check(config: Config) -> None:
     """Refuse an unknown, malformed or doubled entry of the mixture, and a batch without whole rows, before any work."""
     names = [parse_mixture_entry(entry)[0] for entry in config.sft.mixture]
     for name in names:
-        if name not in ("chitchat", "chatterbot"):
-            get_task(name)
+        if name not in INSTALLED:
+            task = get_task(name)
+            if type(task).train_conversations is Task.train_conversations:
+                raise UsageError(f"sft.mixture: {name} is an exam alone, it has nothing to train on")
         if names.count(name) > 1:
             raise UsageError(f"sft.mixture: {name} stands there twice; give it one count")
 
@@ -93,49 +102,61 @@ def sft_config(config: Config, rows: int) -> Config:
     )
 
 
-def mixture(config: Config) -> tuple[dict[str, list[Conversation]], dict[str, list[Conversation]]]:
-    """(train, val) conversations by name of the mixture's entry.
+def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
+    """(entry of the mixture, held out, conversation), one at a time: a data set need not fit into memory as text.
 
     A conversation is held out by a hash of its text, as documents are; chitchat's are those of its held-out documents.
-    Raises `UsageError` for an unknown name and `DataError` if nothing is left to train on.
+    Raises `UsageError` for an unknown name and `DataError` for data that is missing or damaged.
     """
-    train: dict[str, list[Conversation]] = {}
-    val: dict[str, list[Conversation]] = {}
-    fraction = config.data.val_fraction
+    fraction, files = config.data.val_fraction, TaskFiles(config.tasks.data_dir, download=True)
     for entry in config.sft.mixture:
-        name, count = parse_mixture_entry(entry)
+        name, count, _ = parse_mixture_entry(entry)
         if name == "chitchat":
-            kept = itertools.islice(chitchat_dialogues("train", fraction), count)
-            train[entry], val[entry] = list(kept), list(itertools.islice(chitchat_dialogues("val", fraction), 200))
+            for split, limit in (("train", count), ("val", CHITCHAT_VAL)):
+                for conversation in itertools.islice(chitchat_dialogues(split, fraction), limit):
+                    yield entry, split == "val", conversation
             continue
-        if name == "chatterbot":
-            found: Iterable[Conversation] = itertools.islice(chatterbot_pairs(), count)
-        else:
-            found = get_task(name).train_conversations(count, config.seed)
-        train[entry], val[entry] = [], []
+        found: Iterable[Conversation] = (
+            itertools.islice(chatterbot_pairs(), count)
+            if name == "chatterbot"
+            else get_task(name, files).train_conversations(count, config.seed)
+        )
         for conversation in found:
-            held_out = document_hash(json.dumps(conversation)) < fraction
-            (val if held_out else train)[entry].append(conversation)
-    if not any(train.values()):
-        raise DataError("sft.mixture: no conversations; name at least one, for example identity:500")
-    return train, val
+            yield entry, document_hash(json.dumps(conversation)) < fraction, conversation
 
 
 def _write_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:
     """Write `data/sft`; facts: conversations by entry, rows and fill of each split."""
-    train, val = mixture(config)
-    facts: dict[str, Any] = {"conversations": {name: len(found) for name, found in train.items()}}
-    return facts | {
-        split: _write(config, run, tokenizer, split, found) for split, found in (("train", train), ("val", val))
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    pieces: dict[tuple[str, bool], list[Piece]] = {(e, held): [] for e in config.sft.mixture for held in (False, True)}
+    with progress("sft: rendering", None) as bar:
+        for entry, held_out, conversation in mixture(config):
+            try:
+                ids, mask = render(tokenizer, conversation)
+            except UsageError as error:
+                raise DataError(f"sft.mixture: {entry}: a conversation is out of form: {error}") from error
+            pieces[entry, held_out].append((np.array(ids, dtype), np.array(mask, np.uint8)))
+            bar.advance()
+    if not any(found for (_, held_out), found in pieces.items() if not held_out):
+        raise DataError("sft.mixture: no conversations; name at least one, for example identity:500")
+    epochs = {entry: parse_mixture_entry(entry)[2] for entry in config.sft.mixture}
+    # each epoch is packed for itself, so that no row holds a conversation twice
+    train = [
+        [piece for entry, wanted in epochs.items() if wanted > epoch for piece in pieces[entry, False]]
+        for epoch in range(max(epochs.values()))
+    ]
+    val = [[piece for entry in epochs for piece in pieces[entry, True]]]
+    return {
+        "conversations": {entry: len(pieces[entry, False]) for entry in epochs},
+        "train": _write(config, run, tokenizer, "train", train),
+        "val": _write(config, run, tokenizer, "val", val),
     }
 
 
-def _write(
-    config: Config, run: RunDir, tokenizer: Tokenizer, split: str, found: dict[str, list[Conversation]]
-) -> dict[str, Any]:
+def _write(config: Config, run: RunDir, tokenizer: Tokenizer, split: str, epochs: list[list[Piece]]) -> dict[str, Any]:
     row_len, stats = config.model.seq_len + 1, PackStats()
-    rendered = [render(tokenizer, conversation) for group in found.values() for conversation in group]
-    packed = pack_conversations(rendered, row_len, tokenizer.special[ASSISTANT_END], stats)
+    turn_end = tokenizer.special[ASSISTANT_END]
+    packed = (row for pieces in epochs for row in pack_conversations(pieces, row_len, turn_end, stats))
     directory = run.data / "sft" / split
     directory.parent.mkdir(parents=True, exist_ok=True)
     count = write_rows(directory, packed, row_len, tokenizer.bos, tokenizer.vocab_size)

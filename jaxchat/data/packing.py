@@ -115,7 +115,10 @@ def _count(stats: PackStats, row: np.ndarray) -> np.ndarray:
 
 
 def pack_conversations(
-    conversations: Sequence[tuple[Sequence[int], Sequence[int]]], row_len: int, turn_end: int, stats: PackStats
+    conversations: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]],
+    row_len: int,
+    turn_end: int,
+    stats: PackStats,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Rows of (ids, mask), whole conversations only, by best fit decreasing.
 

@@ -7,7 +7,7 @@ Messages have the form of `text/chat.py`: {"role", "content"}, where an assistan
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,7 @@ class Task(ABC):
     name: str
     chance: float = 0.0
 
-    def train_conversations(self, count: int | None, seed: int) -> list[Conversation]:
+    def train_conversations(self, count: int | None, seed: int) -> Iterable[Conversation]:
         """`count` conversations for SFT (None: all, or 1,000 of a generator), the same for the same seed; no exam
         question is among them."""
         return []

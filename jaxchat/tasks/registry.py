@@ -1,20 +1,30 @@
-"""Tasks by name, and the mixture strings of the configuration ("identity:500")."""
+"""Tasks by name, and the mixture strings of the configuration ("identity:500*2")."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 
 from jaxchat.errors import UsageError
+from jaxchat.tasks.arc import Arc
 from jaxchat.tasks.base import Task
+from jaxchat.tasks.core import Core
 from jaxchat.tasks.files import NO_FILES, TaskFiles
 from jaxchat.tasks.identity import Identity
+from jaxchat.tasks.mmlu import MMLU
+from jaxchat.tasks.smoltalk import SmolTalk
 from jaxchat.tasks.word_problems import WordProblems
 
 # name -> the task, made from where its data lies; nothing is read before its examples are asked for
 TASKS: dict[str, Callable[[TaskFiles], Task]] = {
     "word_problems": lambda files: WordProblems(),
     "identity": lambda files: Identity(),
+    "core": Core,
+    "mmlu": MMLU,
+    "arc_easy": lambda files: Arc("arc_easy", files),
+    "arc_challenge": lambda files: Arc("arc_challenge", files),
+    "smoltalk": SmolTalk,
 }
 
 
@@ -27,11 +37,15 @@ def get_task(name: str, files: TaskFiles = NO_FILES) -> Task:
     return TASKS[name](files)
 
 
-def parse_mixture_entry(entry: str) -> tuple[str, int | None]:
-    """("identity", 500) of "identity:500"; no count means all of a data set. `UsageError` for a bad count."""
-    name, colon, count = entry.partition(":")
-    if not colon:
-        return name.strip(), None
-    if not count.strip().isdecimal() or int(count) < 1:
-        raise UsageError(f"sft.mixture: {entry!r}: write NAME or NAME:COUNT with a whole count of at least 1")
-    return name.strip(), int(count)
+def parse_mixture_entry(entry: str) -> tuple[str, int | None, int]:
+    """(name, count, epochs) of "NAME", "NAME:COUNT", "NAME*EPOCHS" or "NAME:COUNT*EPOCHS".
+
+    No count means all of a data set. `UsageError` for anything else.
+    """
+    match = re.fullmatch(r"\s*([^:*]+?)\s*(?::\s*(\d+)\s*)?(?:\*\s*(\d+)\s*)?", entry)
+    if match is None or 0 in (int(match[2] or 1), int(match[3] or 1)):
+        raise UsageError(
+            f"sft.mixture: {entry!r}: write NAME, NAME:COUNT, NAME*EPOCHS or NAME:COUNT*EPOCHS, "
+            "with whole numbers of at least 1"
+        )
+    return match[1], int(match[2]) if match[2] else None, int(match[3] or 1)
