@@ -7,11 +7,14 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxchat.errors import DataError, UsageError
+
+LOCK_POLL = 0.2  # seconds between looks at a lock that another process has
 
 
 class RunDir:
@@ -70,6 +73,17 @@ class RunDir:
             file.write(str(os.getpid()))
             file.flush()
             yield
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold a lock file, waiting for whoever has it: of several processes one downloads and the others find it done."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        while not _try_lock(file):
+            time.sleep(LOCK_POLL)
+        yield
 
 
 def _try_lock(file: Any) -> bool:

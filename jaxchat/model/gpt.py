@@ -6,6 +6,7 @@ Kernels are (in, out), stacked over the layers. Recipes after nanochat; what one
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -138,11 +139,30 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, trunk: Trunk 
     cos_sin = rotary(config, jnp.arange(tokens.shape[1])[None, :], params["embedding"].dtype)
     params = {k: v if k in ("blocks", "value_embedding") else trunk.place(k, v) for k, v in params.items()}
     x, _ = embed(config, params, tokens)
+
+    def attend(window: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, window, trunk.backend, score_bound(config), trunk.mesh)
+
+    return through_layers(config, params, x, tokens, cos_sin, attend, trunk)
+
+
+def through_layers(
+    config: ModelConfig,
+    params: Params,
+    x: jax.Array,
+    tokens: jax.Array,
+    cos_sin: tuple[jax.Array, jax.Array],
+    attend_within: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array],
+    trunk: Trunk = DEFAULT_TRUNK,
+) -> jax.Array:
+    """What `hidden` does after the embedding: x (B, T, D) through all layers and the last norm.
+
+    `attend_within` maps a layer's window, q (B, T, H, N), k and v (B, T, K, N) to y; `cos_sin` holds the angles.
+    """
     sizes, (groups, period) = windows(config), scan_groups(config)
 
     def run(stacked: Params, i: int, x: jax.Array, x0: jax.Array, scanned: bool = False) -> jax.Array:
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attention(q, k, v, sizes[i], trunk.backend, score_bound(config), trunk.mesh)
+        attend = functools.partial(attend_within, sizes[i])
 
         def body(stacked: Params, x: jax.Array, x0: jax.Array) -> jax.Array:
             # cut here, inside what is rematerialized: a slice made outside would be saved, a copy of every weight

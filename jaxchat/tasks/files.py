@@ -3,11 +3,26 @@ verified, in a cache that all runs share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import http.client
+import json
+import re
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from jaxchat.errors import DataError
+from jaxchat.log import progress, say
+from jaxchat.paths import locked, read_json, sha256_file, write_json
+
+TIMEOUT = 30.0  # seconds without an answer from a server
+PIECE = 1 << 20  # bytes read at once
+LARGEST_BUNDLE = 4 << 30  # bytes of an unpacked archive
 
 
 class MissingData(DataError):
@@ -19,8 +34,21 @@ class HubFiles:
     """Files of a data set repository on the Hugging Face hub, at one commit."""
 
     repo: str
-    revision: str  # of 40 hexadecimal digits
+    revision: str  # of 40 hexadecimal digits; of a branch the commit that is first seen is kept
     files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A zip file on the web, of which the members with one of `suffixes` are kept.
+
+    `sha256` "" where nobody has published one that we could check: then the digest found is written down beside the
+    files, and a file of another size than the server names is refused.
+    """
+
+    url: str
+    suffixes: tuple[str, ...]
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,12 +59,201 @@ class TaskFiles:
     download: bool = False
     cache: Path = field(default_factory=lambda: Path("~/.cache/jaxchat/tasks").expanduser())
 
-    def find(self, patterns: Sequence[str], hub: HubFiles | None = None) -> list[Path]:
-        """The files of the first of `patterns` (globs inside the mirror) that matches any, sorted; else the hub's.
+    def find(self, patterns: Sequence[str], source: HubFiles | Archive | None = None) -> list[Path]:
+        """The files of the first of `patterns` (globs inside the mirror) that matches any, sorted; else the source's.
 
-        Raises `MissingData`.
+        Of an archive the patterns choose among the unpacked files. Raises `MissingData`.
         """
-        raise NotImplementedError
+        if self.data_dir:
+            root = Path(self.data_dir).expanduser()
+            if not root.is_dir():
+                raise MissingData(f"tasks.data_dir: {root} is no directory")
+            if found := _first_match(root, patterns):
+                return found
+        if source is None or not self.download:
+            raise MissingData(_advice(patterns, source, self.data_dir, ""))
+        try:
+            if isinstance(source, HubFiles):
+                return _from_hub(source, self.cache / source.repo.replace("/", "--") / source.revision)
+            folder = _from_archive(source, self.cache / PurePosixPath(source.url).stem)
+        except (OSError, ValueError, zipfile.BadZipFile, http.client.HTTPException) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise MissingData(_advice(patterns, source, self.data_dir, first)) from None
+        if found := _first_match(folder, patterns):
+            return found
+        raise MissingData(f"{source.url} holds none of {', '.join(patterns)}")
 
 
 NO_FILES = TaskFiles()
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that is not empty; `DataError` names a line that is no JSON object."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: not a JSON object")
+            yield number, row
+
+
+def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 1, the columns) of a parquet file; `DataError` where it is damaged or lacks a column."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        missing = [name for name in columns if name not in table.schema_arrow.names]
+        if missing:
+            raise DataError(f"{path}: no column {', '.join(missing)}; it has {', '.join(table.schema_arrow.names)}")
+        number = 0
+        for batch in table.iter_batches(columns=list(columns)):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _first_match(root: Path, patterns: Sequence[str]) -> list[Path]:
+    for pattern in patterns:
+        found = sorted(path for path in root.glob(pattern) if path.is_file())
+        if found:
+            return found
+    return []
+
+
+def _advice(patterns: Sequence[str], source: HubFiles | Archive | None, data_dir: str, why: str) -> str:
+    """One line: what is missing, where it is published, where to put it."""
+    where = f"put it into {data_dir}" if data_dir else "put it into a directory and set tasks.data_dir to that"
+    text = f"no file {patterns[0]} at hand"
+    if isinstance(source, HubFiles):
+        text += f"; get {', '.join(source.files)} of the hub's data set {source.repo}, revision {source.revision[:8]}"
+    elif source:
+        text += f"; unpack {source.url}"
+    return f"{text} and {where}" + (f" (the download failed: {why})" if why else "")
+
+
+def _from_hub(source: HubFiles, folder: Path) -> list[Path]:
+    """Download what `folder` lacks; every file is compared with the size and the SHA-256 that the hub names."""
+    paths = [folder / name for name in source.files]
+    marks = [path.with_name(f"{path.name}.verified.json") for path in paths]
+    if not all(path.is_file() and mark.is_file() for path, mark in zip(paths, marks, strict=True)):
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        with locked(folder.with_name(f"{folder.name}.lock")):
+            try:
+                commit = _commit(source, folder)
+                for name, path, mark in zip(source.files, paths, marks, strict=True):
+                    if not (path.is_file() and mark.is_file()):
+                        write_json(mark, _fetch_file(source.repo, commit, name, folder) | {"commit": commit})
+            except (HfHubHTTPError, HFValidationError) as error:
+                raise ValueError(error) from None
+    return paths
+
+
+def _commit(source: HubFiles, folder: Path) -> str:
+    """The commit to take all files from, the same one if an earlier download was cut off."""
+    from huggingface_hub import HfApi
+
+    if re.fullmatch("[0-9a-f]{40}", source.revision):
+        return source.revision
+    kept = folder / "commit.json"
+    if not kept.is_file():
+        write_json(kept, HfApi().dataset_info(source.repo, revision=source.revision).sha)
+    return read_json(kept)
+
+
+def _fetch_file(repo: str, commit: str, name: str, folder: Path) -> dict[str, Any]:
+    """One file, resumed where an earlier try stopped; `ValueError` if it is not the one that the hub names."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    say(f"  downloading {repo} {name}")
+    found = HfApi().get_paths_info(repo, [name], revision=commit, repo_type="dataset")
+    if not found:
+        raise ValueError(f"commit {commit[:8]} has no {name}")
+    path = Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=folder))
+    size, lfs = found[0].size, found[0].lfs  # type: ignore[union-attr]
+    digest = sha256_file(path)
+    if path.stat().st_size != size or (lfs is not None and digest != lfs.sha256):
+        path.unlink()
+        raise ValueError(f"{name}: came damaged; it was thrown away, try again")
+    return {"sha256": digest, "size": size, "compared_with": "sha256" if lfs else "size"}
+
+
+def _from_archive(source: Archive, folder: Path) -> Path:
+    """`folder` with the unpacked members; the download goes on where an earlier try stopped."""
+    if not source.url.startswith("https://"):
+        raise ValueError(f"{source.url}: only https is taken")
+    if not (folder / "source.json").is_file():
+        with locked(folder.with_suffix(".lock")):
+            if not (folder / "source.json").is_file():
+                part, tag = folder.with_suffix(".zip.part"), folder.with_suffix(".zip.etag")
+                facts = _fetch_web(source.url, part, tag)
+                tag.unlink(missing_ok=True)
+                try:
+                    if source.sha256 and facts["sha256"] != source.sha256:
+                        raise ValueError(f"{source.url}: its SHA-256 is {facts['sha256']}, not {source.sha256}")
+                    _unpack(part, source.suffixes, folder, facts)
+                finally:
+                    part.unlink()
+    return folder
+
+
+def _fetch_web(url: str, part: Path, tag: Path) -> dict[str, Any]:
+    """Download into `part`, from where it ends if the server still has what `tag` names; URL, size and SHA-256."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    done = part.stat().st_size if part.exists() and tag.exists() else 0
+    headers = {"Range": f"bytes={done}-", "If-Range": tag.read_text()} if done else {}
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: all of it is there already
+            raise
+        return {"url": url, "size": done, "sha256": sha256_file(part)}
+    with response, open(part, "ab" if response.status == 206 else "wb") as file:
+        done = done if response.status == 206 else 0
+        if etag := response.headers.get("ETag"):
+            tag.write_text(etag)
+        size = int(response.headers.get("Content-Length") or -1)
+        with progress(f"downloading {PurePosixPath(url).name}", done + size if size >= 0 else None, done) as bar:
+            while piece := response.read(PIECE):
+                file.write(piece)
+                bar.advance(len(piece))
+    found = part.stat().st_size
+    if size >= 0 and found != done + size:
+        raise ValueError(f"{url}: {found} bytes came of {done + size}; the same command goes on")
+    return {"url": url, "size": found, "sha256": sha256_file(part)}
+
+
+def _unpack(archive: Path, suffixes: tuple[str, ...], folder: Path, facts: dict[str, Any]) -> None:
+    """The wanted members into `folder`, all or nothing; `ValueError` for names that lead outside, and for giants."""
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        with zipfile.ZipFile(archive) as file:
+            wanted = [m for m in file.infolist() if not m.is_dir() and m.filename.endswith(suffixes)]
+            wanted = [m for m in wanted if "__MACOSX" not in m.filename]
+            if sum(member.file_size for member in wanted) > LARGEST_BUNDLE:
+                raise ValueError(f"{archive.name}: unpacks to more than {LARGEST_BUNDLE >> 30} GiB")
+            for member in wanted:
+                name = PurePosixPath(member.filename)
+                if name.is_absolute() or ".." in name.parts or "\\" in member.filename:
+                    raise ValueError(f"{archive.name}: the member {member.filename!r} leads outside")
+                target = aside.joinpath(*name.parts)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with file.open(member) as source, open(target, "wb") as sink:
+                    shutil.copyfileobj(source, sink)
+        write_json(aside / "source.json", facts)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise

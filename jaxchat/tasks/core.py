@@ -1,0 +1,176 @@
+"""CORE, the score of base models: 22 tasks of in-context learning, after DCLM (2406.11794) as nanochat runs them.
+
+An item becomes texts whose spans are scored. Multiple choice: the option of lowest mean loss after what the options
+share on the left. Schema: the context of lowest mean loss over what they share on the right. Language modelling: every
+token of the continuation is the likeliest one. Texts are tokenized whole, `<|bos|>` in front.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxchat.engine.scoring import Span, SpanScore, common_prefix
+from jaxchat.errors import DataError
+from jaxchat.tasks.base import Task
+from jaxchat.tasks.files import Archive, TaskFiles, read_jsonl
+from jaxchat.text.tokenizer import Tokenizer
+
+BUNDLE = Archive("https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip", (".jsonl", ".yaml", ".csv"))
+ORDER_SEED, SHOTS_SEED = 1337, 1234
+CHOICE, SCHEMA, LANGUAGE = "multiple choice", "schema", "language modelling"
+FIELDS = {CHOICE: ("query", "choices", "gold"), SCHEMA: ("context_options", "continuation", "gold"),
+          LANGUAGE: ("context", "continuation")}  # fmt: skip
+ANSWER = "\nAnswer: "
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """`baseline`: accuracy of guessing; `file`: name of the data file where it is not the label."""
+
+    label: str
+    kind: str
+    shots: int
+    baseline: float
+    delimiter: str = " "
+    file: str = ""
+
+    @property
+    def data(self) -> str:
+        return (self.file or self.label) + ".jsonl"
+
+
+CORE_TASKS = (
+    CoreTask("hellaswag_zeroshot", CHOICE, 0, 0.25, file="hellaswag"),
+    CoreTask("jeopardy", LANGUAGE, 10, 0.0, ANSWER, "jeopardy_all"),
+    CoreTask("bigbench_qa_wikidata", LANGUAGE, 10, 0.0),
+    CoreTask("arc_easy", CHOICE, 10, 0.25, ANSWER),
+    CoreTask("arc_challenge", CHOICE, 10, 0.25, ANSWER),
+    CoreTask("copa", CHOICE, 0, 0.5),
+    CoreTask("commonsense_qa", CHOICE, 10, 0.2),
+    CoreTask("piqa", CHOICE, 10, 0.5, ANSWER),
+    CoreTask("openbook_qa", CHOICE, 0, 0.25),
+    CoreTask("lambada_openai", LANGUAGE, 0, 0.0),
+    CoreTask("hellaswag", CHOICE, 10, 0.25),
+    CoreTask("winograd", SCHEMA, 0, 0.5, file="winograd_wsc"),
+    CoreTask("winogrande", SCHEMA, 0, 0.5),
+    CoreTask("bigbench_dyck_languages", LANGUAGE, 10, 0.0),
+    CoreTask("agi_eval_lsat_ar", CHOICE, 3, 0.2),
+    CoreTask("bigbench_cs_algorithms", LANGUAGE, 10, 0.0),
+    CoreTask("bigbench_operators", LANGUAGE, 10, 0.0),
+    CoreTask("bigbench_repeat_copy_logic", LANGUAGE, 10, 0.0),
+    CoreTask("squad", LANGUAGE, 10, 0.0),
+    CoreTask("coqa", LANGUAGE, 0, 0.0),
+    CoreTask("boolq", CHOICE, 10, 0.62, ANSWER),
+    CoreTask("bigbench_language_identification", CHOICE, 10, 0.091),
+)
+
+
+class Core(Task):
+    """All of them; an exam of base models. `chance` is 0: accuracies count from their baselines."""
+
+    name = "core"
+
+    def __init__(self, files: TaskFiles):
+        self.files = files
+
+    def load(self, task: CoreTask) -> list[Item]:
+        """One task's items in the fixed order. `MissingData` where its file is not at hand, or is damaged."""
+        path = self.files.find((f"core/{task.data}", f"**/eval_data/**/{task.data}", task.data), BUNDLE)[0]
+        return read_items(task, path)
+
+
+def read_items(task: CoreTask, path: Path) -> list[Item]:
+    """The items of a file, shuffled as the protocol wants; `DataError` names the line that is out of form."""
+    items = []
+    for number, item in read_jsonl(path):
+        try:
+            items.append(_checked(task, item))
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: no item of {task.label} ({error})") from None
+    if len(items) <= task.shots:
+        raise DataError(f"{path}: {len(items)} items are too few for {task.shots} examples before each")
+    random.Random(ORDER_SEED).shuffle(items)
+    return items
+
+
+def _checked(task: CoreTask, item: Item) -> Item:
+    if missing := [name for name in FIELDS[task.kind] if name not in item]:
+        raise ValueError(f"no {', '.join(missing)}")
+    for name in FIELDS[task.kind]:
+        value = item[name]
+        if name in ("choices", "context_options"):
+            good = isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value)
+            if not good:
+                raise ValueError(f"{name} is no list of at least two texts")
+            if type(item["gold"]) is not int or not 0 <= item["gold"] < len(value):
+                raise ValueError(f"gold {item['gold']!r} is none of the {len(value)} options")
+        elif name != "gold" and not isinstance(value, str):
+            raise ValueError(f"{name} is no text")
+    return item
+
+
+def prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
+    """The texts of one item with the examples before it: one for each option, or without and with the continuation.
+
+    The examples are drawn by the item's place in `items`, which is why a cap comes first.
+    """
+    item, d = items[index], task.delimiter
+    others = [i for i in range(len(items)) if i != index]
+    shots = [items[i] for i in random.Random(SHOTS_SEED + index).sample(others, task.shots)] if task.shots else []
+    if task.kind == CHOICE:
+        before = "".join(f"{s['query']}{d}{s['choices'][s['gold']]}\n\n" for s in shots)
+        return [f"{before}{item['query']}{d}{choice}" for choice in item["choices"]]
+    if task.kind == SCHEMA:
+        before = "".join(f"{s['context_options'][s['gold']]}{d}{s['continuation']}\n\n" for s in shots)
+        return [f"{before}{context}{d}{item['continuation']}" for context in item["context_options"]]
+    before = "".join(f"{s['context'].strip()}{d}{s['continuation']}\n\n" for s in shots)
+    text = f"{before}{item['context'].strip()}{d}"
+    return [text.strip(), text + item["continuation"]]
+
+
+def spans(task: CoreTask, tokens: Sequence[list[int]]) -> list[Span]:
+    """What is scored of an item whose `prompts` are `tokens`, `<|bos|>` included."""
+    if task.kind == CHOICE:
+        start = common_prefix(tokens)
+        return [Span(t, start, len(t)) for t in tokens]
+    if task.kind == SCHEMA:
+        length = common_prefix([t[::-1] for t in tokens])
+        return [Span(t, max(1, len(t) - length), len(t)) for t in tokens]
+    without, whole = tokens
+    # a tokenizer may merge across the border; then what differs is the continuation
+    return [Span(whole, common_prefix([without, whole]), len(whole))]
+
+
+def decide(task: CoreTask, item: Item, scores: Sequence[SpanScore]) -> tuple[int, bool]:
+    """(the option chosen, whether it is right); for language modelling the choice is 1 where every token matched.
+
+    An option without a token of its own has no mean and wins only where it comes first, as in nanochat.
+    """
+    if task.kind == LANGUAGE:
+        return int(scores[0].best), scores[0].best
+    means = [score.mean for score in scores]
+    chosen = means.index(min(means))
+    return chosen, chosen == item["gold"]
+
+
+def groups(
+    task: CoreTask, items: Sequence[Item], tokenizer: Tokenizer, of: Sequence[int] | None = None
+) -> Iterator[list[Span]]:
+    """The spans of every item (or of those in `of`), in order."""
+    for i in of if of is not None else range(len(items)):
+        texts = tokenizer.encode_batch(prompts(task, items, i))
+        yield spans(task, [[tokenizer.bos, *ids] for ids in texts])
+
+
+def summary(results: dict[str, float]) -> float:
+    """Mean over tasks of (accuracy - baseline) / (1 - baseline), for accuracies by label."""
+    return sum(centred(task, results[task.label]) for task in CORE_TASKS if task.label in results) / len(results)
+
+
+def centred(task: CoreTask, accuracy: float) -> float:
+    return (accuracy - task.baseline) / (1 - task.baseline)

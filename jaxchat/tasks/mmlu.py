@@ -1,0 +1,70 @@
+"""MMLU (2009.03300): 14,042 multiple-choice questions from 57 subjects, and 99,842 others to train on."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jaxchat.errors import DataError
+from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Conversation
+from jaxchat.tasks.files import HubFiles, TaskFiles, read_parquet
+from jaxchat.tasks.multiple_choice import conversation, example
+
+REPO, REVISION = "cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe"
+TEST = HubFiles(REPO, REVISION, ("all/test-00000-of-00001.parquet",))
+TRAIN = HubFiles(REPO, REVISION, ("all/auxiliary_train-00000-of-00001.parquet",))
+FOLDERS = ("cais/mmlu/", "mmlu/", "")
+TEST_PATTERNS = tuple(f"{f}{name}" for f in FOLDERS for name in ("all/test-*.parquet", "*_test.csv"))
+TRAIN_PATTERNS = tuple(f"{f}all/auxiliary_train-*.parquet" for f in FOLDERS)
+COLUMNS = ("question", "subject", "choices", "answer")
+HEADER = ["question", "A", "B", "C", "D", "answer"]
+
+
+class MMLU(ChoiceTask):
+    name = "mmlu"
+    chance = 0.25
+
+    def __init__(self, files: TaskFiles):
+        self.files = files
+
+    @functools.cached_property
+    def _examples(self) -> list[ChoiceExample]:
+        return [e for path in self.files.find(TEST_PATTERNS, TEST) for e in _read(path)]
+
+    def examples(self) -> Sequence[ChoiceExample]:
+        return self._examples
+
+    def train_conversations(self, count: int | None, seed: int) -> Iterator[Conversation]:
+        """From the auxiliary training set, which other exams' questions make up, not MMLU's own."""
+        found = [e for path in self.files.find(TRAIN_PATTERNS, TRAIN) for e in _read(path)]
+        chosen = range(len(found)) if count is None else random.Random(seed).sample(range(len(found)), count)
+        return (conversation(found[i]) for i in chosen)
+
+
+def _read(path: Path) -> Iterator[ChoiceExample]:
+    if path.suffix == ".csv":
+        yield from _read_csv(path)
+        return
+    for number, row in read_parquet(path, COLUMNS):
+        yield example(row["question"], row["choices"], row["answer"], f"{path}, row {number}", subject=row["subject"])
+
+
+def _read_csv(path: Path) -> Iterator[ChoiceExample]:
+    """A file of one subject, which its name says; the answer is a number from 0 to 3."""
+    subject = path.name.removesuffix("_test.csv")
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = csv.reader(file)
+            if (header := next(rows, [])) != HEADER:
+                raise DataError(f"{path}: the columns are {', '.join(header)}, not {', '.join(HEADER)}")
+            for row in rows:
+                where = f"{path}, line {rows.line_num}"
+                if len(row) != len(HEADER):
+                    raise DataError(f"{where}: {len(row)} fields, not {len(HEADER)}")
+                answer = int(row[-1]) if row[-1].isdecimal() else row[-1]
+                yield example(row[0], row[1:5], answer, where, subject=subject)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
