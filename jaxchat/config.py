@@ -114,6 +114,7 @@ class SftConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    exams: tuple[str, ...] = ("auto",)  # names of exams; "auto": the generated ones, and those whose data is at hand
     max_per_task: int = -1  # examples; -1: all
     rows: int = 2048  # held-out rows at most for the final bits per byte
     batch_rows: int = 32  # engine slots and rows per scoring batch

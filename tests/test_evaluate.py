@@ -18,7 +18,7 @@ from jaxchat.paths import RunDir, read_json, write_json
 from jaxchat.state import TrainState
 from jaxchat.text.tokenizer import train_tokenizer
 from train import evaluate
-from train.evaluate import wilson
+from train.exams import wilson
 from train.samples import _code
 
 VOCAB, LENGTH = 280, 64

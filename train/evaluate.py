@@ -6,52 +6,48 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from jaxchat.checkpoint import params_sha256, restore_params
-from jaxchat.config import Config, MeshConfig
+from jaxchat.config import Config
 from jaxchat.data.rows import Rows
-from jaxchat.engine import Engine, Result
 from jaxchat.errors import DataError
-from jaxchat.log import progress, say
-from jaxchat.mesh import batch_devices, make_mesh, replicated
+from jaxchat.log import say
 from jaxchat.model import gpt
 from jaxchat.paths import RunDir, atomic_write, read_json, write_json
-from jaxchat.state import make_eval_step
-from jaxchat.tasks.base import Task, WrittenTask
-from jaxchat.tasks.registry import get_task
+from jaxchat.tasks.base import ChoiceTask, Task, WrittenTask
+from jaxchat.tasks.core import CORE_TASKS, Core
+from jaxchat.tasks.files import MissingData, TaskFiles
+from jaxchat.tasks.registry import TASKS, get_task
 from jaxchat.text.tokenizer import Tokenizer
-from train.bpb import bits_per_byte
+from train.exams import Model, Scores, capped, core_summary, digest
 from train.samples import CHAT_PROMPTS, held_out_openings, samples
 
-CHAT_EXAMS = ("word_problems", "identity")
-STAGES = {"base": (), "sft": CHAT_EXAMS}  # trained stage -> its written exams, besides bits per byte
-Z95 = 1.959963984540054  # standard deviations on each side of a 95 % interval
-
-Scores = dict[str, Any]
+STAGES = ("base", "sft", "rl")
+AUTO = "auto"
+GENERATED = ("word_problems", "identity")  # "auto": these, and the following where their data is at hand
+WITH_DATA = ("core", "mmlu", "arc_easy", "arc_challenge", "gsm8k", "humaneval")
+CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Examine every stage that has a checkpoint; facts: headline numbers by stage and task, digest.
 
-    An exam that is done for the same parameters and settings is kept, so a killed evaluation goes on where it was.
+    An exam that is done for the same parameters, questions and settings is kept, so a killed evaluation goes on where
+    it was. One whose data is missing or damaged is reported as not run, with the reason, and the others go on.
     """
     tokenizer = Tokenizer.load(run.tokenizer)
     found: dict[str, dict[str, Scores]] = {}
     before = gpt.init_params(config.model, config.seed)
-    for stage, exams in STAGES.items():
+    for stage in STAGES:
         if not any(p.name.isdigit() for p in run.stage(stage).glob("*")):
             continue
         params, _ = restore_params(run.stage(stage))
-        examiner = Examiner(config, run, stage, params, tokenizer)
-        found[stage] = examiner.examine(exams)
-        write_samples(examiner, before)
+        examiner = Examiner(Model(config, run, stage, params, tokenizer))
+        found[stage] = examiner.examine()
+        write_samples(examiner.model, before)
         before = params
     if not found:
         raise DataError(f"{run.root}: nothing to examine; train it first")
@@ -63,139 +59,148 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     }
 
 
+def check(config: Config) -> None:
+    """`UsageError` for an exam that does not exist, before any work."""
+    for name in config.eval.exams:
+        if name != AUTO:
+            get_task(name)
+
+
 class Examiner:
     """One model and its record of scores."""
 
-    def __init__(self, config: Config, run: RunDir, stage: str, params: Any, tokenizer: Tokenizer):
-        self.config, self.run, self.stage, self.params, self.tokenizer = config, run, stage, params, tokenizer
-        self._engine: Engine | None = None
+    def __init__(self, model: Model):
+        self.model, self.config, self.stage = model, model.config, model.stage
+        self._path = model.run.eval(model.stage)
+        inputs = self._inputs()
+        record = read_json(self._path) if self._path.exists() else {}
+        if record.get("inputs") != inputs:
+            record = {"tasks": {}, "core_tasks": {}, "inputs": inputs}
+        self._kept: dict[str, Any] = record  # what an earlier evaluation found
+        self._record: dict[str, Any] = {
+            "tasks": {},
+            "core": None,
+            "core_partial": None,
+            "chatcore": None,
+            "not_run": {},
+        }
+        self._record |= {"core_tasks": {}, "inputs": inputs}
 
-    @property
-    def engine(self) -> Engine:
-        """Made at the first exam that writes."""
-        if self._engine is None:
-            self._engine = self.engine_of(self.params)
-        return self._engine
-
-    def engine_of(self, params: Any) -> Engine:
-        slots = 1 << (max(1, self.config.eval.batch_rows).bit_length() - 1)
-        return Engine(self.config.model, params, self.tokenizer, slots=slots)
-
-    def examine(self, exams: tuple[str, ...]) -> dict[str, Scores]:
+    def examine(self) -> dict[str, Scores]:
         """All scores by task, from the record where they are there; writes the record after every exam."""
-        path, inputs = self.run.eval(self.stage), self._inputs()
-        record = read_json(path) if path.exists() else {}
-        tasks = record.get("tasks", {}) if record.get("inputs") == inputs else {}
-        todo: dict[str, Callable[[], Scores]] = {"bits_per_byte": self.bits_per_byte}
-        todo |= {name: functools.partial(self.written, get_task(name)) for name in exams}
-        for name, exam in todo.items():
-            if name not in tasks:
-                begin = time.perf_counter()
-                scores = exam()
-                tasks[name] = scores | {"seconds": round(time.perf_counter() - begin, 3)}
-                write_json(path, {"tasks": tasks, "core": None, "chatcore": None, "inputs": inputs})
-            say(f"  {self.stage:<5} {name:<14} {_line(tasks[name])}")
+        self._exam("bits_per_byte", "", self.model.bits_per_byte)
+        for name, files, optional in self._exams():
+            task = get_task(name, files)
+            if isinstance(task, Core) != (self.stage == "base"):
+                continue
+            try:
+                if isinstance(task, Core):
+                    self._core(task)
+                else:
+                    self._chat_exam(task)
+            except DataError as error:
+                if not (optional and isinstance(error, MissingData)):
+                    self._not_run(name, str(error))
+        tasks = self._record["tasks"]
+        if all(name in tasks for name in CHATCORE):
+            centred = ((tasks[n]["metric"] - tasks[n]["chance"]) / (1 - tasks[n]["chance"]) for n in CHATCORE)
+            self._record["chatcore"] = sum(centred) / len(CHATCORE)
+            say(f"  {self.stage:<5} ChatCORE {self._record['chatcore']:.4f}")
+        write_json(self._path, self._record)
         return tasks
 
-    def bits_per_byte(self) -> Scores:
-        """On held-out text, and on held-out conversations where there are any. `n` counts rows."""
-        mesh = make_mesh(MeshConfig(), jax.local_devices())  # whole parameters on each; other processes wait
-        batch_rows = -(-self.config.eval.batch_rows // batch_devices(mesh)) * batch_devices(mesh)
-        step = make_eval_step(self.config, mesh)
-        params = jax.device_put(self.params, replicated(mesh))
-        scores: Scores = {}
-        for kind, folder in (("text", "rows/val"), ("conversations", "sft/val")):
-            directory = self.run.data / folder
-            if not (directory / "meta.json").exists():
-                continue
-            rows = Rows(directory, self.tokenizer.digest)
-            if len(rows) == 0:
-                continue
-            limit, lengths = min(self.config.eval.rows, len(rows)), self.tokenizer.byte_lengths()
-            found = bits_per_byte(step, params, rows, lengths, batch_rows, limit, mesh)
-            scores[kind] = {"n": limit} | found
-        if not scores:
-            raise DataError(f"{self.run.data}: no held-out rows; run stage prepare again")
-        first = next(iter(scores.values()))
-        return {"metric": first["bits_per_byte"], "unit": "bits per byte"} | first | scores
+    def _exams(self) -> Iterator[tuple[str, TaskFiles, bool]]:
+        """Name, where its data lies, and whether it is left out silently without."""
+        folder, seen = self.config.tasks.data_dir, set()
+        for entry in self.config.eval.exams:
+            names = [*GENERATED, *(n for n in WITH_DATA if n in TASKS)] if entry == AUTO else [entry]
+            for name in names:
+                if name not in seen:
+                    seen.add(name)
+                    yield name, TaskFiles(folder, download=entry != AUTO), entry == AUTO
 
-    def written(self, task: Task) -> Scores:
-        """Answers at temperature 0, all slots full; every answer is kept beside the scores.
+    def _chat_exam(self, task: Task) -> None:
+        if not isinstance(task, WrittenTask | ChoiceTask):
+            raise DataError(f"{task.name} is no exam, only a source of conversations")
+        examples = task.examples()
+        indices = capped(len(examples), self.config.eval.max_per_task)
+        if not indices:
+            raise DataError(f"{task.name} has no questions")
+        exam = self.model.written if isinstance(task, WrittenTask) else self.model.choice
+        asked = digest(examples[i] for i in indices)
+        self._exam(task.name, asked, functools.partial(exam, task, indices))  # type: ignore[arg-type]
 
-        A question that is longer than the context counts as wrong; `too_long` says how many there are.
-        """
-        assert isinstance(task, WrittenTask)
-        limit = self.config.eval.max_per_task
-        examples = list(task.examples())[: limit if limit >= 0 else None]
-        requests = [self.engine.chat_request(e.prompt, max_tokens=task.max_tokens) for e in examples]
-        fitting = [len(request.tokens) <= self.engine.capacity for request in requests]
-        with progress(f"{self.stage} {task.name}", sum(fitting)) as bar:
-            made = self.engine.generate(
-                [request for request, fits in zip(requests, fitting, strict=True) if fits], lambda _: bar.advance()
-            )
-        answered = iter(made)
-        nothing = Result([], [], "too_long", 0, 0)
-        results = [next(answered) if fits else nothing for fits in fitting]
-        right = task.grade_all(examples, [result.text for result in results])
-        groups: dict[str, list[bool]] = defaultdict(list)
-        for example, ok in zip(examples, right, strict=True):
-            for tag, value in example.tags.items():
-                groups[f"{tag}: {value}"].append(ok)
-        answers = [
-            {
-                "prompt": e.prompt,
-                "expected": e.expected,
-                "answer": r.parts,
-                "finish_reason": r.finish_reason,
-                "right": ok,
-            }
-            for e, r, ok in zip(examples, results, right, strict=True)
-        ]
-        lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-        atomic_write(self.run.eval(self.stage).with_name(f"{self.stage}_{task.name}.jsonl"), lines)
-        scores = accuracy(right) | {"too_long": fitting.count(False)}
-        return scores | {"groups": {name: accuracy(oks) for name, oks in sorted(groups.items())}}
+    def _core(self, task: Core) -> None:
+        """CORE's tasks one after the other; the whole only where none is missing."""
+        missing: dict[str, str] = {}
+        limit, baselines = self.config.eval.max_per_task, task.baselines()
+        for part in CORE_TASKS:
+            part = dataclasses.replace(part, baseline=baselines.get(part.label, part.baseline))
+            try:
+                items = task.load(part)
+            except DataError as error:
+                missing[part.label] = str(error)
+                continue
+            items = items[: limit if limit >= 0 else None]
+            self._exam(part.label, digest(items), functools.partial(self.model.core_task, part, items), "core_tasks")
+        tasks = self._record["core_tasks"]
+        if not tasks:
+            raise MissingData(next(iter(missing.values())))
+        summary = core_summary(tasks)
+        if missing:
+            names = ", ".join(missing)
+            self._record["core_partial"] = {"metric": summary["metric"], "tasks": len(tasks), "missing": missing}
+            self._record["tasks"]["core_partial"] = summary
+            say(f"  {self.stage:<5} mean of {len(tasks)} of CORE's {len(CORE_TASKS)} tasks {summary['metric']:.4f}")
+            self._not_run("core", f"no data of {names}: {next(iter(missing.values()))}")
+        else:
+            self._record["core"] = summary["metric"]
+            self._record["tasks"]["core"] = summary
+            say(f"  {self.stage:<5} CORE {summary['metric']:.4f}")
+        self._write()
+
+    def _exam(self, name: str, asked: str, exam: Callable[[], Scores], where: str = "tasks") -> None:
+        """Sit an exam, unless its result for the same questions is in the record."""
+        scores = self._kept.get(where, {}).get(name)
+        if scores is None or scores.get("questions_sha256", "") != asked:
+            begin = time.perf_counter()
+            scores = exam() | {"seconds": round(time.perf_counter() - begin, 3)}
+            if asked:
+                scores["questions_sha256"] = asked
+        self._record[where][name] = scores
+        self._write()
+        say(f"  {self.stage:<5} {name:<14} {_line(scores)}")
+
+    def _not_run(self, name: str, why: str) -> None:
+        self._record["not_run"][name] = why
+        say(f"  {self.stage:<5} {name:<14} not run: {why}", style="yellow")
+        self._write()
+
+    def _write(self) -> None:
+        """With what is kept of exams that are still to come, so that a second kill does not lose it."""
+        record = dict(self._record)
+        for where in ("tasks", "core_tasks"):
+            record[where] = self._kept.get(where, {}) | record[where]
+        write_json(self._path, record)
 
     def _inputs(self) -> dict[str, Any]:
-        """What the scores depend on."""
-        settings = {k: v for k, v in dataclasses.asdict(self.config.eval).items() if k != "sample_tokens"}
-        return settings | {"params_sha256": params_sha256(self.params), "tokenizer": self.tokenizer.digest}
+        """What the scores depend on, beside the questions."""
+        free = ("sample_tokens", "exams")
+        settings = {k: v for k, v in dataclasses.asdict(self.config.eval).items() if k not in free}
+        return settings | {"params_sha256": params_sha256(self.model.params), "tokenizer": self.model.tokenizer.digest}
 
 
-def accuracy(right: list[bool]) -> Scores:
-    """Share of right answers with its 95 % interval; all these exams have chance level 0."""
-    share = sum(right) / len(right) if right else 0.0
-    return {
-        "metric": share,
-        "accuracy": share,
-        "n": len(right),
-        "right": sum(right),
-        "interval": wilson(sum(right), len(right)),
-        "chance": 0.0,
-    }
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson's score interval, 1927); (0, 1) where nothing was asked."""
-    if n == 0:
-        return 0.0, 1.0
-    share, z2 = right / n, Z95**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def write_samples(examiner: Examiner, before: Any) -> None:
+def write_samples(model: Model, before: Any) -> None:
     """`samples.md` of a stage: the same prompts to the model the stage began with and the one it made."""
-    run, stage, config = examiner.run, examiner.stage, examiner.config
+    run, stage, config = model.run, model.stage, model.config
     chat = stage != "base"
     if chat:
         prompts = list(CHAT_PROMPTS)
     else:
-        prompts = held_out_openings(Rows(run.data / "rows" / "val", verify=False), examiner.tokenizer)
+        prompts = held_out_openings(Rows(run.data / "rows" / "val", verify=False), model.tokenizer)
     tokens = min(config.eval.sample_tokens, config.model.seq_len // 2)
     text = [f"# Samples: {stage}", "", "Temperature in bold; tool calls in brackets.", ""]
-    for title, engine in (("Before", examiner.engine_of(before)), ("After", examiner.engine)):
+    for title, engine in (("Before", model.engine_of(before)), ("After", model.engine)):
         text += [f"## {title}", "", samples(engine, prompts, chat, tokens)]
     atomic_write(run.stage(stage) / "samples.md", "\n".join(text))
 
@@ -203,5 +208,7 @@ def write_samples(examiner: Examiner, before: Any) -> None:
 def _line(scores: Scores) -> str:
     if "interval" in scores:
         low, high = scores["interval"]
-        return f"{scores['metric']:.1%} of {scores['n']} (95 %: {low:.1%} to {high:.1%})"
+        beside = "".join(f", {name} {found['metric']:.1%}" for name, found in scores.get("readings", {}).items())
+        cropped = f", {scores['cropped']} cropped" if scores.get("cropped") else ""
+        return f"{scores['metric']:.1%} of {scores['n']} (95 %: {low:.1%} to {high:.1%}){beside}{cropped}"
     return f"{scores['metric']:.4f}  perplexity {scores['perplexity']:.1f} on {scores['n']} rows"

@@ -82,7 +82,16 @@ STAGES = (
         joint=True,
     ),
     Stage("sft", sft.run, ("seed", "sft."), ("pretrain",), ("sft/<step>",), True, check=sft.check, joint=True),
-    Stage("eval", evaluate.run, ("eval.", "tasks."), ("pretrain",), ("eval/base.json",), False, uses=("sft",)),
+    Stage(
+        "eval",
+        evaluate.run,
+        ("eval.", "tasks."),
+        ("pretrain",),
+        ("eval/base.json",),
+        False,
+        uses=("sft", "rl"),
+        check=evaluate.check,
+    ),
     Stage("report", report.run, (), ("eval",), ("report.md", "report.json"), False),
 )
 NAMES = tuple(stage.name for stage in STAGES)

@@ -7,6 +7,7 @@ token of the continuation is the likeliest one. Texts are tokenized whole, `<|bo
 
 from __future__ import annotations
 
+import csv
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 from jaxchat.engine.scoring import Span, SpanScore, common_prefix
 from jaxchat.errors import DataError
 from jaxchat.tasks.base import Task
-from jaxchat.tasks.files import Archive, TaskFiles, read_jsonl
+from jaxchat.tasks.files import Archive, MissingData, TaskFiles, read_jsonl
 from jaxchat.text.tokenizer import Tokenizer
 
 BUNDLE = Archive("https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip", (".jsonl", ".yaml", ".csv"))
@@ -77,6 +78,18 @@ class Core(Task):
 
     def __init__(self, files: TaskFiles):
         self.files = files
+
+    def baselines(self) -> dict[str, float]:
+        """Accuracies of guessing by label, as the bundle's own table has them; none where there is no table."""
+        try:
+            path = self.files.find(("core/eval_meta_data.csv", "**/eval_meta_data.csv"), BUNDLE)[0]
+        except MissingData:
+            return {}
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            raise DataError(f"{path}: no table of the tasks' random baselines ({error})") from None
 
     def load(self, task: CoreTask) -> list[Item]:
         """One task's items in the fixed order. `MissingData` where its file is not at hand, or is damaged."""

@@ -1,0 +1,240 @@
+"""One exam of one model: questions in, scores with counts and intervals out, every decision kept beside them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxchat.config import Config, MeshConfig
+from jaxchat.data.rows import Rows
+from jaxchat.engine import Engine, Result
+from jaxchat.engine.scoring import Scorer
+from jaxchat.errors import DataError
+from jaxchat.log import progress
+from jaxchat.mesh import batch_devices, make_mesh, replicated
+from jaxchat.paths import RunDir, atomic_write
+from jaxchat.state import make_eval_step
+from jaxchat.tasks import core
+from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Example, WrittenTask
+from jaxchat.text.chat import render_prompt
+from jaxchat.text.tokenizer import Tokenizer
+from train.bpb import bits_per_byte
+
+ORDER_SEED = 42  # of the questions that a cap leaves; nanochat's, so that its first N are ours
+CORE_BLOCK = 512  # items of a CORE task whose texts are tokenized and scored together
+Z95 = 1.959963984540054  # standard deviations on each side of a 95 % interval
+
+Scores = dict[str, Any]
+
+
+class Model:
+    """A model under examination, with the engine that writes and the scorer that reads, each made when first needed."""
+
+    def __init__(self, config: Config, run: RunDir, stage: str, params: Any, tokenizer: Tokenizer):
+        self.config, self.run, self.stage, self.params, self.tokenizer = config, run, stage, params, tokenizer
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        return self.engine_of(self.params)
+
+    def engine_of(self, params: Any) -> Engine:
+        slots = 1 << (max(1, self.config.eval.batch_rows).bit_length() - 1)
+        return Engine(self.config.model, params, self.tokenizer, slots=slots)
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """This process's devices, whole parameters on each; other processes wait."""
+        return make_mesh(MeshConfig(), jax.local_devices())
+
+    @functools.cached_property
+    def scorer(self) -> Scorer:
+        return Scorer(self.config.model, self.params, self.mesh, self.config.eval.batch_rows)
+
+    def keep(self, name: str, decisions: Iterable[dict[str, Any]]) -> None:
+        """Write `eval/<stage>_<name>.jsonl`, an object for every question."""
+        lines = "".join(json.dumps(decision, ensure_ascii=False) + "\n" for decision in decisions)
+        atomic_write(self.run.eval(self.stage).with_name(f"{self.stage}_{name}.jsonl"), lines)
+
+    def bits_per_byte(self) -> Scores:
+        """On held-out text, and on held-out conversations where there are any. `n` counts rows."""
+        config, devices = self.config, batch_devices(self.mesh)
+        batch_rows = -(-config.eval.batch_rows // devices) * devices
+        step = make_eval_step(config, self.mesh)
+        params = jax.device_put(self.params, replicated(self.mesh))
+        scores: Scores = {}
+        for kind, folder in (("text", "rows/val"), ("conversations", "sft/val")):
+            directory = self.run.data / folder
+            if not (directory / "meta.json").exists():
+                continue
+            rows = Rows(directory, self.tokenizer.digest)
+            if len(rows) == 0:
+                continue
+            limit, lengths = min(config.eval.rows, len(rows)), self.tokenizer.byte_lengths()
+            found = bits_per_byte(step, params, rows, lengths, batch_rows, limit, self.mesh)
+            scores[kind] = {"n": limit} | found
+        if not scores:
+            raise DataError(f"{self.run.data}: no held-out rows; run stage prepare again")
+        first = next(iter(scores.values()))
+        return {"metric": first["bits_per_byte"], "unit": "bits per byte"} | first | scores
+
+    def written(self, task: WrittenTask, indices: Sequence[int]) -> Scores:
+        """Answers at temperature 0, all slots full.
+
+        A question that is longer than the context counts as wrong; `too_long` says how many there are. `endless` counts
+        the answers that were cut off at their greatest length.
+        """
+        everything = task.examples()
+        examples = [everything[i] for i in indices]
+        requests = [self.engine.chat_request(e.prompt, max_tokens=task.max_tokens) for e in examples]
+        fitting = [len(request.tokens) <= self.engine.capacity for request in requests]
+        with progress(f"{self.stage} {task.name}", sum(fitting)) as bar:
+            made = self.engine.generate(
+                [request for request, fits in zip(requests, fitting, strict=True) if fits], lambda _: bar.advance()
+            )
+        answered = iter(made)
+        nothing = Result([], [], "too_long", 0, 0)
+        results = [next(answered) if fits else nothing for fits in fitting]
+        right = task.grade_all(examples, [result.text for result in results])
+        readings: dict[str, list[bool]] = defaultdict(list)
+        for example, result in zip(examples, results, strict=True):
+            for name, ok in task.readings(example, result.text).items():
+                readings[name].append(ok)
+        self.keep(
+            task.name,
+            (
+                {"index": i, "prompt": e.prompt, "expected": e.expected, "answer": r.parts}
+                | {"finish_reason": r.finish_reason, "right": ok}
+                for i, e, r, ok in zip(indices, examples, results, right, strict=True)
+            ),
+        )
+        endless = sum(result.finish_reason == "length" for result in results)
+        scores = accuracy(right, task.chance) | {"too_long": fitting.count(False), "endless": endless}
+        if readings:
+            scores["readings"] = {name: accuracy(oks, task.chance) for name, oks in readings.items()}
+        if found := task.facts():
+            scores["facts"] = found
+        return scores | by_tags(examples, right, task.chance)
+
+    def choice(self, task: ChoiceTask, indices: Sequence[int]) -> Scores:
+        """The letter of largest logit where the answer begins. `cropped` prompts are longer than the context and lost
+        their beginning."""
+        everything = task.examples()
+        examples = [everything[i] for i in indices]
+        prompts = [render_prompt(self.tokenizer, e.prompt) for e in examples]
+        letters = [[self._letter(letter) for letter in e.letters] for e in examples]
+        with progress(f"{self.stage} {task.name}", len(prompts)) as bar:
+            logits, cropped = self.scorer.letters(prompts, letters, bar.advance)
+        chosen = [row.index(max(row)) for row in logits]
+        right = [c == e.right for c, e in zip(chosen, examples, strict=True)]
+        self.keep(
+            task.name,
+            (
+                {"index": i, "chosen": e.letters[c], "expected": e.letters[e.right], "right": ok}
+                for i, e, c, ok in zip(indices, examples, chosen, right, strict=True)
+            ),
+        )
+        return accuracy(right, task.chance) | {"cropped": cropped} | by_tags(examples, right, task.chance)
+
+    def _letter(self, letter: str) -> int:
+        ids = self.tokenizer.encode(letter)
+        if len(ids) != 1:
+            raise DataError(
+                f"the tokenizer splits the letter {letter!r} into {len(ids)} tokens, so no logit stands for it"
+            )
+        return ids[0]
+
+    def core_task(self, task: core.CoreTask, items: Sequence[core.Item]) -> Scores:
+        """One of CORE's tasks; `items` after the cap. `cropped` counts items with a text longer than the context."""
+        chosen: list[int] = []
+        right: list[bool] = []
+        cropped = 0
+        with progress(f"{self.stage} core: {task.label}", len(items)) as bar:
+            for start in range(0, len(items), CORE_BLOCK):
+                block = range(start, min(start + CORE_BLOCK, len(items)))
+                groups = list(core.groups(task, items, self.tokenizer, block))
+                for index, scores in zip(block, self.scorer.spans(groups), strict=True):
+                    option, ok = core.decide(task, items[index], scores)
+                    chosen.append(option)
+                    right.append(ok)
+                    cropped += any(score.cropped for score in scores)
+                bar.advance(len(block))
+        self.keep(
+            f"core_{task.label}",
+            ({"index": i, "chosen": c, "right": ok} for i, (c, ok) in enumerate(zip(chosen, right, strict=True))),
+        )
+        found = accuracy(right, task.baseline)
+        return found | {"centred": core.centred(task, found["accuracy"]), "shots": task.shots, "cropped": cropped}
+
+
+def core_summary(tasks: dict[str, Scores]) -> Scores:
+    """The mean of the centred accuracies of CORE's tasks, by label; the interval adds up those of the tasks."""
+    means = [task["centred"] for task in tasks.values()]
+    half = math.sqrt(sum(((t["interval"][1] - t["interval"][0]) / 2 / (1 - t["chance"])) ** 2 for t in tasks.values()))
+    metric = sum(means) / len(means)
+    return {
+        "metric": metric,
+        "n": sum(task["n"] for task in tasks.values()),
+        "seconds": round(sum(task["seconds"] for task in tasks.values()), 3),
+        "interval": (metric - half / len(means), metric + half / len(means)),
+        "chance": 0.0,
+        "groups": tasks,
+    }
+
+
+def capped(count: int, limit: int) -> list[int]:
+    """Which of `count` questions are asked: all in their order, or the first `limit` of a fixed shuffle."""
+    if limit < 0 or limit >= count:
+        return list(range(count))
+    return [int(i) for i in np.random.default_rng(ORDER_SEED).permutation(count)[:limit]]
+
+
+def digest(questions: Iterable[Any]) -> str:
+    """SHA-256 of what is asked and what is right."""
+    found = hashlib.sha256()
+    for q in questions:
+        if isinstance(q, Example):
+            q = [q.prompt, q.expected]
+        elif isinstance(q, ChoiceExample):
+            q = [q.prompt, q.letters, q.right]
+        found.update(json.dumps(q, sort_keys=True, default=str).encode() + b"\n")
+    return found.hexdigest()
+
+
+def by_tags(examples: Sequence[Example | ChoiceExample], right: Sequence[bool], chance: float) -> Scores:
+    """The same scores for every tag's value: `{"groups": {"kind: gain": ...}}`."""
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for example, ok in zip(examples, right, strict=True):
+        for tag, value in example.tags.items():
+            groups[f"{tag}: {value}"].append(ok)
+    return {"groups": {name: accuracy(oks, chance) for name, oks in sorted(groups.items())}}
+
+
+def accuracy(right: Sequence[bool], chance: float = 0.0) -> Scores:
+    """Share of right answers with its 95 % interval, and the share that guessing gets."""
+    share = sum(right) / len(right) if right else 0.0
+    return {
+        "metric": share,
+        "accuracy": share,
+        "n": len(right),
+        "right": sum(right),
+        "interval": wilson(sum(right), len(right)),
+        "chance": chance,
+    }
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson's score interval, 1927); (0, 1) where nothing was asked."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = right / n, Z95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
