@@ -8,12 +8,15 @@ from collections.abc import Callable
 
 from jaxchat.errors import UsageError
 from jaxchat.tasks.arc import Arc
+from jaxchat.tasks.arithmetic import Arithmetic
 from jaxchat.tasks.base import Task
 from jaxchat.tasks.core import Core
 from jaxchat.tasks.files import NO_FILES, TaskFiles
+from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.identity import Identity
 from jaxchat.tasks.mmlu import MMLU
 from jaxchat.tasks.smoltalk import SmolTalk
+from jaxchat.tasks.spelling_bee import SpellingBee
 from jaxchat.tasks.word_problems import WordProblems
 
 # name -> the task, made from where its data lies; nothing is read before its examples are asked for
@@ -25,6 +28,9 @@ TASKS: dict[str, Callable[[TaskFiles], Task]] = {
     "arc_easy": lambda files: Arc("arc_easy", files),
     "arc_challenge": lambda files: Arc("arc_challenge", files),
     "smoltalk": SmolTalk,
+    "gsm8k": GSM8K,
+    "spelling_bee": lambda files: SpellingBee(),
+    "arithmetic": lambda files: Arithmetic(),
 }
 
 
