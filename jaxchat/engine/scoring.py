@@ -164,8 +164,10 @@ class Scorer:
         runs fewer tokens."""
         alone = [_Row(span.tokens, [], [(s, span.start, span.end)]) for s, span in spans.items()]
         # what predicts a span's first token stands in the sequence's own part, or the prefix would be asked as well
+        if len(spans) < 2:
+            return alone
         common = min(common_prefix([span.tokens for span in spans.values()]), *(x.start - 1 for x in spans.values()))
-        if len(spans) < 2 or common < 1:
+        if common < 1:
             return alone
         prefix = next(iter(spans.values())).tokens[:common]
         T = self._length(common)

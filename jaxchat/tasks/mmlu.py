@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -57,14 +59,41 @@ def _read_csv(path: Path) -> Iterator[ChoiceExample]:
     subject = path.name.removesuffix("_test.csv")
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            rows = csv.reader(file)
-            if (header := next(rows, [])) != HEADER:
-                raise DataError(f"{path}: the columns are {', '.join(header)}, not {', '.join(HEADER)}")
-            for row in rows:
-                where = f"{path}, line {rows.line_num}"
-                if len(row) != len(HEADER):
-                    raise DataError(f"{where}: {len(row)} fields, not {len(HEADER)}")
-                answer = int(row[-1]) if row[-1].isdecimal() else row[-1]
-                yield example(row[0], row[1:5], answer, where, subject=subject)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
+    for line, row in records(text):
+        where = f"{path}, line {line}"
+        if line == 1:
+            if row != HEADER:
+                raise DataError(f"{path}: the columns are {', '.join(row)}, not {', '.join(HEADER)}")
+        elif len(row) != len(HEADER):
+            raise DataError(f"{where}: {len(row)} fields, not {len(HEADER)}")
+        else:
+            answer = int(row[-1]) if row[-1].isdecimal() else row[-1]
+            yield example(row[0], row[1:5], answer, where, subject=subject)
+
+
+def records(text: str) -> list[tuple[int, list[str]]]:
+    """(first line, fields) of every record, also where quotes inside a field are not doubled.
+
+    Copies of the set exist that were written so: every text in quotes, whatever it holds. Of such a file a record ends
+    where a line ends in a quote, a comma and a number.
+    """
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    found, line = [], 1
+    try:
+        for row in rows:
+            found.append((line, row))
+            line = rows.line_num + 1
+        return [(line, row) for line, row in found if row]
+    except csv.Error:
+        pass
+    header, _, body = text.partition("\n")
+    found, line = [(1, header.strip().split(","))], 2
+    for record in re.split(r'(?<=",\d)\r?\n', body):
+        if record.strip():
+            texts, _, answer = record.rpartition('",')
+            found.append((line, [*texts.removeprefix('"').split('","'), answer.strip()]))
+        line += record.count("\n") + 1
+    return found

@@ -1,0 +1,136 @@
+"""Every decision of an exam here and in nanochat's own code, with the same weights, tokenizer and questions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench.compare import nanochat_config
+from jaxchat.config import Config
+from jaxchat.engine.scoring import Scorer
+from jaxchat.errors import UsageError
+from jaxchat.tasks import arc, core, mmlu
+from jaxchat.tasks.files import TaskFiles, read_jsonl, read_parquet
+from jaxchat.tasks.multiple_choice import LETTERS
+from jaxchat.tasks.registry import get_task
+from jaxchat.text.chat import render_prompt
+from jaxchat.text.tokenizer import Tokenizer
+from train.exams import capped
+
+WORKER = Path(__file__).with_name("nanochat_exams.py")
+CORE = ("copa", "openbook_qa", "winograd", "winogrande", "lambada_openai", "bigbench_operators", "arc_easy", "boolq")
+CHAT = ("mmlu", "arc_easy", "arc_challenge")
+
+
+def compare(
+    config: Config, params: Any, tokenizer: Tokenizer, data: str, directory: Path, python: str, limit: int
+) -> dict[str, Any]:
+    """Decisions that agree, by exam; prompts are not cropped, as in nanochat."""
+    if not (directory / "nanochat" / "core_eval.py").exists():
+        raise UsageError(f"{directory}: no nanochat/core_eval.py there; give a checkout of karpathy/nanochat")
+    files, scorer = TaskFiles(data), Scorer(config.model, params, context=0)
+    ours: dict[str, list[Any]] = {}
+    right: dict[str, int] = {}
+    asked: dict[str, Any] = {}
+    left_out: list[str] = []
+    for task in (t for t in core.CORE_TASKS if t.label in CORE):
+        name, items = f"core {task.label}", core.Core(files).load(task)[:limit]
+        groups = list(core.groups(task, items, tokenizer))
+        if max(len(span.tokens) for group in groups for span in group) > 10 * config.model.seq_len:
+            left_out.append(name)  # nanochat's rotary tables end there
+            continue
+        scores = scorer.spans(groups)
+        ours[name] = [core.decide(task, i, s)[1] for i, s in zip(items, scores, strict=True)]
+        right[name] = sum(ours[name])
+        path = str(files.find((f"core/{task.data}", f"**/{task.data}"))[0].resolve())
+        asked[name] = {
+            "path": path,
+            "kind": task.kind,
+            "shots": task.shots,
+            "delimiter": task.delimiter,
+            "limit": limit,
+        }
+    for exam in CHAT:
+        name = f"chat {exam}"
+        examples = get_task(exam, files).examples()  # type: ignore[attr-defined]
+        chosen = capped(len(examples), limit)
+        examples = [examples[i] for i in chosen]
+        prompts = [render_prompt(tokenizer, e.prompt) for e in examples]
+        logits, _ = scorer.letters(prompts, [[tokenizer.encode(x)[0] for x in e.letters] for e in examples])
+        ours[name] = [e.letters[row.index(max(row))] for e, row in zip(examples, logits, strict=True)]
+        right[name] = sum(a == e.letters[e.right] for a, e in zip(ours[name], examples, strict=True))
+        rows = published_rows(exam, files)
+        asked[name] = {"exam": exam, "rows": [rows[i] for i in chosen]}
+    theirs = _ask(config, params, tokenizer, asked, directory, python)
+    compared = {
+        name: {
+            "asked": len(found),
+            "agree": sum(a == b for a, b in zip(found, theirs[name], strict=True)),
+            "right": right[name],
+        }
+        for name, found in ours.items()
+    }
+    return {
+        "compared": compared,
+        "decisions": sum(found["asked"] for found in compared.values()),
+        "agree": sum(found["agree"] for found in compared.values()),
+        "left_out": left_out,
+        "shapes": sorted(scorer.shapes),
+    }
+
+
+def published_rows(exam: str, files: TaskFiles) -> list[dict[str, Any]]:
+    """The questions as their publishers' tables have them, which is what nanochat reads."""
+    if exam == "mmlu":
+        paths = files.find(mmlu.TEST_PATTERNS)
+        if paths[0].suffix == ".parquet":
+            return [row for path in paths for _, row in read_parquet(path, mmlu.COLUMNS)]
+        tables = [(p.name.removesuffix("_test.csv"), mmlu.records(p.read_text("utf-8"))[1:]) for p in paths]
+        return [
+            {"question": row[0], "choices": row[1:5], "answer": int(row[5]), "subject": subject}
+            for subject, table in tables
+            for _, row in table
+        ]
+    rows = (row for _, row in read_jsonl(files.find((f"core/{exam}.jsonl", f"**/{exam}.jsonl"))[0]))
+    return [
+        {
+            "question": row["query"].removeprefix(arc.CORE_START),
+            "choices": {"text": row["choices"], "label": list(LETTERS[: len(row["choices"])])},
+            "answerKey": LETTERS[row["gold"]],
+        }
+        for row in rows
+    ]
+
+
+def _ask(
+    config: Config, params: Any, tokenizer: Tokenizer, asked: dict[str, Any], directory: Path, python: str
+) -> dict[str, list[Any]]:
+    """nanochat's decisions by exam."""
+    with tempfile.TemporaryDirectory() as folder:
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        weights = {".".join(k.key for k in path): np.asarray(leaf, np.float32) for path, leaf in leaves}
+        np.savez(f"{folder}/weights.npz", **weights)  # type: ignore[arg-type]
+        tokenizer.save(folder)
+        settings = {
+            "directory": str(directory.resolve()),
+            "config": nanochat_config(config),
+            "weights": f"{folder}/weights.npz",
+            "tokenizer": f"{folder}/tokenizer.json",
+            "asked": asked,
+        }
+        (Path(folder) / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+        done = subprocess.run(
+            [python, str(WORKER), f"{folder}/settings.json"], cwd=directory, capture_output=True, text=True
+        )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UsageError(
+            f"nanochat ended with code {done.returncode}: {last}; --python names an interpreter with torch"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
