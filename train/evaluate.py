@@ -66,6 +66,25 @@ def check(config: Config) -> None:
             get_task(name)
 
 
+def exam_tasks(config: Config) -> Iterator[tuple[Task, bool]]:
+    """The tasks of `eval.exams`, and of each whether it is left out silently where its data is not at hand."""
+    seen: set[str] = set()
+    for entry in config.eval.exams:
+        names = [*GENERATED, *(n for n in WITH_DATA if n in TASKS)] if entry == AUTO else [entry]
+        for name in names:
+            if name not in seen:
+                seen.add(name)
+                yield get_task(name, TaskFiles(config.tasks.data_dir, download=entry != AUTO)), entry == AUTO
+
+
+def chat_core(tasks: dict[str, Scores]) -> float | None:
+    """ChatCORE: the mean of its five exams, centred so that guessing is 0; None unless all five are there."""
+    if not all(name in tasks for name in CHATCORE):
+        return None
+    centred = ((tasks[n]["metric"] - tasks[n]["chance"]) / (1 - tasks[n]["chance"]) for n in CHATCORE)
+    return sum(centred) / len(CHATCORE)
+
+
 class Examiner:
     """One model and its record of scores."""
 
@@ -89,8 +108,7 @@ class Examiner:
     def examine(self) -> dict[str, Scores]:
         """All scores by task, from the record where they are there; writes the record after every exam."""
         self._exam("bits_per_byte", "", self.model.bits_per_byte)
-        for name, files, optional in self._exams():
-            task = get_task(name, files)
+        for task, optional in exam_tasks(self.config):
             if isinstance(task, Core) != (self.stage == "base"):
                 continue
             try:
@@ -100,24 +118,13 @@ class Examiner:
                     self._chat_exam(task)
             except DataError as error:
                 if not (optional and isinstance(error, MissingData)):
-                    self._not_run(name, str(error))
+                    self._not_run(task.name, str(error))
         tasks = self._record["tasks"]
-        if all(name in tasks for name in CHATCORE):
-            centred = ((tasks[n]["metric"] - tasks[n]["chance"]) / (1 - tasks[n]["chance"]) for n in CHATCORE)
-            self._record["chatcore"] = sum(centred) / len(CHATCORE)
-            say(f"  {self.stage:<5} ChatCORE {self._record['chatcore']:.4f}")
+        if (mean := chat_core(tasks)) is not None:
+            self._record["chatcore"] = mean
+            say(f"  {self.stage:<5} ChatCORE {mean:.4f}")
         write_json(self._path, self._record)
         return tasks
-
-    def _exams(self) -> Iterator[tuple[str, TaskFiles, bool]]:
-        """Name, where its data lies, and whether it is left out silently without."""
-        folder, seen = self.config.tasks.data_dir, set()
-        for entry in self.config.eval.exams:
-            names = [*GENERATED, *(n for n in WITH_DATA if n in TASKS)] if entry == AUTO else [entry]
-            for name in names:
-                if name not in seen:
-                    seen.add(name)
-                    yield name, TaskFiles(folder, download=entry != AUTO), entry == AUTO
 
     def _chat_exam(self, task: Task) -> None:
         if not isinstance(task, WrittenTask | ChoiceTask):
@@ -185,7 +192,7 @@ class Examiner:
 
     def _inputs(self) -> dict[str, Any]:
         """What the scores depend on, beside the questions."""
-        free = ("sample_tokens", "exams")
+        free = ("sample_tokens", "exams", "overlap_documents")
         settings = {k: v for k, v in dataclasses.asdict(self.config.eval).items() if k not in free}
         return settings | {"params_sha256": params_sha256(self.model.params), "tokenizer": self.model.tokenizer.digest}
 

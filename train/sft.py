@@ -31,6 +31,7 @@ from jaxchat.tasks.registry import get_task, parse_mixture_entry
 from jaxchat.text.chat import Message, render
 from jaxchat.text.tokenizer import ASSISTANT_END, Tokenizer
 from train.loop import Job, fit
+from train.spot_check import spot_checks
 
 Conversation = list[Message]
 Piece = tuple[np.ndarray, np.ndarray]  # ids and mask of one conversation
@@ -60,6 +61,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         val_rows=val_rows if len(val_rows) else None,
         byte_lengths=tokenizer.byte_lengths(),
         start=start,
+        evaluators=spot_checks(config, run, tokenizer, "sft", config.sft.exam_cases),
         title="sft",
     )
     tokens = settings.train.steps * settings.train.batch_tokens
@@ -71,7 +73,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Refuse an unknown, malformed or doubled entry of the mixture, and a batch without whole rows, before any work."""
+    """Refuse an unknown, malformed or doubled entry of the mixture before any work, and download what it lacks."""
     names = [parse_mixture_entry(entry)[0] for entry in config.sft.mixture]
     for name in names:
         if name not in INSTALLED:
@@ -80,6 +82,13 @@ def check(config: Config) -> None:
                 raise UsageError(f"sft.mixture: {name} is an exam alone, it has nothing to train on")
         if names.count(name) > 1:
             raise UsageError(f"sft.mixture: {name} stands there twice; give it one count")
+    for name in names:
+        if name not in INSTALLED:
+            get_task(name, _files(config)).fetch()
+
+
+def _files(config: Config) -> TaskFiles:
+    return TaskFiles(config.tasks.data_dir, download=True)
 
 
 def sft_config(config: Config, rows: int) -> Config:
@@ -108,7 +117,7 @@ def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
     A conversation is held out by a hash of its text, as documents are; chitchat's are those of its held-out documents.
     Raises `UsageError` for an unknown name and `DataError` for data that is missing or damaged.
     """
-    fraction, files = config.data.val_fraction, TaskFiles(config.tasks.data_dir, download=True)
+    fraction, files = config.data.val_fraction, _files(config)
     for entry in config.sft.mixture:
         name, count, _ = parse_mixture_entry(entry)
         if name == "chitchat":

@@ -36,6 +36,8 @@ FREE_KEYS = (
     "train.remat",
     "train.scan_unroll",
     "train.max_bad_steps",
+    "sft.eval_every",
+    "sft.exam_cases",
 )
 SHARED_SECONDS = 60.0  # until what process 0 wrote must be seen by the others
 

@@ -63,6 +63,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sft.warmdown_ratio": (0, 1),
     "sft.batch_tokens": (1, INFINITE),
     "sft.eval_every": (0, INFINITE),
+    "sft.exam_cases": (0, INFINITE),
     "eval.max_per_task": (0, INFINITE),
     "eval.rows": (1, INFINITE),
     "eval.batch_rows": (1, INFINITE),

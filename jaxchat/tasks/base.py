@@ -46,6 +46,9 @@ class Task(ABC):
         question is among them."""
         return []
 
+    def fetch(self) -> None:  # noqa: B027  # most have nothing to fetch
+        """Have at hand what `train_conversations` reads; `MissingData` where that cannot be. Asked before training."""
+
 
 class WrittenTask(Task):
     """Answers are written out at temperature 0, with the calculator at hand, and graded."""

@@ -47,6 +47,9 @@ class GSM8K(WrittenTask):
     def examples(self) -> Sequence[Example]:
         return self._of("test")
 
+    def fetch(self) -> None:
+        _paths(self.files, "train")
+
     def train_examples(self, seed: int) -> Sequence[Example]:
         """All training questions, in the order of the file: RL has an order of its own."""
         return self._of("train")
@@ -72,12 +75,15 @@ class GSM8K(WrittenTask):
 
 
 @functools.cache
-def _rows(files: TaskFiles, split: str) -> list[tuple[str, str]]:
-    """(question, solution) of every problem."""
+def _paths(files: TaskFiles, split: str) -> list[Path]:
     names = (f"{split}.jsonl", f"{split}-*.parquet")
     hub = HubFiles(REPO, REVISION, (f"main/{split}-00000-of-00001.parquet",))
-    paths = files.find([folder + name for folder in FOLDERS for name in names], hub)
-    return [row for path in paths for row in _read(path)]
+    return files.find([folder + name for folder in FOLDERS for name in names], hub)
+
+
+def _rows(files: TaskFiles, split: str) -> list[tuple[str, str]]:
+    """(question, solution) of every problem."""
+    return [row for path in _paths(files, split) for row in _read(path)]
 
 
 def solution(text: str) -> Message:

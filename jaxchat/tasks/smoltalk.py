@@ -23,6 +23,9 @@ class SmolTalk(Task):
     def __init__(self, files: TaskFiles):
         self._files = files
 
+    def fetch(self) -> None:
+        self._files.find(PATTERNS, HUB)
+
     def train_conversations(self, count: int | None, seed: int) -> Iterator[Conversation]:
         """`count` of them drawn at random (None: all), in the order of the files."""
         import pyarrow.parquet as pq
