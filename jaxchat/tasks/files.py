@@ -147,16 +147,16 @@ def _from_hub(source: HubFiles, folder: Path) -> list[Path]:
     paths = [folder / name for name in source.files]
     marks = [path.with_name(f"{path.name}.verified.json") for path in paths]
     if not all(path.is_file() and mark.is_file() for path, mark in zip(paths, marks, strict=True)):
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
         with locked(folder.with_name(f"{folder.name}.lock")):
             try:
                 commit = _commit(source, folder)
                 for name, path, mark in zip(source.files, paths, marks, strict=True):
                     if not (path.is_file() and mark.is_file()):
                         write_json(mark, _fetch_file(source.repo, commit, name, folder) | {"commit": commit})
-            except (HfHubHTTPError, HFValidationError) as error:
-                raise ValueError(error) from None
+            except OSError:
+                raise
+            except Exception as error:  # beside the hub's own errors those of its HTTP library, which changed before
+                raise ValueError(str(error) or type(error).__name__) from None
     return paths
 
 
