@@ -1,7 +1,9 @@
 """Exams: the record follows the contract, is resumed per task, and its numbers equal independent ones."""
 
+import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +13,19 @@ import pytest
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import load_config
 from jaxchat.data.rows import Rows, finish_rows, write_rows
-from jaxchat.errors import DataError
+from jaxchat.errors import DataError, UsageError
 from jaxchat.model import gpt
 from jaxchat.optim.horizon import resolve
 from jaxchat.paths import RunDir, read_json, write_json
 from jaxchat.state import TrainState
+from jaxchat.tasks import core
+from jaxchat.tasks.core import CORE_TASKS
+from jaxchat.tasks.files import TaskFiles
+from jaxchat.tasks.registry import get_task
+from jaxchat.text.chat import render_prompt
 from jaxchat.text.tokenizer import train_tokenizer
 from train import evaluate
-from train.exams import wilson
+from train.exams import capped, wilson
 from train.samples import _code
 
 VOCAB, LENGTH = 280, 64
@@ -147,6 +154,137 @@ def test_other_parameters_are_examined_anew(config, run, facts):
     write_json(path, record)
     evaluate.run(config, run)
     assert read_json(path)["tasks"]["bits_per_byte"]["metric"] < 20
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory):
+    """All of CORE, MMLU and ARC, a few questions each, in the layouts they come in."""
+    root = tmp_path_factory.mktemp("mirror")
+    (root / "core").mkdir()
+    for task in CORE_TASKS:
+        items = {
+            core.CHOICE: [{"query": f"Tom {i}", "choices": ["has", "apples"], "gold": i % 2} for i in range(14)],
+            core.SCHEMA: [{"context_options": ["Tom", "you"], "continuation": "has", "gold": 1}] * 14,
+            core.LANGUAGE: [{"context": f"who {i}", "continuation": "are"} for i in range(14)],
+        }[task.kind]
+        lines = "".join(json.dumps(item) + "\n" for item in items)
+        (root / "core" / task.data).write_text(lines, encoding="utf-8")
+    (root / "core" / "arc_easy.jsonl").write_text(
+        "".join(json.dumps({"query": f"Question: {i}?", "choices": ["a", "b"], "gold": 0}) + "\n" for i in range(12))
+    )
+    (root / "mmlu").mkdir()
+    for subject in ("law", "art"):
+        rows = "".join(f"{subject} {i}?,1,2,3,4,{i % 4}\n" for i in range(6))
+        (root / "mmlu" / f"{subject}_test.csv").write_text("question,A,B,C,D,answer\n" + rows)
+    return root
+
+
+def with_data(config, mirror, *more):
+    return dataclasses.replace(
+        config,
+        tasks=dataclasses.replace(config.tasks, data_dir=str(mirror)),
+        eval=dataclasses.replace(config.eval, **dict(more)),
+    )
+
+
+def test_exams_whose_data_is_at_hand_are_sat(config, run, facts, mirror):
+    found = evaluate.run(with_data(config, mirror), run)
+    base, sft = read_json(run.eval("base")), read_json(run.eval("sft"))
+    assert base["core"] == found["base"]["core"] == base["tasks"]["core"]["metric"]
+    assert base["core_partial"] is None and base["not_run"] == sft["not_run"] == {}
+    parts = base["tasks"]["core"]["groups"]
+    assert list(parts) == [task.label for task in CORE_TASKS] and base["tasks"]["core"]["n"] == 5 * 22
+    assert base["core"] == pytest.approx(sum(p["centred"] for p in parts.values()) / 22)
+    low, high = base["tasks"]["core"]["interval"]
+    assert low < base["core"] < high
+    for label, part in parts.items():
+        assert part["centred"] == pytest.approx((part["accuracy"] - part["chance"]) / (1 - part["chance"]))
+        lines = (run.root / "eval" / f"base_core_{label}.jsonl").read_text().splitlines()
+        assert sum(json.loads(line)["right"] for line in lines) == part["right"] and len(lines) == part["n"] == 5
+    assert {"mmlu", "arc_easy", "arc_challenge"} <= set(sft["tasks"]) and "core" not in sft["tasks"]
+    mmlu = sft["tasks"]["mmlu"]
+    assert mmlu["chance"] == 0.25 and mmlu["cropped"] == 5  # this context is shorter than every prompt
+    assert set(mmlu["groups"]) <= {"subject: law", "subject: art"}
+    assert sum(group["n"] for group in mmlu["groups"].values()) == 5
+    assert sft["chatcore"] is None  # two of its five are missing
+
+
+def test_a_decision_equals_a_plain_forward_pass(config, run, facts, mirror, tokenizer, params):
+    everything = get_task("mmlu", TaskFiles(str(mirror))).examples()
+    evaluate.run(with_data(config, mirror), run)
+    lines = (run.root / "eval" / "sft_mmlu.jsonl").read_text().splitlines()
+    asked = [json.loads(line) for line in lines]
+    assert [a["index"] for a in asked] == np.random.default_rng(42).permutation(12)[:5].tolist()
+    for one in asked:
+        example = everything[one["index"]]
+        tokens = render_prompt(tokenizer, example.prompt)[-LENGTH:]
+        x = gpt.hidden(config.model, jax.tree.map(lambda p: p * 1.1, params), jnp.asarray([tokens]))
+        z = np.asarray(gpt.logits(config.model, jax.tree.map(lambda p: p * 1.1, params), x))[0, -1]
+        ids = [tokenizer.encode(letter)[0] for letter in example.letters]
+        assert one["chosen"] == example.letters[int(z[ids].argmax())]
+        assert one["right"] == (one["chosen"] == one["expected"] == example.letters[example.right])
+
+
+def test_missing_and_damaged_data_is_said_and_the_others_go_on(config, run, facts, mirror, capsys):
+    names = ("core", "mmlu", "arc_easy", "arc_challenge", "identity")
+    damaged = mirror.parent / "damaged"
+    shutil.copytree(mirror, damaged)
+    (damaged / "core" / "hellaswag.jsonl").write_text('{"query": "q", "choices": ["a", "b"], "gold": 2}\n')
+    (damaged / "mmlu" / "art_test.csv").write_text("question,A,B,C,D,answer\nq,1,2,3,4,7\n")
+    (damaged / "core" / "arc_challenge.jsonl").write_bytes(b"\xff")
+    evaluate.run(with_data(config, damaged, ("exams", names)), run)
+    base, sft = read_json(run.eval("base")), read_json(run.eval("sft"))
+    assert base["core"] is None and "core" not in base["tasks"]
+    partial = base["core_partial"]
+    assert partial["tasks"] == 19 and set(partial["missing"]) == {"hellaswag_zeroshot", "hellaswag", "arc_challenge"}
+    assert partial["metric"] == base["tasks"]["core_partial"]["metric"]
+    assert "hellaswag.jsonl, line 1: no item of hellaswag_zeroshot (gold 2" in base["not_run"]["core"]
+    assert "art_test.csv, line 2: answer 7 is none of the 4 options" in sft["not_run"]["mmlu"]
+    assert "cannot be read" in sft["not_run"]["arc_challenge"]
+    assert set(sft["tasks"]) == {"bits_per_byte", "arc_easy", "identity"}
+    said = capsys.readouterr().err
+    assert "mmlu           not run: " in said and "mean of 19 of CORE's 22 tasks" in said
+
+
+def test_only_what_is_not_done_is_examined_again(config, run, facts, mirror):
+    settings = with_data(config, mirror)
+    evaluate.run(settings, run)
+    record = read_json(run.eval("base"))
+    for scores in record["core_tasks"].values():
+        scores["seconds"] = 99.0
+    del record["core_tasks"]["boolq"], record["tasks"]["core"]
+    write_json(run.eval("base"), record)
+    evaluate.run(settings, run)
+    again = read_json(run.eval("base"))
+    assert [label for label, s in again["core_tasks"].items() if s["seconds"] != 99.0] == ["boolq"]
+    assert again["core"] == record["core"]
+    path = mirror / "core" / "copa.jsonl"  # other questions of one task
+    before = path.read_text()
+    path.write_text(before.replace("apples", "pears"))
+    evaluate.run(settings, run)
+    path.write_text(before)
+    changed = [label for label, s in read_json(run.eval("base"))["core_tasks"].items() if s["seconds"] != 99.0]
+    assert changed == ["copa", "boolq"]
+
+
+def test_an_unknown_exam_is_refused_before_any_work(config):
+    with pytest.raises(UsageError, match="mmlo.*did you mean mmlu"):
+        evaluate.check(dataclasses.replace(config, eval=dataclasses.replace(config.eval, exams=("mmlo",))))
+    evaluate.check(config)
+
+
+def test_chatcore_needs_all_five():
+    scores = {name: {"metric": 0.4, "chance": 0.25 if name in ("arc_easy", "arc_challenge", "mmlu") else 0.0}
+              for name in evaluate.CHATCORE}  # fmt: skip
+    assert evaluate.chat_core(scores) == pytest.approx((3 * 0.15 / 0.75 + 2 * 0.4) / 5)
+    del scores["humaneval"]
+    assert evaluate.chat_core(scores) is None
+
+
+def test_a_cap_takes_the_first_of_a_fixed_shuffle():
+    assert capped(5, -1) == capped(5, 5) == capped(5, 9) == [0, 1, 2, 3, 4]
+    assert capped(100, 3) == np.random.default_rng(42).permutation(100)[:3].tolist() == capped(100, 7)[:3]
+    assert capped(5, 0) == []
 
 
 def test_nothing_trained_is_an_error_that_says_so(config, tmp_path, tokenizer):

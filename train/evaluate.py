@@ -149,6 +149,9 @@ class Examiner:
                 missing[part.label] = str(error)
                 continue
             items = items[: limit if limit >= 0 else None]
+            if not items:
+                missing[part.label] = "no questions"
+                continue
             self._exam(part.label, digest(items), functools.partial(self.model.core_task, part, items), "core_tasks")
         tasks = self._record["core_tasks"]
         if not tasks:

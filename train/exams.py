@@ -171,7 +171,11 @@ class Model:
             ({"index": i, "chosen": c, "right": ok} for i, (c, ok) in enumerate(zip(chosen, right, strict=True))),
         )
         found = accuracy(right, task.baseline)
-        return found | {"centred": core.centred(task, found["accuracy"]), "shots": task.shots, "cropped": cropped}
+        return found | {
+            "centred": core.centred(task, found["accuracy"]),
+            "shots": min(task.shots, len(items) - 1),
+            "cropped": cropped,
+        }
 
 
 def core_summary(tasks: dict[str, Scores]) -> Scores:

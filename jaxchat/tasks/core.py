@@ -130,11 +130,13 @@ def _checked(task: CoreTask, item: Item) -> Item:
 def prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
     """The texts of one item with the examples before it: one for each option, or without and with the continuation.
 
-    The examples are drawn by the item's place in `items`, which is why a cap comes first.
+    The examples are drawn by the item's place in `items`, which is why a cap comes first; a cap that leaves fewer
+    items than examples takes all of them.
     """
     item, d = items[index], task.delimiter
     others = [i for i in range(len(items)) if i != index]
-    shots = [items[i] for i in random.Random(SHOTS_SEED + index).sample(others, task.shots)] if task.shots else []
+    count = min(task.shots, len(others))
+    shots = [items[i] for i in random.Random(SHOTS_SEED + index).sample(others, count)] if count else []
     if task.kind == CHOICE:
         before = "".join(f"{s['query']}{d}{s['choices'][s['gold']]}\n\n" for s in shots)
         return [f"{before}{item['query']}{d}{choice}" for choice in item["choices"]]
