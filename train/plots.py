@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -10,9 +11,12 @@ from matplotlib.figure import Figure
 from jaxchat.log import read_metrics
 
 
-def loss_plot(metrics: str | Path, picture: str | Path, title: str) -> None:
-    """Draw training loss (faint: each step; strong: running mean) and held-out bits per byte over tokens."""
-    records = [r for r in read_metrics(metrics) if r["loss"] is not None]
+def loss_plot(metrics: str | Path, picture: Any, title: str) -> None:
+    """Draw training loss (faint: each step; strong: running mean) and held-out bits per byte over tokens.
+
+    `picture`: a path, or a file to write to.
+    """
+    records = [r for r in read_metrics(metrics) if r.get("loss") is not None]
     if not records:
         return
     tokens = [r["tokens"] / 1e6 for r in records]
@@ -20,14 +24,14 @@ def loss_plot(metrics: str | Path, picture: str | Path, title: str) -> None:
     FigureCanvasAgg(figure)
     axis = figure.add_subplot()
     loss = [r["loss"] for r in records]
-    axis.plot(tokens, loss, color="#9bb8d3", linewidth=0.7)
-    axis.plot(tokens, _running_mean(loss, 0.95), color="#1f5a94", linewidth=1.6, label="training loss (nats per token)")
+    axis.plot(tokens, loss, color="C0", alpha=0.4, linewidth=0.7)
+    axis.plot(tokens, _running_mean(loss, 0.95), color="C0", linewidth=1.6, label="training loss (nats per token)")
     scored = [r for r in records if "val_bpb" in r]
     if scored:
         right = axis.twinx()
         points = [r["tokens"] / 1e6 for r in scored], [r["val_bpb"] for r in scored]
-        right.plot(*points, "o-", color="#c2571a", markersize=3, linewidth=1.2)
-        right.set_ylabel("held-out bits per byte", color="#c2571a")
+        right.plot(*points, "o-", color="C1", markersize=3, linewidth=1.2)
+        right.set_ylabel("held-out bits per byte", color="C1")
     axis.set(xlabel="million tokens", ylabel="nats per token", title=title)
     axis.grid(alpha=0.25)
     axis.legend(loc="upper right")

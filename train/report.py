@@ -1,44 +1,59 @@
-"""The report card: `report.md` for people, `report.json` with every number of it, and the curves."""
+"""The report card: `report.md` and `report.html` for people, `report.json` with every number, and the curves."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from jaxchat.config import Config, flatten
 from jaxchat.log import read_metrics, say
 from jaxchat.paths import RunDir, atomic_write, read_json, write_json
-from train.plots import loss_plot
-from train.report_plots import dynamics_plot
-from train.report_text import STAGE_TITLES, markdown
+from jaxchat.tasks.core import CORE_TASKS
+from train.compression import other_tokenizers
+from train.cost import run_cost, wall_clock
+from train.overlap import exam_overlap
+from train.report_exams import STAGE_TITLES
+from train.report_html import page
+from train.report_markdown import markdown
+from train.report_plots import draw
+from train.report_text import card_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_KEYS = ("recipe", "depth", "width", "n_heads", "n_kv_heads", "head_width", "seq_len", "vocab_size")
 CURVE_POINTS = 500  # of one curve in report.json, at most; metrics.jsonl has them all
 PRIVATE = ("serve.",)  # a card is there to be shown around; these keys hold addresses and API keys
+RL_CURVES = ("reward", "length", "kl")  # and pass@k
+
+Steps = list[dict[str, Any]]
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Write the card from the records of the run; facts: its digest."""
     metrics = {stage: read_metrics(run.stage(stage) / "metrics.jsonl") for stage in STAGE_TITLES}
     card = collect(config, run, metrics)
-    card["plots"] = _plots(run, metrics)
+    card["overlap"] = exam_overlap(config, run, card["data"].get("train", {}).get("documents"))
+    card["other_tokenizers"] = other_tokenizers(config, run) if card["tokenizer"] else []
+    drawn = draw(run, metrics)
+    card["plots"] = {stage: [plot.path for plot in plots] for stage, plots in drawn.items()}
     write_json(run.root / "report.json", card)
-    text = markdown(card, {stage: _samples(run, stage) for stage in STAGE_TITLES})
+    title, blocks = f"Report card: {card['tier']}", card_blocks(card, {s: _samples(run, s) for s in STAGE_TITLES})
+    text = markdown(title, blocks)
     atomic_write(run.report, text)
-    say(f"  {run.report}")
+    themes = {plot.path: plot.svg for plots in drawn.values() for plot in plots}
+    atomic_write(run.root / "report.html", page(title, blocks, themes))
+    say(f"  {run.report}, and the same as one page: {run.root / 'report.html'}")
     return {"digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def collect(config: Config, run: RunDir, metrics: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def collect(config: Config, run: RunDir, metrics: dict[str, Steps]) -> dict[str, Any]:
     """Every number of the card, from `stages.json`, the metrics and the exams; parts that do not exist are left out."""
     records = {name: r for name, r in read_json(run.stages).items() if r["status"] == "done" and name != "report"}
-    exams = {stage: read_json(run.eval(stage))["tasks"] for stage in STAGE_TITLES if run.eval(stage).exists()}
+    exams = {stage: read_json(run.eval(stage)) for stage in STAGE_TITLES if run.eval(stage).exists()}
     facts = {name: record["facts"] for name, record in records.items()}
-    seconds = {name: _seconds(record) for name, record in records.items()}
+    seconds = {name: wall_clock(record) for name, record in records.items()}
     pretrain = facts.get("pretrain", {})
     return {
         "tier": config.tier,
@@ -46,6 +61,7 @@ def collect(config: Config, run: RunDir, metrics: dict[str, list[dict[str, Any]]
         "machines": _alike(records, "hardware"),
         "versions": _alike(records, "versions"),
         "commits": _alike(records, "commit"),
+        "cost": run_cost(records),
         "seed": config.seed,
         "config": {key: value for key, value in flatten(config).items() if not key.startswith(PRIVATE)},
         "model": {key: getattr(config.model, key) for key in MODEL_KEYS},
@@ -55,8 +71,11 @@ def collect(config: Config, run: RunDir, metrics: dict[str, list[dict[str, Any]]
         "corpus_share": min(1.0, pretrain["epochs"]) if pretrain else None,
         "pretrain": pretrain,
         "sft": facts.get("sft", {}),
+        "rl": facts.get("rl", {}),
+        "rl_progress": _progress(metrics.get("rl", [])),
         "speed": {stage: _speed(steps) for stage, steps in metrics.items() if steps},
-        "exams": exams,
+        "exams": {stage: record["tasks"] for stage, record in exams.items()},
+        "standing": {stage: _standing(record) for stage, record in exams.items()},
         "curves": {stage: _curve(steps) for stage, steps in metrics.items() if steps},
         "seconds": seconds,
         "seconds_total": sum(seconds.values()),
@@ -65,10 +84,19 @@ def collect(config: Config, run: RunDir, metrics: dict[str, list[dict[str, Any]]
     }
 
 
-def _seconds(record: dict[str, Any]) -> float:
-    """Wall clock of a stage. A killed process leaves no record of its time, but the checkpoints have the training's."""
-    facts = record["facts"]
-    return max(record["seconds"], facts.get("seconds", 0.0) + facts.get("eval_seconds", 0.0))
+def _standing(record: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation says beside the scores of its exams: CORE or the part of it, ChatCORE, what was not run."""
+    partial = record.get("core_partial")
+    if partial:
+        mean = partial.get("metric", partial.get("mean"))
+        partial = {"mean": mean, "tasks": partial["tasks"], "of": partial.get("of", len(CORE_TASKS))}
+    reasons = {name: task["not_run"] for name, task in record["tasks"].items() if task.get("not_run")}
+    return {
+        "core": record.get("core"),
+        "core_partial": partial,
+        "chatcore": record.get("chatcore"),
+        "not_run": reasons | record.get("not_run", {}),
+    }
 
 
 def _alike(records: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -82,40 +110,54 @@ def _alike(records: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return groups
 
 
-def _speed(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the steps, and the mean, compiling included; `mfu` is null where the device's peak is unknown."""
-    known = [r["mfu"] for r in steps if r["mfu"] is not None]
+def _speed(steps: Steps) -> dict[str, Any]:
+    """Medians over the steps, and the mean, compiling included; null where the metrics do not say it."""
+
+    def middle(key: str) -> float | None:
+        known = [r[key] for r in steps if r.get(key) is not None]
+        return median(known) if known else None
+
+    spent, tokens = sum(r.get("step_seconds") or 0.0 for r in steps), steps[-1].get("tokens")
     return {
         "steps": len(steps),
-        "tokens_per_second": median(r["tokens_per_second"] for r in steps),
-        "mean_tokens_per_second": steps[-1]["tokens"] / max(sum(r["step_seconds"] for r in steps), 1e-9),
-        "step_seconds": median(r["step_seconds"] for r in steps),
-        "first_step_seconds": steps[0]["step_seconds"],
-        "mfu": median(known) if known else None,
+        "tokens_per_second": middle("tokens_per_second"),
+        "mean_tokens_per_second": None if tokens is None else tokens / max(spent, 1e-9),
+        "step_seconds": middle("step_seconds") or 0.0,
+        "first_step_seconds": steps[0].get("step_seconds") or 0.0,
+        "mfu": middle("mfu"),
     }
 
 
-def _curve(steps: list[dict[str, Any]]) -> dict[str, Any]:
+def _curve(steps: Steps) -> dict[str, Any]:
+    """Points (tokens, value), of RL (step, value)."""
     stride = -(-len(steps) // CURVE_POINTS)
     chosen = [*steps[:-1:stride], steps[-1]]
-    return {
-        "loss": [[r["tokens"], r["loss"]] for r in chosen],
-        "val_bpb": [[r["tokens"], r["val_bpb"]] for r in steps if "val_bpb" in r],
+    curves = {
+        "loss": [[r.get("tokens", r["step"]), r.get("loss")] for r in chosen],
+        "val_bpb": [[r.get("tokens", r["step"]), r["val_bpb"]] for r in steps if "val_bpb" in r],
     }
+    for key in _learned(steps):
+        curves[key] = [[r["step"], r[key]] for r in (steps if "@" in key else chosen) if key in r]
+    return curves
 
 
-def _plots(run: RunDir, metrics: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
-    """Draw `plots/`; paths inside the run directory, by stage."""
-    drawn: dict[str, list[str]] = {}
-    run.plots.mkdir(parents=True, exist_ok=True)
-    for stage, steps in metrics.items():
-        if not any(record["loss"] is not None for record in steps):
-            continue
-        loss, dynamics = (run.plots / f"{stage}_{name}.png" for name in ("loss", "dynamics"))
-        loss_plot(run.stage(stage) / "metrics.jsonl", loss, STAGE_TITLES[stage])
-        dynamics_plot(steps, dynamics, STAGE_TITLES[stage])
-        drawn[stage] = [path.relative_to(run.root).as_posix() for path in (loss, dynamics)]
-    return drawn
+def _learned(steps: Steps) -> list[str]:
+    """The figures of reinforcement learning that the records hold."""
+    held = dict.fromkeys(key for record in steps for key in record if key in RL_CURVES or key.startswith("pass@"))
+    order = {key: i for i, key in enumerate(RL_CURVES)}
+    return sorted(held, key=lambda key: (order.get(key, len(order)), len(key), key))
+
+
+def _progress(steps: Steps) -> dict[str, dict[str, float]]:
+    """Where each figure of RL began and ended: means over a tenth of the steps, of pass@k single evaluations."""
+    found = {}
+    for key in _learned(steps):
+        values = [r[key] for r in steps if r.get(key) is not None]
+        part = 1 if "@" in key else -(-len(values) // 10)
+        if values:
+            ends = {"first": fmean(values[:part]), "last": fmean(values[-part:])}
+            found[key] = ends | {"best": max(values), "steps": len(values)}
+    return found
 
 
 def _samples(run: RunDir, stage: str) -> str:

@@ -1,143 +1,135 @@
-"""The report card as Markdown: from the numbers of `report.json` and the samples, and from nothing else."""
+"""The words of a report card: blocks from the numbers of `report.json` and the samples, and from nothing else."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
 from typing import Any
 
-STAGE_TITLES = {"base": "BASE", "sft": "SFT", "rl": "RL"}
+from train.report_blocks import (
+    Block,
+    Bold,
+    Fold,
+    Heading,
+    Line,
+    Listing,
+    Mono,
+    Paragraph,
+    Pictures,
+    Samples,
+    Table,
+    Tiles,
+    Turn,
+)
+from train.report_exams import STAGE_TITLES, Card, exam_blocks, taken
 
-Card = dict[str, Any]
+TILE_EXAMS = {"mmlu": "MMLU", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "gsm8k": "GSM8K",
+              "humaneval": "HumanEval", "word_problems": "word problems", "identity": "identity"}  # fmt: skip
+MOST_TILES = 8
 
 
-def markdown(card: Card, samples: dict[str, str]) -> str:
+def card_blocks(card: Card, samples: dict[str, str]) -> list[Block]:
     """The whole card; `samples` holds the text of each stage's `samples.md`, empty where there is none."""
-    sections = [_headline(card), _exams(card), _kinds(card), _samples(samples), _curves(card), _training(card)]
-    sections += [_data(card), _time(card), _machine(card), _config(card)]
-    lines = [f"# Report card: {card['tier']}", "", *(line for section in sections for line in section)]
-    return "\n".join(lines).rstrip("\n") + "\n"
+    sections = (
+        _headline(card), exam_blocks(card), _samples(samples), _curves(card), _learning(card), _training(card),
+        _data(card), _time(card), _machine(card), _config(card),
+    )  # fmt: skip
+    return [block for section in sections for block in section]
 
 
-def _headline(card: Card) -> list[str]:
+def _headline(card: Card) -> list[Block]:
     train, model = card["pretrain"], card["model"]
     if not train:
         return []
     base = card["exams"].get("base", {}).get("bits_per_byte")
-    parts = [
-        f"A chat model of {_count(train['parameters'])} parameters ({model['depth']} layers, width {model['width']}), "
-        f"trained from raw text in **{duration(card['seconds_total'])}** on {_device(_main_machine(card))}."
+    text: list[Any] = [
+        f"A chat model of {count(train['parameters'])} parameters ({model['depth']} layers, width {model['width']}), "
+        "trained from raw text in ",
+        Bold(duration(card["seconds_total"])),
+        f" on {_device(_main_machine(card))}.",
     ]
     if base:
-        parts.append(f"It reads held-out text at **{base['metric']:.3f} bits per byte**.")
-    answered = {
-        name: task
-        for stage in STAGE_TITLES
-        for name, task in card["exams"].get(stage, {}).items()
-        if "accuracy" in task
-    }
-    if answered:
-        scores = (f"{name.replace('_', ' ')} **{task['accuracy']:.1%}**" for name, task in answered.items())
-        parts.append(f"Exams: {', '.join(scores)}.")
-    return [" ".join(parts), ""]
+        text += [" It reads held-out text at ", Bold(f"{base['metric']:.3f} bits per byte"), "."]
+    latest = {name: task for stage in STAGE_TITLES for name, task in taken(card, stage).items() if "accuracy" in task}
+    for i, (name, task) in enumerate(latest.items()):
+        text += [", " if i else " Exams: ", f"{name.replace('_', ' ')} ", Bold(f"{task['accuracy']:.1%}")]
+    return [Paragraph([*text, "."] if latest else text), Tiles(_tiles(card, latest))]
 
 
-def _exams(card: Card) -> list[str]:
-    """The table BASE / SFT / RL."""
-    exams = card["exams"]
-    stages = [stage for stage in STAGE_TITLES if stage in exams]
-    if not stages:
-        return []
-    rows = []
-    for name in dict.fromkeys(name for stage in stages for name in exams[stage]):
-        tasks = [exams[stage].get(name) for stage in stages]
-        known = next(task for task in tasks if task)
-        chance = f"{known['chance']:.0%}" if "chance" in known else "-"
-        rows.append([name, *(_score(task) for task in tasks), chance, _cases(tasks)])
-        if name == "bits_per_byte":
-            rows += _reading(tasks)
-    head = ["exam", *(STAGE_TITLES[stage] for stage in stages), "chance", "cases"]
-    note = (
-        "In brackets: 95 % intervals (Wilson). Bits per byte and perplexity: lower is better; their cases are rows of "
-        "text that no stage trained on."
-    )
-    long = sum(task.get("too_long", 0) for stage in stages for task in exams[stage].values())
-    if long:
-        note += f" {long:,} questions are longer than the context and count as wrong."
-    return ["## Exams", "", *_table(head, rows), "", note, ""]
-
-
-def _reading(tasks: list[dict[str, Any] | None]) -> list[list[str]]:
-    """The rows below bits per byte."""
-    rows = [["perplexity", *(f"{t['perplexity']:.1f}" if t else "-" for t in tasks), "-", _cases(tasks)]]
-    talks = [task.get("conversations") if task else None for task in tasks]
-    if any(talks):
-        scores = (f"{talk['bits_per_byte']:.4f}" if talk else "-" for talk in talks)
-        rows.append(["bits_per_byte, conversations", *scores, "-", _cases(talks)])
-    return rows
-
-
-def _cases(tasks: list[dict[str, Any] | None]) -> str:
-    """How many; by stage where they were not asked the same number."""
-    numbers = [f"{task['n']:,}" for task in tasks if task]
-    return numbers[0] if len(set(numbers)) == 1 else " / ".join(numbers)
-
-
-def _score(task: dict[str, Any] | None) -> str:
-    if task is None:
-        return "-"
-    if "interval" in task:
-        low, high = task["interval"]
-        return f"{task['metric']:.1%} ({low:.1%} to {high:.1%})"
-    return f"{task['metric']:.4f}"
-
-
-def _kinds(card: Card) -> list[str]:
-    """Exams by kind of question, for the furthest trained stage."""
-    stage = next((s for s in reversed(STAGE_TITLES) if s in card["exams"]), None)
-    rows = [
-        [task, name, _score(group), f"{group['n']:,}"]
-        for task, scores in card["exams"].get(stage, {}).items()
-        for name, group in scores.get("groups", {}).items()
+def _tiles(card: Card, latest: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures that a reader wants first."""
+    figures = [
+        ("parameters", count(card["pretrain"]["parameters"])),
+        ("wall clock", duration(card["seconds_total"])),
+        ("cost", _money(card["cost"]["usd"])),
     ]
-    if stage is None or not rows:
-        return []
-    return ["### By kind of question", "", *_table(["exam", "kind", STAGE_TITLES[stage], "cases"], rows), ""]
+    if base := card["exams"].get("base", {}).get("bits_per_byte"):
+        figures.append(("bits per byte", f"{base['metric']:.3f}"))
+    standing = card["standing"].values()
+    for key, title in (("core", "CORE"), ("chatcore", "ChatCORE")):
+        figures += [(title, f"{s[key]:.4f}") for s in standing if s.get(key) is not None][-1:]
+    figures += [(title, f"{latest[name]['metric']:.1%}") for name, title in TILE_EXAMS.items() if name in latest]
+    return figures[:MOST_TILES]
 
 
-def _samples(samples: dict[str, str]) -> list[str]:
+def _samples(samples: dict[str, str]) -> list[Block]:
     """What each stage writes, the furthest first; what it wrote before that stage is folded."""
-    lines: list[str] = []
+    blocks: list[Block] = []
     for stage in reversed(STAGE_TITLES):
         parts = dict(part.split("\n", 1) for part in f"\n{samples.get(stage, '')}\n".split("\n## ")[1:])
-        if "After" in parts:
-            lines += [f"### After {STAGE_TITLES[stage]}", "", *parts["After"].strip().split("\n"), ""]
-        if "Before" in parts:
-            before = parts["Before"].strip().split("\n")
-            lines += [
-                "<details>",
-                f"<summary>Before {STAGE_TITLES[stage]}</summary>",
-                "",
-                *before,
-                "",
-                "</details>",
-                "",
-            ]
+        for title, folded in (("After", False), ("Before", True)):
+            if title in parts:
+                source = parts[title].strip().split("\n")
+                blocks.append(Samples(f"{title} {STAGE_TITLES[stage]}", source, turns(source), folded))
     note = "The same prompts at both temperatures (in bold); the calculator's calls in brackets."
-    return ["## Samples", "", note, "", *lines] if lines else []
+    return [Heading("Samples"), Paragraph(note, small=True), *blocks] if blocks else []
 
 
-def _curves(card: Card) -> list[str]:
-    lines = [
-        f"![{STAGE_TITLES[stage]}: {path.rsplit('_', 1)[1].removesuffix('.png')}]({path})"
+def turns(source: Sequence[str]) -> list[Turn]:
+    """What the lines of `samples.md` say: prompts and answers without their marks."""
+    found: list[tuple[str, list[tuple[str, str]]]] = []
+    for line in source:
+        if line.startswith("> "):
+            found.append((_bare(line[2:]), []))
+        elif (match := re.fullmatch(r"- \*\*(.+?)\*\*: (.*)", line)) and found:
+            found[-1][1].append((match[1], _bare(match[2])))
+    return [Turn(prompt, answers) for prompt, answers in found]
+
+
+def _bare(text: str) -> str:
+    match = re.fullmatch(r"(`+) (.*) \1", text)
+    return match[2] if match else text
+
+
+def _curves(card: Card) -> list[Block]:
+    titles = {"dynamics": "how training went", "loss": "loss", "rl": "reward, length and pass@k"}
+    files = [
+        (f"{STAGE_TITLES[stage]}: {titles.get(kind, kind)}", path)
         for stage, paths in card["plots"].items()
         for path in paths
+        for kind in [path.rsplit("_", 1)[-1].removesuffix(".png")]
     ]
-    return ["## Curves", "", *(line for picture in lines for line in (picture, ""))] if lines else []
+    return [Heading("Curves"), Pictures(files)] if files else []
 
 
-def _training(card: Card) -> list[str]:
-    train, sft, speed, rows = card["pretrain"], card["sft"], card["speed"], []
+def _learning(card: Card) -> list[Block]:
+    """Reinforcement learning: where its figures began and ended."""
+    found = card["rl_progress"]
+    if not found:
+        return []
+    rows: list[Sequence[Line]] = [
+        [name, f"{f['first']:.4g}", f"{f['last']:.4g}", f"{f['best']:.4g}", f"{f['steps']:,}"]
+        for name, f in found.items()
+    ]
+    note = "First and last: means over the first and the last tenth of the steps; pass@k: single evaluations."
+    table = Table(["", "first", "last", "greatest", "measured in steps"], rows, numeric=True)
+    return [Heading("Reinforcement learning"), table, Paragraph(note, small=True)]
+
+
+def _training(card: Card) -> list[Block]:
+    train, speed = card["pretrain"], card["speed"]
+    rows: list[Sequence[Line]] = []
     if train:
         rows += [
             ["parameters", f"{train['parameters']:,} ({train['scaling_parameters']:,} in products)"],
@@ -147,11 +139,11 @@ def _training(card: Card) -> list[str]:
             ["pretraining FLOPs", f"{train['flops']:.3g} ({train['flops_per_token']:,} per token)"],
             ["pretraining speed", _speed(speed["base"])],
             ["pretraining, steps skipped", f"{train['bad_steps']:,}"],
-            ["base parameters' SHA-256", f"`{train['params_sha256']}`"],
+            ["base parameters' SHA-256", Mono(train["params_sha256"])],
         ]
-    if sft:
+    if sft := card["sft"]:
         rows += [
-            ["SFT conversations", ", ".join(f"{name} ({count:,})" for name, count in sft["conversations"].items())],
+            ["SFT conversations", ", ".join(f"{name} ({number:,})" for name, number in sft["conversations"].items())],
             [
                 "SFT rows",
                 f"{sft['train']['rows']:,}, {sft['train']['fill']:.1%} filled; "
@@ -160,21 +152,29 @@ def _training(card: Card) -> list[str]:
             ["SFT tokens", f"{sft['tokens']:,} in {sft['steps']:,} steps"],
             ["SFT speed", _speed(speed["sft"])],
             ["SFT, steps skipped", f"{sft['bad_steps']:,}"],
-            ["SFT parameters' SHA-256", f"`{sft['params_sha256']}`"],
+            ["SFT parameters' SHA-256", Mono(sft["params_sha256"])],
         ]
-    return ["## Training", "", *_table(["", ""], rows), ""] if rows else []
+    if rl := card["rl"]:
+        rows += [[f"RL {key.replace('_', ' ')}", f"{rl[key]:,}"] for key in ("steps", "tokens") if key in rl]
+        rows += [["RL speed", _speed(speed["rl"])]] if "rl" in speed else []
+        rows += [["RL parameters' SHA-256", Mono(rl["params_sha256"])]] if "params_sha256" in rl else []
+    return [Heading("Training"), Table(["", ""], rows)] if rows else []
 
 
 def _speed(speed: dict[str, Any]) -> str:
     mfu = f", MFU {speed['mfu']:.1%}" if speed["mfu"] is not None else ""
+    step = f"a step {speed['step_seconds']:.3g} s"
+    if speed["tokens_per_second"] is None:
+        return f"{step} (median), the first one {speed['first_step_seconds']:.3g} s"
     return (
-        f"{speed['tokens_per_second']:,.0f} tokens/s{mfu}, a step {speed['step_seconds']:.3g} s (medians); "
+        f"{speed['tokens_per_second']:,.0f} tokens/s{mfu}, {step} (medians); "
         f"{speed['mean_tokens_per_second']:,.0f} tokens/s with the first step of {speed['first_step_seconds']:.3g} s"
     )
 
 
-def _data(card: Card) -> list[str]:
-    data, rows = card["data"], [["source", f"`{card['data']['source']}`"]]
+def _data(card: Card) -> list[Block]:
+    data = card["data"]
+    rows: list[Sequence[Line]] = [["source", Mono(str(data["source"]))]]
     for split, title in (("train", "training text"), ("val", "held-out text")):
         if split in data:
             d = data[split]
@@ -188,31 +188,49 @@ def _data(card: Card) -> list[str]:
     if card["corpus_share"] is not None:
         epochs = card["pretrain"]["epochs"]
         rows.append(["training text used", f"{card['corpus_share']:.1%} ({epochs:.2f} epochs)"])
-    if card["tokenizer"]:
-        t = card["tokenizer"]
+    if t := card["tokenizer"]:
         how = "trained on the training text" if t["trained"] else "taken as it was"
-        rows.append(
-            [
-                "tokenizer",
-                f"{t['vocab_size']:,} tokens, {t['bytes_per_token']:.2f} bytes per token on held-out text, {how}",
-            ]
-        )
-    return ["## Data", "", *_table(["", ""], rows), ""]
+        size = f"{t['vocab_size']:,} tokens, {t['bytes_per_token']:.2f} bytes per token on held-out text, {how}"
+        rows.append(["tokenizer", size])
+        rows += [[f"the same text in {o['name']}'s tokens", _other(o)] for o in card["other_tokenizers"]]
+    return [Heading("Data"), Table(["", ""], rows)]
 
 
-def _time(card: Card) -> list[str]:
-    rows = [[name, duration(seconds)] for name, seconds in card["seconds"].items()]
-    rows.append(["**total**", f"**{duration(card['seconds_total'])}**"])
-    return ["## Time", "", *_table(["stage", "wall clock"], rows), ""]
+def _other(other: dict[str, Any]) -> str:
+    return (
+        f"{other['vocab_size']:,} tokens, {other['bytes_per_token']:.2f} bytes per token; "
+        f"ours needs {other['ours_per_token']:.2f} tokens for one of its"
+    )
 
 
-def _machine(card: Card) -> list[str]:
+def _time(card: Card) -> list[Block]:
+    cost, head = card["cost"], ["stage", "wall clock"]
+    rows: list[list[Line]] = [[name, duration(seconds)] for name, seconds in card["seconds"].items()]
+    rows.append([Bold("total"), Bold(duration(card["seconds_total"]))])
+    if not cost["prices"]:
+        return [Heading("Time"), Table(head, rows, numeric=True)]
+    for row, name in zip(rows, card["seconds"], strict=False):
+        row.append(_money(cost["stages"].get(name)))
+    rows[-1].append(Bold(_money(cost["usd"])))
+    prices = ", ".join(f"{price:g} USD for {name}" for name, price in cost["prices"].items())
+    note = f"Cost: devices x hours x price, {cost['assumption']}: {prices}."
+    return [Heading("Time"), Table([*head, "USD"], rows, numeric=True), Paragraph(note, small=True)]
+
+
+def _money(usd: float | None) -> str:
+    if usd is None:
+        return "not known"
+    return f"{usd:,.2f} USD" if usd else "nothing"
+
+
+def _machine(card: Card) -> list[Block]:
     code, peak = card["code"], card["peak_memory_bytes"]
-    rows = [
+    rows: list[Sequence[Line]] = [
         ["hardware", _by_stage(card["machines"], _device)],
+        ["cost", card["cost"]["words"]],
         ["peak memory", f"{peak / 2**30:.2f} GiB" if peak else "-"],
         ["versions", _by_stage(card["versions"], lambda found: ", ".join(f"{k} {v}" for k, v in found.items()))],
-        ["commit", _by_stage(card["commits"], lambda commit: f"`{commit}`" if commit else "-")],
+        ["commit", _by_stage(card["commits"], lambda commit: Mono(commit) if commit else "-")],
         [
             "code",
             f"{code['files']:,} files, {code['lines']:,} lines ({code['code_lines']:,} without comments), "
@@ -221,20 +239,23 @@ def _machine(card: Card) -> list[str]:
         ["seed", str(card["seed"])],
         ["finished", card["date"] or "-"],
     ]
-    return ["## Machine and code", "", *_table(["", ""], rows), ""]
+    return [Heading("Machine and code"), Table(["", ""], rows)]
 
 
-def _config(card: Card) -> list[str]:
-    lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in card["config"].items())
-    title = f"<summary>All settings ({len(card['config'])})</summary>"
-    return ["## Configuration", "", "<details>", title, "", "```toml", *lines, "```", "", "</details>"]
+def _config(card: Card) -> list[Block]:
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in card["config"].items()]
+    return [Heading("Configuration"), Fold(f"All settings ({len(card['config'])})", [Listing(lines)])]
 
 
-def _by_stage(groups: list[dict[str, Any]], show: Any) -> str:
+def _by_stage(groups: list[dict[str, Any]], show: Any) -> Line:
     """One value where all stages share it; else each with its stages."""
     if len(groups) == 1:
         return show(groups[0]["value"])
-    return "; ".join(f"{show(group['value'])} ({', '.join(group['stages'])})" for group in groups) or "-"
+    pieces: list[Any] = []
+    for group in groups:
+        pieces += ["; "] if pieces else []
+        pieces += [show(group["value"]), f" ({', '.join(group['stages'])})"]
+    return pieces or "-"
 
 
 def _main_machine(card: Card) -> dict[str, Any]:
@@ -252,12 +273,8 @@ def _settings(values: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
 
 
-def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in cells)]
-
-
-def _count(number: int) -> str:
+def count(number: int) -> str:
+    """A number as people say it: 4.9 million."""
     for size, unit in ((1e9, "billion"), (1e6, "million")):
         if number >= size:
             return f"{number / size:.1f} {unit}"

@@ -152,14 +152,20 @@ def _cpu(devices: int) -> Chip:
     return replace(CPU, device_bytes=memory // devices, peak=CPU.peak * cores / devices)
 
 
+def chip_of(device_kind: str) -> Chip | None:
+    """The figures of a device by the name that JAX has for it; None where there are none."""
+    kind = device_kind.lower().replace(" lite", "e").replace("tpu ", "")
+    kind = "v5p" if kind == "v5" else kind
+    return next((c for n, c in CHIPS.items() if n.split("-")[0] in kind), None)
+
+
 def _this_machine() -> Target:
     import jax
 
     device, count = jax.devices()[0], jax.device_count()
     if device.platform == "cpu":
         return Target("auto", _cpu(count), (count,), real=True)
-    kind = device.device_kind.lower().replace(" lite", "e").replace("tpu ", "")
-    chip = next((c for n, c in CHIPS.items() if n.split("-")[0] in kind), None)
+    chip = chip_of(device.device_kind)
     if chip is None:
         raise UsageError(
             f"--target auto: no figures for {device.device_kind}; name a target, for example --target h100:8"
