@@ -119,6 +119,7 @@ class EvalConfig:
     rows: int = 2048  # held-out rows at most for the final bits per byte
     batch_rows: int = 32  # engine slots and rows per scoring batch
     sample_tokens: int = 64
+    overlap_documents: int = 100_000  # training documents searched for the exams' text; -1: all, 0: none
 
 
 @dataclass(frozen=True)
