@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxchat.config import ModelConfig
 from jaxchat.engine.sampling import sample
-from jaxchat.model.cache import Cache, decode, insert, layer_capacity, new_cache, prefill
+from jaxchat.model.cache import Cache, Prefix, decode, insert, layer_capacity, new_cache, prefill
 
 IDLE, RUNNING, PAUSED, STOPPED, FULL = range(5)  # status of a slot; STOPPED by a stop id, FULL by a limit
 MAX_STOP_IDS = 4
@@ -112,16 +112,41 @@ def admit(
       target: (P, 2) int32: slot (an entry beyond the slots is dropped: padding) and last token of each prompt.
       remaining: (P,) int32 tokens to make; settings: with P entries.
     """
+    prefix = _prefill_prompts(config, params, tokens, length)
+    return _place(slots, prefix, jnp.arange(tokens.shape[0]), target, remaining, settings)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def prefill_prompts(config: ModelConfig, params: Params, tokens: jax.Array, length: jax.Array) -> Prefix:
+    """The first half of `admit`, for prompts of which each starts several slots."""
+    return _prefill_prompts(config, params, tokens, length)
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def start(
+    slots: Slots, prefix: Prefix, source: jax.Array, target: jax.Array, remaining: jax.Array, settings: Settings
+) -> Slots:
+    """The second half: slots that go on from prompt `source` (G,) of `prefix`; target (G, 2), the others with G."""
+    return _place(slots, prefix, source, target, remaining, settings)
+
+
+def _prefill_prompts(config: ModelConfig, params: Params, tokens: jax.Array, length: jax.Array) -> Prefix:
     before = length - 1
     _, prefix = prefill(config, params, tokens, jnp.maximum(before, 1))
     prefix.length = before
     prefix.previous = jnp.where(before[:, None] > 0, prefix.previous, 0)
+    return prefix
+
+
+def _place(
+    slots: Slots, prefix: Prefix, source: jax.Array, target: jax.Array, remaining: jax.Array, settings: Settings
+) -> Slots:
     where = target[:, 0]
 
     def place(into: jax.Array, new: Any) -> jax.Array:
         return into.at[where].set(new, mode="drop")
 
-    cache = jax.lax.fori_loop(0, tokens.shape[0], lambda i, c: insert(c, prefix, i, where[i]), slots.cache)
+    cache = jax.lax.fori_loop(0, len(source), lambda i, c: insert(c, prefix, source[i], where[i]), slots.cache)
     return Slots(
         cache=cache,
         token=place(slots.token, target[:, 1]),

@@ -38,13 +38,19 @@ class Event:
 
 @dataclass
 class Result:
-    """A finished answer. `tokens` holds all made ids, tool calls and their forced output included, not the stop id."""
+    """A finished answer. `tokens` holds all made ids, tool calls and their forced output included, not the stop id.
+
+    `forced`: for every id, whether the engine put it there instead of the model; `stop_id`: the id, sampled like any
+    other, at which the model stopped.
+    """
 
     tokens: list[int]
     parts: list[dict[str, str]]  # as the assistant's content in `text/chat.py`
     finish_reason: str
     prompt_tokens: int
     seed: int
+    forced: list[bool] = field(default_factory=list)
+    stop_id: int | None = None
 
     @property
     def text(self) -> str:
@@ -60,9 +66,11 @@ class Handle:
     seed: int
     limit: int  # tokens that may be made
     turn: Any  # `turn.Turn`
+    prompt: Any = None  # `admission.SharedPrompt`, until the answer has its slot
     number: int = field(default_factory=lambda: next(_numbers))
     made: int = 0
     finish_reason: str | None = None
+    stop_id: int | None = None
 
     @property
     def done(self) -> bool:
@@ -70,6 +78,5 @@ class Handle:
 
     def result(self) -> Result:
         """The answer so far."""
-        return Result(
-            self.turn.tokens, self.turn.parts, self.finish_reason or "cancelled", len(self.request.tokens), self.seed
-        )
+        reason, turn = self.finish_reason or "cancelled", self.turn
+        return Result(turn.tokens, turn.parts, reason, len(self.request.tokens), self.seed, turn.forced, self.stop_id)

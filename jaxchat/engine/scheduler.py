@@ -7,6 +7,8 @@ drives `submit`, `step` and `cancel` itself (a server).
 from __future__ import annotations
 
 import collections
+import dataclasses
+import itertools
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import numpy as np
 
 from jaxchat.config import ModelConfig
 from jaxchat.engine import decode
+from jaxchat.engine.admission import Admission, SharedPrompt, buckets, power_of_two, take
 from jaxchat.engine.loading import load_run
 from jaxchat.engine.request import Event, Handle, Request, Result
 from jaxchat.engine.turn import Turn
@@ -28,9 +31,9 @@ from jaxchat.paths import RunDir
 from jaxchat.text.chat import render_prompt
 from jaxchat.text.tokenizer import ASSISTANT_END, BOS, PYTHON_END, USER_START, Tokenizer
 
-MIN_PROMPT_BUCKET = 32  # tokens
 MIN_CACHE_BUCKET = 512  # positions; cutting out fewer costs more than reading them
-PREFILL_GROUP = 8  # prompts prefilled at once when several wait
+
+_serve = jax.jit(serving_params, static_argnums=(0, 2))
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Engine:
     """Generates with one model.
 
     Args:
-      config: resolved (`recipes.resolve_model`); params: nested dict of arrays, the training layout.
+      config: resolved (`recipes.resolve_model`); params: see `load`.
       slots: sequences decoded at once at most, a power of two.
       capacity: tokens of context, `config.seq_len` by default.
       chunk: tokens a row makes between two looks of the host; new requests enter at these points.
@@ -76,14 +79,15 @@ class Engine:
             )
         self.config, self.tokenizer = config, tokenizer
         self.slots, self.capacity, self.chunk = slots, capacity or config.seq_len, chunk
-        dtype = dtype or (jnp.float32 if on_cpu else jnp.bfloat16)
-        self._params = jax.jit(serving_params, static_argnums=(0, 2))(config, params, dtype)
-        self._state = decode.new_slots(config, slots, self.capacity, dtype)
+        self.dtype = dtype or (jnp.float32 if on_cpu else jnp.bfloat16)
+        self.load(params)
+        self._state = decode.new_slots(config, slots, self.capacity, self.dtype)
+        self._admission = Admission(config, slots, self.capacity, tokenizer.special[PYTHON_END])
         self._lookahead = not on_cpu if lookahead is None else lookahead
         self._rows: dict[int, Handle] = {}  # busy slots
         self._waiting: collections.deque[Handle] = collections.deque()
         self._flying: collections.deque[_Chunk] = collections.deque()
-        self._floor = 1  # rows of a chunk at least: a batch job would rather waste rows than compile for fewer
+        self.least_rows = 1  # of a chunk: a batch job would rather waste rows than compile for fewer
 
     @classmethod
     def from_pretrained(cls, run_dir: str | Path, stage: str | None = None, **options: Any) -> Engine:
@@ -91,6 +95,12 @@ class Engine:
         config, params, tokenizer, slots = load_run(RunDir(run_dir), stage)
         options = {"slots": slots} | options
         return cls(config, params, tokenizer, **options)
+
+    def load(self, params: dict[str, Any]) -> None:
+        """Take other weights of the same model: a nested dict of arrays in the training layout, or what
+        `cache.serving_params` made of one. Nothing compiles again. No answer may be under way."""
+        ready = "layers" in params
+        self._params = params if ready else _serve(self.config, params, self.dtype)
 
     # Requests
 
@@ -122,6 +132,14 @@ class Engine:
         handle = Handle(request, seed, limit, Turn(self.tokenizer))
         self._waiting.append(handle)
         return handle
+
+    def submit_group(self, request: Request, seeds: Sequence[int]) -> list[Handle]:
+        """Queue as many answers to one prompt as there are seeds; the prompt is prefilled once."""
+        handles = [self.submit(dataclasses.replace(request, seed=seed)) for seed in seeds]
+        shared = SharedPrompt(request.tokens)
+        for handle in handles:
+            handle.prompt = shared
+        return handles
 
     def cancel(self, handle: Handle) -> None:
         """Give up a request; its slot is free at once. Without effect on a finished one."""
@@ -155,13 +173,16 @@ class Engine:
 
     def generate(self, requests: Sequence[Request], on_done: Callable[[Handle], None] | None = None) -> list[Result]:
         """Answer all requests, slots kept full; results in the order of the requests."""
-        handles = [self.submit(request) for request in requests]
-        self._floor = min(_power_of_two(len(requests)), self.slots)
+        return self.finish([self.submit(request) for request in requests], on_done)
+
+    def finish(self, handles: Sequence[Handle], on_done: Callable[[Handle], None] | None = None) -> list[Result]:
+        """Go on until these are done; their results, in order."""
+        self.least_rows = min(power_of_two(len(handles)), self.slots)
         while not all(handle.done for handle in handles):
             for handle, event in self.step():
                 if event.kind == "done" and on_done:
                     on_done(handle)
-        self._floor = 1
+        self.least_rows = 1
         return [handle.result() for handle in handles]
 
     def events(self, request: Request) -> Iterator[Event]:
@@ -186,11 +207,9 @@ class Engine:
     def warm_up(self) -> None:
         """Compile everything that any request can need (a server, before it says that it is ready)."""
         assert not self._rows and not self._flying
-        for count in {1, min(PREFILL_GROUP, self.slots)}:
-            for bucket in _buckets(MIN_PROMPT_BUCKET, self.capacity):
-                self._prefill([], count, bucket)
-        for rows in _buckets(1, self.slots):
-            for bucket in _buckets(MIN_CACHE_BUCKET, self.capacity):
+        self._state = self._admission.warm_up(self._params, self._state)
+        for rows in buckets(1, self.slots):
+            for bucket in buckets(MIN_CACHE_BUCKET, self.capacity):
                 self._state, *_ = self._decode(rows, bucket)
         zero = np.int32(0)
         self._state = decode.resume(self._state, zero, np.zeros(decode.FORCED, np.int32), zero)
@@ -202,34 +221,14 @@ class Engine:
 
     def _admit(self) -> None:
         while self._waiting and len(self._rows) < self.slots:
-            count = min(len(self._waiting), self.slots - len(self._rows), PREFILL_GROUP)
-            group = [self._waiting.popleft() for _ in range(count)]
-            longest = max(len(handle.request.tokens) for handle in group) - 1
-            size = 1 if count == 1 else min(PREFILL_GROUP, self.slots)
-            bucket = next(b for b in _buckets(MIN_PROMPT_BUCKET, self.capacity) if b >= longest)
-            self._prefill(group, size, bucket)
-
-    def _prefill(self, group: list[Handle], size: int, bucket: int) -> None:
-        """Prefill `group`, padded to `size` prompts of `bucket` tokens, into the lowest free slots."""
-        tokens, length = np.zeros((size, bucket), np.int32), np.ones(size, np.int32)
-        target, remaining = np.full((size, 2), self.slots, np.int32), np.ones(size, np.int32)
-        settings: Any = decode.blank_settings(size)
-        free = (row for row in range(self.slots) if row not in self._rows)
-        for i, (handle, row) in enumerate(zip(group, list(free), strict=False)):
-            r = handle.request
-            self._rows[row] = handle
-            ids = r.tokens[:bucket]
-            tokens[i, : len(ids)], length[i] = ids, len(r.tokens)
-            target[i], remaining[i] = (row, r.tokens[-1]), handle.limit
-            settings.seed[i], settings.temperature[i] = handle.seed, r.temperature
-            settings.top_k[i], settings.top_p[i] = r.top_k, r.top_p
-            settings.stop[i, : len(r.stop)] = r.stop
-            if r.tools:
-                settings.pause[i] = self.tokenizer.special[PYTHON_END]
-        self._state = decode.admit(self.config, self._params, self._state, tokens, length, target, remaining, settings)
+            group = take(self._waiting, self.slots - len(self._rows))
+            free = (row for row in range(self.slots) if row not in self._rows)
+            rows = list(itertools.islice(free, len(group)))
+            self._rows.update(zip(rows, group, strict=True))
+            self._state = self._admission.start(self._params, self._state, group, rows)
 
     def _dispatch(self) -> _Chunk:
-        rows = max(_power_of_two(len(self._rows)), self._floor)
+        rows = max(power_of_two(len(self._rows)), self.least_rows)
         for row in sorted(r for r in self._rows if r >= rows):  # keep the busy rows together
             free = next(r for r in range(rows) if r not in self._rows)
             self._rows[free] = self._rows.pop(row)
@@ -237,8 +236,8 @@ class Engine:
         longest = max(
             len(h.request.tokens) - 1 + h.made + self._in_flight(row, h) + self.chunk for row, h in self._rows.items()
         )
-        buckets = _buckets(MIN_CACHE_BUCKET, self.capacity)
-        self._state, tokens, status = self._decode(rows, next((b for b in buckets if b >= longest), self.capacity))
+        sizes = buckets(MIN_CACHE_BUCKET, self.capacity)
+        self._state, tokens, status = self._decode(rows, next((b for b in sizes if b >= longest), self.capacity))
         return _Chunk(tokens, status, dict(self._rows), self.chunk)
 
     def _decode(self, rows: int, bucket: int) -> tuple[decode.Slots, jax.Array, jax.Array]:
@@ -259,7 +258,7 @@ class Engine:
             handle.made += len(made)
             state = status[row]
             if state == decode.STOPPED:
-                made.pop()
+                handle.stop_id = made.pop()
             for token in made:
                 events += [(handle, event) for event in handle.turn.add(token)]
             if state == decode.PAUSED:
@@ -283,16 +282,3 @@ class Engine:
         row = next(r for r, h in self._rows.items() if h is handle)
         del self._rows[row]
         return row
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest one that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-def _buckets(smallest: int, largest: int) -> list[int]:
-    """Powers of two from the smallest, and the largest itself."""
-    sizes = [min(smallest, largest)]
-    while sizes[-1] < largest:
-        sizes.append(min(_power_of_two(sizes[-1] + 1), largest))
-    return sizes

@@ -28,12 +28,16 @@ class Turn:
         self._output = special[OUTPUT_START], special[OUTPUT_END]
         self._kind = "text"
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._to_force = 0  # ids of a tool's output that are still to come
         self.tokens: list[int] = []
+        self.forced: list[bool] = []  # of every token, whether it is of such an output
         self.parts: list[dict[str, str]] = []
 
     def add(self, token: int) -> list[Event]:
         """A special token never shows as text; one that opens or closes nothing is dropped."""
         self.tokens.append(token)
+        self.forced.append(self._to_force > 0)
+        self._to_force = max(0, self._to_force - 1)
         if token not in self._special:
             return self._show(self._decoder.decode(self._tokenizer.token_bytes(token)))
         events = []
@@ -51,13 +55,15 @@ class Turn:
         return self._show(self._decoder.decode(b"", final=True))
 
     def tool_output(self) -> list[int]:
-        """Ids that answer the call that has just been closed; none where there was no call."""
+        """Ids that answer the call that has just been closed, the next to be added; none where there was no call."""
         if not self.parts or self.parts[-1]["type"] != "python":
             return []
         result = calculate(self.parts[-1]["text"])
         ids = self._tokenizer.encode(TOOL_ERROR if result is None else result)
         start, end = self._output
-        return [start, *ids[: FORCED - 2], end]
+        output = [start, *ids[: FORCED - 2], end]
+        self._to_force = len(output)
+        return output
 
     def _show(self, text: str) -> list[Event]:
         if not text:
