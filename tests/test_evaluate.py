@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +23,14 @@ from jaxchat.state import TrainState
 from jaxchat.tasks import core
 from jaxchat.tasks.core import CORE_TASKS
 from jaxchat.tasks.files import TaskFiles
-from jaxchat.tasks.registry import get_task
-from jaxchat.text.chat import render_prompt
+from jaxchat.tasks.registry import TASKS, get_task
+from jaxchat.text.chat import normalize, render_prompt
 from jaxchat.text.tokenizer import train_tokenizer
 from train import evaluate
 from train.exams import capped, wilson
 from train.samples import _code
 
+ROOT = Path(__file__).resolve().parent.parent
 VOCAB, LENGTH = 280, 64
 
 
@@ -271,6 +274,24 @@ def test_an_unknown_exam_is_refused_before_any_work(config):
     with pytest.raises(UsageError, match="mmlo.*did you mean mmlu"):
         evaluate.check(dataclasses.replace(config, eval=dataclasses.replace(config.eval, exams=("mmlo",))))
     evaluate.check(config)
+
+
+@pytest.mark.parametrize("page", ["docs/evaluation.md", "docs/ko/evaluation.md"])
+def test_the_task_of_the_page_is_an_exam_and_a_source_of_conversations(page, config, run, facts, monkeypatch):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+    module = {"__name__": "jaxchat.tasks.backwards"}
+    exec(compile(code, page, "exec"), module)
+    monkeypatch.setitem(TASKS, "backwards", lambda files: module["Backwards"]())
+    task = get_task("backwards")
+    taught = task.train_conversations(20, seed=0)
+    assert len(taught) == 20 and len(list(normalize(taught[0]))) == 2
+    asked = {e.prompt[0]["content"] for e in task.examples()}
+    assert not asked & {conversation[0]["content"] for conversation in taught}
+    right = [task.grade(e, f" {e.expected.upper()}\n") for e in task.examples()]
+    assert right == [True] * 3 and not task.grade(task.examples()[0], "apple")
+    evaluate.run(dataclasses.replace(config, eval=dataclasses.replace(config.eval, exams=("backwards",))), run)
+    scores = read_json(run.eval("sft"))["tasks"]["backwards"]
+    assert scores["n"] == 3 and set(scores["groups"]) == {"letters: 5"}
 
 
 def test_chatcore_needs_all_five():

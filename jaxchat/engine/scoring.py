@@ -27,6 +27,7 @@ from jaxchat.mesh import BATCH_AXES, batch_devices, replicated
 LENGTHS = 6  # prefix lengths at most
 SMALLEST = 64  # tokens
 ROW_TOKENS = 512  # a batch of n rows has about n times this many tokens, whatever the rows' length
+CPU_TOKENS = 2048  # of a batch on a CPU at most: more leave its caches and run slower
 TAILS = (32, 128)  # smallest and largest room for continuations, a quarter of the prefix in between
 LETTERS = 8  # slots for the letters of a question
 IN_FLIGHT = 2  # batches dispatched before the first one is read
@@ -71,7 +72,7 @@ class Scorer:
     Args:
       config: resolved; params: nested dict of arrays, the training layout.
       mesh: rows are spread over its data and fsdp axes, weights lie whole on every device; None: one device.
-      batch_rows: rows of `ROW_TOKENS` tokens run at once.
+      batch_rows: rows of `ROW_TOKENS` tokens run at once; 0: one row, whatever its length.
       context: longer texts are cropped on the left; by default the model's. 0: never crop.
       dtype: of weights and activations; float32 on a CPU and bfloat16 elsewhere by default.
     """
@@ -88,9 +89,12 @@ class Scorer:
         self.config = config
         self.context = config.seq_len if context is None else context
         self._devices = batch_devices(mesh) if mesh else 1
+        on_cpu = jax.default_backend() == "cpu"
         self._batch_tokens = batch_rows * min(config.seq_len, ROW_TOKENS)
+        if on_cpu:
+            self._batch_tokens = min(self._batch_tokens, CPU_TOKENS)
         self._lengths = lengths(config.seq_len)
-        dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        dtype = dtype or (jnp.float32 if on_cpu else jnp.bfloat16)
         place = replicated(mesh) if mesh else None
         self._params = jax.jit(scoring_params, static_argnums=1, out_shardings=place)(params, dtype)
         self._targets: Any = functools.partial(score_targets, config)

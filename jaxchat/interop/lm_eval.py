@@ -1,0 +1,125 @@
+"""A run's model for EleutherAI's lm-evaluation-harness, under the name "jaxchat".
+
+    python -m jaxchat.interop.lm_eval --model_args run_dir=runs/nano --tasks arc_easy
+
+takes the harness's own arguments. Needs `pip install lm-eval`; nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from jaxchat.engine import Engine, Handle, Request
+from jaxchat.engine.loading import load_run
+from jaxchat.engine.scoring import Scorer, Span
+from jaxchat.paths import RunDir
+
+MAX_TOKENS = 256  # of an answer, where a task names no number
+
+
+@register_model("jaxchat")
+class JaxChat(LM):
+    """Args (of `--model_args`):
+    run_dir: a finished run; stage: base, sft or rl, by default the furthest trained one.
+    batch_rows: rows scored and answers written at once. chat: put written questions as a user's message.
+    """
+
+    def __init__(
+        self, run_dir: str, stage: str | None = None, batch_rows: int = 32, chat: bool = False, **_: Any
+    ) -> None:
+        super().__init__()
+        self.config, self._params, self.tokenizer, _slots = load_run(RunDir(run_dir), stage)
+        self.scorer = Scorer(self.config, self._params, batch_rows=int(batch_rows))
+        self.slots, self.chat = 1 << max(0, int(batch_rows).bit_length() - 1), chat
+
+    @property
+    def max_length(self) -> int:
+        return self.config.seq_len
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """(log-probability, greedy) of each continuation. Requests in a row with one context share its computation."""
+        found: list[tuple[float, bool]] = []
+        pairs = [request.args for request in requests]
+        groups = [[self._span(*pair) for pair in same] for _, same in itertools.groupby(pairs, key=lambda p: p[0])]
+        for scores in self.scorer.spans(groups):
+            found += [(-score.loss, score.best) for score in scores]
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Log-probability of each whole text, in pieces of the context's length where it is longer."""
+        groups = []
+        for request in requests:
+            ids = self.tokenizer.encode(request.args[0])
+            windows = get_rolling_token_windows(ids, self.tokenizer.bos, self.max_length - 1, 1)
+            pieces = (make_disjoint_window(window) for window in windows)
+            groups.append([Span([*before, *said], len(before), len(before) + len(said)) for before, said in pieces])
+        return [-sum(score.loss for score in scores) for scores in self.scorer.spans(groups)]
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Answers up to the first of each request's `until` texts."""
+        engine = Engine(self.config, self._params, self.tokenizer, slots=self.slots)
+        handles: dict[Handle, tuple[int, list[str]]] = {}
+        for i, request in enumerate(requests):
+            text, settings = request.args
+            until = settings.get("until") or []
+            handles[engine.submit(self._request(engine, text, settings))] = (
+                i,
+                [until] if isinstance(until, str) else until,
+            )
+        answers = [""] * len(requests)
+        while not all(handle.done for handle in handles):
+            for handle, event in engine.step():
+                if event.kind == "text":
+                    i, until = handles[handle]
+                    answers[i] += event.text
+                    if any(stop in answers[i] for stop in until):
+                        engine.cancel(handle)
+        return [_before(answer, until) for answer, (_, until) in zip(answers, handles.values(), strict=True)]
+
+    def _request(self, engine: Engine, text: str, settings: dict[str, Any]) -> Request:
+        sampled = settings.get("do_sample", False) or settings.get("temperature", 0.0) > 0
+        given: dict[str, Any] = {
+            "max_tokens": int(settings.get("max_gen_toks", MAX_TOKENS)),
+            "temperature": float(settings.get("temperature") or 1.0) if sampled else 0.0,
+            "seed": 0,
+        }
+        if self.chat:
+            request = engine.chat_request([{"role": "user", "content": text}], **given)
+        else:
+            request = engine.text_request(text, **given)
+        room = max(1, engine.capacity - given["max_tokens"])
+        return request if len(request.tokens) <= room else Request(request.tokens[-room:], stop=request.stop, **given)
+
+    def _span(self, context: str, continuation: str) -> Span:
+        """Tokenized together; spaces at the context's end belong to the continuation, as the harness does it."""
+        kept = context.rstrip()
+        before = [self.tokenizer.bos, *self.tokenizer.encode(kept)]
+        whole = [self.tokenizer.bos, *self.tokenizer.encode(kept + context[len(kept) :] + continuation)]
+        return Span(whole, min(len(before), len(whole)), len(whole))
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop, 1)[0]
+    return text
+
+
+def _arguments(given: Sequence[str]) -> Iterator[str]:
+    yield from given
+    if "--model" not in given:
+        yield from ("--model", "jaxchat")
+
+
+if __name__ == "__main__":
+    import sys
+
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv[1:] = _arguments(sys.argv[1:])
+    cli_evaluate()
