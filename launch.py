@@ -63,7 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", metavar="100usd", help="plan the deepest model that the money buys on --target")
     parser.add_argument("--hours", type=float, metavar="H", help="plan the deepest model that trains in the time")
     parser.add_argument("--doctor", action="store_true", help="what this machine can do, and what to install for more")
-    parser.add_argument("--json", action="store_true", help="with --plan and --doctor: one JSON object")
+    parser.add_argument("--compare", nargs=2, metavar="RUN", help="two run directories side by side, in pairs")
+    parser.add_argument("--json", action="store_true", help="with --plan, --doctor and --compare: one JSON object")
     hosts = parser.add_argument_group(
         "several processes", "found by itself under Slurm, Open MPI, Kubernetes, on TPU pods"
     )
@@ -166,6 +167,11 @@ def run(args: argparse.Namespace) -> None:
         from train.budget import plan_budget
 
         plan_budget(given_config(args, "d20"), args.target, args.budget, args.hours, as_json=args.json)
+        return
+    if args.compare:
+        from train.comparison import compare
+
+        compare(*args.compare, as_json=args.json)
         return
     config, directory, reasons = resolve_arguments(args)
     if args.plan:

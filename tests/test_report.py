@@ -1,16 +1,19 @@
 """The report card: its numbers by hand, in both files, from whole and from partial runs."""
 
+import json
 import re
 
 import pytest
-from report_runs import BATCH, FACTS, HARDWARE, SECONDS, make_config, make_run, metrics
+from report_runs import BATCH, EXAMS, FACTS, HARDWARE, SECONDS, make_config, make_run, metrics
 
 from jaxchat.config import load_config
 from jaxchat.optim.horizon import resolve
-from jaxchat.paths import read_json
-from train import report
+from jaxchat.paths import read_json, write_json
+from train import cost, report
+from train.report_blocks import Fold, Listing, Table, Turn
+from train.report_markdown import markdown
 from train.report_plots import dynamics_plot
-from train.report_text import duration
+from train.report_text import duration, turns
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +217,120 @@ def test_code_size_counts_what_a_reader_reads():
     size = report.code_size()
     assert size["files"] > 30 and 0.4 * size["lines"] < size["code_lines"] < 0.9 * size["lines"]
     assert size["dependencies"] >= 10
+
+
+def rl_metrics(path, steps=30):
+    """As stage rl leaves them: pass@k and KL at evaluations only, no loss where no answer was of use."""
+    path.parent.mkdir(parents=True)
+    lines = []
+    for step in range(steps):
+        record = {"step": step, "tokens": 100 * (step + 1), "loss": None if step == 3 else 0.5, "lr_mult": 1.0,
+                  "grad_norm": None, "step_seconds": 0.2, "tokens_per_second": 500.0, "mfu": None,
+                  "reward": step / 30, "right": step / 60, "length": 40.0 - step, "endless": 0.25}  # fmt: skip
+        record |= {"pass@1": 0.125 + step / 100, "pass@8": 0.5, "kl": step / 1000} if step % 10 == 9 else {}
+        lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def test_reinforcement_learning_has_its_column_curves_and_table(config, tmp_path):
+    run = make_run(tmp_path / "run")
+    records = read_json(run.stages)
+    facts = {"environment": "gsm8k", "steps": 30, "tokens": 3000, "start": {"pass@1": 0.0625, "kl": 0.0}}
+    records["rl"] = records["sft"] | {"facts": facts | {"params_sha256": "c" * 64}}
+    write_json(run.stages, records)
+    rl_metrics(run.stage("rl") / "metrics.jsonl")
+    write_json(run.eval("rl"), {"tasks": {"gsm8k": EXAMS["sft"]["gsm8k"]}, "chatcore": 0.25, "core": None})
+    report.run(config, run)
+    text, card = run.report.read_text(encoding="utf-8"), read_json(run.root / "report.json")
+    assert row(text, "Exams", "exam") == ["BASE", "SFT", "RL", "chance", "cases"]
+    assert row(text, "Exams", "gsm8k") == ["-", "2.5% (0.4% to 12.9%)", "2.5% (0.4% to 12.9%)", "0%", "40"]
+    assert row(text, "Exams", "ChatCORE") == ["-", "0.0123", "0.2500", "0", "-"]
+    assert row(text, "Reinforcement learning", "reward") == ["0.03333", "0.9333", "0.9667", "30"]
+    assert row(text, "Reinforcement learning", "pass@1") == ["0.0625", "0.415", "0.415", "4"]
+    assert row(text, "Reinforcement learning", "KL to the start, nats per token") == ["0", "0.029", "0.029", "4"]
+    assert row(text, "Training", "RL environment") == ["gsm8k"]
+    assert card["curves"]["rl"]["pass@1"] == [[9, 0.215], [19, 0.315], [29, 0.415]]
+    assert card["curves"]["rl"]["length"][0] == [0, 40.0]
+    assert (run.plots / "rl_rl.png").stat().st_size > 5000 and "plots/rl_rl.png" in text
+
+
+def test_what_was_not_run_is_named_and_a_part_of_core_is_not_called_core(whole):
+    text, card = whole[2], whole[3]
+    assert "### Not run" in text and "| arc_easy | SFT | no file core/arc_easy.jsonl at hand |" in text
+    assert not re.search(r"^\| CORE", text, re.M) and card["standing"]["base"]["core"] is None
+    partial = "core_partial (mean of 2 of CORE's 22 tasks)"
+    assert row(text, "Exams", re.escape(partial).replace("\\", "")) == [
+        "0.0237 (-0.1900 to 0.2400)", "-", "0", "60",
+    ]  # fmt: skip
+    assert f"### {partial}, task by task" in text
+    assert "| boolq | 10 | 60.0% (42.3% to 75.4%) | 62% | -0.0526 | 30 |" in text
+    assert row(text, "Exams", "gsm8k, read as lenient")[1] == "7.5% (2.6% to 19.9%)"
+    for words in ("Sandbox of the model's code: namespaces.", "7 answers had no end", "7 prompts lost their beginning"):
+        assert words in text
+
+
+def test_a_whole_core_is_called_core(config, tmp_path):
+    run = make_run(tmp_path / "run")
+    record = read_json(run.eval("base"))
+    record["tasks"]["core"] = record["tasks"].pop("core_partial")
+    write_json(run.eval("base"), record | {"core": 0.02368, "core_partial": None})
+    report.run(config, run)
+    text = run.report.read_text(encoding="utf-8")
+    assert row(text, "Exams", "CORE")[0] == "0.0237 (-0.1900 to 0.2400)" and "core_partial" not in text
+    assert "### CORE, task by task" in text
+
+
+def test_mmlu_is_told_by_subject(whole):
+    text = whole[2]
+    assert "### MMLU by subject" in text and "<summary>All 24 of MMLU</summary>" in text
+    assert "| college b | 100.0% (20.7% to 100.0%) | 1 |" in text and "| college x |" in text
+
+
+def test_a_record_that_says_less_has_a_card_too(config, tmp_path):
+    """Exams that only say why they were not run, scores without counts, stages whose metrics lack the usual keys."""
+    run = make_run(tmp_path / "run")
+    tasks = {"bits_per_byte": {"metric": 1.5}, "gsm8k": {"not_run": "no file"}, "x|y": {"metric": 0.5, "accuracy": 0.5}}
+    write_json(run.eval("rl"), {"tasks": tasks, "core_partial": {"mean": 0.1, "tasks": 3, "of": 22}})
+    run.stage("rl").mkdir()
+    (run.stage("rl") / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0, "reward": 0.5}\n')
+    report.run(config, run)
+    text = run.report.read_text(encoding="utf-8")
+    assert "| gsm8k | RL | no file |" in text and "| x\\|y | - | - | 50.0% | - | - |" in text
+    assert row(text, "Exams", "bits_per_byte")[2] == "1.5000"
+
+
+def test_cost_is_devices_times_hours_times_price(config, tmp_path):
+    gpu = HARDWARE | {"platform": "gpu", "device": "NVIDIA H100 80GB HBM3", "devices": 8}
+    run = make_run(tmp_path / "run", pretrain={"hardware": gpu, "seconds": 3600.0})
+    report.run(config, run)
+    text, card = run.report.read_text(encoding="utf-8"), read_json(run.root / "report.json")
+    assert card["cost"]["usd"] == pytest.approx(24.0) and card["cost"]["stages"]["sft"] == 0
+    assert row(text, "Time", "pretrain") == ["1 h 0 min", "24.00 USD"]
+    assert "3 USD for NVIDIA H100 80GB HBM3" in text
+
+
+def test_what_has_no_price_costs_nobody_knows_what(config, tmp_path):
+    odd = HARDWARE | {"platform": "gpu", "device": "Abacus 9"}
+    run = make_run(tmp_path / "run", pretrain={"hardware": odd})
+    report.run(config, run)
+    assert read_json(run.root / "report.json")["cost"]["usd"] is None
+    assert "not known: no price of Abacus 9 at hand" in run.report.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100-80g"), ("TPU v5 lite", "v5e"),
+    ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"),
+])  # fmt: skip
+def test_prices_are_found_by_the_names_that_devices_give(kind, name):
+    assert cost.chip_of(kind).name == name
+
+
+def test_samples_are_read_back_as_they_were_meant():
+    found = turns(["> ` hi `", "", "- **0**: `` a ` b ``", "- **0.8**: (nothing)", "", "> (nothing)", "stray"])
+    assert found == [Turn("hi", [("0", "a ` b"), ("0.8", "(nothing)")]), Turn("(nothing)", [])]
+
+
+def test_no_text_of_the_run_is_markup():
+    text = markdown("a`b", [Table(["x"], [["<b>|*c*[d](e)\nf"]]), Fold("<s>", [Listing(["```", "x"])])])
+    assert "# a\\`b" in text and "\\<b>\\|\\*c\\*\\[d\\](e) f" in text
+    assert "<summary>\\<s></summary>" in text and "````toml\n```\nx\n````" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 from pathlib import Path
 from statistics import fmean, median
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL_KEYS = ("recipe", "depth", "width", "n_heads", "n_kv_heads", "head_width", "seq_len", "vocab_size")
 CURVE_POINTS = 500  # of one curve in report.json, at most; metrics.jsonl has them all
 PRIVATE = ("serve.",)  # a card is there to be shown around; these keys hold addresses and API keys
-RL_CURVES = ("reward", "length", "kl")  # and pass@k
+RL_CURVES = ("reward", "right", "length", "endless", "kl")  # and pass@k
 
 Steps = list[dict[str, Any]]
 
@@ -72,8 +73,8 @@ def collect(config: Config, run: RunDir, metrics: dict[str, Steps]) -> dict[str,
         "pretrain": pretrain,
         "sft": facts.get("sft", {}),
         "rl": facts.get("rl", {}),
-        "rl_progress": _progress(metrics.get("rl", [])),
-        "speed": {stage: _speed(steps) for stage, steps in metrics.items() if steps},
+        "rl_progress": _progress(metrics.get("rl", []), facts.get("rl", {}).get("start", {})),
+        "speed": {stage: speed(steps) for stage, steps in metrics.items() if steps},
         "exams": {stage: record["tasks"] for stage, record in exams.items()},
         "standing": {stage: _standing(record) for stage, record in exams.items()},
         "curves": {stage: _curve(steps) for stage, steps in metrics.items() if steps},
@@ -110,7 +111,7 @@ def _alike(records: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return groups
 
 
-def _speed(steps: Steps) -> dict[str, Any]:
+def speed(steps: Steps) -> dict[str, Any]:
     """Medians over the steps, and the mean, compiling included; null where the metrics do not say it."""
 
     def middle(key: str) -> float | None:
@@ -148,15 +149,19 @@ def _learned(steps: Steps) -> list[str]:
     return sorted(held, key=lambda key: (order.get(key, len(order)), len(key), key))
 
 
-def _progress(steps: Steps) -> dict[str, dict[str, float]]:
-    """Where each figure of RL began and ended: means over a tenth of the steps, of pass@k single evaluations."""
+def _progress(steps: Steps, start: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Where each figure of RL began and ended: means over a tenth of the steps, single values of what is measured at
+    evaluations only, of which `start` is the one before the first step."""
     found = {}
     for key in _learned(steps):
         values = [r[key] for r in steps if r.get(key) is not None]
-        part = 1 if "@" in key else -(-len(values) // 10)
+        seldom = len(values) < len(steps)
+        if seldom and key in start:
+            values.insert(0, start[key])
+        part = 1 if seldom else -(-len(values) // 10)
         if values:
             ends = {"first": fmean(values[:part]), "last": fmean(values[-part:])}
-            found[key] = ends | {"best": max(values), "steps": len(values)}
+            found[key] = ends | {"best": max(values), "values": len(values)}
     return found
 
 
@@ -166,6 +171,7 @@ def _samples(run: RunDir, stage: str) -> str:
     return path.read_bytes().decode("utf-8").replace("\r", " ") if path.exists() else ""
 
 
+@functools.cache
 def code_size() -> dict[str, int]:
     """Files and code lines (without blank lines, comments and docstrings) of the product, and its dependencies."""
     files = [p for folder in ("jaxchat", "train", "serve") for p in sorted((ROOT / folder).rglob("*.py"))]

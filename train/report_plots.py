@@ -44,7 +44,7 @@ class Plot:
 
 
 def theme(name: str) -> Any:
-    """Matplotlib's settings for a light or a dark page. Texts of an SVG stay text, in the reader's own font."""
+    """Matplotlib's settings in the colors of a theme. Texts of an SVG stay text, in the reader's own font."""
     colors, ink, paper = COLORS[name]
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     return {
@@ -79,15 +79,21 @@ def draw(run: RunDir, metrics: dict[str, list[dict[str, Any]]]) -> dict[str, lis
 
 
 def _plot(run: RunDir, name: str, paint: Callable[[Any], None]) -> Plot:
-    svg = {}
+    out, path = io.BytesIO(), run.plots / name
     with rc_context(theme("light")):
-        paint(run.plots / name)
-    for shade in COLORS:
-        out = io.BytesIO()
-        with rc_context(theme(shade) | {"savefig.format": "svg", "savefig.transparent": True}):
-            paint(out)
-        svg[shade] = re.sub(rb"<metadata>.*?</metadata>", b"", out.getvalue(), flags=re.S)  # it holds the date
-    return Plot((run.plots / name).relative_to(run.root).as_posix(), svg)
+        paint(path)
+    with rc_context(theme("light") | {"savefig.format": "svg", "savefig.transparent": True}):
+        paint(out)
+    light = re.sub(rb"<metadata>.*?</metadata>", b"", out.getvalue(), flags=re.S)  # it holds the date
+    return Plot(path.relative_to(run.root).as_posix(), {"light": light, "dark": _darkened(light)})
+
+
+def _darkened(svg: bytes) -> bytes:
+    """The same picture in the dark theme's colors."""
+    (colors, *others), (dark, *dark_others) = COLORS["light"], COLORS["dark"]
+    for old, new in zip([*colors, *others], [*dark, *dark_others], strict=True):
+        svg = svg.replace(old.encode(), new.encode())
+    return svg
 
 
 def dynamics_plot(records: Sequence[dict[str, Any]], picture: Any, title: str) -> None:
@@ -118,7 +124,8 @@ def _panels(
     axes = figure.subplots(1, len(panels) + bool(passes), squeeze=False)[0]
     for axis, (key, label, color) in zip(axes, panels, strict=False):
         values = [float("nan") if record.get(key) is None else record[key] for record in records]
-        axis.plot(at, values, color=color, linewidth=0.9)
+        seldom = over == "step" and any(key not in record for record in records)
+        axis.plot(at, values, "o" if seldom else "-", color=color, linewidth=0.9, markersize=4)
         axis.set(title=label)
         axis.set_ylim(bottom=0)
     for key in passes:

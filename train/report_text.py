@@ -62,7 +62,7 @@ def _tiles(card: Card, latest: dict[str, Any]) -> list[tuple[str, str]]:
     figures = [
         ("parameters", count(card["pretrain"]["parameters"])),
         ("wall clock", duration(card["seconds_total"])),
-        ("cost", _money(card["cost"]["usd"])),
+        ("cost", money(card["cost"]["usd"])),
     ]
     if base := card["exams"].get("base", {}).get("bits_per_byte"):
         figures.append(("bits per byte", f"{base['metric']:.3f}"))
@@ -118,12 +118,14 @@ def _learning(card: Card) -> list[Block]:
     found = card["rl_progress"]
     if not found:
         return []
+    names = {"right": "share right", "length": "tokens per answer", "endless": "share without an end",
+             "kl": "KL to the start, nats per token"}  # fmt: skip
     rows: list[Sequence[Line]] = [
-        [name, f"{f['first']:.4g}", f"{f['last']:.4g}", f"{f['best']:.4g}", f"{f['steps']:,}"]
+        [names.get(name, name), f"{f['first']:.4g}", f"{f['last']:.4g}", f"{f['best']:.4g}", f"{f['values']:,}"]
         for name, f in found.items()
     ]
-    note = "First and last: means over the first and the last tenth of the steps; pass@k: single evaluations."
-    table = Table(["", "first", "last", "greatest", "measured in steps"], rows, numeric=True)
+    note = "First and last: means over a tenth of the steps; of pass@k and KL the evaluations before and after."
+    table = Table(["", "first", "last", "greatest", "measured"], rows, numeric=True)
     return [Heading("Reinforcement learning"), table, Paragraph(note, small=True)]
 
 
@@ -155,7 +157,8 @@ def _training(card: Card) -> list[Block]:
             ["SFT parameters' SHA-256", Mono(sft["params_sha256"])],
         ]
     if rl := card["rl"]:
-        rows += [[f"RL {key.replace('_', ' ')}", f"{rl[key]:,}"] for key in ("steps", "tokens") if key in rl]
+        rows += [["RL environment", str(rl["environment"])]] if "environment" in rl else []
+        rows += [[f"RL {key}", f"{rl[key]:,}"] for key in ("questions", "steps", "tokens") if key in rl]
         rows += [["RL speed", _speed(speed["rl"])]] if "rl" in speed else []
         rows += [["RL parameters' SHA-256", Mono(rl["params_sha256"])]] if "params_sha256" in rl else []
     return [Heading("Training"), Table(["", ""], rows)] if rows else []
@@ -210,14 +213,15 @@ def _time(card: Card) -> list[Block]:
     if not cost["prices"]:
         return [Heading("Time"), Table(head, rows, numeric=True)]
     for row, name in zip(rows, card["seconds"], strict=False):
-        row.append(_money(cost["stages"].get(name)))
-    rows[-1].append(Bold(_money(cost["usd"])))
+        row.append(money(cost["stages"].get(name)))
+    rows[-1].append(Bold(money(cost["usd"])))
     prices = ", ".join(f"{price:g} USD for {name}" for name, price in cost["prices"].items())
     note = f"Cost: devices x hours x price, {cost['assumption']}: {prices}."
     return [Heading("Time"), Table([*head, "USD"], rows, numeric=True), Paragraph(note, small=True)]
 
 
-def _money(usd: float | None) -> str:
+def money(usd: float | None) -> str:
+    """A cost as people say it."""
     if usd is None:
         return "not known"
     return f"{usd:,.2f} USD" if usd else "nothing"
