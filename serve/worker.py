@@ -4,88 +4,221 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from jaxchat.engine import Engine, Event, Handle, Request
 from jaxchat.errors import JaxchatError, UsageError
 
+T = TypeVar("T")
 ANSWER_ROOM = 32  # tokens of the context kept for the answer where the conversation would fill it
+Group = tuple[Request, Sequence[int | None]]  # a prompt, and a seed for each answer to it
 
 
-class EngineStopped(JaxchatError):
-    """The engine's thread has ended; no answer will come."""
+class Unavailable(JaxchatError):
+    """No answer now; `state` says why, and whether there is hope."""
 
     exit_code = 1
+
+    def __init__(self, message: str, state: str):
+        super().__init__(message)
+        self.state = state
+
+
+class EngineStopped(Unavailable):
+    """The engine's thread has ended; no answer will come."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"the engine has stopped{reason}; start the service again", "dead")
+
+
+class Answers:
+    """The answers to one client's request while they are made.
+
+    Iterating gives lists of (number of the answer, event), one list for each chunk of the engine that brought
+    something; it ends after the last "done". Whoever leaves the `async with` frees the slots before the next chunk.
+    """
+
+    def __init__(self, worker: Worker):
+        self.handles: list[Handle] = []
+        self.loop = asyncio.get_running_loop()
+        self._worker, self._open = worker, set[int]()
+        self._inbox = asyncio.Queue[list[tuple[int, Event]] | BaseException | None]()
+
+    def tell(self, item: list[tuple[int, Event]] | BaseException | None) -> None:
+        """Called in the client's loop."""
+        self._inbox.put_nowait(item)
+
+    async def accepted(self) -> Answers:
+        """Wait until the engine has taken the request; raises what it raised, such as `UsageError`."""
+        try:
+            item = await self._inbox.get()
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(item, BaseException):
+            raise item
+        self._open = set(range(len(self.handles)))
+        return self
+
+    def stop(self) -> None:
+        """End what is not finished as "cancelled"; what has come so far stays."""
+        self.close()
+        self.tell([(number, Event("done", finish_reason="cancelled")) for number in sorted(self._open)])
+
+    def close(self) -> None:
+        self._worker.forget(self)
+
+    async def __aenter__(self) -> Answers:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> Answers:
+        return self
+
+    async def __anext__(self) -> list[tuple[int, Event]]:
+        if not self._open:
+            raise StopAsyncIteration
+        item = await self._inbox.get()
+        if isinstance(item, BaseException):
+            raise item
+        assert item is not None
+        self._open -= {number for number, event in item if event.kind == "done"}
+        return item
 
 
 class Worker:
     """Runs an engine for many asynchronous clients at once.
 
-    A client that stops listening (closes the iterator, is cancelled) frees its slot before the next chunk.
+    Args:
+      engine: an engine, or a function that makes one; the worker's thread calls it with the worker, and until it
+        returns, `state` is "loading" (`loaded` becomes done with the engine or with what went wrong).
     """
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine | Callable[[Worker], Engine]):
+        self._engine = engine if isinstance(engine, Engine) else None
+        self._make = None if isinstance(engine, Engine) else engine
+        self.loaded: Future[Engine] = Future()
+        self.progress: str | None = None  # of loading
+        self.draining = False  # no new requests; those under way end as they would
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._listeners: dict[Handle, Callable[[Event | BaseException], None]] = {}
+        self._listeners: dict[Handle, tuple[Answers, int]] = {}
         self._gate = threading.Lock()  # nothing is put into the inbox after the last look into it
         self._closing = self._ended = False
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise Unavailable("the model is still loading", "loading")
+        return self._engine
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._closing
 
-    async def events(self, request: Request) -> AsyncIterator[Event]:
-        """The pieces of one answer, "done" last. Raises what the engine raised, such as `UsageError`."""
-        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
-        handles: list[Handle] = []
+    @property
+    def closing(self) -> bool:
+        return self._closing
 
-        def tell(item: Event | BaseException) -> None:
-            with contextlib.suppress(RuntimeError):  # the client's loop has ended, and the client with it
-                loop.call_soon_threadsafe(inbox.put_nowait, item)
+    @property
+    def state(self) -> str:
+        """ "loading", "ready", "draining" or "dead"."""
+        if not self.alive:
+            return "dead"
+        return "loading" if self._engine is None else "draining" if self.draining else "ready"
+
+    @property
+    def busy(self) -> int:
+        """Answers under way, in slots or waiting for one."""
+        return self._engine.running + self._engine.waiting if self._engine else 0
+
+    def check(self) -> None:
+        """Raises `Unavailable` where a new request would not be answered."""
+        state = self.state
+        if state == "dead":
+            raise self._stopped()
+        if state != "ready":
+            words = {"loading": "the model is still loading", "draining": "the service is shutting down"}
+            raise Unavailable(words[state], state)
+
+    async def submit(self, groups: Sequence[Group]) -> Answers:
+        """Answers to these prompts, numbered through; all are taken or none. Raises what the engine raises."""
+        self.check()
+        answers = Answers(self)
 
         def submit() -> None:
-            if self._closing:
-                tell(self._stopped())
-                return
+            handles = []
             try:
-                handle = self.engine.submit(request)
+                if self._closing:
+                    raise self._stopped()
+                for request, seeds in groups:
+                    if len(seeds) == 1:
+                        handles.append(self.engine.submit(_with_seed(request, seeds[0])))
+                    else:
+                        handles += self.engine.submit_group(request, seeds)
             except Exception as error:
-                tell(error)
+                for handle in handles:
+                    self.engine.cancel(handle)
+                self._post(answers, error)
                 return
-            handles.append(handle)
-            self._listeners[handle] = tell
+            answers.handles.extend(handles)
+            self._listeners.update((handle, (answers, i)) for i, handle in enumerate(handles))
+            self._post(answers, None)
+
+        if not self._put(submit):
+            raise self._stopped()
+        return await answers.accepted()
+
+    async def events(self, request: Request) -> AsyncIterator[Event]:
+        """The pieces of one answer, "done" last. Raises what the engine raised, such as `UsageError`."""
+        async with await self.submit([(request, [request.seed])]) as answers:
+            async for pieces in answers:
+                for _, event in pieces:
+                    yield event
+
+    async def call(self, work: Callable[[Engine], T]) -> T:
+        """What `work` returns, done between two chunks in the engine's thread. Raises what it raises."""
+        self.check()
+        done: Future[T] = Future()
+
+        def run() -> None:
+            if self._closing:
+                done.set_exception(self._stopped())
+            elif done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(work(self.engine))
+                except Exception as error:
+                    done.set_exception(error)
+
+        if not self._put(run):
+            raise self._stopped()
+        return await asyncio.wrap_future(done)
+
+    def forget(self, answers: Answers) -> None:
+        """Cancel what of these is not finished."""
 
         def cancel() -> None:
-            for handle in handles:
+            for handle in answers.handles:
                 self._listeners.pop(handle, None)
                 if not self._ended:  # a broken engine may not even cancel
                     self.engine.cancel(handle)
 
-        if not self._put(submit):
-            raise self._stopped()
-        try:
-            while True:
-                item = await inbox.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                if item.kind == "done":
-                    return
-        finally:
-            self._put(cancel)  # no effect on a finished answer
+        self._put(cancel)
 
-    def close(self) -> None:
-        """End the thread; answers under way end with `EngineStopped`."""
+    def close(self, wait: float = 30.0) -> None:
+        """End the thread, within `wait` seconds if it can; answers under way end with `EngineStopped`."""
         self._closing = True
         self._put(lambda: None)  # wakes it
-        self._thread.join(timeout=30)
+        self._thread.join(wait)
 
     def _put(self, command: Callable[[], None]) -> bool:
         """Have the engine's thread run `command`; False where it has ended."""
@@ -95,28 +228,27 @@ class Worker:
             return not self._ended
 
     def _stopped(self) -> EngineStopped:
-        reason = f": {self._failure}" if self._failure else ""
-        return EngineStopped(f"the engine has stopped{reason}; start the service again")
+        return EngineStopped(f": {self.failure}" if self.failure else "")
 
     def _run(self) -> None:
         try:
+            if self._make:
+                self._engine = self._make(self)
+            self.loaded.set_result(self.engine)
             while not self._closing:
                 self._obey(wait=not self.engine.running and not self.engine.waiting)
-                for handle, event in self.engine.step():
-                    listener = self._listeners.get(handle)
-                    if listener:
-                        listener(event)
-                    if event.kind == "done":
-                        self._listeners.pop(handle, None)
+                self._tell(self.engine.step())
         except Exception as error:
-            self._failure = error
+            self.failure = error
         finally:
             self._closing = True
             with self._gate:
                 self._ended = True
             self._obey(wait=False)  # whoever has just come hears it too
-            for tell in self._listeners.values():
-                tell(self._stopped())
+            for answers in {id(a): a for a, _ in self._listeners.values()}.values():
+                self._post(answers, self._stopped())
+            if not self.loaded.done():
+                self.loaded.set_exception(self.failure or self._stopped())
 
     def _obey(self, wait: bool) -> None:
         """Run all commands that have come in; with `wait`, at least one."""
@@ -125,6 +257,37 @@ class Worker:
                 self._inbox.get()()
             while True:
                 self._inbox.get_nowait()()
+
+    def _tell(self, events: Sequence[tuple[Handle, Event]]) -> None:
+        """Hand everybody the events of one chunk; one wake-up for each event loop, not for each token."""
+        post: dict[Any, dict[Answers, list[tuple[int, Event]]]] = {}
+        for handle, event in events:
+            listener = self._listeners.get(handle)
+            if not listener:
+                continue
+            answers, number = listener
+            pieces = post.setdefault(answers.loop, {}).setdefault(answers, [])
+            if pieces and pieces[-1][0] == number and pieces[-1][1].kind == event.kind:
+                before = pieces[-1][1]
+                pieces[-1] = number, Event(event.kind, before.text + event.text, None, before.tokens + event.tokens)
+            else:
+                pieces.append((number, event))
+            if event.kind == "done":
+                del self._listeners[handle]
+        for loop, letters in post.items():
+            _in_loop(loop, lambda letters=letters: [answers.tell(pieces) for answers, pieces in letters.items()])
+
+    def _post(self, answers: Answers, item: BaseException | None) -> None:
+        _in_loop(answers.loop, lambda: answers.tell(item))
+
+
+def _with_seed(request: Request, seed: int | None) -> Request:
+    return request if seed == request.seed else dataclasses.replace(request, seed=seed)
+
+
+def _in_loop(loop: asyncio.AbstractEventLoop, work: Callable[[], Any]) -> None:
+    with contextlib.suppress(RuntimeError):  # the client's loop has ended, and the client with it
+        loop.call_soon_threadsafe(work)
 
 
 def fitting_request(engine: Engine, messages: Sequence[dict[str, Any]], **settings: Any) -> tuple[Request, int]:

@@ -1,0 +1,295 @@
+"""The service: `python launch.py --run-dir runs/nano --serve`. API, WebSocket and page in one process.
+
+The port is open at once; until the engine's thread has loaded and compiled the model, /health says 503 "loading".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from jaxchat.config import Config
+from jaxchat.engine import Engine
+from jaxchat.engine.loading import STAGES
+from jaxchat.errors import DataError, UsageError
+from jaxchat.log import say
+from jaxchat.paths import RunDir
+from serve import chat_api, completions_api, errors, info_api, websocket
+from serve.errors import ApiError
+from serve.limits import BodyLimit
+from serve.logs import RequestLog, to_standard_error
+from serve.replies import ChatChunk
+from serve.service import Service
+from serve.worker import Worker
+
+log = logging.getLogger("jaxchat.serve")
+CLOSE_SECONDS = 3  # for connections to end after the answers have; an open page keeps one for good
+KEEP_ALIVE = 65  # seconds; longer than the minute after which clients and proxies drop an idle connection
+API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics")
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"}
+WAIT = "<!doctype html><meta charset=utf-8><meta http-equiv=refresh content=2><title>jaxchat</title><p>{}"
+PageMaker = Callable[[Worker], Any]  # FastAPI app with the page mounted
+
+
+def make_app(service: Service, make_page: PageMaker | None = None) -> FastAPI:
+    """The API, and the page for every other path once `make_page` has made it (in a thread: importing Gradio
+    takes seconds)."""
+    page = Page(service, make_page)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with page.running():
+            yield
+
+    app = FastAPI(
+        title="jaxchat",
+        version="1",
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        summary="A chat model of one's own, behind the API that OpenAI's clients speak",
+    )
+    app.state.service = service
+    errors.install(app)
+    for router in (
+        info_api.open_routes(service), chat_api.routes(service), completions_api.routes(service),
+        info_api.routes(service), websocket.routes(service),
+    ):  # fmt: skip
+        app.include_router(router)
+    _answer_other_methods(app)
+    app.router.routes.append(Mount("/", page))
+    app.add_middleware(BodyLimit, limit=service.limits.body_bytes)
+    app.add_middleware(RequestLog, service=service, paths=API)
+    if service.limits.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=service.limits.origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    _correct_document(app)
+    return app
+
+
+def _answer_other_methods(app: FastAPI) -> None:
+    """405 and 404 below the API's paths, which would else be the page's to answer."""
+    allowed: dict[str, set[str]] = {}
+    for path, methods in _paths(app):
+        allowed.setdefault(path, set()).update(methods)
+
+    for path, methods in allowed.items():
+        headers = {"Allow": ", ".join(sorted(methods))}
+
+        async def refuse(request: Request, headers: dict[str, str] = headers) -> Any:
+            raise ApiError(405, f"{request.method} is not for this route; {headers['Allow']} is", headers=headers)
+
+        app.router.routes.append(Route(path, refuse, methods=sorted(METHODS - methods), include_in_schema=False))
+
+    async def unknown(request: Request) -> Any:
+        raise ApiError(404, "there is no such route")
+
+    app.router.routes.append(Route("/v1/{rest:path}", unknown, methods=sorted(METHODS), include_in_schema=False))
+
+
+def _paths(app: FastAPI) -> list[tuple[str, set[str]]]:
+    return [(template, {method.upper() for method in methods}) for template, methods in app.openapi()["paths"].items()]
+
+
+def _correct_document(app: FastAPI) -> None:
+    """The OpenAPI document without FastAPI's 422, which never leaves, and with the chunks of streams."""
+    app.openapi_schema = None
+    document = app.openapi()
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            operation["responses"].pop("422", None)
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    chunk = ChatChunk.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas.update({name: schema for name, schema in chunk.pop("$defs").items() if name not in schemas})
+    schemas["ChatChunk"] = chunk
+
+
+class Page:
+    """The page, and what stands in its place while it or the model loads."""
+
+    def __init__(self, service: Service, make: PageMaker | None):
+        self._service, self._make = service, make
+        self._app: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = self._service.worker.state
+        if self._app and (state != "loading" or scope["path"] != "/"):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        elif scope["path"] != "/" or not self._make:
+            await ApiError(404, "there is no such route").response()(scope, receive, send)
+        else:
+            words = {"loading": "The model is loading", "dead": "The model has stopped"}.get(state, "One moment")
+            await HTMLResponse(WAIT.format(words + " …"), 503, {"Retry-After": "2"})(scope, receive, send)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Within, the page is made and runs: in one task of its own, from Gradio's start to its end."""
+        end = asyncio.Event()
+
+        async def run() -> None:
+            assert self._make
+            app = await asyncio.to_thread(self._make, self._service.worker)
+            async with app.router.lifespan_context(app):
+                self._app = app
+                await end.wait()
+
+        task = asyncio.create_task(run()) if self._make else None
+        if task:
+            task.add_done_callback(_complain)
+        try:
+            yield
+        finally:
+            end.set()
+            if task:
+                await asyncio.wait([task], timeout=CLOSE_SECONDS)
+                task.cancel()
+
+
+def _complain(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.error("the page cannot be shown", exc_info=error)
+
+
+class Server(uvicorn.Server):
+    """Uvicorn that, told to stop, first lets running answers finish, and returns instead of dying of the signal."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service = service
+        self._until = 0.0  # when draining ends, at the latest
+        self._died = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._service.worker.draining:
+            self.should_exit = self.force_exit = sig == signal.SIGINT or self.should_exit  # Ctrl-C again: at once
+            return
+        self._service.worker.draining = True
+        log.info("draining", extra={"fields": {"answers": self._service.worker.busy}})
+
+    async def on_tick(self, counter: int) -> bool:
+        service, worker = self._service, self._service.worker
+        if worker.loaded.done() and worker.loaded.exception():
+            self.should_exit = True
+        elif worker.failure and not self._died:
+            self._died = True  # and lives on: /health says so to whoever starts it again
+            log.error("engine dead", exc_info=worker.failure)
+        if worker.draining:
+            self._until = self._until or time.monotonic() + service.limits.drain_seconds
+            idle = not worker.busy and not service.answering
+            if worker.state in ("loading", "dead") or idle or time.monotonic() >= self._until:
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.worker.close(wait=0)  # what still runs ends with an error that its client can read
+        await super().shutdown(sockets)
+
+
+def serve(run: RunDir, config: Config) -> None:
+    """Serve a finished run until the process is told to stop. `UsageError` if the port is taken, `DataError` if the
+    run is not there or not finished."""
+    check_run(run)
+    listening = bind(config.serve.host, config.serve.port)
+    to_standard_error()
+    worker = Worker(lambda worker: load(run, config, worker))
+    service = Service(config, worker)
+
+    def make_page(worker: Worker) -> Any:
+        from serve.page import mounted_page
+
+        return mounted_page(run, config, worker, service.keys)
+
+    address = f"http://{config.serve.host}:{listening.getsockname()[1]}"
+    say(f"loading {config.tier}; {address}/health tells when it is ready")
+    worker.loaded.add_done_callback(lambda future: future.exception() or ready(address, service))
+    server = Server(uvicorn_config(make_app(service, make_page), config), service)
+    try:
+        server.run(sockets=[listening])
+    finally:
+        worker.close()
+        listening.close()
+    log.info("stopped")
+    if worker.loaded.exception() and not worker.draining:
+        raise worker.loaded.exception()  # type: ignore[misc]
+
+
+def uvicorn_config(app: FastAPI, config: Config) -> uvicorn.Config:
+    limits = config.serve
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        ws_max_size=limits.body_bytes,
+        ws_per_message_deflate=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+        server_header=False,
+        proxy_headers=bool(limits.trusted_proxies),
+        forwarded_allow_ips=list(limits.trusted_proxies),
+    )
+
+
+def load(run: RunDir, config: Config, worker: Worker) -> Engine:
+    """The engine, compiled for everything that a request can need."""
+    begun = time.perf_counter()
+    engine = Engine.from_pretrained(run.root, slots=config.serve.slots, queue_limit=config.serve.queue_length)
+    loaded = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        worker.progress = f"{done} of {total} programs compiled"
+        if worker.closing or worker.draining:
+            raise UsageError("stopped while loading")
+
+    engine.warm_up(progress)
+    seconds = {"load_seconds": loaded - begun, "compile_seconds": time.perf_counter() - loaded}
+    log.info("ready", extra={"fields": {name: round(value, 2) for name, value in seconds.items()}})
+    return engine
+
+
+def ready(address: str, service: Service) -> None:
+    say(f"chat page: {address}   API: {address}/v1 (model {service.model!r})   (Ctrl-C stops it)")
+
+
+def check_run(run: RunDir) -> None:
+    """`DataError` before the port is opened if there is nothing to serve."""
+    if not run.config.is_file():
+        raise DataError(f"{run.root}: not a run directory (no config.toml); train one with launch.py first")
+    if not any(p.name.isdigit() for stage in STAGES for p in run.stage(stage).glob("*")):
+        raise DataError(f"{run.root}: no trained stage yet; finish the run first: launch.py --run-dir {run.root}")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens; `UsageError` where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+    except (OSError, OverflowError) as error:
+        listening.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"{host}:{port}: cannot be served on ({reason}); choose another --port or --host") from None
+    return listening

@@ -1,0 +1,86 @@
+"""Counts and times for Prometheus, under the names that dashboards of LLM servers know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from jaxchat.engine import Handle
+from serve.worker import Worker
+
+LATENCY = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+BETWEEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
+WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 60, 120, 240)
+REASONS = ("stop", "length", "abort")  # abort: the client went away, or stopped the answer
+
+
+class Metrics:
+    """Of one service, in a registry of its own."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, worker: Worker, model: str):
+        disable_created_metrics()
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._model = model
+
+        def gauge(name: str, text: str, value: str) -> None:
+            def read() -> float:
+                return getattr(worker.engine, value) if worker.state in ("ready", "draining") else 0.0
+
+            metric = Gauge(f"jaxchat:{name}", text, ["model_name"], registry=self._registry)
+            metric.labels(model).set_function(read)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"jaxchat:{name}", text, ["model_name", *labels], registry=self._registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            metric = Histogram(f"jaxchat:{name}", text, ["model_name"], buckets=buckets, registry=self._registry)
+            return metric.labels(model)
+
+        gauge("num_requests_running", "Answers in slots", "running")
+        gauge("num_requests_waiting", "Answers waiting for a slot", "waiting")
+        gauge("kv_cache_usage_perc", "Share of the slots' cache positions in use, 0 to 1", "cache_usage")
+        self._prompt = counter("prompt_tokens", "Tokens of prompts").labels(model)
+        self._generated = counter("generation_tokens", "Tokens made").labels(model)
+        self._success = counter("request_success", "Answers by how they ended", "finished_reason")
+        self._errors = counter("request_errors", "Requests answered with an error", "status")
+        for reason in REASONS:
+            self._success.labels(model, reason)
+        self._first = histogram("time_to_first_token_seconds", "From the request to its first token", LATENCY)
+        self._between = histogram("inter_token_latency_seconds", "Mean time between an answer's tokens", BETWEEN)
+        self._whole = histogram("e2e_request_latency_seconds", "From the request to its last token", WHOLE)
+        self._queue = histogram("request_queue_time_seconds", "From the request to its slot", WHOLE)
+
+    def finished(self, handles: Sequence[Handle], prompt_tokens: int) -> None:
+        """Count answers that ended, or that were given up."""
+        self._prompt.inc(prompt_tokens)
+        for handle in handles:
+            self._generated.inc(handle.made)
+            reason = handle.finish_reason or "cancelled"
+            self._success.labels(self._model, "abort" if reason == "cancelled" else reason).inc()
+            if handle.started:
+                self._queue.observe(handle.started - handle.submitted)
+            if handle.first_token:
+                self._first.observe(handle.first_token - handle.submitted)
+            if handle.finished and reason != "cancelled":
+                self._whole.observe(handle.finished - handle.submitted)
+                if handle.made > 1 and handle.first_token:
+                    self._between.observe((handle.finished - handle.first_token) / (handle.made - 1))
+
+    def error(self, status: int) -> None:
+        self._errors.labels(self._model, str(status)).inc()
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)

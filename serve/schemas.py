@@ -1,0 +1,160 @@
+"""What clients send: OpenAI's requests, with top_k, min_p and repetition_penalty as vLLM knows them.
+
+Numbers are checked here and lengths in `limits.py`. A field that would change the answer and is not there to be had is
+refused, not ignored; other unknown fields are ignored, as other servers do.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_ALTERNATIVES = 20  # of one token's probabilities
+MAX_ANSWERS = 128  # to one prompt
+MAX_PROMPTS = 256  # of one request
+MAX_STOPS = 16
+# fields of OpenAI's that are understood only where they ask for nothing
+NOTHING: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "functions": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "suffix": (None, ""),
+    "best_of": (None, 1),
+}
+
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0)]
+Strict = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class TextPart(BaseModel):
+    """A piece of a message: text, or (an assistant's) a call of the calculator and its output."""
+
+    model_config = Strict
+    type: Literal["text", "python", "python_output"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = Strict
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, Any]:
+        """As `text/chat.py` takes it."""
+        content = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class StreamOptions(BaseModel):
+    model_config = Strict
+    include_usage: bool = False
+
+
+class Sampling(BaseModel):
+    """How tokens are chosen; what chat and completions share."""
+
+    model_config = Strict
+    model: str | None = None
+    temperature: float | None = Field(None, ge=0, le=10, description="0: the likeliest token each time")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0 or -1: among all tokens")
+    min_p: float | None = Field(None, ge=0, le=1, description="least probability, as a share of the likeliest token's")
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    n: int | None = Field(None, ge=1, le=MAX_ANSWERS, description="answers to each prompt")
+    ignore_eos: bool | None = Field(None, description="go on to max_tokens; for benchmarks")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="taken and not used")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_unheard(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name, empty in NOTHING.items():
+                if name in data and name not in cls.model_fields and data[name] not in empty:
+                    raise ValueError(f"{name} is not supported by this service")
+            if data.get("stream_options") is not None and not data.get("stream"):
+                raise ValueError("stream_options: only where stream is true")
+        return data
+
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class ChatRequest(Sampling):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
+
+    @model_validator(mode="after")
+    def _whole(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: only where logprobs is true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        return self
+
+
+class CompletionRequest(Sampling):
+    prompt: (
+        str
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    ) = Field(description="a text, several texts, token ids, or several lists of them")
+    max_tokens: int | None = Field(None, ge=0, description="0, together with echo, only scores the prompt")
+    echo: bool | None = Field(None, description="give the prompt back before the answer, with its logprobs")
+    logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES, description="alternatives reported with each token")
+
+    @model_validator(mode="after")
+    def _whole(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 only together with echo")
+        return self
+
+
+class TokenizeRequest(BaseModel):
+    """A text, or a conversation as the model is shown it."""
+
+    model_config = Strict
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_special_tokens: bool = Field(True, description="begin with the token that begins every document")
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = Strict
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class SocketRequest(BaseModel):
+    """A conversation on the WebSocket."""
+
+    model_config = Strict
+    messages: list[ChatMessage] = Field(min_length=1)
+    temperature: float | None = Field(None, ge=0, le=10)
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    max_tokens: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
