@@ -26,6 +26,7 @@ from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, load_config
 from jaxchat.engine.branching import score_letters, score_targets
 from jaxchat.engine.scoring import Scorer
+from jaxchat.engine.spans import crop
 from jaxchat.errors import JaxchatError
 from jaxchat.model import gpt
 from jaxchat.optim.horizon import resolve
@@ -69,7 +70,7 @@ def speed(config: Config, params: Any, tokenizer: Tokenizer, data: str, items: i
     letters = [[tokenizer.encode(x)[0] for x in e.letters] for e in examples]
     task = next(t for t in core.CORE_TASKS if t.label == "arc_easy")
     loaded = core.Core(TaskFiles(data)).load(task)
-    groups = list(core.groups(task, loaded[:items], tokenizer))
+    groups = [crop(group, config.model.seq_len)[0] for group in core.groups(task, loaded[:items], tokenizer)]
     batched, single = (Scorer(config.model, params, batch_rows=n) for n in (config.eval.batch_rows, 0))
 
     def one_letter() -> Any:

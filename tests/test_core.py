@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxchat.engine.scoring import SpanScore
+from jaxchat.engine.spans import SpanScore
 from jaxchat.errors import DataError
 from jaxchat.tasks import core
 from jaxchat.tasks.core import CORE_TASKS, Core

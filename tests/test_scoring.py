@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from jaxchat.config import MeshConfig, ModelConfig
 from jaxchat.engine.branching import score_targets
-from jaxchat.engine.scoring import Scorer, Span, common_prefix, lengths, tails
+from jaxchat.engine.scoring import Scorer
+from jaxchat.engine.spans import Span, common_prefix, lengths, tails
 from jaxchat.mesh import make_mesh
 from jaxchat.model import gpt
 from jaxchat.recipes import resolve_model

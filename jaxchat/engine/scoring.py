@@ -8,10 +8,8 @@ of rows for each; so at most twelve programs are compiled for spans, and six for
 from __future__ import annotations
 
 import functools
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,48 +20,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import ModelConfig
 from jaxchat.engine.branching import Rows, score_letters, score_targets, scoring_params
+from jaxchat.engine.spans import Row, Span, SpanScore, common_prefix, crop, lengths, tails
 from jaxchat.mesh import BATCH_AXES, batch_devices, replicated
 
-LENGTHS = 6  # prefix lengths at most
-SMALLEST = 64  # tokens
 ROW_TOKENS = 512  # a batch of n rows has about n times this many tokens, whatever the rows' length
 CPU_TOKENS = 2048  # of a batch on a CPU at most: more leave its caches and run slower
-TAILS = (32, 128)  # smallest and largest room for continuations, a quarter of the prefix in between
 LETTERS = 8  # slots for the letters of a question
 IN_FLIGHT = 2  # batches dispatched before the first one is read
-
-
-@dataclass(frozen=True)
-class Span:
-    """`tokens[start:end]` are scored, given what stands before them; start is at least 1."""
-
-    tokens: list[int]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class SpanScore:
-    """`loss`: nats of the whole span; `best`: every token was the likeliest one; `cropped`: tokens left out before."""
-
-    loss: float
-    count: int
-    best: bool
-    cropped: int = 0
-
-    @property
-    def mean(self) -> float:
-        """NaN for an empty span."""
-        return self.loss / self.count if self.count else math.nan
-
-
-@dataclass
-class _Row:
-    """A prefix, its continuations, and (index of the sequence, span) asked of each; -1 is the prefix itself."""
-
-    prefix: list[int]
-    tails: list[list[int]]
-    spans: list[tuple[int, int, int]]  # of each continuation (or of the prefix alone): sequence, start, end
 
 
 class Scorer:
@@ -113,11 +76,11 @@ class Scorer:
         """A score for every span; those of one group may share a prefix. `on_done` hears of rows as they finish."""
         scores: list[list[SpanScore | None]] = [[None] * len(group) for group in groups]
         owners: list[int] = []
-        rows: list[_Row] = []
+        rows: list[Row] = []
         twins: list[tuple[int, int, int]] = []  # group, sequence, the equal sequence before it
         cropped = [0] * len(groups)
         for g, group in enumerate(groups):
-            short, cropped[g] = _crop(group, self.context)
+            short, cropped[g] = crop(group, self.context)
             kept: dict[tuple[Any, int, int], int] = {}
             for s, span in enumerate(short):  # equal options get the same score, to the last bit
                 first = kept.setdefault((tuple(span.tokens), span.start, span.end), s)
@@ -146,7 +109,7 @@ class Scorer:
         limit = self.context or max(map(len, prompts), default=1)
         prompts, cropped = [p[-limit:] for p in prompts], sum(len(p) > limit for p in prompts)
         width = max(LETTERS, *map(len, letters)) if letters else LETTERS
-        rows = [_Row(prompt, [], []) for prompt in prompts]
+        rows = [Row(prompt, [], []) for prompt in prompts]
         found: list[list[float]] = [[] for _ in prompts]
         for T, _, batch in self._batches(rows, lambda row: (self._length(len(row.prefix)), 0)):
             where, ids = np.zeros(self._count(T), np.int32), np.zeros((self._count(T), width), np.int32)
@@ -163,10 +126,10 @@ class Scorer:
 
     # From groups to rows
 
-    def _rows(self, spans: dict[int, Span]) -> list[_Row]:
+    def _rows(self, spans: dict[int, Span]) -> list[Row]:
         """One group's rows: its common prefix with the continuations behind it, or each sequence by itself, whichever
         runs fewer tokens."""
-        alone = [_Row(span.tokens, [], [(s, span.start, span.end)]) for s, span in spans.items()]
+        alone = [Row(span.tokens, [], [(s, span.start, span.end)]) for s, span in spans.items()]
         # what predicts a span's first token stands in the sequence's own part, or the prefix would be asked as well
         if len(spans) < 2:
             return alone
@@ -176,13 +139,13 @@ class Scorer:
         prefix = next(iter(spans.values())).tokens[:common]
         T = self._length(common)
         room = tails(T)
-        shared: list[_Row] = []
+        shared: list[Row] = []
         for s, span in spans.items():
             tail = span.tokens[common : span.end]
             if len(tail) > room:
                 return alone
             if not shared or sum(len(t) for t in shared[-1].tails) + len(tail) > room:
-                shared.append(_Row(prefix, [], []))
+                shared.append(Row(prefix, [], []))
             shared[-1].tails.append(tail)
             shared[-1].spans.append((s, span.start, span.end))
         cost = sum(self._length(len(row.prefix)) for row in alone)
@@ -198,7 +161,7 @@ class Scorer:
     # Batches
 
     def _batches(
-        self, rows: list[_Row], shape: Callable[[_Row], tuple[int, int]]
+        self, rows: list[Row], shape: Callable[[Row], tuple[int, int]]
     ) -> Iterator[tuple[int, int, list[int]]]:
         """(prefix, room, indices of rows), the longest first: what does not fit in memory fails at once."""
         by_shape: dict[tuple[int, int], list[int]] = {}
@@ -208,7 +171,7 @@ class Scorer:
             for i in range(0, len(members), self._count(T)):
                 yield T, Q, members[i : i + self._count(T)]
 
-    def _run_targets(self, rows: list[_Row]) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
+    def _run_targets(self, rows: list[Row]) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
         """(index of a row, (loss, best) of each of its spans); while one batch is read, the next ones run."""
         flying: deque[tuple[Any, list[tuple[int, list[slice]]]]] = deque()
 
@@ -218,7 +181,7 @@ class Scorer:
             for index, parts in places:
                 yield index, [(float(nll[part].sum(dtype=np.float64)), bool(best[part].all())) for part in parts]
 
-        def shape(row: _Row) -> tuple[int, int]:
+        def shape(row: Row) -> tuple[int, int]:
             T = self._length(len(row.prefix))
             return T, tails(T) if row.tails else 0
 
@@ -232,7 +195,7 @@ class Scorer:
         while flying:
             yield from read()
 
-    def _questions(self, rows: list[_Row], batch: list[int], T: int, Q: int) -> tuple[Any, ...]:
+    def _questions(self, rows: list[Row], batch: list[int], T: int, Q: int) -> tuple[Any, ...]:
         """where, target, count of `score_targets` for every device, and where each row's answers will be."""
         per_device = self._count(T) // self._devices
         slots = per_device * (T + Q)
@@ -256,7 +219,7 @@ class Scorer:
             places.append((index, parts))
         return where, target, count, places
 
-    def _fill(self, rows: list[_Row], batch: list[int], T: int, Q: int) -> Rows:
+    def _fill(self, rows: list[Row], batch: list[int], T: int, Q: int) -> Rows:
         B = self._count(T)
         tokens, length = np.zeros((B, T + Q), np.int32), np.ones(B, np.int32)
         branch, position, before = np.full((B, Q), -1, np.int32), np.zeros((B, Q), np.int32), np.zeros((B, Q), np.int32)
@@ -275,45 +238,3 @@ class Scorer:
 
     def _place(self, *arrays: Any) -> Any:
         return jax.device_put(arrays, self._sharding) if self._sharding else arrays
-
-
-def lengths(seq_len: int) -> list[int]:
-    """Prefix lengths: powers of two from 64 on, and the context rounded up to whole tiles of 128; six at most."""
-    longest = seq_len if seq_len <= SMALLEST else -(-seq_len // 128) * 128
-    powers = [1 << n for n in range(SMALLEST.bit_length() - 1, 31) if 1 << n < longest]
-    return [*powers, longest][-LENGTHS:]
-
-
-def tails(T: int) -> int:
-    """Room for continuations beside a prefix of T positions."""
-    return min(max(TAILS[0], T // 4), TAILS[1])
-
-
-def common_prefix(sequences: Sequence[list[int]]) -> int:
-    """How many first tokens all share."""
-    first, last = min(sequences), max(sequences)  # in the order of a dictionary, so what these two share all do
-    low, high = 0, min(len(first), len(last))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low:middle] == last[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _crop(group: Sequence[Span], context: int) -> tuple[list[Span], int]:
-    """The group with at most `context` tokens each (0: any number), and how many were taken off its left.
-
-    All sequences lose as many, so that the options of a question keep the same context; one that is still too long
-    then loses more by itself. A span that began in what is lost begins at its second kept token.
-    """
-    over = max((len(span.tokens) for span in group), default=0) - context
-    if not context or over <= 0:
-        return list(group), 0
-    shared = min(over, common_prefix([span.tokens for span in group]), *(max(0, x.start - 1) for x in group))
-    short = []
-    for span in group:
-        cut = max(shared, len(span.tokens) - context)
-        short.append(Span(span.tokens[cut:], max(1, span.start - cut), max(1, span.end - cut)))
-    return short, over

@@ -17,7 +17,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from jaxchat.engine import Engine, Handle, Request
 from jaxchat.engine.loading import load_run
-from jaxchat.engine.scoring import Scorer, Span
+from jaxchat.engine.scoring import Scorer
+from jaxchat.engine.spans import Span
 from jaxchat.paths import RunDir
 
 MAX_TOKENS = 256  # of an answer, where a task names no number
@@ -93,7 +94,7 @@ class JaxChat(LM):
             request = engine.chat_request([{"role": "user", "content": text}], **given)
         else:
             request = engine.text_request(text, **given)
-        room = max(1, engine.capacity - given["max_tokens"])
+        room = max(engine.capacity - given["max_tokens"], engine.capacity // 2)  # for the prompt
         return request if len(request.tokens) <= room else Request(request.tokens[-room:], stop=request.stop, **given)
 
     def _span(self, context: str, continuation: str) -> Span:

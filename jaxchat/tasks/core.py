@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxchat.engine.scoring import Span, SpanScore, common_prefix
+from jaxchat.engine.spans import Span, SpanScore, common_prefix
 from jaxchat.errors import DataError
 from jaxchat.tasks.base import Task
 from jaxchat.tasks.files import Archive, MissingData, TaskFiles, read_jsonl
