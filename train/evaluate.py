@@ -20,6 +20,7 @@ from jaxchat.paths import RunDir, atomic_write, read_json, write_json
 from jaxchat.tasks.base import ChoiceTask, Task, WrittenTask
 from jaxchat.tasks.core import CORE_TASKS, Core
 from jaxchat.tasks.files import MissingData, TaskFiles
+from jaxchat.tasks.humaneval import open_sandbox
 from jaxchat.tasks.registry import TASKS, get_task
 from jaxchat.text.tokenizer import Tokenizer
 from train.exams import Model, Scores, capped, core_summary, digest
@@ -60,10 +61,12 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """`UsageError` for an exam that does not exist, before any work."""
+    """`UsageError` for an exam that does not exist or a sandbox that cannot be had, before any work."""
     for name in config.eval.exams:
         if name != AUTO:
             get_task(name)
+        if name in (AUTO, "humaneval") and config.tasks.sandbox == "strict":
+            open_sandbox("strict")
 
 
 def exam_tasks(config: Config) -> Iterator[tuple[Task, bool]]:
@@ -74,7 +77,8 @@ def exam_tasks(config: Config) -> Iterator[tuple[Task, bool]]:
         for name in names:
             if name not in seen:
                 seen.add(name)
-                yield get_task(name, TaskFiles(config.tasks.data_dir, download=entry != AUTO)), entry == AUTO
+                files = TaskFiles(config.tasks.data_dir, entry != AUTO, sandbox=config.tasks.sandbox)
+                yield get_task(name, files), entry == AUTO
 
 
 def chat_core(tasks: dict[str, Scores]) -> float | None:

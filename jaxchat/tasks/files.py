@@ -53,11 +53,15 @@ class Archive:
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """`data_dir`: a local mirror, "" for none; `download`: whether what it lacks may be fetched."""
+    """`data_dir`: a local mirror, "" for none; `download`: whether what it lacks may be fetched.
+
+    `sandbox`: as `tasks.sandbox`, for tasks that run a model's code.
+    """
 
     data_dir: str = ""
     download: bool = False
     cache: Path = field(default_factory=lambda: Path("~/.cache/jaxchat/tasks").expanduser())
+    sandbox: str = "auto"
 
     def find(self, patterns: Sequence[str], source: HubFiles | Archive | None = None) -> list[Path]:
         """The files of the first of `patterns` (globs inside the mirror) that matches any, sorted; else the source's.

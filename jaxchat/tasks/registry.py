@@ -13,6 +13,7 @@ from jaxchat.tasks.base import Task
 from jaxchat.tasks.core import Core
 from jaxchat.tasks.files import NO_FILES, TaskFiles
 from jaxchat.tasks.gsm8k import GSM8K
+from jaxchat.tasks.humaneval import HumanEval
 from jaxchat.tasks.identity import Identity
 from jaxchat.tasks.mmlu import MMLU
 from jaxchat.tasks.smoltalk import SmolTalk
@@ -29,6 +30,7 @@ TASKS: dict[str, Callable[[TaskFiles], Task]] = {
     "arc_challenge": lambda files: Arc("arc_challenge", files),
     "smoltalk": SmolTalk,
     "gsm8k": GSM8K,
+    "humaneval": HumanEval,
     "spelling_bee": lambda files: SpellingBee(),
     "arithmetic": lambda files: Arithmetic(),
 }

@@ -1,0 +1,278 @@
+"""Running a model's code: a process with limits, without files and sockets, in namespaces of its own.
+
+Layer 1, always: own process and session, `-I -S`, empty environment, an empty scratch folder, limits on memory, time,
+files and output, no children, no privileges, death with the parent. Layer 2: Landlock and seccomp. Layer 3: bubblewrap.
+Which of them hold here is tried once, by a program that does what they forbid. See `docs/sandbox.md`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import secrets
+import select
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jaxchat.tools.sandbox_landlock import abi
+from jaxchat.tools.sandbox_process import Layers, Policy, Process, SandboxError
+
+__all__ = ["LEVELS", "Layers", "Outcome", "Policy", "Probe", "Sandbox", "SandboxError", "probe"]
+
+LEVELS = (
+    "level 0 of 3: a process with a deadline",
+    "level 1 of 3: a process with limits, without children",
+    "level 2 of 3: limits, no files and sockets (Landlock, seccomp)",
+    "level 3 of 3: limits, no files and sockets (Landlock, seccomp), own namespaces (bubblewrap)",
+)
+STRICT = 2  # the level that "strict" asks for
+_DEFAULT = Policy()
+_TICK = 0.05  # seconds between looks at the scratch folder
+_PIECE = 1 << 16
+# as much time as a machine under load may need; the memory test asks for twice the limit
+_PROBE_POLICY = Policy(cpu_seconds=10, seconds=30.0, memory_bytes=256 << 20)
+_PROBE = """
+import os
+done = []
+def attempt(name, action):
+    try:
+        action()
+        done.append(name)
+    except (OSError, MemoryError):
+        pass
+def fork():
+    if os.fork() == 0:
+        os._exit(0)
+    os.wait()
+def socket():
+    from _socket import socket
+    socket()
+attempt("memory", lambda: bytearray(%(memory)d))
+attempt("fork", fork)
+attempt("read", lambda: open(%(canary)r).read())
+attempt("write", lambda: open(%(canary)r, "a").write("x"))
+attempt("socket", socket)
+attempt("scratch", lambda: open("file", "w").write("x"))
+print(*done)
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    `status`: of a program "ok" (exit code 0), "error", "killed" (by a signal that was not ours), "timeout", "output" or
+    "disk" (too much), "refused" (source too long or no valid Unicode); of a check "passed", "failed", "timeout", "disk"
+    or "refused". `why`: a short reason in English.
+    """
+
+    status: str
+    stdout: str = ""
+    stderr: str = ""
+    seconds: float = 0.0
+    exit_code: int | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What holds on this machine: the level, its parts, and why the next ones are missing."""
+
+    level: int
+    layers: Layers
+    missing: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return LEVELS[self.level]
+
+
+class Sandbox:
+    """`level`: the strongest that holds here, or the one asked for. `mode` "strict" wants at least 2.
+
+    Raises `SandboxError` where that cannot be had.
+    """
+
+    def __init__(self, policy: Policy = _DEFAULT, mode: str = "auto", level: int | None = None):
+        found = probe()
+        if level is not None and level > found.level:
+            raise SandboxError(f"sandbox: {LEVELS[level]} does not hold here ({'; '.join(found.missing)})")
+        if mode == "strict" and (found.level if level is None else level) < STRICT:
+            raise SandboxError(
+                f"sandbox: strict wants {LEVELS[STRICT]}, here holds {found} ({'; '.join(found.missing)}); "
+                "take a Linux kernel with Landlock (5.13 or newer) or install bubblewrap"
+            )
+        self.policy = policy
+        self.layers = found.layers if level in (None, found.level) else _WEAKER[level or 0]
+        self.level = found.level if level is None else level
+
+    def __str__(self) -> str:
+        return LEVELS[self.level]
+
+    def run(self, source: str) -> Outcome:
+        """Run a program to its end. "ok" says that it ended with exit code 0, not that it did what it should."""
+        if (data := _encoded([source], self.policy)) is None:
+            return Outcome("refused", why="the source is too long or not valid Unicode")
+        with Process("program", data[0], self.policy, self.layers, output=subprocess.PIPE) as process:
+            return _watch(process)
+
+    def check(self, programs: Sequence[str], entry: str, setup: str, tests: str) -> Outcome:
+        """Whether the function `entry` of the first of `programs` that is valid Python passes `tests`.
+
+        `tests` define `check(candidate)`; `setup` runs before them. Both are trusted to judge, and run in a process of
+        their own, where `candidate` sends its arguments to the process of the program and gets plain values back.
+        """
+        if (data := _encoded(programs, self.policy)) is None:
+            return Outcome("refused", why="the source is too long or not valid Unicode")
+        token = secrets.token_hex(16)  # so that nothing but the checker can say "passed"
+        judge = {"setup": setup, "tests": tests, "entry": entry, "token": token}
+        with _Pipe() as calls, _Pipe() as answers, _Pipe() as verdict:
+            ends = {"calls": calls.inlet, "answers": answers.outlet, "verdict": verdict.inlet}
+            # first, so that it is closed to others before the candidate begins
+            with Process("checker", judge, self.policy, self.layers, ends) as checker:
+                for end in (calls, verdict):
+                    end.close_inlet()
+                answers.close_outlet()
+                ends = {"calls": calls.outlet, "answers": answers.inlet}
+                payload = {"programs": data, "entry": entry}
+                with Process("candidate", payload, self.policy, self.layers, ends) as candidate:
+                    calls.close_outlet()
+                    answers.close_inlet()
+                    return _judged(verdict.outlet, token, candidate, checker)
+
+
+class _Pipe:
+    """A pipe whose ends are closed once, at the latest with the block."""
+
+    def __init__(self) -> None:
+        self.outlet, self.inlet = os.pipe()
+
+    def close_outlet(self) -> None:
+        self.outlet = self._closed(self.outlet)
+
+    def close_inlet(self) -> None:
+        self.inlet = self._closed(self.inlet)
+
+    @staticmethod
+    def _closed(end: int) -> int:
+        if end >= 0:
+            os.close(end)
+        return -1
+
+    def __enter__(self) -> _Pipe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close_outlet()
+        self.close_inlet()
+
+
+def _encoded(programs: Sequence[str], policy: Policy) -> list[str] | None:
+    """The programs, or None where one cannot be written as UTF-8 or is too long."""
+    try:
+        too_long = any(len(p) > policy.source_bytes or len(p.encode()) > policy.source_bytes for p in programs)
+    except UnicodeEncodeError:
+        return None
+    return None if too_long else list(programs)
+
+
+def _watch(process: Process) -> Outcome:
+    """Read what it says until it ends or passes a limit."""
+    streams = {pipe.fileno(): bytearray() for pipe in (process.process.stdout, process.process.stderr) if pipe}
+    waiting, policy, status = set(streams), process.policy, ""
+    while not status and (waiting or process.exit_code() is None):
+        if process.seconds > policy.seconds:
+            status = "timeout"
+        elif process.fills_the_disk():
+            status = "disk"
+        elif not waiting:
+            process.wait(_TICK)
+        for descriptor in select.select(list(waiting), [], [], _TICK)[0] if waiting else ():
+            piece = os.read(descriptor, _PIECE)
+            streams[descriptor] += piece
+            if not piece:
+                waiting.discard(descriptor)
+            elif len(streams[descriptor]) > policy.output_bytes:
+                status = "output"
+    code = process.exit_code()
+    if not status:
+        status = (
+            "ok" if code == 0 else "timeout" if code == -signal.SIGXCPU else "killed" if (code or 0) < 0 else "error"
+        )
+    out, err = (bytes(text[: policy.output_bytes]).decode("utf-8", "replace") for text in streams.values())
+    return Outcome(status, out, err, process.seconds, code)
+
+
+def _judged(verdict: int, token: str, candidate: Process, checker: Process) -> Outcome:
+    """Wait for the checker's verdict; only that can say "passed"."""
+    said = b""
+    while True:
+        if candidate.seconds > candidate.policy.seconds:
+            return Outcome("timeout", seconds=candidate.seconds, why="deadline")
+        if candidate.fills_the_disk():
+            return Outcome("disk", seconds=candidate.seconds, why="scratch folder")
+        if select.select([verdict], [], [], _TICK)[0]:
+            piece = os.read(verdict, _PIECE)
+            if not piece:
+                break
+            said += piece
+    seconds = candidate.seconds
+    try:
+        found = json.loads(said)
+        if found["token"] != token:
+            raise ValueError("somebody else's")
+    except (ValueError, TypeError, KeyError):
+        found = {"passed": False, "why": "the checker ended without a verdict"}
+    if found["passed"] is True:
+        return Outcome("passed", seconds=seconds)
+    candidate.wait(_TICK)  # where it has broken off, it is about to end
+    out_of_time = -signal.SIGXCPU in (candidate.exit_code(), checker.exit_code())
+    return Outcome("timeout" if out_of_time else "failed", seconds=seconds, why=str(found["why"]))
+
+
+_WEAKER = (Layers(), Layers(), Layers(landlock=True, seccomp=True))  # what is used of a level that is forced
+
+
+@functools.cache
+def probe() -> Probe:
+    """Try the layers from the strongest on, each with a program that does what it forbids."""
+    missing = [] if abi() else ["Landlock is not in this kernel"]
+    landlock = not missing
+    for layers in (
+        Layers(landlock=landlock, seccomp=True, bubblewrap=True),
+        Layers(landlock=True, seccomp=True),
+        Layers(),
+    ):
+        if layers.landlock and not landlock:
+            continue
+        why = _weakness(layers)
+        if not why:
+            return Probe(layers.level, layers, tuple(missing))
+        missing.append(f"level {layers.level}: {why}")
+    return Probe(0, Layers(), tuple(missing))
+
+
+def _weakness(layers: Layers) -> str:
+    """What a process with these layers can do that it should not, or why it does not start; "" where it holds."""
+    with tempfile.TemporaryDirectory(prefix="jaxchat-probe-") as folder:
+        os.chmod(folder, 0o755)
+        canary = Path(folder) / "canary"
+        canary.write_text("somebody else's", encoding="utf-8")
+        canary.chmod(0o644)
+        program = _PROBE % {"memory": 2 * _PROBE_POLICY.memory_bytes, "canary": str(canary)}
+        try:
+            with Process("program", program, _PROBE_POLICY, layers, output=subprocess.PIPE) as process:
+                outcome = _watch(process)
+        except SandboxError as error:
+            return str(error)
+    if outcome.status != "ok":
+        return f"the trial ended with {outcome.status}: {(outcome.stderr.strip().splitlines() or ['nothing said'])[-1]}"
+    held = {"memory", "fork"} if layers.level == 1 else {"memory", "fork", "read", "write", "socket"}
+    weak = sorted(held & set(outcome.stdout.split()))
+    if "scratch" not in outcome.stdout.split():
+        return "the scratch folder cannot be written"
+    return f"not held: {', '.join(weak)}" if weak else ""
