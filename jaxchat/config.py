@@ -132,6 +132,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class TasksConfig:
     data_dir: str = ""  # local mirror of the exams' data sets
+    sandbox: str = "auto"  # of a model's code: "auto" (the strongest there is) | "strict" (level 2 at least)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.matmul": ("plain", "fp8"),
     "train.remat": ("none", "names", "dots", "full"),
     "optim.kind": ("muon", "adamw"),
+    "tasks.sandbox": ("auto", "strict"),
 }
 MAY_BE_DERIVED = {key for key, value in flatten(Config()).items() if is_derived(value)}
 
