@@ -8,17 +8,13 @@ Loading is strict: an unknown key or a wrong type is a `UsageError` that names t
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import math
 import tomllib
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from jaxchat.errors import UsageError
+from jaxchat.toml import build, insert, nearest, parse_value
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -110,6 +106,26 @@ class SftConfig:
     warmdown_ratio: float = 0.5
     batch_tokens: int = -1
     eval_every: int = 0
+    exam_cases: int = 0  # questions of each chat exam at every evaluation
+
+
+@dataclass(frozen=True)
+class RlConfig:
+    environment: str = "gsm8k"  # a task that has questions for training; "": no RL
+    steps: int = -1
+    epochs: float = 1.0  # passes over the questions, where no steps are given
+    prompts: int = 16  # questions a step
+    samples: int = 16  # answers to each
+    max_tokens: int = 256  # of an answer
+    temperature: float = 1.0
+    top_k: int = 50  # 0: off
+    format_bonus: float = 0.0  # added to the reward of 1 where the answer has the task's form
+    lr_ratio: float = 0.05  # first rate over pretraining's; falls to 0 in a line
+    eval_every: int = 60  # steps; 0: only before and after
+    eval_prompts: int = 400  # of the exam's questions
+    eval_samples: int = 8  # answers to each: pass@1 to pass@8
+    checkpoint_every: int = 20  # steps
+    slots: int = 128  # answers made at once on a device, a power of two
 
 
 @dataclass(frozen=True)
@@ -139,11 +155,22 @@ class TasksConfig:
 class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
-    api_keys: tuple[str, ...] = ()
-    slots: int = 8
-    max_tokens: int = 256
+    api_keys: tuple[str, ...] = ()  # whoever brings none of them is refused; empty: everybody is served
+    slots: int = 8  # answers made at once
+    max_tokens: int = 256  # of an answer, at most and where nobody says otherwise
     temperature: float = 0.7
     top_k: int = 50
+    model_name: str = ""  # in the API; empty: the tier's
+    queue_length: int = 256  # answers that may wait for a slot
+    requests_per_minute: int = 0  # of one key or address; 0: any number
+    max_messages: int = 500  # of one conversation
+    message_chars: int = 8_000  # characters of one message
+    total_chars: int = 32_000  # characters of one conversation or prompt
+    body_bytes: int = 2_000_000  # of one HTTP request or WebSocket message
+    drain_seconds: float = 30.0  # that running answers get to finish when the service is stopped
+    log_text: bool = False  # whether logs hold prompts and answers
+    origins: tuple[str, ...] = ()  # web pages from elsewhere that may use the API, as https://example.org
+    trusted_proxies: tuple[str, ...] = ()  # addresses whose X-Forwarded-For is believed
 
 
 @dataclass(frozen=True)
@@ -156,6 +183,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    rl: RlConfig = field(default_factory=RlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
@@ -170,7 +198,7 @@ def load_config(tier: str | Path = "nano", overrides: typing.Sequence[str] = ())
     path = Path(tier) if str(tier).endswith(".toml") else CONFIG_DIR / f"{tier}.toml"
     if not path.is_file():
         known = [p.stem for p in tier_files()]
-        raise UsageError(f"tier {str(tier)!r} is unknown{_nearest(str(tier), known)}; tiers: {', '.join(known)}")
+        raise UsageError(f"tier {str(tier)!r} is unknown{nearest(str(tier), known)}; tiers: {', '.join(known)}")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -179,115 +207,11 @@ def load_config(tier: str | Path = "nano", overrides: typing.Sequence[str] = ())
         key, equals, text = override.partition("=")
         if not equals:
             raise UsageError(f"--set {override}: write it as key=value, for example --set model.depth=10")
-        _insert(table, key.strip(), _parse_value(key.strip(), text.strip()))
-    config = _build(Config, table, "")
+        insert(table, key.strip(), parse_value(key.strip(), text.strip()))
+    config = build(Config, table)
     return config if "tier" in table else dataclasses.replace(config, tier=path.stem)
 
 
 def tier_files() -> list[Path]:
     """The tiers that exist, smallest first."""
     return sorted(CONFIG_DIR.glob("*.toml"), key=lambda p: (p.stem != "nano", len(p.stem), p.stem))
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"model.depth": 4, ...}` of a configuration, in the order of the fields."""
-    flat: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{f.name}.")
-        else:
-            flat[prefix + f.name] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def to_toml(config: Config, reasons: dict[str, str] | None = None) -> str:
-    """The configuration as TOML that `load_config` reads back to an equal object; `reasons` become comments."""
-    lines, sections = [], []
-    reasons = reasons or {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            sections.append(f.name)
-        else:
-            lines.append(f"{f.name} = {_toml_value(value)}")
-    for name in sections:
-        lines += ["", f"[{name}]"]
-        for key, value in flatten(getattr(config, name)).items():
-            if value is not None:
-                reason = reasons.get(f"{name}.{key}")
-                lines.append(f"{key} = {_toml_value(value)}" + (f"  # {reason}" if reason else ""))
-    return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    # JSON's strings are TOML's basic strings, except that TOML also wants DEL escaped
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _parse_value(key: str, text: str) -> Any:
-    """A TOML value; anything that is not one is taken as a plain string (so `--set data.source=files:x` works)."""
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _insert(table: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        table = table.setdefault(parent, {})
-        if not isinstance(table, dict):
-            raise UsageError(f"{key}: unknown key")
-    table[last] = value
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else ""
-
-
-def _build(cls: type, table: dict[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        if key not in hints:
-            raise UsageError(f"{prefix}{key}: unknown key{_suggest(prefix + key)}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise UsageError(f"{prefix}{key}: is a section, not a value")
-            values[key] = _build(typing.cast(type, hint), value, f"{prefix}{key}.")
-        else:
-            values[key] = _convert(f"{prefix}{key}", hint, value)
-    return cls(**values)
-
-
-def _suggest(key: str) -> str:
-    """Nearest known key, by the whole dotted name or by its last part."""
-    known = list(flatten(Config()))
-    by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    return f", did you mean {by_leaf[0]}?" if by_leaf else _nearest(key, known)
-
-
-def _convert(key: str, hint: Any, value: Any) -> Any:
-    if isinstance(hint, types.UnionType):
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
-    if typing.get_origin(hint) is tuple:
-        if isinstance(value, str):  # --set serve.api_keys=one
-            value = [value]
-        if isinstance(value, list) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-        raise UsageError(f"{key}: needs a list of strings, not {value!r}")
-    if hint is float and type(value) is int:
-        value = float(value)
-    if type(value) is not hint:
-        raise UsageError(f"{key}: needs {_TYPE_NAMES[hint]}, not {value!r}")
-    if hint is float and not math.isfinite(value):
-        raise UsageError(f"{key}: needs a finite number, not {value!r}")
-    return value
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}

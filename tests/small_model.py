@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import ModelConfig, load_config, to_toml
+from jaxchat.config import ModelConfig, load_config
 from jaxchat.model import gpt
 from jaxchat.optim.horizon import resolve
 from jaxchat.paths import RunDir, atomic_write
@@ -15,6 +15,7 @@ from jaxchat.recipes import resolve_model
 from jaxchat.state import TrainState
 from jaxchat.text.chat import render
 from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
+from jaxchat.toml import to_toml
 
 QUESTION = [{"role": "user", "content": "Tom has 12 apples and buys 30 more. How many?"}]
 GREETING = [{"role": "user", "content": "hello 🙂"}]

@@ -14,12 +14,12 @@ PRODUCT = sorted(
 )
 # data flows from left to right, imports point to the left
 ORDER = (
-    "config", "recipes", "mesh", "hosts", "text", "data", "model", "losses", "optim", "state", "checkpoint", "engine",
-    "tasks", "interop",
+    "toml", "config", "recipes", "mesh", "hosts", "text", "data", "model", "losses", "optim", "state", "checkpoint",
+    "engine", "tasks", "interop",
 )  # fmt: skip
 LEAVES = {"errors", "paths", "log", "tools"}  # anyone may import them
-WITHOUT_JAX = ("jaxchat/config.py", "jaxchat/recipes.py", "jaxchat/paths.py", "jaxchat/log.py", "jaxchat/errors.py",
-               "jaxchat/text/", "jaxchat/tools/")  # fmt: skip
+WITHOUT_JAX = ("jaxchat/toml.py", "jaxchat/config.py", "jaxchat/recipes.py", "jaxchat/paths.py", "jaxchat/log.py",
+               "jaxchat/errors.py", "jaxchat/text/", "jaxchat/tools/")  # fmt: skip
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "grain"}
 ENTRY_NAMES = {"argv", "orig_argv", "environ", "environb", "getenv", "getenvb", "putenv", "unsetenv", "parse_args"}
 MAX_FILE, MAX_FUNCTION = 300, 60

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from jaxchat.config import CONFIG_DIR, Config, ModelConfig, flatten, load_config, tier_files, to_toml
+from jaxchat.config import CONFIG_DIR, Config, ModelConfig, load_config, tier_files
 from jaxchat.errors import UsageError
 from jaxchat.optim.horizon import derivations, resolve
 from jaxchat.recipes import is_derived, resolve_model
+from jaxchat.toml import flatten, to_toml
 
 TIERS = [path.stem for path in tier_files()]
 

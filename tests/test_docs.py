@@ -10,12 +10,13 @@ import pytest
 
 import launch
 from jaxchat import errors
-from jaxchat.config import Config, flatten, load_config, tier_files
+from jaxchat.config import Config, load_config, tier_files
 from jaxchat.data.corpus import iterate_documents
 from jaxchat.engine import Request
 from jaxchat.optim import horizon
 from jaxchat.optim.groups import GROUPS
 from jaxchat.recipes import RECIPES
+from jaxchat.toml import flatten
 from train.plan import parse_target
 from train.stages import FREE_KEYS, select
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.config import Config, ModelConfig, to_toml
+from jaxchat.config import Config, ModelConfig
 from jaxchat.engine import Engine, Request
 from jaxchat.engine.loading import load_run
 from jaxchat.errors import DataError
@@ -16,6 +16,7 @@ from jaxchat.paths import RunDir
 from jaxchat.recipes import resolve_model
 from jaxchat.state import TrainState
 from jaxchat.text.tokenizer import train_tokenizer
+from jaxchat.toml import to_toml
 
 MODEL = ModelConfig(depth=1, seq_len=64, vocab_size=270, width=32, n_heads=2, head_width=16)
 SEEDS = {"base": 1, "sft": 2}

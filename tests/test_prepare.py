@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxchat.config import Config, DataConfig, ModelConfig, to_toml
+from jaxchat.config import Config, DataConfig, ModelConfig
 from jaxchat.data.corpus import iterate_documents
 from jaxchat.data.rows import Rows
 from jaxchat.data.tokenize import read_documents
 from jaxchat.errors import DataError, UsageError
 from jaxchat.paths import RunDir
 from jaxchat.text.tokenizer import Tokenizer
+from jaxchat.toml import to_toml
 from train import prepare
 from train import tokenizer as tokenizer_stage
 

@@ -23,7 +23,7 @@ QUESTION = {"query": "Which one?", "choices": ["this", "that", "it", "none"], "g
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["Who are you? Tom has 12 apples. Which one? A B C D so then what now " * 9], 300, 10**5, 10**4)
+    return train_tokenizer(["Who are you? Tom has 12 apples. Which one? A B C D so then what " * 9], 300, 10**5, 10**4)
 
 
 def test_exams_of_a_model_on_its_way(tmp_path, tokenizer, capsys):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxchat.config import Config, flatten, load_config
+from jaxchat.config import Config, load_config
 from jaxchat.data.corpus import document_hash, iterate_documents
 from jaxchat.engine.loading import load_run
 from jaxchat.engine.scoring import Scorer, Span
@@ -23,6 +23,7 @@ from jaxchat.log import progress, read_metrics, say
 from jaxchat.optim.horizon import resolve
 from jaxchat.paths import RunDir, read_json
 from jaxchat.text.tokenizer import Tokenizer
+from jaxchat.toml import flatten
 from train.comparison_text import tables
 from train.cost import run_cost, wall_clock
 from train.paired import mcnemar, ratio_interval, share_interval

@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from jaxchat.config import Config, flatten
+from jaxchat.config import Config
 from jaxchat.log import read_metrics, say
 from jaxchat.paths import RunDir, atomic_write, read_json, write_json
 from jaxchat.tasks.core import CORE_TASKS
+from jaxchat.toml import flatten
 from train.compression import other_tokenizers
 from train.cost import run_cost, wall_clock
 from train.overlap import exam_overlap

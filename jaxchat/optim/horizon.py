@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jaxchat.config import Config, ModelConfig, flatten
+from jaxchat.config import Config, ModelConfig
 from jaxchat.errors import UsageError
 from jaxchat.model.sizes import count_parameters
 from jaxchat.recipes import RECIPES, fill, is_derived, resolve_model
+from jaxchat.toml import flatten
 
 REFERENCE_BATCH = 2**19  # tokens a step: where nanochat tuned its rates, at depth 12
 SMALL_BATCH_POWER = 0.125  # of the rate below that batch; see `rate_scale`
@@ -64,15 +65,37 @@ RANGES: dict[str, tuple[float, float]] = {
     "sft.batch_tokens": (1, INFINITE),
     "sft.eval_every": (0, INFINITE),
     "sft.exam_cases": (0, INFINITE),
+    "rl.steps": (1, INFINITE),
+    "rl.epochs": (1e-6, INFINITE),
+    "rl.prompts": (1, INFINITE),
+    "rl.samples": (2, INFINITE),  # one alone has nothing to be compared with
+    "rl.max_tokens": (1, INFINITE),
+    "rl.temperature": (1e-3, 10),  # greedy answers of a group are all the same
+    "rl.top_k": (0, INFINITE),
+    "rl.format_bonus": (0, 1),
+    "rl.lr_ratio": (0, INFINITE),
+    "rl.eval_every": (0, INFINITE),
+    "rl.eval_prompts": (1, INFINITE),
+    "rl.eval_samples": (1, INFINITE),
+    "rl.checkpoint_every": (1, INFINITE),
+    "rl.slots": (1, 4096),
     "eval.max_per_task": (0, INFINITE),
     "eval.rows": (1, INFINITE),
     "eval.batch_rows": (1, INFINITE),
     "eval.sample_tokens": (1, INFINITE),
+    "eval.overlap_documents": (0, INFINITE),
     "serve.port": (0, 65_535),
     "serve.slots": (1, 4096),
     "serve.max_tokens": (1, INFINITE),
     "serve.temperature": (0, 10),
     "serve.top_k": (0, INFINITE),
+    "serve.queue_length": (0, INFINITE),
+    "serve.requests_per_minute": (0, INFINITE),
+    "serve.max_messages": (1, INFINITE),
+    "serve.message_chars": (1, INFINITE),
+    "serve.total_chars": (1, INFINITE),
+    "serve.body_bytes": (1_000, 2**31),
+    "serve.drain_seconds": (0, 86_400),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "train.compute_dtype": ("auto", "float32", "bfloat16", "float16"),
