@@ -6,7 +6,6 @@ its answers has found a slot, however long that takes.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from jaxchat.config import ModelConfig
 from jaxchat.engine import decode
 from jaxchat.engine.request import Handle
+from jaxchat.engine.waiting import Waiting
 from jaxchat.model.cache import Prefix
 
 MIN_PROMPT_BUCKET = 32  # tokens
@@ -31,13 +31,13 @@ class SharedPrompt:
     index: int = 0
 
 
-def take(waiting: deque[Handle], free: int) -> list[Handle]:
+def take(waiting: Waiting, free: int) -> list[Handle]:
     """Next handles for `free` slots, in order and off the queue: single ones or members of groups, never both; at most
     `PREFILL_GROUP` prompts that are not prefilled yet."""
     taken: list[Handle] = []
     new: set[int] = set()
     while waiting and len(taken) < free:
-        handle = waiting[0]
+        handle = waiting.next()
         if taken and (handle.prompt is None) != (taken[0].prompt is None):
             break
         prompt = handle.prompt
@@ -45,7 +45,7 @@ def take(waiting: deque[Handle], free: int) -> list[Handle]:
             new.add(id(handle if prompt is None else prompt))
             if len(new) > PREFILL_GROUP:
                 break
-        taken.append(waiting.popleft())
+        taken.append(waiting.take())
     return taken
 
 

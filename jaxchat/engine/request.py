@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxchat.errors import JaxchatError
+
 _numbers = itertools.count(1)
+
+
+class QueueFull(JaxchatError):
+    """As many requests wait as the engine lets wait; come again later."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -15,6 +24,10 @@ class Request:
 
     `tokens` is the whole prompt as ids. `seed` None takes a fresh random one. `max_tokens` None goes on to the end of
     the context; forced tool output counts. With `tools` a calculator call inside the answer is answered.
+
+    `repetition_penalty` divides the positive logits of all ids that prompt and answer already hold, and multiplies
+    the negative ones (CTRL, 1909.05858). `stop_texts` end the answer before the first of them that its text holds.
+    `logprobs`: report every token's log-probability with so many of the likeliest alternatives.
     """
 
     tokens: list[int]
@@ -22,18 +35,38 @@ class Request:
     temperature: float = 0.0  # 0: the likeliest token
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # share of the likeliest token's probability that another one must have; 0: off
+    repetition_penalty: float = 1.0  # 1: off
     seed: int | None = None
     stop: tuple[int, ...] = ()  # ids that end the answer and are not part of it
+    stop_texts: tuple[str, ...] = ()
     tools: bool = True
+    logprobs: int | None = None  # 0 to 20 alternatives; None: nothing is reported
+    client: str = ""  # who asks: waiting clients take turns
+
+
+@dataclass(frozen=True)
+class Token:
+    """An id, how likely the model found it (nats, of its own distribution, whatever the sampling settings), and the
+    likeliest ids there with theirs, best first."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Event:
-    """A piece of an answer: kind "text", "python" (a tool call), "python_output" or, last, "done"."""
+    """A piece of an answer: kind "text", "python" (a tool call), "python_output" or, last, "done".
+
+    `tokens`: where `Request.logprobs` asked for them, the tokens that this piece's text came from; those that show
+    nothing come with the next piece, or with "done".
+    """
 
     kind: str
     text: str = ""
     finish_reason: str | None = None  # of "done": "stop", "length" or "cancelled"
+    tokens: tuple[Token, ...] = ()
 
 
 @dataclass
@@ -51,6 +84,8 @@ class Result:
     seed: int
     forced: list[bool] = field(default_factory=list)
     stop_id: int | None = None
+    completion_tokens: int = 0  # that the model made or was given, the stop id among them
+    logprobs: list[Token] | None = None  # of `tokens`, where asked for
 
     @property
     def text(self) -> str:
@@ -60,7 +95,7 @@ class Result:
 
 @dataclass(eq=False)
 class Handle:
-    """A submitted request; the engine fills it as it goes."""
+    """A submitted request; the engine fills it as it goes. Times are `time.perf_counter` seconds."""
 
     request: Request
     seed: int
@@ -71,12 +106,34 @@ class Handle:
     made: int = 0
     finish_reason: str | None = None
     stop_id: int | None = None
+    reused: int = 0  # tokens of the prompt that a slot still held
+    submitted: float = field(default_factory=time.perf_counter)
+    started: float | None = None  # its prompt's first part was given to the device
+    first_token: float | None = None
+    finished: float | None = None
 
     @property
     def done(self) -> bool:
         return self.finish_reason is not None
 
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.tokens)
+
+    def finish(self, reason: str) -> None:
+        self.finish_reason, self.finished = reason, time.perf_counter()
+
     def result(self) -> Result:
         """The answer so far."""
-        reason, turn = self.finish_reason or "cancelled", self.turn
-        return Result(turn.tokens, turn.parts, reason, len(self.request.tokens), self.seed, turn.forced, self.stop_id)
+        turn = self.turn
+        return Result(
+            turn.tokens,
+            turn.parts,
+            self.finish_reason or "cancelled",
+            self.prompt_tokens,
+            self.seed,
+            turn.forced,
+            self.stop_id,
+            self.made,
+            None if self.request.logprobs is None else turn.logprobs,
+        )

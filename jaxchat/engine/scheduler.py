@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import itertools
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,9 @@ from jaxchat.config import ModelConfig
 from jaxchat.engine import decode
 from jaxchat.engine.admission import Admission, SharedPrompt, buckets, power_of_two, take
 from jaxchat.engine.loading import load_run
-from jaxchat.engine.request import Event, Handle, Request, Result
+from jaxchat.engine.request import Event, Handle, QueueFull, Request, Result, Token
 from jaxchat.engine.turn import Turn
+from jaxchat.engine.waiting import Waiting
 from jaxchat.errors import DataError, UsageError
 from jaxchat.model.cache import serving_params
 from jaxchat.paths import RunDir
@@ -56,6 +58,7 @@ class Engine:
       chunk: tokens a row makes between two looks of the host; new requests enter at these points.
       dtype: of weights and cache; float32 on a CPU and bfloat16 elsewhere by default.
       lookahead: read a chunk while the next one runs; by default where the device is not the CPU itself.
+      queue_limit: requests that may wait for a slot; None: any number.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Engine:
         chunk: int = 8,
         dtype: Any = None,
         lookahead: bool | None = None,
+        queue_limit: int | None = None,
     ):
         on_cpu = jax.default_backend() == "cpu"
         if slots < 1 or slots & (slots - 1):
@@ -85,7 +89,8 @@ class Engine:
         self._admission = Admission(config, slots, self.capacity, tokenizer.special[PYTHON_END])
         self._lookahead = not on_cpu if lookahead is None else lookahead
         self._rows: dict[int, Handle] = {}  # busy slots
-        self._waiting: collections.deque[Handle] = collections.deque()
+        self.queue_limit = queue_limit
+        self._waiting = Waiting()
         self._flying: collections.deque[_Chunk] = collections.deque()
         self.least_rows = 1  # of a chunk: a batch job would rather waste rows than compile for fewer
 
@@ -117,7 +122,9 @@ class Engine:
         return Request(tokens, **given)
 
     def submit(self, request: Request) -> Handle:
-        """Queue a request; `UsageError` for one that cannot run."""
+        """Queue a request; `UsageError` for one that cannot run, `QueueFull` where too many wait."""
+        if self.queue_limit is not None and len(self._waiting) >= self.queue_limit:
+            raise QueueFull(f"{len(self._waiting)} requests wait already, and no more may; try again later")
         n = len(request.tokens)
         if not 1 <= n <= self.capacity:
             raise UsageError(f"the prompt has {n} tokens; this model's context holds 1 to {self.capacity}")
@@ -130,7 +137,7 @@ class Engine:
             raise UsageError(f"max_tokens: must be at least 1, not {request.max_tokens}")
         seed = secrets.randbits(32) if request.seed is None else request.seed % 2**32
         handle = Handle(request, seed, limit, Turn(self.tokenizer))
-        self._waiting.append(handle)
+        self._waiting.add(handle)
         return handle
 
     def submit_group(self, request: Request, seeds: Sequence[int]) -> list[Handle]:
@@ -149,11 +156,22 @@ class Engine:
             self._waiting.remove(handle)
         else:
             self._state = decode.release(self._state, np.int32(self._leave(handle)))
-        handle.finish_reason = "cancelled"
+        handle.finish("cancelled")
+
+    def score(self, batch: Sequence[Sequence[int]]) -> list[list[Token | None]]:
+        """How likely the model finds each token of given sequences, after those before it; None for the first one,
+        which nothing stands before."""
+        raise NotImplementedError
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of all slots' cache positions that running answers use, 0 to 1."""
+        used = sum(handle.prompt_tokens + handle.made for handle in self._rows.values())
+        return min(1.0, used / (self.slots * self.capacity))
 
     @property
     def running(self) -> int:
@@ -204,8 +222,10 @@ class Engine:
             if event.kind == "text":
                 yield event.text
 
-    def warm_up(self) -> None:
-        """Compile everything that any request can need (a server, before it says that it is ready)."""
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile everything that any request can need (a server, before it says that it is ready).
+
+        `progress` hears (programs ready, programs in all)."""
         assert not self._rows and not self._flying
         self._state = self._admission.warm_up(self._params, self._state)
         for rows in buckets(1, self.slots):
@@ -225,6 +245,8 @@ class Engine:
             free = (row for row in range(self.slots) if row not in self._rows)
             rows = list(itertools.islice(free, len(group)))
             self._rows.update(zip(rows, group, strict=True))
+            for handle in group:
+                handle.started = time.perf_counter()
             self._state = self._admission.start(self._params, self._state, group, rows)
 
     def _dispatch(self) -> _Chunk:
@@ -256,6 +278,7 @@ class Engine:
             if handle.done or not made:  # cancelled; or it already waited or ended before this chunk
                 continue
             handle.made += len(made)
+            handle.first_token = handle.first_token or time.perf_counter()
             state = status[row]
             if state == decode.STOPPED:
                 handle.stop_id = made.pop()
@@ -265,7 +288,7 @@ class Engine:
                 self._resume(handle)
             elif state in (decode.STOPPED, decode.FULL):
                 self._leave(handle)
-                handle.finish_reason = "stop" if state == decode.STOPPED else "length"
+                handle.finish("stop" if state == decode.STOPPED else "length")
                 events += [(handle, event) for event in handle.turn.flush()]
                 events.append((handle, Event("done", finish_reason=handle.finish_reason)))
         return events

@@ -7,6 +7,7 @@ the calculator, and the result is forced in between <|output_start|> and <|outpu
 from __future__ import annotations
 
 import codecs
+from typing import Any
 
 from jaxchat.engine.decode import FORCED
 from jaxchat.engine.request import Event
@@ -32,6 +33,7 @@ class Turn:
         self.tokens: list[int] = []
         self.forced: list[bool] = []  # of every token, whether it is of such an output
         self.parts: list[dict[str, str]] = []
+        self.logprobs: list[Any] = []  # `request.Token`s, where asked for
 
     def add(self, token: int) -> list[Event]:
         """A special token never shows as text; one that opens or closes nothing is dropped."""
