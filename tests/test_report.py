@@ -9,11 +9,11 @@ from report_runs import BATCH, EXAMS, FACTS, HARDWARE, SECONDS, make_config, mak
 from jaxchat.config import load_config
 from jaxchat.optim.horizon import resolve
 from jaxchat.paths import read_json, write_json
-from train import cost, report
+from train import cost, report, report_exams
 from train.report_blocks import Fold, Listing, Table, Turn
 from train.report_markdown import markdown
 from train.report_plots import dynamics_plot
-from train.report_text import duration, turns
+from train.report_text import card_blocks, duration, turns
 
 
 @pytest.fixture(scope="module")
@@ -334,3 +334,18 @@ def test_no_text_of_the_run_is_markup():
     text = markdown("a`b", [Table(["x"], [["<b>|*c*[d](e)\nf"]]), Fold("<s>", [Listing(["```", "x"])])])
     assert "# a\\`b" in text and "\\<b>\\|\\*c\\*\\[d\\](e) f" in text
     assert "<summary>\\<s></summary>" in text and "````toml\n```\nx\n````" in text
+
+
+def test_exams_come_in_a_fixed_order_whatever_was_run_first():
+    tasks = {name: {"metric": 0.5} for name in ("identity", "gsm8k", "core", "lottery", "bits_per_byte")}
+    order = list(report_exams.taken({"exams": {"base": tasks | {"mmlu": {"not_run": "no file"}}}}, "base"))
+    assert order == ["bits_per_byte", "core", "gsm8k", "identity", "lottery"]
+
+
+def test_other_tokenizers_stand_beside_ours(whole, config):
+    card = whole[3] | {"other_tokenizers": [
+        {"name": "GPT-2", "vocab_size": 50257, "bytes_per_token": 4.321, "ours_per_token": 1.234},
+    ]}  # fmt: skip
+    text = markdown("x", card_blocks(card, {}))
+    shown = ["50,257 tokens, 4.32 bytes per token; ours needs 1.23 tokens for one of its"]
+    assert row(text, "Data", "the same text in GPT-2's tokens") == shown

@@ -92,8 +92,8 @@ def collect(a: Side, b: Side) -> dict[str, Any]:
         apart["bits per byte"] = str(error)
     for stage in STAGE_TITLES:
         if stage in a.examined and stage in b.examined:
-            found["exams"][stage] = exams(a.run, b.run, stage, apart)
-    if not found["bits_per_byte"] and not any(found["exams"].values()):
+            found["exams"] |= {stage: asked} if (asked := exams(a.run, b.run, stage, apart)) else {}
+    if not found["bits_per_byte"] and not found["exams"]:
         raise DataError(f"--compare: nothing in common: {'; '.join(f'{n}: {w}' for n, w in apart.items())}")
     settings = [{k: v for k, v in flatten(s.config).items() if not k.startswith(PRIVATE)} for s in (a, b)]
     found["config"] = {k: [s.get(k) for s in settings] for k in settings[0] if settings[0][k] != settings[1].get(k)}

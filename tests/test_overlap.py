@@ -1,0 +1,173 @@
+"""Exam text in the training text: found where it stands, against plain sets of tuples, and never in the way."""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxchat.config import load_config
+from jaxchat.optim.horizon import resolve
+from jaxchat.paths import RunDir, read_json, write_json
+from jaxchat.tasks.files import TaskFiles
+from jaxchat.tasks.registry import get_task
+from train import overlap
+
+DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+N = overlap.WORDS
+
+
+def numbered(first, count):
+    return [f"w{i}" for i in range(first, first + count)]
+
+
+def by_hand(questions, documents):
+    """(questions looked up, questions found, grams, grams found) with sets of tuples."""
+    seen = {tuple(d[i : i + N]) for d in documents for i in range(len(d) - N + 1)}
+    grams = [[tuple(q[i : i + N]) for i in range(len(q) - N + 1)] for q in questions]
+    found = [[gram in seen for gram in one] for one in grams]
+    return sum(map(bool, grams)), sum(map(any, found)), sum(map(len, grams)), sum(map(sum, found))
+
+
+def look_up(questions, documents):
+    hashes = overlap.Hashes()
+    exams = {"x": overlap.exam_of(questions, hashes)}
+    scores, read = overlap.search(exams, iter(documents), hashes)
+    assert read == len(documents)
+    x = scores["x"]
+    assert x["questions"] == len(questions) and x["share"] == x["found"] / max(1, x["looked_up"])
+    assert x["gram_share"] == x["grams_found"] / max(1, x["grams"])
+    return x["looked_up"], x["found"], x["grams"], x["grams_found"]
+
+
+def test_words_are_lower_case_letters_and_digits_of_any_language():
+    assert overlap.words("Don't STOP_now: 3.5 é, 한국어! ２") == [
+        "don",
+        "t",
+        "stop",
+        "now",
+        "3",
+        "5",
+        "é",
+        "한국어",
+        "２",
+    ]
+
+
+@pytest.mark.parametrize("chars", [1, 400, 10**9])
+def test_it_is_what_sets_of_tuples_find(monkeypatch, chars):
+    """Few different words, so that 13-grams meet; documents looked up one, some and all at a time."""
+    monkeypatch.setattr(overlap, "BATCH_CHARS", chars)
+    rng = random.Random(3)
+    documents = [[rng.choice("ab") for _ in range(rng.randrange(60))] for _ in range(40)]
+    questions = [["q"] * (i % 2) + [rng.choice("ab") for _ in range(rng.randrange(40))] for i in range(60)]
+    expected = by_hand(questions, documents)
+    assert 5 < expected[1] < expected[0] < 60
+    assert look_up([" ".join(q) for q in questions], [" ".join(d) for d in documents]) == expected
+
+
+def test_case_and_punctuation_do_not_hide_a_question_and_twelve_words_are_none():
+    question = "Which of these, then, is (most likely) the CAUSE of the long winter nights? Say why."
+    document = "foo bar\nwhich of these then is most likely the cause of the long winter nights -- say: why. Baz"
+    other = "An entirely different question about the number of moons that go around the planet Jupiter today"
+    assert look_up([question, other], [document])[:2] == (2, 1)
+    words = numbered(0, 20)
+    assert look_up([" ".join(words), other], [" ".join(words[:12]), " ".join(words[12:])])[1] == 0
+    assert look_up([" ".join(words), other], [" ".join(words[3 : 3 + N])])[1:] == (1, 8 + 16 - N + 1, 1)
+
+
+def test_the_frame_that_all_questions_share_is_not_looked_up():
+    questions = [f"Multiple choice question: {' '.join(numbered(40 * i, 20))} Respond with the letter." for i in (1, 2)]
+    looked_up, found, grams, seen = look_up(questions, [" ".join(numbered(40, 20))])
+    assert (looked_up, found, grams, seen) == (2, 1, 16, 8)
+
+
+def test_short_questions_and_empty_exams_are_counted_and_not_looked_up():
+    assert look_up(["too short", "and this as well"], ["too short and this as well"]) == (0, 0, 0, 0)
+    assert look_up([], ["text"]) == (0, 0, 0, 0)
+
+
+def test_hashes_do_not_depend_on_what_was_read_before(monkeypatch):
+    monkeypatch.setattr(overlap, "MOST_WORDS", 5)
+    texts = [numbered(i, 15) for i in range(6)]
+    one = overlap.grams(texts, overlap.Hashes())
+    other = overlap.grams(texts, overlap.Hashes({"w3": overlap.Hashes()["w3"]}))
+    assert np.array_equal(one[0], other[0]) and one[1].tolist() == [i for i in range(6) for _ in range(3)]
+    assert len(np.unique(one[0])) == 8  # w0.. to w7.. begin eight different ones
+
+
+# As a part of a run
+
+
+def make_run(tmp_path, text, *sets, record=None):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i, document in enumerate(text):
+        (folder / f"{i:03d}.txt").write_text(document, encoding="utf-8")
+    config = resolve(load_config("nano", [f"data.source=files:{folder}", "data.val_fraction=0.0", *sets]))
+    run = RunDir(tmp_path / "run")
+    write_json(run.eval("base"), {"tasks": {"bits_per_byte": {"metric": 1.0}}})
+    write_json(run.eval("sft"), record or {"tasks": {"word_problems": {"metric": 0.5, "accuracy": 0.5}}})
+    return config, run
+
+
+def training_texts():
+    """Word problems' own exam among other text: an exam that leaked."""
+    exam = [e.prompt[0]["content"] for e in get_task("word_problems").examples()]
+    long = sorted({text for text in exam if len(overlap.words(text)) >= N})
+    return [f"Some text {i}.\n" for i in range(8)] + [f"Before it. {text} After it." for text in long[:10]]
+
+
+def test_a_leaked_exam_is_seen(tmp_path):
+    config, run = make_run(tmp_path, training_texts())
+    found = overlap.exam_overlap(config, run, 36)
+    exam = found["exams"]["word_problems"]
+    assert exam["questions"] == 256 and 9 <= exam["found"] < exam["looked_up"] < 256
+    assert 17 <= found["documents"] <= 18 and found["document_share"] == found["documents"] / 36
+    assert "bits_per_byte" not in found["exams"]
+
+
+def test_the_result_is_kept_until_something_changes(tmp_path, capsys):
+    config, run = make_run(tmp_path, training_texts())
+    first = overlap.exam_overlap(config, run, None)
+    assert "looked up in" in capsys.readouterr().err and first["document_share"] is None
+    assert overlap.exam_overlap(config, run, None) == first and capsys.readouterr().err == ""
+    fewer = dataclasses.replace(config, eval=dataclasses.replace(config.eval, overlap_documents=9))
+    assert overlap.exam_overlap(fewer, run, None)["documents"] == 9
+    (tmp_path / "text" / "new.txt").write_text("One more document.")
+    assert overlap.exam_overlap(config, run, None)["documents"] == first["documents"] + 1
+    off = dataclasses.replace(config, eval=dataclasses.replace(config.eval, overlap_documents=0))
+    assert overlap.exam_overlap(off, run, None) == {}
+
+
+def test_what_is_missing_is_said_and_nothing_breaks(tmp_path):
+    tasks = {n: {"metric": 0.5, "accuracy": 0.5} for n in ("word_problems", "arc_easy", "of_another_version")}
+    config, run = make_run(tmp_path, training_texts(), record={"tasks": tasks, "core_tasks": {"copa": {}}})
+    found = overlap.exam_overlap(config, run, 18)["exams"]
+    assert found["word_problems"]["found"] and "core: copa" in found
+    assert "ARC-Easy" in found["arc_easy"]["reason"] and "unknown" in found["of_another_version"]["reason"]
+    gone = dataclasses.replace(config, data=dataclasses.replace(config.data, source="files:/no/such"))
+    assert "/no/such" in overlap.exam_overlap(gone, run, 18)["reason"]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no exam data in ../shared/data")
+def test_real_exams_of_all_kinds(tmp_path):
+    """A question of ARC and an item of three kinds of CORE tasks, put among the training text, are found."""
+    files = TaskFiles(str(DATA))
+    core = get_task("core", files)
+    picked = [get_task("arc_easy", files).examples()[7].prompt[0]["content"]]
+    for part in overlap.core.CORE_TASKS:
+        if part.label in ("copa", "winograd", "lambada_openai"):
+            texts = [overlap._core_text(part, item) for item in core.load(part)]
+            picked.append(next(text for text in texts if len(overlap.words(text)) > 14))
+    tasks = {"arc_easy": {"metric": 0.3, "accuracy": 0.3}}
+    record = {"tasks": tasks, "core_tasks": {"copa": {}, "winograd": {}, "lambada_openai": {}}}
+    filler = [f"Nothing of interest, number {i}.\n" for i in range(5)]
+    config, run = make_run(tmp_path, [*filler, *picked], f"tasks.data_dir={DATA}", record=record)
+    found = overlap.exam_overlap(config, run, None)
+    counts = {name: exam["found"] for name, exam in found["exams"].items()}
+    twice = {"core: winograd": 2}  # its items come in pairs that differ in one word
+    assert counts == dict.fromkeys(found["exams"], 1) | twice
+    assert found["exams"]["core: lambada_openai"]["questions"] == 5153
+    assert read_json(run.root / "eval" / "overlap.json")["documents"] == found["documents"] == 8
