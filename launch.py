@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         from train.comparison import compare
 
-        compare(*args.compare, as_json=args.json)
+        compare(args.compare[0], args.compare[1], as_json=args.json)
         return
     config, directory, reasons = resolve_arguments(args)
     if args.plan:
