@@ -83,7 +83,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "eval.rows": (1, INFINITE),
     "eval.batch_rows": (1, INFINITE),
     "eval.sample_tokens": (1, INFINITE),
-    "eval.overlap_documents": (0, INFINITE),
+    "eval.overlap_documents": (-1, INFINITE),
     "serve.port": (0, 65_535),
     "serve.slots": (1, 4096),
     "serve.max_tokens": (1, INFINITE),
