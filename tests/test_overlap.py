@@ -105,7 +105,11 @@ def make_run(tmp_path, text, *sets, record=None):
     folder.mkdir()
     for i, document in enumerate(text):
         (folder / f"{i:03d}.txt").write_text(document, encoding="utf-8")
-    config = resolve(load_config("nano", [f"data.source=files:{folder}", "data.val_fraction=0.0", *sets]))
+    config = resolve(
+        load_config(
+            "nano", [f"data.source=files:{folder}", "data.val_fraction=0.0", "eval.overlap_documents=-1", *sets]
+        )
+    )
     run = RunDir(tmp_path / "run")
     write_json(run.eval("base"), {"tasks": {"bits_per_byte": {"metric": 1.0}}})
     write_json(run.eval("sft"), record or {"tasks": {"word_problems": {"metric": 0.5, "accuracy": 0.5}}})

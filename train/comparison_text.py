@@ -15,7 +15,7 @@ def tables(found: dict[str, Any]) -> str:
     """All of the comparison; A is the first run, B the second."""
     a, b = found["runs"]
     parts = [f"A: {a}\nB: {b}\nDifferences are B minus A, measured in pairs, with 95 % intervals."]
-    sections = (
+    sections: tuple[tuple[str, Rows, list[str]], ...] = (
         ("Bits per byte of the same held-out documents (lower is better)", _bytes(found), _byte_notes(found)),
         ("Exams, the questions put to both", _exams(found), ["p: McNemar's exact test"]),
         ("Speed and cost", _speed(found), []),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from train.exams import Z95
 
@@ -14,10 +14,10 @@ BLOCK = 1_000_000  # drawn numbers held at once
 SEED = 20_260_301
 
 
-def ratio_interval(differences: Sequence[float], sizes: Sequence[float]) -> tuple[float, float] | None:
+def ratio_interval(differences: ArrayLike, sizes: ArrayLike) -> tuple[float, float] | None:
     """95 % interval of sum(differences) / sum(sizes) by a bootstrap over the pairs (2.5 and 97.5 percentiles).
 
-    None for fewer than two pairs: nothing is known of how they vary.
+    Both (n,). None for fewer than two pairs: nothing is known of how they vary.
     """
     d, s = np.asarray(differences, np.float64), np.asarray(sizes, np.float64)
     n = len(d)
