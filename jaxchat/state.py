@@ -174,6 +174,7 @@ def make_train_step(
     Metrics (float32 scalars): `loss`, mean nats per target; `grad_norm`; `ok`, 0 where loss or gradient was not
     finite: then nothing but the step counter changes; `overflowed`, 1 where float16 was the reason and a smaller loss
     scale follows (then `ok` stays 1). Gradients of the A micro-batches add up in float32, split like the masters.
+    The sums are divided by the batch's weights, or by its `counts`, shaped like them, where weights may be negative.
     """
     run, spec, shardings = trunk(config, mesh), loss_spec(config, mesh), state_sharding(config, optimizer, mesh)
     cast, float16 = _caster(config, mesh), compute_dtype(config, mesh) == jnp.float16
@@ -195,13 +196,20 @@ def make_train_step(
             return gradient(params, weights, jax.tree.map(lambda a: a[0], batch), factor)
 
         def add(total: Any, micro: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, weights, micro, factor)), None
+            def added() -> Any:
+                return jax.tree.map(jnp.add, total, gradient(params, weights, micro, factor))
+
+            if "counts" not in micro:
+                return added(), None
+            return jax.lax.cond(micro["counts"].any(), added, lambda: total), None  # padding costs nothing
 
         zeros = jnp.zeros(()), like_masters(jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add, zeros, batch)[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        targets = jnp.maximum(batch["weights"].sum(), 1.0)  # a batch without a target has loss 0, not NaN
+        targets = jnp.maximum(
+            batch.get("counts", batch["weights"]).sum(), 1.0
+        )  # a batch without a target has loss 0, not NaN
         scaling = find_scale(state.opt_state) if float16 else None
         factor = jnp.float32(1.0) if scaling is None else scaling.scale / targets
         total, grads = accumulate(state.params, batch, factor)
@@ -279,3 +287,19 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch, jax.Arra
         }
 
     return jax.jit(step, in_shardings=(None, batch_sharding(mesh), None), out_shardings=replicated(mesh))
+
+
+def make_nll_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch], jax.Array]:
+    """Jitted (params, batch) -> negative log-likelihood of every target, (A, B, T) float32 in nats."""
+    cast, run, spec = _caster(config, mesh), trunk(config, mesh), loss_spec(config, mesh)
+
+    def step(params: Any, batch: Batch) -> jax.Array:
+        weights = cast(params)
+
+        def nll(micro: Batch) -> jax.Array:
+            x = gpt.hidden(config.model, weights, micro["inputs"], run)
+            return chunked_loss(x, weights["unembedding"], micro["targets"], micro["weights"], spec)[1]
+
+        return jax.lax.map(nll, batch)
+
+    return jax.jit(step, in_shardings=(None, batch_sharding(mesh)), out_shardings=replicated(mesh))

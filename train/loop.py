@@ -1,8 +1,11 @@
-"""The only training loop: pretraining and SFT differ in their data and their start, not in how they train."""
+"""The only training loop: stages differ in where a step's batch comes from, not in how they train."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import math
 import signal
 import threading
 import time
@@ -14,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jaxchat import hosts
@@ -25,8 +29,9 @@ from jaxchat.errors import DivergedError, InterruptedRun
 from jaxchat.log import MetricsFile, Task, console, progress, say
 from jaxchat.mesh import batch_devices, batch_sharding, make_mesh, micro_batch
 from jaxchat.model.sizes import flops_per_token, peak_flops
-from jaxchat.optim.groups import make_optimizer, make_schedule
+from jaxchat.optim.groups import advance_schedules, make_optimizer, make_schedule
 from jaxchat.state import (
+    Batch,
     TrainState,
     abstract_state,
     check_kernels,
@@ -41,22 +46,40 @@ from train.plots import loss_plot
 
 SAY_SECONDS = 30.0  # between lines of progress where there is no terminal to draw on
 Evaluator = Callable[[TrainState, int], Iterable[tuple[str, float]]]
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+
+
+@dataclass
+class Draw:
+    """What one step trains on. `batch` None: there is nothing to learn, and the step makes no update.
+
+    `tokens`: how many the step adds to the count; `trained`: how many go through the update, for the MFU; `facts` go
+    into its record.
+    """
+
+    batch: Batch | None
+    tokens: int
+    trained: int
+    facts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Job:
-    """One stage's training: `config.train.steps` updates on `rows`, kept in `directory`.
+    """One stage's training: `config.train.steps` updates on `rows`, or on what `draw(state, step)` gives, kept in
+    `directory`.
 
     `start` maps the freshly initialized state to the one to train from (SFT loads the base model there).
     """
 
     config: Config
     directory: Path
-    rows: Rows
+    rows: Rows | None
     val_rows: Rows | None
     byte_lengths: np.ndarray  # (V,) int32
     start: Callable[[TrainState], TrainState] = lambda state: state
+    draw: Callable[[TrainState, int], Draw] | None = None
     evaluators: list[Evaluator] = field(default_factory=list)
+    score_start: bool = False  # evaluate before the first step too; the scores are facts["start"]
     sampler: Callable[[TrainState, int], None] | None = None  # every `train.sample_every` steps
     title: str = "train"
 
@@ -81,16 +104,42 @@ def fit(job: Job) -> dict[str, Any]:
             say(f"  resumed from step {done} of {config.train.steps}")
         else:
             state = job.start(init_state(config, optimizer, mesh))
-        batches = Batches(job.rows, batch_rows, grad_accum, config.seed)
         run = _Run(job, make_eval_step(config, mesh), checkpoints, facts, batch_rows, mesh)
-        step = make_train_step(config, optimizer, mesh)
-        state = run.loop(state, done, step, batches.iterate(done, sharding=batch_sharding(mesh)))
+        draw = job.draw or _rows_in_order(job, batch_rows, grad_accum, done, mesh)
+        state = run.loop(state, done, _steps(config, optimizer, mesh), draw)
         checkpoints.wait()
     finally:
         checkpoints.close()
     if hosts.index() == 0:
         loss_plot(job.directory / "metrics.jsonl", job.directory / "loss.png", job.title)
     return run.facts | {"params_sha256": params_sha256(state.params)}
+
+
+def _rows_in_order(
+    job: Job, batch_rows: int, grad_accum: int, done: int, mesh: Mesh
+) -> Callable[[TrainState, int], Draw]:
+    """Batches of the job's rows from step `done` on, read ahead; what is drawn does not depend on the state."""
+    assert job.rows is not None, "a job has rows, or draws"
+    batches = Batches(job.rows, batch_rows, grad_accum, job.config.seed).iterate(done, batch_sharding(mesh))
+    tokens = job.config.train.batch_tokens
+    return lambda state, step: Draw(next(batches), tokens, tokens)
+
+
+def _steps(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> Step:
+    """The update for a batch of rows of any length (layers choose their attention by it), or for none at all."""
+
+    @functools.cache
+    def of(length: int) -> Step:
+        model = dataclasses.replace(config.model, seq_len=length)
+        return make_train_step(dataclasses.replace(config, model=model), optimizer, mesh)
+
+    def step(state: TrainState, batch: Batch | None) -> tuple[TrainState, dict[str, Any]]:
+        if batch is None:
+            nothing = {"loss": math.nan, "grad_norm": math.nan, "ok": 1.0, "overflowed": 0.0}
+            return TrainState(state.params, advance_schedules(state.opt_state), state.step + 1), nothing
+        return of(batch["inputs"].shape[-1])(state, batch)
+
+    return step
 
 
 class _Run:
@@ -101,7 +150,8 @@ class _Run:
     ):
         self.job, self.eval_step, self.checkpoints = job, eval_step, checkpoints
         self.batch_rows, self.mesh = batch_rows, mesh
-        self.facts = {k: v for k, v in facts.items() if k not in ("step", "format")}
+        self.facts = {"tokens": facts.get("step", 0) * job.config.train.batch_tokens}  # where no draw has counted them
+        self.facts |= {k: v for k, v in facts.items() if k not in ("step", "format")}
         self.metrics = MetricsFile(job.directory / "metrics.jsonl", write=hosts.index() == 0)
         # all at once: a number asked of the device in the loop would wait behind the step that is running
         self.rates = np.asarray(jax.vmap(make_schedule(job.config))(jnp.arange(job.config.train.steps)))
@@ -112,20 +162,23 @@ class _Run:
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak = peak * jax.device_count() if peak else None
 
-    def loop(self, state: TrainState, done: int, step: Any, batches: Iterator[Any]) -> TrainState:
+    def loop(self, state: TrainState, done: int, step: Step, draw: Callable[[TrainState, int], Draw]) -> TrainState:
         train = self.job.config.train
         self.metrics.truncate_to(done)
         with _signals(self), progress(self.job.title, train.steps, done) as bar:
+            if done == 0 and self.job.score_start:
+                self.facts["start"] = self._scores(state, 0)
             if self._due(done):
                 self._evaluate(state, done)  # the checkpoint was saved before its evaluation
                 self._leave_if_asked(done)
             self.clock = time.perf_counter()
             pending, ballot = None, hosts.Ballot()
             for index in range(done, train.steps):
-                state, metrics = step(state, next(batches))
+                drawn = draw(state, index)
+                state, metrics = step(state, drawn.batch)
                 # read the step before while this one runs, so that logging never stalls the device
                 self._record(pending, bar)
-                pending, count = (index, metrics), index + 1
+                pending, count = (index, metrics, drawn), index + 1
                 sample = self.job.sampler is not None and train.sample_every > 0 and count % train.sample_every == 0
                 stop = ballot.cast(self.stop_signal)  # a signal to one process stops all of them after the same step
                 if self._due(count) or count % train.checkpoint_every == 0 or sample or stop:
@@ -146,21 +199,22 @@ class _Run:
         train = self.job.config.train
         return count == train.steps or (train.eval_every > 0 and count > 0 and count % train.eval_every == 0)
 
-    def _record(self, pending: tuple[int, dict[str, jax.Array]] | None, bar: Task) -> None:
+    def _record(self, pending: tuple[int, dict[str, Any], Draw] | None, bar: Task) -> None:
         """Write one finished step's metrics; stop if too many in a row were not finite."""
         if pending is None:
             return
-        index, arrays = pending
+        index, arrays, drawn = pending
         values = {k: float(v) for k, v in jax.device_get(arrays).items()}
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         self.facts["seconds"] += seconds
+        self.facts["tokens"] += drawn.tokens
         config = self.job.config
-        rate = config.train.batch_tokens / seconds
-        mfu = rate * flops_per_token(config.model) / self.peak if self.peak else None
+        rate = drawn.tokens / seconds
+        mfu = drawn.trained / seconds * flops_per_token(config.model) / self.peak if self.peak else None
         record = {
             "step": index,
-            "tokens": (index + 1) * config.train.batch_tokens,
+            "tokens": self.facts["tokens"],
             "loss": values["loss"] if np.isfinite(values["loss"]) else None,
             "lr_mult": float(self.rates[index]),
             "grad_norm": values["grad_norm"] if np.isfinite(values["grad_norm"]) else None,
@@ -168,17 +222,17 @@ class _Run:
             "tokens_per_second": rate,
             "mfu": mfu,
         }
-        self.metrics.append(record)
+        self.metrics.append(record | drawn.facts)
         self._check(index, bool(values["ok"]), bool(values["overflowed"]))
-        speed = f"{rate:,.0f} tok/s" + (f"  MFU {mfu:.1%}" if mfu else "")
-        bpb = f"  bpb {self.facts['val_bpb']:.3f}" if "val_bpb" in self.facts else ""
         bar.advance()
+        speed = f"{rate:,.0f} tok/s" + (f"  MFU {mfu:.1%}" if mfu else "")
+        shown = {"loss": record["loss"], "bpb": self.facts.get("val_bpb"), "reward": drawn.facts.get("reward")}
+        status = "".join(f"{name} {value:.3f}  " for name, value in shown.items() if value is not None) + speed
         if not console.is_terminal and now - self.said > SAY_SECONDS:
             self.said = now
             left = (config.train.steps - index - 1) * seconds
-            where = f"step {index + 1:,} of {config.train.steps:,}"
-            say(f"  {where}  loss {values['loss']:.3f}{bpb}  {speed}  {left:.0f} s left")
-        bar.update(f"loss {values['loss']:.3f}{bpb}  {speed}")
+            say(f"  step {index + 1:,} of {config.train.steps:,}  {status}  {left:.0f} s left")
+        bar.update(status)
 
     def _check(self, index: int, ok: bool, overflowed: bool) -> None:
         """Count skipped updates. An overflow of float16 is expected now and then; the smaller scale mends it."""
@@ -194,6 +248,12 @@ class _Run:
             )
 
     def _evaluate(self, state: TrainState, count: int) -> None:
+        """Scores into the facts and the newest record."""
+        if scores := self._scores(state, count):
+            self.facts |= scores
+            self.metrics.amend(scores)
+
+    def _scores(self, state: TrainState, count: int) -> dict[str, float]:
         """Held-out bits per byte and the job's own evaluators; not counted as training time."""
         job, begin = self.job, time.perf_counter()
         scores: dict[str, float] = {}
@@ -205,12 +265,11 @@ class _Run:
             scores |= {"val_bpb": found["bits_per_byte"], "val_loss": found["loss"]}
         for evaluator in job.evaluators:
             scores |= dict(evaluator(state, count))
-        self.facts |= scores
         self.facts["eval_seconds"] = self.facts.get("eval_seconds", 0.0) + time.perf_counter() - begin
         if scores:
-            self.metrics.amend(scores)
             text = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
             say(f"  step {count:>6,} of {job.config.train.steps:,}  {text}")
+        return scores
 
     def _leave_if_asked(self, count: int) -> None:
         """End the run after a signal; the checkpoint of step `count` has been handed over."""

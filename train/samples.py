@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxchat.data.rows import Rows
 from jaxchat.engine import Engine, Request, Result
+from jaxchat.engine.turn import Turn
 from jaxchat.text.tokenizer import Tokenizer
 
 TEMPERATURES = (0.0, 0.8)
@@ -35,7 +36,7 @@ def samples(engine: Engine, prompts: Sequence[str], chat: bool, max_tokens: int 
     results = iter(engine.generate(requests))
     lines: list[str] = []
     for prompt in prompts:
-        lines += [_quote(prompt), ""]
+        lines += [quote(prompt), ""]
         lines += [f"- **{temperature:g}**: {_shown(next(results))}" for temperature in TEMPERATURES]
         lines.append("")
     return "\n".join(lines)
@@ -60,7 +61,17 @@ def _shown(result: Result) -> str:
     return _code(text + (" ..." if result.finish_reason == "length" else ""))
 
 
-def _quote(prompt: str) -> str:
+def answer_line(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """One line of an answer's ids, shown as in samples."""
+    turn = Turn(tokenizer)
+    for token in tokens:
+        turn.add(token)
+    turn.flush()
+    return _shown(Result(turn.tokens, turn.parts, "stop", 0, 0))
+
+
+def quote(prompt: str) -> str:
+    """A question as a quotation of one line."""
     return f"> {_code(prompt)}"
 
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxchat import hosts
-from jaxchat.config import Config, flatten, load_config, to_toml
+from jaxchat.config import Config, load_config
 from jaxchat.errors import UsageError
 from jaxchat.log import say
 from jaxchat.paths import RunDir, atomic_write, read_json, write_json
-from train import evaluate, prepare, pretrain, report, sft, tokenizer
+from jaxchat.toml import flatten, to_toml
+from train import evaluate, prepare, pretrain, report, rl, sft, tokenizer
 from train.machine import commit, hardware, peak_rss, versions
 
 # Keys that change how fast or how often, never what is computed (beyond float rounding).
@@ -38,6 +39,11 @@ FREE_KEYS = (
     "train.max_bad_steps",
     "sft.eval_every",
     "sft.exam_cases",
+    "rl.eval_every",
+    "rl.eval_prompts",
+    "rl.eval_samples",
+    "rl.checkpoint_every",
+    "rl.slots",
 )
 SHARED_SECONDS = 60.0  # until what process 0 wrote must be seen by the others
 
@@ -54,6 +60,7 @@ class Stage:
     trained: bool  # refuses changed inputs instead of running again
     uses: tuple[str, ...] = ()  # stages whose digests are inputs where they are done, but which need not be
     check: Callable[[Config], None] = lambda config: None  # of settings, before anything runs
+    wanted: Callable[[Config], bool] = lambda config: True  # False: this configuration goes without it
     joint: bool = False  # by all processes together; the others by process 0, while the rest waits
 
 
@@ -84,6 +91,17 @@ STAGES = (
         joint=True,
     ),
     Stage("sft", sft.run, ("seed", "sft."), ("pretrain",), ("sft/<step>",), True, check=sft.check, joint=True),
+    Stage(
+        "rl",
+        rl.run,
+        ("seed", "rl."),
+        ("sft",),
+        ("rl/<step>",),
+        True,
+        check=rl.check,
+        wanted=lambda config: bool(config.rl.environment),
+        joint=True,
+    ),
     Stage(
         "eval",
         evaluate.run,
@@ -125,6 +143,7 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
 
     Of several processes the first decides and keeps the records.
     """
+    stages = [stage for stage in stages if stage.wanted(config)]
     hosts.check_same([flatten(config), [stage.name for stage in stages]])
     if hosts.index() > 0:
         _follow(config, run)

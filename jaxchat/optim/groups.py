@@ -112,3 +112,13 @@ def carry_moments(old: Any, new: Any) -> Any:
 
     stop = (*schedules_only, NesterovState)
     return jax.tree.map(pick, old, new, is_leaf=lambda node: isinstance(node, stop))
+
+
+def advance_schedules(state: Any) -> Any:
+    """The optimizer's state after a step without an update: moments stay, the steps of its schedules go on."""
+    counting = (optax.ScaleByScheduleState, DecayState, NesterovState)
+
+    def advance(node: Any) -> Any:
+        return node._replace(count=node.count + 1) if isinstance(node, counting) else node
+
+    return jax.tree.map(advance, state, is_leaf=lambda node: isinstance(node, counting))
