@@ -57,9 +57,13 @@ attempt("fork", fork)
 attempt("read", lambda: open(%(canary)r).read())
 attempt("write", lambda: open(%(canary)r, "a").write("x"))
 attempt("socket", socket)
+if os.getpid() > 9:
+    done.append("processes")
 attempt("scratch", lambda: open("file", "w").write("x"))
 print(*done)
 """
+
+_HELD = {1: {"memory", "fork"}, 2: {"read", "write", "socket"}, 3: {"processes"}}  # of the trial, by level
 
 
 @dataclass(frozen=True)
@@ -262,7 +266,7 @@ def _weakness(layers: Layers) -> str:
         os.chmod(folder, 0o755)
         canary = Path(folder) / "canary"
         canary.write_text("somebody else's", encoding="utf-8")
-        canary.chmod(0o644)
+        canary.chmod(0o666)
         program = _PROBE % {"memory": 2 * _PROBE_POLICY.memory_bytes, "canary": str(canary)}
         try:
             with Process("program", program, _PROBE_POLICY, layers, output=subprocess.PIPE) as process:
@@ -271,7 +275,7 @@ def _weakness(layers: Layers) -> str:
             return str(error)
     if outcome.status != "ok":
         return f"the trial ended with {outcome.status}: {(outcome.stderr.strip().splitlines() or ['nothing said'])[-1]}"
-    held = {"memory", "fork"} if layers.level == 1 else {"memory", "fork", "read", "write", "socket"}
+    held = _HELD[1] | (_HELD[2] if layers.level >= 2 else set()) | (_HELD[3] if layers.level >= 3 else set())
     weak = sorted(held & set(outcome.stdout.split()))
     if "scratch" not in outcome.stdout.split():
         return "the scratch folder cannot be written"

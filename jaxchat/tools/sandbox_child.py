@@ -43,6 +43,8 @@ def main(role: str, scratch: str, settings: dict[str, int], python_path: list[st
     except (OSError, ValueError, MemoryError) as error:
         os.write(ready, f"{type(error).__name__}: {error}".encode()[:400])
         os._exit(1)
+    for name in [name for name in sys.modules if name.split(".")[0] == "jaxchat"]:
+        del sys.modules[name]  # a program finds the standard library and nothing of ours
     os.write(ready, READY)
     os.close(ready)
     ROLES[role](payload, settings)
