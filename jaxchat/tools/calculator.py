@@ -40,7 +40,7 @@ def calculate(expression: str) -> str | None:
     if not _OUTSIDE.fullmatch(outside) or "//" in outside:
         return None
     try:
-        return format_number(_value(ast.parse(expression, mode="eval").body))
+        return format_number(_value(ast.parse(expression, mode="eval").body, expression.encode()))
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
@@ -56,14 +56,15 @@ def format_number(value: Fraction) -> str | None:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _value(node: ast.expr) -> Fraction:
-    """Interpret the allowed nodes; `ValueError` for any other."""
+def _value(node: ast.expr, source: bytes) -> Fraction:
+    """Interpret the allowed nodes of one line of UTF-8; `ValueError` for any other."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return Fraction(repr(node.value))  # repr: the decimal that was written, not its binary neighbour
+        # the decimal that was written, not the binary number nearest to it
+        return Fraction(source[node.col_offset : node.end_col_offset].decode())
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand)
+        return -_value(node.operand, source)
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        left, right = _value(node.left), _value(node.right)
+        left, right = _value(node.left, source), _value(node.right, source)
         return _OPERATORS[type(node.op)](left, right)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "count":
         text, part = (_text(n) for n in (node.func.value, *node.args))  # ValueError unless exactly one argument
