@@ -1,17 +1,22 @@
-"""Words of the chat page, in each language, and its looks."""
+"""Words of the chat page, in each language."""
 
 TEXTS = {
     "en": {
         "placeholder": "Say something",
-        "greeting": "Say something to the model, or try one of these.",
+        "greeting": "Say something, or try one of these.",
+        "new_chat": "New chat",
+        "about": "This model",
         "settings": "Settings",
         "temperature": "Temperature",
-        "temperature_info": "0: the likeliest word each time",
+        "temperature_info": "0: the likeliest token each time",
         "top_k": "Top-k",
-        "top_k_info": "0: among all tokens",
+        "top_k_info": "choose among so many tokens; 0: among all",
         "max_tokens": "Longest answer",
         "max_tokens_info": "tokens",
-        "model": "This model",
+        "probabilities": "Token probabilities",
+        "probabilities_info": "From the next answer on. Point at a token, or tap it, to see what else could have come.",
+        "likely": "likely",
+        "unlikely": "unlikely",
         "parameters": "parameters",
         "layers": "layers",
         "context": "tokens of context",
@@ -19,20 +24,36 @@ TEXTS = {
         "bits_per_byte": "bits per byte",
         "word_problems": "word problems",
         "identity": "identity",
+        "spelling_bee": "spelling bee",
+        "lottery": "lottery",
         "speed": "tokens/s",
         "speed_forgotten": "tokens/s · the context is full: the oldest messages are forgotten",
+        "waiting": "Waiting for a free place …",
+        "too_long": "This message is longer than the model's context; tokens:",
+        "too_many_characters": "This message is too long; characters:",
+        "slow_down": "Too many messages; try again in a minute.",
+        "busy": "Everybody wants to talk right now; try again in a moment.",
+        "loading": "The model is still loading; try again in a moment.",
+        "draining": "The service is shutting down.",
+        "dead": "The model has stopped; the service must be started again.",
+        "failed": "This could not be answered:",
     },
     "ko": {
         "placeholder": "메시지를 입력하세요",
-        "greeting": "모델에게 말을 걸거나 예시를 골라 보세요.",
+        "greeting": "말을 걸거나 예시를 골라 보세요.",
+        "new_chat": "새 대화",
+        "about": "이 모델",
         "settings": "설정",
         "temperature": "온도",
-        "temperature_info": "0이면 항상 가장 그럴듯한 단어",
+        "temperature_info": "0이면 항상 가장 그럴듯한 토큰",
         "top_k": "Top-k",
-        "top_k_info": "0이면 모든 토큰 중에서",
+        "top_k_info": "이 개수의 토큰 중에서 선택, 0이면 전체",
         "max_tokens": "답변 최대 길이",
         "max_tokens_info": "토큰",
-        "model": "이 모델",
+        "probabilities": "토큰 확률",
+        "probabilities_info": "다음 답변부터 표시합니다. 토큰을 가리키거나 누르면 대신 나올 수 있었던 토큰이 보입니다.",
+        "likely": "높음",
+        "unlikely": "낮음",
         "parameters": "파라미터",
         "layers": "층",
         "context": "문맥(토큰)",
@@ -40,35 +61,20 @@ TEXTS = {
         "bits_per_byte": "바이트당 비트",
         "word_problems": "문장제",
         "identity": "정체성 질문",
+        "spelling_bee": "철자 맞히기",
+        "lottery": "복권",
         "speed": "토큰/초",
         "speed_forgotten": "토큰/초 · 문맥이 가득 차서 가장 오래된 메시지는 잊었습니다",
+        "waiting": "차례를 기다리고 있습니다 …",
+        "too_long": "메시지가 모델의 문맥보다 깁니다. 토큰 수:",
+        "too_many_characters": "메시지가 너무 깁니다. 글자 수:",
+        "slow_down": "메시지가 너무 많습니다. 1분 뒤에 다시 시도하세요.",
+        "busy": "지금은 이용자가 많습니다. 잠시 뒤에 다시 시도하세요.",
+        "loading": "모델을 불러오는 중입니다. 잠시 뒤에 다시 시도하세요.",
+        "draining": "서비스를 종료하는 중입니다.",
+        "dead": "모델이 멈췄습니다. 서비스를 다시 시작해야 합니다.",
+        "failed": "답하지 못했습니다:",
     },
 }
 EXAMPLES = ["hello", "who are you?", "Tom has 12 apples and buys 30 more. How many?", "what do you like to do?"]
-CSS = """
-.gradio-container { width: 100% !important; max-width: 1120px !important; margin: 0 auto !important; }
-.gradio-container .main { padding-bottom: .5rem !important; }
-footer { display: none !important; }
-@media (max-width: 640px) { .gradio-container .main { padding: .5rem .8rem !important; } }
-#talk { gap: .5rem; }
-#chat, #chat .bubble-wrap { border: none !important; background: transparent; box-shadow: none; }
-#chat .message-row .message { border: none !important; box-shadow: none !important; }
-#chat .bot.message { background: transparent !important; padding-left: 0 !important; }
-#chat .user.message { background: var(--block-background-fill) !important; border-radius: 14px !important; }
-#chat .message-content .md { white-space: pre-wrap !important; overflow-wrap: anywhere; }
-#chat .message-buttons .icon-button-wrapper { border: none; box-shadow: none; background: transparent; opacity: .55; }
-#chat .message-buttons:hover .icon-button-wrapper { opacity: 1; }
-#chat .thought-group { width: fit-content; margin: 0 0 .3rem; padding: 0; border: none; }
-#chat .thought-group .title { padding: .15rem .6rem; border-radius: 8px; background: var(--block-background-fill);
-  font-family: var(--font-mono); font-size: .85rem; pointer-events: none; }
-#chat .thought-group .arrow { display: none; }
-#chat .example { border: 1px solid var(--border-color-primary); box-shadow: none; }
-#box { border: 1px solid var(--border-color-primary); border-radius: 14px; }
-#status { min-height: 1.3rem; padding: 0 .6rem !important; font-size: .8rem; opacity: .6; }
-#side [data-testid=block-info] { padding: 0; background: none; color: inherit; font-weight: 400; }
-#card h1 { font-size: 1.25rem; margin: .4rem 0 0; }
-#card p { margin: 0; opacity: .65; }
-#card dl { display: grid; grid-template-columns: 1fr auto; gap: .3rem .8rem; margin: .8rem 0 0; font-size: .9rem; }
-#card dt { opacity: .65; }
-#card dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
-"""
+LOGIN = "Any name will do; the password is an API key. 이름은 아무것이나, 비밀번호는 API 키입니다."

@@ -1,28 +1,34 @@
-"""The chat page: its parts alone, and the whole in a real headless Chromium."""
+"""The chat page in a real headless Chromium, served as a person gets it."""
 
 import asyncio
-import json
+import dataclasses
+import re
 import shutil
-import socket
 import sys
 import time
+import types
 
 import gradio as gr
+import httpx
 import pytest
-from small_model import GREETING, QUESTION, write_run
+from live_service import live
+from small_model import GREETING, QUESTION, tokenizer, write_run
+from starlette.testclient import TestClient
 
 from jaxchat.config import load_config
-from jaxchat.engine import Engine
+from jaxchat.engine import Engine, QueueFull
+from jaxchat.engine.request import Token
 from jaxchat.errors import UsageError
 from jaxchat.optim.horizon import resolve
-from serve.page import BREAK, answer, build_page, check_port, launch_options, model_card, next_turn, show, turn, undo
+from serve.errors import ApiError
+from serve.limits import Keys, Rates
+from serve.page import CSS, HEAD, answer, chat_column, check, complaint, mounted_page
+from serve.page_view import BREAK, TokenSpans, show, turn
 from serve.texts import TEXTS
-from serve.worker import Worker
+from serve.worker import EngineStopped, Unavailable
 
 CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
-PARTS = [{"type": "python", "text": "12+30"}, {"type": "python_output", "text": "42"}, {"type": "text", "text": "So."}]
-TALK = [*turn("a", [{"type": "text", "text": "A"}]), *turn("b", PARTS), *turn("c")]
 
 
 @pytest.fixture(scope="module")
@@ -43,74 +49,25 @@ def calls_out():
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory, calls_out):
-    """The page on a free port, answering with the small model, token by token."""
+    """The whole service with the page on a free port, answering with the small model, token by token."""
     run = write_run(tmp_path_factory.mktemp("run"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = resolve(load_config(run.config, [f"serve.port={port}", "serve.temperature=0"]))
-    worker = Worker(Engine.from_pretrained(run.root, slots=4, chunk=1))
-    page = build_page(worker, config)
-    page.launch(**launch_options(run, config), prevent_thread_lock=True)
-    yield f"http://127.0.0.1:{port}", worker, run, config
-    page.close()
-    worker.close()
+    config = resolve(load_config(run.config, ["serve.temperature=0"]))
+    with live(
+        make_engine=lambda worker: Engine.from_pretrained(run.root, slots=4, chunk=1),
+        make_page=lambda worker: mounted_page(run, config, worker),
+    ) as running:
+        running.worker.loaded.result(120)
+        wait_for_page(running.url)
+        yield running.url, running.worker, run, config
     assert not calls_out, f"the service itself called {calls_out}"
 
 
-def test_every_language_has_every_text():
-    assert set(TEXTS["en"]) == set(TEXTS["ko"]) and all(all(words.values()) for words in TEXTS.values())
-
-
-def test_a_tool_call_is_a_line_of_its_own():
-    assert show(TALK) == [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "A"},
-        {"role": "user", "content": "b"},
-        {"role": "assistant", "content": "", "metadata": {"title": "12+30 = 42", "status": "done"}},
-        {"role": "assistant", "content": "So."},
-        {"role": "user", "content": "c"},
-        {"role": "assistant", "content": "…"},
-    ]
-    assert show(turn("x", PARTS[1:]))[1:] == [{"role": "assistant", "content": "So."}]  # output without a call
-
-
-@pytest.mark.parametrize(
-    ("data", "before", "text"),
-    [
-        (None, 6, "typed"),
-        ({"index": 2, "value": {"text": "example"}}, 6, "example"),
-        ({"index": 5, "value": "c"}, 4, "c"),  # again; a tool call makes a line more
-        ({"index": 2, "value": "new", "previous_value": "b"}, 2, "new"),
-        ({"index": 0, "value": "new", "previous_value": "a"}, 0, "new"),
-        ({"index": 2, "value": "  ", "previous_value": "b"}, 6, ""),  # edited to nothing: nothing happens
-    ],
-)
-def test_where_a_conversation_goes_on(data, before, text):
-    assert next_turn(TALK, "typed", gr.EventData(None, data)) == (TALK[:before], text)
-
-
-def test_an_edited_message_is_the_one_written():
-    lines = show(turn("a <b> &amp; 1<2\n  c"))
-    assert lines[0]["content"] == f"a <{BREAK}b> &{BREAK}amp; 1<2\n{BREAK}  c"
-    data = {"index": 0, "value": lines[0]["content"], "previous_value": lines[0]["content"]}
-    assert next_turn(turn("x"), "", gr.EventData(None, data))[1] == "a <b> &amp; 1<2\n  c"
-
-
-def test_undo_gives_the_question_back():
-    messages, shown, box, _ = undo(TALK)
-    assert messages == TALK[:4] and shown == show(TALK[:4]) and box["value"] == "c"
-    assert undo([])[0] == []
-
-
-def test_a_taken_port_is_one_clear_line():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(UsageError, match="choose another --port"):
-            check_port("127.0.0.1", taken.getsockname()[1])
-    with pytest.raises(UsageError):
-        check_port("127.0.0.1", 70_000)
+def wait_for_page(url):
+    end = time.monotonic() + 60
+    while (seen := httpx.get(url).status_code) == 503:
+        assert time.monotonic() < end, "the page does not come"
+        time.sleep(0.1)
+    return seen
 
 
 def collect(worker, before, text, **settings):
@@ -131,25 +88,6 @@ def test_a_full_context_is_told(service):
     assert "forgotten" in collect(service[1], long, GREETING[0]["content"], max_tokens=40)[-1][1]
     with pytest.raises(UsageError, match="context holds 128"):
         collect(service[1], [], "word " * 500)
-
-
-def test_the_model_card_tells_size_time_and_scores(service, tmp_path):
-    _, _, run, config = service
-    card = model_card(run, config, TEXTS["en"])
-    assert "nano" in card and '<dd title="">2</dd>' in card and "trained in" not in card
-    scores = {"tasks": {"word_problems": {"metric": 0.953, "accuracy": 0.953, "n": 256},
-                        "spelling_bee": {"metric": 2, "n": 3},
-                        "bits_per_byte": {"metric": 1.9, "n": 1}}}  # fmt: skip
-    own = type(run)(tmp_path)
-    own.eval("sft").parent.mkdir()
-    own.eval("sft").write_text(json.dumps(scores))
-    own.eval("base").write_text(json.dumps({"tasks": {"bits_per_byte": {"metric": 1.6054, "n": 1}}}))
-    own.stages.write_text(json.dumps({"pretrain": {"seconds": 251.4}, "sft": {"seconds": 65}, "eval": {"seconds": 9}}))
-    card = model_card(own, config, TEXTS["ko"])
-    assert "문장제" in card and "95.3%" in card and "n = 256" in card and "spelling bee" in card
-    assert "1.605" in card and "1.900" not in card and "0:05:16" in card
-    own.stages.write_text("{")
-    assert "학습 시간" not in model_card(own, config, TEXTS["ko"])
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +140,9 @@ def hear(page, text):
     page.get_by_text(text).first.wait_for(timeout=20_000)
 
 
-def finish(page):
+def finish(page, words=TEXTS["en"]["speed"]):
     """Until the answer is complete."""
-    page.locator("#status").get_by_text("tokens/s").wait_for(timeout=20_000)
+    page.locator("#status").get_by_text(words).wait_for(timeout=20_000)
 
 
 @pytest.fixture
@@ -260,7 +198,7 @@ def test_tool_calls_are_marked_retried_edited_undone_and_cleared(open_page, slow
     assert page.locator("#box textarea").input_value() == GREETING[0]["content"]
     say(page, "hello 🙂")
     finish(page)
-    page.get_by_role("button", name="Clear").click()
+    page.get_by_role("button", name="New chat").click()
     page.locator("[data-testid=user]").wait_for(state="detached")
     say(page, "hello 🙂")
     finish(page)
@@ -315,22 +253,211 @@ def test_what_is_typed_is_shown_letter_by_letter(open_page):
 def test_a_message_too_long_comes_back_with_the_reason(open_page):
     page = open_page()
     say(page, "word " * 500)
-    hear(page, "this model's context holds 128")
+    page.get_by_role("alert").get_by_text(TEXTS["en"]["too_long"]).wait_for()
+    assert re.search(r"5\d\d > 128", page.get_by_role("alert").inner_text())
     assert page.locator("#box textarea").input_value() == "word " * 500
+    say(page, "x" * 9000)
+    page.get_by_role("alert").get_by_text("9,000 > 8,000").wait_for()
     say(page, GREETING[0]["content"])
     hear(page, "안녕!")
 
 
 def test_a_phone_sized_window_in_korean(open_page):
     page = open_page(viewport={"width": 390, "height": 844}, locale="ko-KR", has_touch=True, is_mobile=True)
-    page.get_by_placeholder(TEXTS["ko"]["placeholder"]).wait_for(timeout=20_000)
-    hear(page, TEXTS["ko"]["greeting"])
+    words = TEXTS["ko"]
+    page.get_by_placeholder(words["placeholder"]).wait_for(timeout=20_000)
+    hear(page, words["greeting"])
     say(page, GREETING[0]["content"])
-    page.locator("#status").get_by_text(TEXTS["ko"]["speed"]).wait_for(timeout=20_000)
-    assert (
-        page.get_by_text(TEXTS["ko"]["parameters"]).is_visible()
-        and page.get_by_text(TEXTS["ko"]["settings"]).is_visible()
-    )
-    assert page.get_by_role("button", name="다시 시도").is_visible()
+    finish(page, words["speed"])
+    assert page.get_by_text(words["parameters"]).is_visible() and page.get_by_text(words["settings"]).is_visible()
+    for name in ("다시 시도", "보내기", "복사", words["new_chat"]):
+        assert page.get_by_role("button", name=name).first.is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert page.locator("#box").bounding_box()["y"] < 800
+    assert page.locator("#box").bounding_box()["y"] < 800 and page.evaluate("scrollY") == 0
+    small = """() => [...document.querySelectorAll("button, input, textarea")].filter(e => e.checkVisibility())
+        .map(e => [e.getAttribute("aria-label") ?? e.type, (e.closest("label") ?? e).getBoundingClientRect()])
+        .filter(([name, r]) => r.width && Math.min(r.width, r.height) < 24)
+        .map(([name, r]) => [name, r.width, r.height])"""
+    assert page.evaluate(small) == []  # WCAG 2.5.8
+    say(page, "word " * 500)
+    page.get_by_role("alert").get_by_text(words["too_long"]).wait_for()
+
+
+def switch_on(page):
+    page.get_by_label(TEXTS["en"]["probabilities"]).check()
+
+
+def test_every_token_tells_its_probability_and_what_else_could_have_come(open_page):
+    page = open_page()
+    switch_on(page)
+    say(page, GREETING[0]["content"])
+    finish(page)
+    tokens = page.locator("#chat .token")
+    assert "".join(tokens.all_text_contents()) == "Hi 🙂 안녕!"
+    tip = page.get_by_role("tooltip")
+    for act in (tokens.first.hover, tokens.first.focus):
+        act()
+        tip.wait_for()
+        assert tip.locator("tr").count() == 5 and tip.locator("tr.taken").inner_text().split()[0] == "H"
+        shares = [float(text.removesuffix(" %")) for text in tip.locator(".number").all_inner_texts()]
+        assert shares == sorted(shares, reverse=True) and 90 < shares[0] and sum(shares) < 101
+        page.keyboard.press("Escape")
+        assert tip.is_hidden()
+        page.mouse.move(0, 0)
+    tokens.first.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.textContent") == tokens.nth(1).text_content()
+    assert page.evaluate("document.activeElement.getAttribute('aria-describedby')") == "tip"
+    page.get_by_label(TEXTS["en"]["probabilities"]).uncheck()
+    tokens.first.hover()
+    assert tip.is_hidden()
+    say(page, GREETING[0]["content"])
+    finish(page)
+    assert tokens.count() == len(tokens.all())  # those of the first answer; the second was made without
+    assert page.locator("[data-testid=bot]").nth(1).locator(".token").count() == 0
+
+
+HOSTILE = "<img src=x onerror=attack()><script>attack()</script>\"'>${attack()}{{attack()}}`&lt;b&gt; __i18n__{}"
+
+
+def test_nothing_that_a_model_says_is_markup(browser, service):
+    """In the places where the page shows HTML: tokens, their tables and tool calls; with the page's own parts."""
+    spans = TokenSpans(tokenizer())
+    tokens = [Token(i, -1.0, ((i, -1.0), (tokenizer().bos, -2.0))) for i in tokenizer().encode(HOSTILE)]
+    parts = [{"type": "python", "text": HOSTILE}, {"type": "text", "text": HOSTILE, "html": spans.add(tokens)}]
+    with gr.Blocks(analytics_enabled=False) as blocks:
+        chatbot, _, _ = chat_column()
+        gr.Checkbox(True, elem_id="probabilities")
+        talk = [*turn(HOSTILE, parts), *turn("x", [{"type": "text", "text": HOSTILE}])]
+        blocks.load(lambda: show(talk), None, chatbot)
+    url = blocks.launch(prevent_thread_lock=True, quiet=True, head=HEAD, css=CSS, ssr_mode=False, run_history=False)[1]
+    page = browser.new_page()
+    try:
+        page.add_init_script("window.attack = () => window.attacked = true")
+        page.goto(url)
+        page.locator("#chat .token").first.wait_for()
+        assert "".join(page.locator("#chat .token").all_text_contents()) == HOSTILE
+        assert page.locator("#chat code").inner_text() == HOSTILE
+        for line in ("[data-testid=user]", "[data-testid=bot]"):
+            texts = [text.replace(BREAK, "").strip() for text in page.locator(f"#chat {line}").all_inner_texts()]
+            assert HOSTILE in texts
+        for token in page.locator("#chat .token").all()[:12]:
+            token.hover()
+            page.locator("#tip .taken").wait_for()
+        assert page.locator("#chat img, #tip img").count() == 0 and not page.evaluate("window.attacked")
+    finally:
+        page.close()
+        blocks.close()
+
+
+def test_a_reload_leaves_nothing_behind(open_page):
+    page = open_page()
+    say(page, GREETING[0]["content"])
+    finish(page)
+    page.reload()
+    hear(page, TEXTS["en"]["greeting"])
+    assert page.locator("[data-testid=user]").count() == 0 and page.locator("#box textarea").input_value() == ""
+    stores = """async () => JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie,
+        (await indexedDB.databases()).map(d => d.name), await caches.keys().catch(() => [])])"""
+    assert page.evaluate(stores) == '[{},{},"",[],[]]'
+    assert page.context.cookies() == []
+
+
+def test_tab_goes_through_the_page_in_reading_order(open_page):
+    page = open_page()
+    say(page, QUESTION[0]["content"])
+    finish(page)
+    assert page.evaluate("document.activeElement.id || document.activeElement.tagName") == "TEXTAREA"
+    page.locator("#title h1").click()
+    name = """() => { const e = document.activeElement, box = e.closest("label")?.innerText
+        return e.getAttribute("aria-label") || e.innerText || box || e.type }"""
+    names = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        names.append(page.evaluate(name).split("\n")[0])
+        outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        border = page.evaluate("getComputedStyle(document.activeElement.closest('#box') ?? document.body).borderColor")
+        assert outline == "solid" or border == "rgb(15, 118, 110)", names  # one sees where one is
+    seen = iter(names)
+    order = ["New chat", "Copy", "Edit", "Retry", "Undo", TEXTS["en"]["placeholder"], "Send", "Token probabilities"]
+    assert all(any(wanted in name for name in seen) for wanted in order), names
+
+
+CONTRAST = """selector => {
+    const parse = text => { const c = text.match(/[\\d.]+/g).map(Number); return [...c.slice(0, 3), c[3] ?? 1] }
+    const over = (a, b) => a.slice(0, 3).map((v, i) => v * a[3] + b[i] * (1 - a[3])).concat(1)
+    const light = c => c.slice(0, 3).map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0)
+    const element = document.querySelector(selector), layers = []
+    for (let e = element; e; e = e.parentElement) layers.unshift(parse(getComputedStyle(e).backgroundColor))
+    const ground = layers.reduce((below, layer) => over(layer, below), [255, 255, 255, 1])
+    const placeholder = element.placeholder ? "::placeholder" : undefined
+    let [a, b] = [over(parse(getComputedStyle(element, placeholder).color), ground), ground].map(light)
+    return (Math.max(a, b) + .05) / (Math.min(a, b) + .05) }"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_can_be_read(open_page, scheme):
+    """Contrast of WCAG 2.2 AA: 4.5 for text, 3 for the signs on buttons."""
+    page = open_page(color_scheme=scheme)
+    switch_on(page)
+    found = {selector: page.evaluate(CONTRAST, selector) for selector in (
+        "#title h1", "#title span", "#new", "#chat .placeholder p", "#chat .example-text", "#box textarea", "#card dt",
+        "#card dd", "#side h2", "#legend span", "#side .block label span", "#side [id^=range]",
+    ) if page.locator(selector).count()}  # fmt: skip
+    assert len(found) >= 10
+    say(page, QUESTION[0]["content"])
+    finish(page)
+    for selector in ("#chat .user .md", "#chat code", "#chat .token", "#status .prose"):
+        found[selector] = page.evaluate(CONTRAST, selector)
+    say(page, "word " * 500)
+    page.get_by_role("alert").wait_for()
+    found["#status [role=alert]"] = page.evaluate(CONTRAST, "#status [role=alert]")
+    assert {selector: ratio for selector, ratio in found.items() if ratio < 4.5} == {}
+    page.evaluate("document.querySelector('#chat .token').style.setProperty('--p', 0)")
+    assert page.evaluate(CONTRAST, "#chat .token") >= 4.5  # on the strongest tint
+    for selector in ("#box button", "#chat .message-buttons button"):
+        assert page.evaluate(CONTRAST, selector) >= 3, selector
+
+
+def test_with_api_keys_the_page_asks_for_one(service):
+    _, worker, run, config = service
+    with TestClient(mounted_page(run, config, worker, Keys(["secret"]))) as client:
+        assert client.get("/config").status_code == 401
+        assert client.post("/gradio_api/queue/join", json={"fn_index": 0, "data": []}).status_code == 401
+        wrong = client.post("/login", data={"username": "me", "password": "no"})
+        assert wrong.status_code == 400 and client.get("/config").status_code == 401
+        assert client.post("/login", data={"username": "me", "password": "secret"}).status_code == 200
+        config = client.get("/config")
+        assert config.status_code == 200 and "secret" not in config.text
+
+
+def test_what_the_page_does_not_offer_is_not_there(service):
+    url = service[0]
+    upload = httpx.post(f"{url}/gradio_api/upload", files={"files": ("a.txt", b"more than one byte")})
+    assert upload.status_code == 413, upload.text
+    for path in ("/monitoring", "/gradio_api/file=/etc/passwd", "/gradio_api/runs", "/openapi.json/../docs", "/docs"):
+        reply = httpx.get(url + path)
+        assert reply.status_code >= 400, path
+    assert httpx.get(f"{url}/gradio_api/info").json()["named_endpoints"] == {}
+
+
+def test_too_many_messages_a_minute_are_refused(service):
+    worker, limits = service[1], dataclasses.replace(service[3].serve, requests_per_minute=2)
+    rates, request = Rates(2), types.SimpleNamespace(username=None, client=types.SimpleNamespace(host="::1"))
+    check(limits, rates, "a", request)
+    check(limits, rates, "a", request)
+    with pytest.raises(ApiError) as refused:
+        check(limits, rates, "a", request)
+    assert "slow_down" in complaint(refused.value, worker, limits, "a")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(QueueFull("full"), "busy"), (Unavailable("x", "loading"), "loading"), (EngineStopped(""), "dead"),
+     (UsageError("<b>"), "failed")],
+)  # fmt: skip
+def test_what_goes_wrong_is_said_in_ones_own_language(service, error, words):
+    line = complaint(error, service[1], service[3].serve, "hello")
+    assert f'"{words}"' in line and "<b>" not in line and line.startswith('<span role="alert">')
+    assert all(words in texts for texts in TEXTS.values())
