@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jaxchat.tasks import files as module
-from jaxchat.tasks.files import Archive, HubFiles, MissingData, TaskFiles, read_jsonl
+from jaxchat.tasks.files import Archive, HubFiles, MissingData, TaskFiles, listing, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -259,3 +259,12 @@ def test_a_file_that_is_not_the_hubs_is_thrown_away(hub, tmp_path):
 def test_a_hub_that_does_not_answer_is_one_line(hub, tmp_path):
     (line,) = said(start_fetch(hub, tmp_path, "f" * 40))
     assert line.startswith("missing: ") and "the download failed: " in line
+
+
+def test_a_mirror_that_changed_is_seen(tmp_path):
+    assert listing("") == listing(str(tmp_path / "none")) == ""
+    (tmp_path / "core").mkdir()
+    before = listing(str(tmp_path))
+    (tmp_path / "core" / "copa.jsonl").write_text("{}\n")
+    after = listing(str(tmp_path))
+    assert before != after == listing(str(tmp_path))

@@ -19,6 +19,7 @@ from jaxchat.config import Config, load_config
 from jaxchat.errors import UsageError
 from jaxchat.log import say
 from jaxchat.paths import RunDir, atomic_write, read_json, write_json
+from jaxchat.tasks.files import listing
 from jaxchat.toml import flatten, to_toml
 from train import evaluate, prepare, pretrain, report, rl, sft, tokenizer
 from train.machine import commit, hardware, peak_rss, versions
@@ -61,6 +62,7 @@ class Stage:
     uses: tuple[str, ...] = ()  # stages whose digests are inputs where they are done, but which need not be
     check: Callable[[Config], None] = lambda config: None  # of settings, before anything runs
     wanted: Callable[[Config], bool] = lambda config: True  # False: this configuration goes without it
+    looks: Callable[[Config], str] = lambda config: ""  # what it finds outside the run, an input too
     joint: bool = False  # by all processes together; the others by process 0, while the rest waits
 
 
@@ -111,6 +113,7 @@ STAGES = (
         False,
         uses=("sft", "rl"),
         check=evaluate.check,
+        looks=lambda config: listing(config.tasks.data_dir),
     ),
     Stage("report", report.run, (), ("eval",), ("report.md", "report.json"), False),
 )
@@ -201,6 +204,8 @@ def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[
         free = any(key == name or (name.endswith(".") and key.startswith(name)) for name in FREE_KEYS)
         if read and not free:
             inputs[key] = value
+    if found := stage.looks(config):
+        inputs[f"{stage.name}.files"] = found
     for need in stage.needs:
         done = records.get(need, {})
         if done.get("status") != "done":

@@ -3,6 +3,7 @@ verified, in a cache that all runs share."""
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import re
@@ -89,6 +90,16 @@ class TaskFiles:
 
 
 NO_FILES = TaskFiles()
+
+
+def listing(data_dir: str) -> str:
+    """A digest of the names, sizes and times of all files of a mirror, to see whether it has changed; "" without one."""
+    root = Path(data_dir).expanduser()
+    if not data_dir or not root.is_dir():
+        return ""
+    found = sorted((str(path.relative_to(root)), path.stat()) for path in root.rglob("*") if path.is_file())
+    lines = "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in found)
+    return hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
