@@ -93,7 +93,7 @@ NO_FILES = TaskFiles()
 
 
 def listing(data_dir: str) -> str:
-    """A digest of the names, sizes and times of all files of a mirror, to see whether it has changed; "" without one."""
+    """A digest of names, sizes and times of all files of a mirror, to see whether it has changed; "" without one."""
     root = Path(data_dir).expanduser()
     if not data_dir or not root.is_dir():
         return ""
