@@ -20,8 +20,11 @@ def test_every_number_of_the_card_is_in_the_json(finished):
 
 def test_the_card_reads_well(finished):
     text = (finished / "report.md").read_text()
-    for part in ("# Report card: nano", "| exam | BASE | SFT | chance | cases |", "word_problems", "95 % interval",
-                 "## Training", "## Data", "## Curves", "## Samples", "## Time", "## Machine and code"):  # fmt: skip
+    parts = ("Exams", "Samples", "Curves", "Reinforcement learning", "Training", "Data", "Time", "Machine and code")
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert all(f"## {part}\n" in text and f"<h2>{part}</h2>" in page for part in parts)
+    for part in ("# Report card: nano", "| exam | BASE | SFT | RL | chance | cases |", "word_problems", "95 % interval",
+                 "### Exam text in the training text"):  # fmt: skip
         assert part in text, part
     for picture in re.findall(r"\]\((plots/[^)]+)\)", text):
         assert (finished / picture).stat().st_size > 1000

@@ -199,7 +199,7 @@ def test_the_digest_is_of_the_card(whole, config):
     assert report.run(config, run)["digest"] == facts["digest"]
 
 
-@pytest.mark.parametrize("count", range(1, 6))
+@pytest.mark.parametrize("count", [1, 3, 4])
 def test_a_part_of_a_run_has_a_card_too(config, tmp_path, count):
     stages = list(FACTS)[:count]
     run = make_run(tmp_path / "run", stages)

@@ -109,23 +109,29 @@ def test_both_cards_have_the_same_tables(whole):
         assert " ".join(cell.split()) in page.text, cell
 
 
-@pytest.mark.parametrize("hostile", [
-    "<script>alert(1)</script>", "</bdi></main><img src=x onerror=alert(1)>", "&lt;b&gt; &amp; \"quoted' `x`",
-    "<style>*{display:none}</style><!-- ", "\u202egnp.exe \u2028 ]]> \x00\x1b[31m",
-])  # fmt: skip
-def test_hostile_samples_and_settings_are_text(config, tmp_path, hostile):
-    run = make_run(tmp_path / "run", reasons={"mmlu": hostile})
-    fence = "``"
-    path = run.stage("sft") / "samples.md"
-    said = f"{fence} {hostile} {fence}"
-    path.write_text(f"## After\n\n> {said}\n\n- **0**: {said}\n", encoding="utf-8")
-    config = dataclasses.replace(config, tier=f"x{hostile}", data=dataclasses.replace(config.data, source=hostile))
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</bdi></main><img src=x onerror=alert(1)>",
+    "&lt;b&gt; &amp; \"quoted' `x`",
+    "<style>*{display:none}</style><!-- ",
+    "\u202egnp.exe \u2028 ]]> \x00\x1b[31m",
+)
+
+
+def test_hostile_samples_and_settings_are_text(config, tmp_path):
+    together = " ".join(HOSTILE)
+    run = make_run(tmp_path / "run", reasons={"mmlu": together})
+    said = [f"`` {text} ``" for text in HOSTILE]
+    lines = "".join(f"> {text}\n\n- **0**: {text}\n\n" for text in said)
+    (run.stage("sft") / "samples.md").write_text(f"## After\n\n{lines}", encoding="utf-8")
+    config = dataclasses.replace(config, tier=f"x{together}", data=dataclasses.replace(config.data, source=together))
     report.run(config, run)
     page = Page((run.root / "report.html").read_text(encoding="utf-8"))
     assert page.open == [] and "script" not in page.tags and page.tags.count("style") == 1
     assert page.tags.count("img") == 4
-    plain = " ".join(re.sub("[\x00\x1b]", "\ufffd", hostile).split())
-    assert page.text.count(plain) >= 5
+    for text in (together, *HOSTILE):
+        plain = " ".join(re.sub("[\x00\x1b]", "\ufffd", text).split())
+        assert page.text.count(plain) >= (4 if text == together else 6), text
     heading = run.report.read_text(encoding="utf-8").splitlines()[0]
     assert "<script" not in heading.replace("\\<", "")
 
