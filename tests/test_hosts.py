@@ -26,7 +26,9 @@ TINY = ["model.depth=1", "model.width=32", "model.n_heads=2", "model.head_width=
         "model.seq_len=32", "train.batch_tokens=256", f"train.steps={STEPS}", f"train.eval_every={MIDDLE}",
         f"train.checkpoint_every={MIDDLE}", "train.keep_last=9", f"train.sample_every={STEPS}",
         "eval.max_per_task=2", "eval.rows=16", "train.eval_rows=8", "eval.sample_tokens=2", "sft.batch_tokens=256",
-        'sft.mixture=["identity:30"]', "data.val_fraction=0.05"]  # fmt: skip
+        'sft.mixture=["identity:30"]', "data.val_fraction=0.05", "rl.environment=arithmetic", "rl.steps=2",
+        "rl.prompts=3", "rl.samples=4", "rl.max_tokens=4", "rl.eval_prompts=3", "rl.eval_samples=2",
+        "rl.slots=4"]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,7 +113,7 @@ def test_two_processes_go_on_from_the_checkpoint_of_one(alone, together):
     assert other_said == "", "only process 0 speaks"
     np.testing.assert_allclose(losses(run_dir), losses(alone), rtol=1e-5)
     found = records(run_dir)
-    assert list(found) == ["tokenizer", "prepare", "pretrain", "sft", "eval", "report"]
+    assert list(found) == ["tokenizer", "prepare", "pretrain", "sft", "rl", "eval", "report"]
     assert all(record["status"] == "done" for record in found.values())
     assert found["sft"]["hardware"]["hosts"] == 2 and found["sft"]["hardware"]["devices"] == 8
 

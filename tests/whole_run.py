@@ -11,7 +11,9 @@ STEPS = 24
 TINY = ["model.depth=2", "model.width=48", "model.n_heads=3", "model.head_width=16", "model.vocab_size=400",
         "model.seq_len=64", "train.batch_tokens=256", f"train.steps={STEPS}", "train.eval_every=12",
         "train.checkpoint_every=6", "train.device_batch_rows=4", "eval.max_per_task=4", "eval.sample_tokens=8",
-        'sft.mixture=["identity:60","word_problems:60"]', "data.val_fraction=0.05"]  # fmt: skip
+        'sft.mixture=["identity:60","word_problems:60"]', "data.val_fraction=0.05",
+        "rl.steps=3", "rl.prompts=2", "rl.samples=2", "rl.max_tokens=8", "rl.eval_prompts=2", "rl.eval_samples=2",
+        "rl.checkpoint_every=2", "rl.slots=4"]  # fmt: skip
 
 
 def write_corpus(folder):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import signal
 import threading
 import time
@@ -135,7 +134,7 @@ def _steps(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) 
 
     def step(state: TrainState, batch: Batch | None) -> tuple[TrainState, dict[str, Any]]:
         if batch is None:
-            nothing = {"loss": math.nan, "grad_norm": math.nan, "ok": 1.0, "overflowed": 0.0}
+            nothing = {"loss": 0.0, "grad_norm": 0.0, "ok": 1.0, "overflowed": 0.0}
             return TrainState(state.params, advance_schedules(state.opt_state), state.step + 1), nothing
         return of(batch["inputs"].shape[-1])(state, batch)
 

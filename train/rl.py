@@ -42,7 +42,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Train from `sft/` into `rl/`; facts: questions, steps, scores before ("start") and after, `params_sha256`."""
     tokenizer, task, mesh = Tokenizer.load(run.tokenizer), environment(config), make_mesh(config.mesh)
     questions, longest_question = _fitting(task.train_examples(config.seed), config, tokenizer)
-    exam, longest_exam = _fitting(task.examples()[: config.rl.eval_prompts], config, tokenizer)
+    exam, longest_exam = _fitting(task.examples(), config, tokenizer, config.rl.eval_prompts)
     room = max(longest_question, longest_exam) + config.rl.max_tokens
     capacity = min(config.model.seq_len, -(-room // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
     settings = rl_config(config, len(questions), batch_devices(mesh))
@@ -215,12 +215,15 @@ def placed(params: Any, like: Any) -> Any:
     return jax.device_put(params, jax.tree.map(lambda array: array.sharding, like))
 
 
-def _fitting(examples: Sequence[Example], config: Config, tokenizer: Tokenizer) -> tuple[list[Example], int]:
-    """Those whose question leaves room for an answer, and the tokens of the longest; `DataError` if none does."""
+def _fitting(
+    examples: Sequence[Example], config: Config, tokenizer: Tokenizer, count: int | None = None
+) -> tuple[list[Example], int]:
+    """The first `count` of those whose question leaves room for an answer, and the tokens of the longest; `DataError`
+    if none does."""
     lengths = [len(render_prompt(tokenizer, example.prompt)) for example in examples]
     kept = [(example, n) for example, n in zip(examples, lengths, strict=True) if n < config.model.seq_len]
     if not kept:
         raise DataError(f"rl.environment: no question fits into the context of {config.model.seq_len} tokens")
     if len(kept) < len(examples):
-        say(f"  {len(examples) - len(kept)} questions are longer than the context and left out", style="yellow")
-    return [example for example, _ in kept], max(n for _, n in kept)
+        say(f"  {len(examples) - len(kept):,} questions are longer than the context and left out", style="yellow")
+    return [example for example, _ in kept[:count]], max(n for _, n in kept[:count])
