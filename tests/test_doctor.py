@@ -16,6 +16,7 @@ import pytest
 from jaxchat.config import load_config
 from jaxchat.model import attention
 from jaxchat.optim.horizon import resolve
+from jaxchat.tools import sandbox
 from train import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +85,7 @@ def test_the_table_has_every_part(found, capsys):
         "attention blocked",
         "right: differs",
         "disk",
-        "sandbox layer",
+        "sandbox level",
         "loopback works",
         "extras",
     ):
@@ -113,9 +114,16 @@ def test_an_accelerator_without_its_plugin_is_named_with_the_extra(device, extra
     assert doctor.install_command(extra) in line and "more" not in line
 
 
-def test_sandbox_layers_are_probed(found):
+def test_the_sandbox_is_tried(found):
     part = found["sandbox"]
-    assert part["limits"]  # a child that limits its address space cannot have more, on every Linux that runs this
-    assert part["layer"] == 0 + part["limits"] + (part["landlock_abi"] > 0 and part["seccomp"]) + bool(
-        part["bubblewrap"]
-    )
+    assert part["level"] >= 1  # a child with limits, on every Linux that runs this
+    assert part["level"] == sandbox.probe().level and part["missing"] == list(sandbox.probe().missing)
+    if part["level"] >= 2:
+        assert part["seccomp"] and (part["landlock_abi"] or part["bubblewrap"])
+    assert (part["bubblewrap"] is None) == (shutil.which("bwrap") is None)
+    assert len(part["missing"]) >= 3 - part["level"]
+    told = doctor._sandbox(part | {"level": 1, "bubblewrap": False, "missing": ["level 2: so", "level 3: not so"]})
+    assert told["sandbox"].startswith("level 1 of 3") and "blocked here" in told["sandbox"]
+    assert list(told.values())[1:] == ["level 2: so", "level 3: not so"]
+    parts = {"devices": {}, "attention": {}, "disk": {}, "network": {}, "sandbox": part | {"bubblewrap": None}}
+    assert ["apt install bubblewrap" in line for line in doctor.advice(parts, [])] == [True]

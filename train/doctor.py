@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import importlib.util
 import json
 import logging
@@ -12,8 +10,6 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +25,8 @@ from jaxchat.mesh import make_mesh
 from jaxchat.model.backends import TOLERANCE, choose_backend, disagreement
 from jaxchat.model.sizes import peak_flops
 from jaxchat.state import compute_dtype
+from jaxchat.tools.sandbox import LEVELS, probe
+from jaxchat.tools.sandbox_landlock import abi
 from train.machine import available_memory, hardware, versions
 from train.targets import install_command
 
@@ -41,11 +39,11 @@ EXTRAS = {
     "plan-tpu": ("libtpu", "plans for TPUs that are not here"),
     "wandb": ("wandb", "curves on Weights & Biases"),
     "hf-check": ("transformers", "comparison with Hugging Face's implementation"),
+    "lm-eval": ("lm_eval", "the exams of lm-evaluation-harness"),
     "ray": ("ray", "runs under Ray"),
     "dev": ("ruff", "work on jaxchat itself"),
 }
 PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")  # must be of JAX's version
-LAYERS = ("none", "own process with limits", "and no files or sockets (Landlock, seccomp)", "and own namespaces")
 GIB = 2**30
 
 
@@ -135,22 +133,18 @@ def network() -> dict[str, Any]:
 
 
 def sandbox() -> dict[str, Any]:
-    """What the system offers to hold the code of a model, by layers 1 to 3 as in `LAYERS`; none is set up here."""
-    found: dict[str, Any] = {"limits": _holds_memory(), "landlock_abi": 0, "seccomp": False, "bubblewrap": None}
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        # landlock_create_ruleset(NULL, 0, LANDLOCK_CREATE_RULESET_VERSION) answers the version, on every architecture
-        found["landlock_abi"] = max(0, libc.syscall(444, None, 0, 1))
-        # PR_SET_SECCOMP with SECCOMP_MODE_FILTER and no program: EFAULT where filters exist, else EINVAL
-        libc.prctl(22, 2, None, 0, 0)
-        found["seccomp"] = ctypes.get_errno() == errno.EFAULT
-    if tool := shutil.which("bwrap"):
-        found["bubblewrap"] = _runs(tool, "--unshare-all", "--ro-bind", "/", "/", "true")
-    elif tool := shutil.which("unshare"):
-        found["namespaces"] = _runs(tool, "--user", "--net", "true")
-    layers = (found["limits"], found["landlock_abi"] > 0 and found["seccomp"], bool(found["bubblewrap"]))
-    found["layer"] = next((i for i, held in enumerate(layers) if not held), len(layers))
-    return found
+    """The level at which a model's code would be held here, each tried with a program that does what it forbids.
+
+    `bubblewrap`: None where it is not installed. `missing`: why the levels above do not hold.
+    """
+    found = probe()
+    return {
+        "level": found.level,
+        "landlock_abi": abi(),
+        "seccomp": found.layers.seccomp,
+        "bubblewrap": found.layers.bubblewrap if shutil.which("bwrap") else None,
+        "missing": list(found.missing),
+    }
 
 
 def advice(found: dict[str, Any], warnings: list[str]) -> list[str]:
@@ -172,8 +166,8 @@ def advice(found: dict[str, Any], warnings: list[str]) -> list[str]:
         lines.append(f"{found['disk']['path']} cannot be written: give another --run-dir")
     if not found["network"].get("loopback", True):
         lines.append("no loopback socket: --serve cannot work here; --chat does")
-    if found["sandbox"].get("namespaces"):
-        lines.append("bubblewrap is not installed (apt install bubblewrap): it adds sandbox layer 3")
+    if "bubblewrap" in found["sandbox"] and found["sandbox"]["bubblewrap"] is None:
+        lines.append("bubblewrap is not installed (apt install bubblewrap): it adds sandbox level 3")
     return lines
 
 
@@ -204,24 +198,6 @@ def _importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the package around it
-        return False
-
-
-def _holds_memory() -> bool:
-    """Whether a child that limits its own address space is held to it."""
-    program = (
-        "import resource\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
-        "try:\n    bytearray(2 << 30)\nexcept MemoryError:\n    raise SystemExit(7)\n"
-    )
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, timeout=30)
-    return done.returncode == 7
-
-
-def _runs(*command: str) -> bool:
-    try:
-        return subprocess.run(command, capture_output=True, timeout=10).returncode == 0
-    except (OSError, subprocess.SubprocessError):
         return False
 
 
@@ -271,6 +247,7 @@ def _disk(d: dict[str, Any]) -> dict[str, str]:
 
 def _sandbox(s: dict[str, Any]) -> dict[str, str]:
     tools = f"Landlock {s['landlock_abi'] or 'no'}, seccomp {'yes' if s['seccomp'] else 'no'}, bubblewrap "
-    tools += {None: "not installed", True: "works", False: "blocked here"}[s["bubblewrap"]]
-    held = " ".join(LAYERS[min(1, s["layer"]) : s["layer"] + 1])
-    return {"sandbox": f"layer {s['layer']} of 3 is possible: {held} ({tools})"}
+    tools += "not installed" if s["bubblewrap"] is None else "works" if s["bubblewrap"] else "blocked here"
+    return {"sandbox": f"{LEVELS[s['level']]} ({tools})"} | {
+        f"  why not more{'' if i == 0 else ' ' + str(i + 1)}": why for i, why in enumerate(s["missing"])
+    }
