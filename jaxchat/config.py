@@ -157,6 +157,7 @@ class ServeConfig:
     port: int = 8000
     api_keys: tuple[str, ...] = ()  # whoever brings none of them is refused; empty: everybody is served
     slots: int = 8  # answers made at once
+    weights: str = "auto"  # auto, float32, bfloat16 or int8
     max_tokens: int = 256  # of an answer, at most and where nobody says otherwise
     temperature: float = 0.7
     top_k: int = 50

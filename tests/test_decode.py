@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxchat.config import ModelConfig
-from jaxchat.engine import decode as engine
+from jaxchat.engine import decode as engine_decode
+from jaxchat.engine import slots as engine
 from jaxchat.model import cache as model_cache
 from jaxchat.model import gpt
 from jaxchat.recipes import resolve_model
@@ -88,8 +89,8 @@ def fresh(recipe, slots=4):
 
 def chunk(recipe, slots, rows=4, bucket=CAPACITY, steps=8):
     config, _, serving = model(recipe)
-    slots, tokens, status = engine.decode_chunk(config, serving, slots, rows, bucket, steps, CAPACITY)
-    return slots, np.asarray(tokens).T, np.asarray(status)
+    slots, made = engine_decode.decode_chunk(config, serving, slots, rows, bucket, steps, CAPACITY)
+    return slots, np.asarray(made.tokens), np.asarray(made.status)
 
 
 def greedy_continuation(recipe, prompt, count):
@@ -199,21 +200,21 @@ def test_a_pause_waits_and_forced_tokens_come_next_and_do_not_stop():
     assert status[1] == engine.PAUSED and tokens[1].tolist() == wanted[: at + 1] + [engine.NO_TOKEN] * (7 - at)
     slots, tokens, status = chunk("modern", slots, rows=2)
     assert status[1] == engine.PAUSED and set(tokens[1]) == {engine.NO_TOKEN}
-    slots = engine.resume(slots, np.int32(1), forced, np.int32(3))
+    slots = engine.resume(slots, np.array([1]), forced[None], np.array([3]))
     slots, tokens, status = chunk("modern", slots, rows=2, steps=5)
     history = [*prompt, *wanted[: at + 1], mark, 50, 51]
     assert tokens[1].tolist() == [mark, 50, 51, *greedy_continuation("modern", history, 2)]
 
 
-def test_moved_and_released_slots():
+def test_swapped_and_released_slots():
     prompt = random_tokens(9)
     wanted = greedy_continuation("modern", prompt, 8)
     slots = admit("modern", fresh("modern"), [prompt], [3])
     slots, first, _ = chunk("modern", slots, steps=4)
-    slots = engine.move(slots, np.int32(3), np.int32(0))
+    slots = engine.swap(slots, np.array([[3, 0]]))
     slots, second, status = chunk("modern", slots, steps=4)
     assert [*first[3], *second[0]] == wanted and status[3] == engine.IDLE
-    slots, third, status = chunk("modern", engine.release(slots, np.int32(0)), steps=4)
+    slots, third, status = chunk("modern", engine.release(slots, np.array([0])), steps=4)
     assert status[0] == engine.IDLE and set(third.ravel()) == {engine.NO_TOKEN}
 
 

@@ -39,8 +39,8 @@ def run(tmp_path_factory):
 
 def test_stages_are_found_and_named(run):
     for stage, seed in ((None, SEEDS["sft"]), ("sft", SEEDS["sft"]), ("base", SEEDS["base"])):
-        config, params, tokenizer, slots = load_run(run, stage)
-        assert config == resolve_model(MODEL) and tokenizer.vocab_size == 270 and slots == 2
+        config, params, tokenizer, serve = load_run(run, stage)
+        assert config == resolve_model(MODEL) and tokenizer.vocab_size == 270 and serve.slots == 2
         np.testing.assert_array_equal(params["embedding"], gpt.init_params(config, seed)["embedding"])
 
 

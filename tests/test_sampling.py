@@ -10,11 +10,12 @@ from jaxchat.engine.sampling import _threshold, sample
 V = 50
 
 
-def settings(rows, temperature=1.0, top_k=0, top_p=1.0):
+def settings(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return (
         jnp.full(rows, temperature, jnp.float32),
         jnp.full(rows, top_k, jnp.int32),
         jnp.full(rows, top_p, jnp.float32),
+        jnp.full(rows, min_p, jnp.float32),
     )
 
 
@@ -72,6 +73,16 @@ def test_top_p_counts_the_mass_that_top_k_leaves():
     assert set(draws(logits, 3000, top_k=3, top_p=0.8)) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("min_p", [0.02, 0.1, 0.5, 1.0])
+def test_min_p_keeps_what_has_that_share_of_the_likeliest(min_p):
+    logits = random_logits(6)
+    for temperature in (0.7, 2.0):
+        p = np.exp((logits - logits.max()) / temperature)
+        allowed = set(np.flatnonzero(p >= min_p))
+        drawn = set(draws(logits, 20_000, temperature=temperature, min_p=min_p))
+        assert drawn <= allowed and len(drawn) > 0.8 * len(allowed)
+
+
 def test_a_draw_depends_on_its_seed_and_position_alone():
     logits = jnp.asarray(random_logits(4, rows=8))
     seed, position = jnp.arange(8, dtype=jnp.uint32) + jnp.uint32(2**31), jnp.arange(8, dtype=jnp.int32) * 3
@@ -101,7 +112,8 @@ def test_rows_with_different_settings_do_not_mix():
         jnp.array([0.0, 1.0, 0.0, 2.0]),
         jnp.array([0, 5, 3, 0]),
         jnp.array([1.0, 0.9, 0.5, 1.0]),
+        jnp.zeros(4),
     )
     assert mixed[0] == logits[0].argmax() and mixed[2] == logits[2].argmax()
-    one = sample(logits[1:2], seed[1:2], position[1:2], jnp.ones(1), jnp.array([5]), jnp.array([0.9]))
+    one = sample(logits[1:2], seed[1:2], position[1:2], jnp.ones(1), jnp.array([5]), jnp.array([0.9]), jnp.zeros(1))
     assert mixed[1] == one[0]

@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import pytest
 from small_model import CAPACITY, CONFIG, GREETING, QUESTION, learned, tokenizer
 
-from jaxchat.engine import Engine, Event, Request, scheduler
+from jaxchat.engine import Engine, Event, Request, programs
 from jaxchat.errors import DataError, UsageError
 from jaxchat.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    """Several cache buckets in this small context."""
-    monkeypatch.setattr(scheduler, "MIN_CACHE_BUCKET", 32)
+    """Several cache buckets and pieces of prompts in this small context."""
+    monkeypatch.setattr(programs, "MIN_CACHE_BUCKET", 32)
+    monkeypatch.setattr(programs, "PIECE", 48)
 
 
 def engine(**options):

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jaxchat.config import Config
-from jaxchat.engine import decode
+from jaxchat.engine.decode import decode_chunk
+from jaxchat.engine.slots import new_slots
 from jaxchat.mesh import batch_devices, batch_sharding, micro_batch
 from jaxchat.model import gpt
 from jaxchat.model.cache import serving_params
@@ -79,9 +80,9 @@ def compile_decode(config: Config, mesh: Mesh, slots: int, read: bool = False) -
     dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16  # as the engine
     params, _ = gpt.abstract_params(model)
     weights = jax.eval_shape(lambda p: serving_params(model, p, dtype), params)
-    state = jax.eval_shape(lambda: decode.new_slots(model, slots, model.seq_len, dtype))
+    state = jax.eval_shape(lambda: new_slots(model, slots, model.seq_len, dtype))
     weights, state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), (weights, state))
-    lowered = decode.decode_chunk.lower(model, weights, state, slots, model.seq_len, DECODE_STEPS, model.seq_len)
+    lowered = decode_chunk.lower(model, weights, state, slots, model.seq_len, DECODE_STEPS, model.seq_len)
     step = _compile(lowered, mesh, read)
     return _with_parts(step, {"weights": _bytes(weights), "cache": _bytes(state)})
 

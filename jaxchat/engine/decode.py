@@ -1,10 +1,9 @@
-"""Device side of the engine: fixed slots, bucketed prefill, insert, and a jitted chunk of decoding steps.
+"""A jitted chunk of decoding steps over the first slots.
 
 Everything that differs between requests is an array with one entry per slot, so a new value never compiles anything.
-What is compiled depends on (rows, bucket, steps) for decoding and (prompts, bucket) for prefill only, each a power
-of two. Only ids pass here; text is `turn.py`'s.
+What is compiled depends on (rows, bucket, steps) only. Only ids pass here; text is `turn.py`'s.
 
-Axes: R slots, r rows of one chunk (the first r slots), P prompts of one prefill, T prompt bucket, F forced tokens.
+Axes: R slots, r rows of one chunk (the first r slots), V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,155 +14,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxchat.config import ModelConfig
 from jaxchat.engine.sampling import sample
-from jaxchat.model.cache import Cache, Prefix, decode, insert, layer_capacity, new_cache, prefill
+from jaxchat.engine.slots import FORCED, FULL, NO_TOKEN, PAUSED, RUNNING, STOPPED, Params, Slots
+from jaxchat.model.cache import decode, layer_capacity
 
-IDLE, RUNNING, PAUSED, STOPPED, FULL = range(5)  # status of a slot; STOPPED by a stop id, FULL by a limit
-MAX_STOP_IDS = 4
-FORCED = 64  # tokens that a tool's result may have, its two marks included
-NO_TOKEN = -1
-
-Params = dict[str, Any]
+TOP = 20  # alternatives that are reported
 
 
 @jax.tree_util.register_dataclass
 @dataclass
-class Settings:
-    """Per slot (or per prompt of a prefill)."""
+class Made:
+    """What a chunk made. tokens (r, steps) int32, NO_TOKEN where a row made none; status (r,) int32.
 
-    seed: jax.Array  # uint32
-    temperature: jax.Array  # float32
-    top_k: jax.Array  # int32, 0: off
-    top_p: jax.Array  # float32, 1: off
-    stop: jax.Array  # (R, MAX_STOP_IDS) int32, NO_TOKEN where unused
-    pause: jax.Array  # int32 id at which a row waits for the host, NO_TOKEN: never
-
-
-def blank_settings(count: int) -> Settings:
-    """Host arrays to fill in: greedy, without stop or pause."""
-
-    def full(value: float, dtype: Any, *shape: int) -> Any:
-        return np.full((count, *shape), value, dtype)
-
-    return Settings(
-        seed=full(0, np.uint32),
-        temperature=full(0, np.float32),
-        top_k=full(0, np.int32),
-        top_p=full(1, np.float32),
-        stop=full(NO_TOKEN, np.int32, MAX_STOP_IDS),
-        pause=full(NO_TOKEN, np.int32),
-    )
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class Slots:
-    """State of R sequences on the device."""
-
-    cache: Cache
-    token: jax.Array  # (R,) int32 newest token, not yet in the cache
-    status: jax.Array  # (R,) int32
-    remaining: jax.Array  # (R,) int32 tokens that may still be made
-    forced: jax.Array  # (R, F) int32 queue of tokens that replace sampled ones
-    forced_next: jax.Array  # (R,) int32 place in the queue
-    forced_count: jax.Array  # (R,) int32
-    settings: Settings
-
-
-def new_slots(config: ModelConfig, slots: int, capacity: int, dtype: jnp.dtype | type) -> Slots:
-    def full(value: float, dtype: Any, *shape: int) -> jax.Array:
-        return jnp.full((slots, *shape), value, dtype)
-
-    return Slots(
-        cache=new_cache(config, slots, capacity, dtype),
-        token=full(0, jnp.int32),
-        status=full(IDLE, jnp.int32),
-        remaining=full(0, jnp.int32),
-        forced=full(0, jnp.int32, FORCED),
-        forced_next=full(0, jnp.int32),
-        forced_count=full(0, jnp.int32),
-        settings=jax.tree.map(jnp.asarray, blank_settings(slots)),
-    )
-
-
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="slots")
-def admit(
-    config: ModelConfig,
-    params: Params,
-    slots: Slots,
-    tokens: jax.Array,
-    length: jax.Array,
-    target: jax.Array,
-    remaining: jax.Array,
-    settings: Settings,
-) -> Slots:
-    """Prefill prompts and start them in slots.
-
-    All but the last token of a prompt are prefilled; the first decoding step feeds the last one, so that sampling
-    happens in one place.
-
-    Args:
-      params: from `serving_params`.
-      tokens: (P, T) int32, right-padded; length: (P,) int32 of each whole prompt, at least 1, at most T + 1; `tokens`
-        holds the last token of a prompt only where it fits.
-      target: (P, 2) int32: slot (an entry beyond the slots is dropped: padding) and last token of each prompt.
-      remaining: (P,) int32 tokens to make; settings: with P entries.
+    Of rows that report, else 0: logprob (r, steps) float32, and the likeliest ids top (r, steps, TOP) int32 with
+    theirs, top_logprob float32; NO_TOKEN where the vocabulary has fewer.
     """
-    prefix = _prefill_prompts(config, params, tokens, length)
-    return _place(slots, prefix, jnp.arange(tokens.shape[0]), target, remaining, settings)
 
-
-@functools.partial(jax.jit, static_argnames="config")
-def prefill_prompts(config: ModelConfig, params: Params, tokens: jax.Array, length: jax.Array) -> Prefix:
-    """The first half of `admit`, for prompts of which each starts several slots."""
-    return _prefill_prompts(config, params, tokens, length)
-
-
-@functools.partial(jax.jit, donate_argnames="slots")
-def start(
-    slots: Slots, prefix: Prefix, source: jax.Array, target: jax.Array, remaining: jax.Array, settings: Settings
-) -> Slots:
-    """The second half: slots that go on from prompt `source` (G,) of `prefix`; target (G, 2), the others with G."""
-    return _place(slots, prefix, source, target, remaining, settings)
-
-
-def _prefill_prompts(config: ModelConfig, params: Params, tokens: jax.Array, length: jax.Array) -> Prefix:
-    before = length - 1
-    _, prefix = prefill(config, params, tokens, jnp.maximum(before, 1))
-    prefix.length = before
-    prefix.previous = jnp.where(before[:, None] > 0, prefix.previous, 0)
-    return prefix
-
-
-def _place(
-    slots: Slots, prefix: Prefix, source: jax.Array, target: jax.Array, remaining: jax.Array, settings: Settings
-) -> Slots:
-    where = target[:, 0]
-
-    def place(into: jax.Array, new: Any) -> jax.Array:
-        return into.at[where].set(new, mode="drop")
-
-    cache = jax.lax.fori_loop(0, len(source), lambda i, c: insert(c, prefix, source[i], where[i]), slots.cache)
-    return Slots(
-        cache=cache,
-        token=place(slots.token, target[:, 1]),
-        status=place(slots.status, RUNNING),
-        remaining=place(slots.remaining, remaining),
-        forced=slots.forced,
-        forced_next=place(slots.forced_next, 0),
-        forced_count=place(slots.forced_count, 0),
-        settings=jax.tree.map(place, slots.settings, settings),
-    )
+    tokens: jax.Array
+    status: jax.Array
+    logprob: jax.Array
+    top: jax.Array
+    top_logprob: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "bucket", "steps", "capacity"), donate_argnames="slots")
 def decode_chunk(
     config: ModelConfig, params: Params, slots: Slots, rows: int, bucket: int, steps: int, capacity: int
-) -> tuple[Slots, jax.Array, jax.Array]:
-    """`steps` decoding steps of the first `rows` slots.
+) -> tuple[Slots, Made]:
+    """`steps` decoding steps of the first `rows` slots, or fewer where none runs any more.
 
     A row that stops, pauses or is full makes no more tokens and writes nothing. The rows' part of the cache is cut
     out once per chunk, so every step reads only the live bucket.
@@ -171,22 +51,37 @@ def decode_chunk(
     Args:
       bucket: cache positions to keep at hand, at least every running row's length after the chunk (or `capacity`).
       capacity: tokens a cache row can hold; the token that would not fit any more is still made.
-
-    Returns: the slots, tokens (steps, rows) int32 with NO_TOKEN where a row made none, and status (rows,).
     """
+
+    def going(state: Any) -> jax.Array:
+        i, part, _ = state
+        return (i < steps) & jnp.any(part.status == RUNNING)
+
+    def step(state: Any) -> Any:
+        i, part, made = state
+        part, new = _step(config, params, part, capacity)
+        put = jax.lax.dynamic_update_index_in_dim
+        return i + 1, part, tuple(put(all_, one, i, 0) for all_, one in zip(made, new, strict=True))
+
     part = _cut(config, slots, rows, bucket, capacity)
+    nothing = (
+        jnp.full((steps, rows), NO_TOKEN, jnp.int32),
+        jnp.zeros((steps, rows), jnp.float32),
+        jnp.zeros((steps, rows, TOP), jnp.int32),
+        jnp.zeros((steps, rows, TOP), jnp.float32),
+    )
+    _, part, made = jax.lax.while_loop(going, step, (jnp.int32(0), part, nothing))
+    tokens, *reported = (a.swapaxes(0, 1) for a in made)
+    return _paste(slots, part), Made(tokens, part.status, *reported)
 
-    def step(part: Slots, _: None) -> tuple[Slots, jax.Array]:
-        return _step(config, params, part, capacity)
 
-    part, tokens = jax.lax.scan(step, part, None, length=steps)
-    return _paste(slots, part), tokens, part.status
-
-
-def _step(config: ModelConfig, params: Params, slots: Slots, capacity: int) -> tuple[Slots, jax.Array]:
+def _step(
+    config: ModelConfig, params: Params, slots: Slots, capacity: int
+) -> tuple[Slots, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
     s, running = slots.settings, slots.status == RUNNING
     logits, cache = decode(config, params, slots.token, slots.cache, running, capacity)
-    sampled = sample(logits, s.seed, cache.length, s.temperature, s.top_k, s.top_p)
+    penalized, seen = _penalize(logits, slots, running)
+    sampled = sample(penalized, s.seed, cache.length, s.temperature, s.top_k, s.top_p, s.min_p)
     forcing = running & (slots.forced_next < slots.forced_count)
     queued = jnp.take_along_axis(slots.forced, jnp.minimum(slots.forced_next, FORCED - 1)[:, None], axis=1)[:, 0]
     token = jnp.where(forcing, queued, sampled)
@@ -202,9 +97,46 @@ def _step(config: ModelConfig, params: Params, slots: Slots, capacity: int) -> t
         forced=slots.forced,
         forced_next=slots.forced_next + forcing,
         forced_count=slots.forced_count,
+        seen=seen,
         settings=s,
     )
-    return after, jnp.where(running, token, NO_TOKEN)
+    return after, (jnp.where(running, token, NO_TOKEN), *_report(logits, token, running & s.report))
+
+
+def _penalize(logits: jax.Array, slots: Slots, running: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(logits that repetitions have lost, seen with the rows' newest tokens); of rows without penalty as they were."""
+    penalty = slots.settings.penalty[:, None]
+    wanted = running & (slots.settings.penalty != 1)
+
+    def apply() -> tuple[jax.Array, jax.Array]:
+        rows = jnp.where(wanted, jnp.arange(len(wanted)), len(wanted))
+        seen = slots.seen.at[rows, slots.token].set(True, mode="drop")
+        lower = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        return jnp.where(seen & wanted[:, None], lower, logits), seen
+
+    return jax.lax.cond(jnp.any(wanted), apply, lambda: (logits, slots.seen))
+
+
+def _report(logits: jax.Array, token: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """logprob, top and top_logprob of one step, as in `Made`."""
+    r = len(logits)
+
+    def look() -> tuple[jax.Array, jax.Array, jax.Array]:
+        return log_probabilities(logits, token)
+
+    def nothing() -> tuple[jax.Array, jax.Array, jax.Array]:
+        return jnp.zeros(r, jnp.float32), jnp.zeros((r, TOP), jnp.int32), jnp.zeros((r, TOP), jnp.float32)
+
+    return jax.lax.cond(jnp.any(wanted), look, nothing)
+
+
+def log_probabilities(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of logits (r, V): the token's (r,), the likeliest ids (r, TOP) and theirs."""
+    z = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    best, ids = jax.lax.top_k(z, min(TOP, z.shape[-1]))
+    spare = ((0, 0), (0, TOP - best.shape[-1]))
+    chosen = jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0]
+    return chosen, jnp.pad(ids, spare, constant_values=NO_TOKEN), jnp.pad(best, spare)
 
 
 def _cut(config: ModelConfig, slots: Slots, rows: int, bucket: int, capacity: int) -> Slots:
@@ -222,33 +154,3 @@ def _paste(slots: Slots, part: Slots) -> Slots:
         return new if into.shape == new.shape else jax.lax.dynamic_update_slice(into, new, (0,) * into.ndim)
 
     return jax.tree.map(put, slots, part)
-
-
-@functools.partial(jax.jit, donate_argnames="slots")
-def resume(slots: Slots, slot: jax.Array, forced: jax.Array, count: jax.Array) -> Slots:
-    """Let a paused slot go on with `count` of the `forced` tokens (F,) first. All arguments are data."""
-    return Slots(
-        cache=slots.cache,
-        token=slots.token,
-        status=slots.status.at[slot].set(RUNNING),
-        remaining=slots.remaining,
-        forced=slots.forced.at[slot].set(forced),
-        forced_next=slots.forced_next.at[slot].set(0),
-        forced_count=slots.forced_count.at[slot].set(count),
-        settings=slots.settings,
-    )
-
-
-@functools.partial(jax.jit, donate_argnames="slots")
-def move(slots: Slots, source: jax.Array, target: jax.Array) -> Slots:
-    """Copy a slot over another one and leave the first idle: keeps the busy rows together."""
-    moved = jax.tree.map(lambda a: a.at[target].set(a[source]), slots)
-    moved.status = moved.status.at[source].set(IDLE)
-    return moved
-
-
-@functools.partial(jax.jit, donate_argnames="slots")
-def release(slots: Slots, slot: jax.Array) -> Slots:
-    """Stop a slot whose request is gone."""
-    slots.status = slots.status.at[slot].set(IDLE)
-    return slots

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxchat.checkpoint import restore_params
-from jaxchat.config import ModelConfig, load_config
+from jaxchat.config import ModelConfig, ServeConfig, load_config
 from jaxchat.errors import DataError
 from jaxchat.paths import RunDir
 from jaxchat.recipes import resolve_model
@@ -14,8 +14,8 @@ from jaxchat.text.tokenizer import Tokenizer
 STAGES = ("rl", "sft", "base")  # furthest trained first
 
 
-def load_run(run: RunDir, stage: str | None) -> tuple[ModelConfig, dict[str, Any], Tokenizer, int]:
-    """(resolved config, parameters, tokenizer, slots) of the furthest trained stage, or of the one named.
+def load_run(run: RunDir, stage: str | None) -> tuple[ModelConfig, dict[str, Any], Tokenizer, ServeConfig]:
+    """(resolved config, parameters, tokenizer, `serve.*`) of the furthest trained stage, or of the one named.
 
     `DataError` says what is missing.
     """
@@ -27,4 +27,4 @@ def load_run(run: RunDir, stage: str | None) -> tuple[ModelConfig, dict[str, Any
         wanted = f"no stage {stage!r} with a checkpoint" if stage else "no trained stage"
         raise DataError(f"{run.root}: {wanted}; found: {', '.join(found) or 'none'}")
     params, _ = restore_params(run.stage(stage or found[0]))
-    return resolve_model(config.model), params, Tokenizer.load(run.tokenizer), config.serve.slots
+    return resolve_model(config.model), params, Tokenizer.load(run.tokenizer), config.serve

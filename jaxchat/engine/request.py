@@ -107,6 +107,7 @@ class Handle:
     finish_reason: str | None = None
     stop_id: int | None = None
     reused: int = 0  # tokens of the prompt that a slot still held
+    advanced: int = 0  # tokens that its slot has made, also behind a stop text
     submitted: float = field(default_factory=time.perf_counter)
     started: float | None = None  # its prompt's first part was given to the device
     first_token: float | None = None

@@ -21,6 +21,7 @@ def sample(
     temperature: jax.Array,
     top_k: jax.Array,
     top_p: jax.Array,
+    min_p: jax.Array,
 ) -> jax.Array:
     """Next token (R,) int32 of each row.
 
@@ -28,6 +29,7 @@ def sample(
       logits: (R, V) float32.
       seed: (R,) uint32 of the request; position: (R,) int32 of the token in its sequence.
       temperature: (R,) float32, 0 or less is greedy; top_k: (R,) int32, 0 keeps all; top_p: (R,) float32, 1 keeps all.
+      min_p: (R,) float32, tokens less likely than this share of the likeliest one go too.
 
     Tokens as likely as the last one kept are kept too.
     """
@@ -39,6 +41,7 @@ def sample(
         p = jnp.exp((logits - highest) * scale[:, None])  # the largest is 1
         cuts = jnp.any((top_k > 0) | (top_p < 1.0))
         p = jax.lax.cond(cuts, lambda: jnp.where(p >= _threshold(p, top_k, top_p)[:, None], p, 0.0), lambda: p)
+        p = jnp.where(p >= min_p[:, None], p, 0.0)
         cumulative = jnp.cumsum(p, axis=-1)
         goal = cumulative[:, -1] * jax.vmap(_uniform)(seed, position)
         above = cumulative > goal[:, None]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import secrets
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,33 +17,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxchat.config import ModelConfig
-from jaxchat.engine import decode
-from jaxchat.engine.admission import Admission, SharedPrompt, buckets, power_of_two, take
+from jaxchat.config import MeshConfig, ModelConfig
+from jaxchat.engine import slots as device
+from jaxchat.engine.admission import Admission, SharedPrompt
+from jaxchat.engine.decode import TOP, Made
+from jaxchat.engine.likelihood import score
 from jaxchat.engine.loading import load_run
+from jaxchat.engine.outcome import take_in
+from jaxchat.engine.programs import Programs, power_of_two
 from jaxchat.engine.request import Event, Handle, QueueFull, Request, Result, Token
 from jaxchat.engine.turn import Turn
 from jaxchat.engine.waiting import Waiting
 from jaxchat.errors import DataError, UsageError
-from jaxchat.model.cache import serving_params
+from jaxchat.mesh import make_mesh
 from jaxchat.paths import RunDir
 from jaxchat.text.chat import render_prompt
 from jaxchat.text.tokenizer import ASSISTANT_END, BOS, PYTHON_END, USER_START, Tokenizer
 
-MIN_CACHE_BUCKET = 512  # positions; cutting out fewer costs more than reading them
-
-_serve = jax.jit(serving_params, static_argnums=(0, 2))
+WEIGHTS = {"auto": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": None}  # `serve.weights`
 
 
 @dataclass
 class _Chunk:
-    """A dispatched chunk: its outputs (still being computed) and whose rows they are."""
+    """A dispatched chunk: its outputs (still being computed) and whose rows of them they are."""
 
-    tokens: jax.Array
-    status: jax.Array
+    made: Made
     handles: dict[int, Handle]
-    steps: int
 
 
 class Engine:
@@ -53,12 +52,15 @@ class Engine:
 
     Args:
       config: resolved (`recipes.resolve_model`); params: see `load`.
-      slots: sequences decoded at once at most, a power of two.
+      slots: sequences decoded at once at most, a power of two (on each device, where there are several).
       capacity: tokens of context, `config.seq_len` by default.
       chunk: tokens a row makes between two looks of the host; new requests enter at these points.
       dtype: of weights and cache; float32 on a CPU and bfloat16 elsewhere by default.
       lookahead: read a chunk while the next one runs; by default where the device is not the CPU itself.
       queue_limit: requests that may wait for a slot; None: any number.
+      mesh: devices that share the slots, each with whole weights of its own; None: one device.
+      weights: "auto" (as `dtype`), "float32", "bfloat16" or "int8", see `cache.serving_params`.
+      reuse: a prompt that begins with what an idle slot holds goes on from there.
     """
 
     def __init__(
@@ -72,23 +74,29 @@ class Engine:
         dtype: Any = None,
         lookahead: bool | None = None,
         queue_limit: int | None = None,
+        mesh: Mesh | None = None,
+        weights: str = "auto",
+        reuse: bool = True,
     ):
         on_cpu = jax.default_backend() == "cpu"
-        if slots < 1 or slots & (slots - 1):
-            raise UsageError(f"serve.slots: must be a power of two, not {slots}")
+        devices = mesh.size if mesh else 1
+        if slots < 1 or slots % devices or (slots // devices) & (slots // devices - 1):
+            rule = "a power of two" if devices == 1 else f"a power of two for each of the {devices} devices"
+            raise UsageError(f"serve.slots: must be {rule}, not {slots}")
         if tokenizer.vocab_size > config.vocab_size:
             raise DataError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}: "
                 "they are not from the same run"
             )
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.weights = config, tokenizer, weights
         self.slots, self.capacity, self.chunk = slots, capacity or config.seq_len, chunk
-        self.dtype = dtype or (jnp.float32 if on_cpu else jnp.bfloat16)
+        if weights not in WEIGHTS:
+            raise UsageError(f"serve.weights: one of {', '.join(WEIGHTS)}, not {weights!r}")
+        self.dtype = WEIGHTS[weights] or dtype or (jnp.float32 if on_cpu else jnp.bfloat16)
+        self._programs = Programs(config, slots, self.capacity, chunk, self.dtype, mesh)
+        self._admission = Admission(self._programs, tokenizer.special[PYTHON_END], reuse)
         self.load(params)
-        self._state = decode.new_slots(config, slots, self.capacity, self.dtype)
-        self._admission = Admission(config, slots, self.capacity, tokenizer.special[PYTHON_END])
         self._lookahead = not on_cpu if lookahead is None else lookahead
-        self._rows: dict[int, Handle] = {}  # busy slots
         self.queue_limit = queue_limit
         self._waiting = Waiting()
         self._flying: collections.deque[_Chunk] = collections.deque()
@@ -97,15 +105,18 @@ class Engine:
     @classmethod
     def from_pretrained(cls, run_dir: str | Path, stage: str | None = None, **options: Any) -> Engine:
         """The model of a run directory: the furthest trained stage, or the one named. `DataError` if there is none."""
-        config, params, tokenizer, slots = load_run(RunDir(run_dir), stage)
-        options = {"slots": slots} | options
-        return cls(config, params, tokenizer, **options)
+        config, params, tokenizer, serve = load_run(RunDir(run_dir), stage)
+        given: dict[str, Any] = {"slots": serve.slots, "weights": serve.weights} | options
+        devices = jax.local_devices()
+        if len(devices) > 1 and given["slots"] >= len(devices) and "mesh" not in given:
+            given["mesh"] = make_mesh(MeshConfig(), devices)
+        return cls(config, params, tokenizer, **given)
 
     def load(self, params: dict[str, Any]) -> None:
         """Take other weights of the same model: a nested dict of arrays in the training layout, or what
         `cache.serving_params` made of one. Nothing compiles again. No answer may be under way."""
-        ready = "layers" in params
-        self._params = params if ready else _serve(self.config, params, self.dtype)
+        self._programs.load(params, self.weights)
+        self._admission.held.clear()  # what other weights made
 
     # Requests
 
@@ -123,27 +134,29 @@ class Engine:
 
     def submit(self, request: Request) -> Handle:
         """Queue a request; `UsageError` for one that cannot run, `QueueFull` where too many wait."""
-        if self.queue_limit is not None and len(self._waiting) >= self.queue_limit:
-            raise QueueFull(f"{len(self._waiting)} requests wait already, and no more may; try again later")
+        self._check_queue(1)
         n = len(request.tokens)
         if not 1 <= n <= self.capacity:
             raise UsageError(f"the prompt has {n} tokens; this model's context holds 1 to {self.capacity}")
-        if len(request.stop) > decode.MAX_STOP_IDS:
-            raise UsageError(f"{len(request.stop)} stop ids; at most {decode.MAX_STOP_IDS}")
+        if len(request.stop) > device.MAX_STOP_IDS:
+            raise UsageError(f"{len(request.stop)} stop ids; at most {device.MAX_STOP_IDS}")
+        if request.logprobs is not None and not 0 <= request.logprobs <= TOP:
+            raise UsageError(f"logprobs: 0 to {TOP}, not {request.logprobs}")
         limit = self.capacity + 1 - n
         if request.max_tokens is not None:
             limit = min(limit, request.max_tokens)
         if limit < 1:
             raise UsageError(f"max_tokens: must be at least 1, not {request.max_tokens}")
         seed = secrets.randbits(32) if request.seed is None else request.seed % 2**32
-        handle = Handle(request, seed, limit, Turn(self.tokenizer))
+        handle = Handle(request, seed, limit, Turn(self.tokenizer, request.stop_texts))
         self._waiting.add(handle)
         return handle
 
-    def submit_group(self, request: Request, seeds: Sequence[int]) -> list[Handle]:
+    def submit_group(self, request: Request, seeds: Sequence[int | None]) -> list[Handle]:
         """Queue as many answers to one prompt as there are seeds; the prompt is prefilled once."""
+        self._check_queue(len(seeds))
         handles = [self.submit(dataclasses.replace(request, seed=seed)) for seed in seeds]
-        shared = SharedPrompt(request.tokens)
+        shared = SharedPrompt(len(handles))
         for handle in handles:
             handle.prompt = shared
         return handles
@@ -154,14 +167,21 @@ class Engine:
             return
         if handle in self._waiting:
             self._waiting.remove(handle)
+            if handle.prompt:
+                handle.prompt.abandon()
         else:
-            self._state = decode.release(self._state, np.int32(self._leave(handle)))
+            slot = self._leave(handle)
+            if slot is not None:
+                self._programs.release(slot)
         handle.finish("cancelled")
 
     def score(self, batch: Sequence[Sequence[int]]) -> list[list[Token | None]]:
-        """How likely the model finds each token of given sequences, after those before it; None for the first one,
-        which nothing stands before."""
-        raise NotImplementedError
+        """How likely the model finds each token of given sequences after those before it, with the likeliest ones
+        there; None for the first token, which nothing stands before. `UsageError` for one that is too long."""
+        longest = max(map(len, batch), default=0)
+        if longest > self.capacity:
+            raise UsageError(f"a text has {longest} tokens; this model's context holds {self.capacity}")
+        return score(self.config, self._programs.params, batch, self.capacity)
 
     @property
     def waiting(self) -> int:
@@ -170,19 +190,19 @@ class Engine:
     @property
     def cache_usage(self) -> float:
         """Share of all slots' cache positions that running answers use, 0 to 1."""
-        used = sum(handle.prompt_tokens + handle.made for handle in self._rows.values())
+        used = sum(handle.prompt_tokens + handle.made for handle in self._admission.rows.values())
         return min(1.0, used / (self.slots * self.capacity))
 
     @property
     def running(self) -> int:
-        return len(self._rows)
+        return self._admission.running
 
     # Driving
 
     def step(self) -> list[tuple[Handle, Event]]:
         """Start what waits, decode one chunk, and return what it brought; [] when there is nothing to do."""
-        self._admit()
-        unfinished = any(self._in_flight(row, h) + h.made < h.limit for row, h in self._rows.items())
+        self._admission.admit(self._waiting)
+        unfinished = any(self._in_flight(h) + h.made < h.limit for h in self._admission.rows.values())
         if unfinished:
             self._flying.append(self._dispatch())
         if self._flying and (len(self._flying) > self._lookahead or not unfinished):
@@ -226,82 +246,60 @@ class Engine:
         """Compile everything that any request can need (a server, before it says that it is ready).
 
         `progress` hears (programs ready, programs in all)."""
-        assert not self._rows and not self._flying
-        self._state = self._admission.warm_up(self._params, self._state)
-        for rows in buckets(1, self.slots):
-            for bucket in buckets(MIN_CACHE_BUCKET, self.capacity):
-                self._state, *_ = self._decode(rows, bucket)
-        zero = np.int32(0)
-        self._state = decode.resume(self._state, zero, np.zeros(decode.FORCED, np.int32), zero)
-        self._state = decode.move(self._state, zero, zero)
-        self._state = decode.release(self._state, zero)
-        jax.block_until_ready(self._state)
+        assert not self.running and not self._flying
+        left = self._programs.warm_up()
+        total = next(left)
+        for missing in left:
+            if progress:
+                progress(total - missing, total)
 
     # Inside
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._rows) < self.slots:
-            group = take(self._waiting, self.slots - len(self._rows))
-            free = (row for row in range(self.slots) if row not in self._rows)
-            rows = list(itertools.islice(free, len(group)))
-            self._rows.update(zip(rows, group, strict=True))
-            for handle in group:
-                handle.started = time.perf_counter()
-            self._state = self._admission.start(self._params, self._state, group, rows)
+    def _check_queue(self, more: int) -> None:
+        if self.queue_limit is not None and self.waiting + more > self.queue_limit + self._admission.free:
+            raise QueueFull(
+                f"{self.waiting} requests wait already, and no more than {self.queue_limit} may; come again"
+            )
 
     def _dispatch(self) -> _Chunk:
-        rows = max(power_of_two(len(self._rows)), self.least_rows)
-        for row in sorted(r for r in self._rows if r >= rows):  # keep the busy rows together
-            free = next(r for r in range(rows) if r not in self._rows)
-            self._rows[free] = self._rows.pop(row)
-            self._state = decode.move(self._state, np.int32(row), np.int32(free))
-        longest = max(
-            len(h.request.tokens) - 1 + h.made + self._in_flight(row, h) + self.chunk for row, h in self._rows.items()
-        )
-        sizes = buckets(MIN_CACHE_BUCKET, self.capacity)
-        self._state, tokens, status = self._decode(rows, next((b for b in sizes if b >= longest), self.capacity))
-        return _Chunk(tokens, status, dict(self._rows), self.chunk)
+        rows, per = self._admission.compact(self.least_rows), self._programs.slots
+        busy = self._admission.rows
+        longest = max(h.prompt_tokens - 1 + h.advanced + self._in_flight(h) + self.chunk for h in busy.values())
+        bucket = next((b for b in self._programs.cache_buckets if b >= longest), self.capacity)
+        handles = {slot // per * rows + slot % per: handle for slot, handle in busy.items()}
+        return _Chunk(self._programs.decode(rows, bucket), handles)
 
-    def _decode(self, rows: int, bucket: int) -> tuple[decode.Slots, jax.Array, jax.Array]:
-        return decode.decode_chunk(self.config, self._params, self._state, rows, bucket, self.chunk, self.capacity)
-
-    def _in_flight(self, row: int, handle: Handle) -> int:
+    def _in_flight(self, handle: Handle) -> int:
         """Steps dispatched for a request whose outcome is not known yet."""
-        return sum(chunk.steps for chunk in self._flying if handle in chunk.handles.values())
+        return sum(self.chunk for chunk in self._flying if handle in chunk.handles.values())
 
     def _read(self, chunk: _Chunk) -> list[tuple[Handle, Event]]:
         """Wait for a chunk and hand out its tokens."""
-        tokens, status = np.asarray(chunk.tokens).T, np.asarray(chunk.status)
+        tokens, status = np.asarray(chunk.made.tokens), np.asarray(chunk.made.status)
+        wanted = any(handle.request.logprobs is not None for handle in chunk.handles.values())
+        reports = (
+            [np.asarray(a) for a in (chunk.made.logprob, chunk.made.top, chunk.made.top_logprob)] if wanted else []
+        )
         events: list[tuple[Handle, Event]] = []
         for row, handle in chunk.handles.items():
-            made = tokens[row][tokens[row] != decode.NO_TOKEN].tolist()
+            made = tokens[row][tokens[row] != device.NO_TOKEN].tolist()
             if handle.done or not made:  # cancelled; or it already waited or ended before this chunk
                 continue
-            handle.made += len(made)
-            handle.first_token = handle.first_token or time.perf_counter()
-            state = status[row]
-            if state == decode.STOPPED:
-                handle.stop_id = made.pop()
-            for token in made:
-                events += [(handle, event) for event in handle.turn.add(token)]
-            if state == decode.PAUSED:
-                self._resume(handle)
-            elif state in (decode.STOPPED, decode.FULL):
-                self._leave(handle)
-                handle.finish("stop" if state == decode.STOPPED else "length")
-                events += [(handle, event) for event in handle.turn.flush()]
-                events.append((handle, Event("done", finish_reason=handle.finish_reason)))
+            events += [(handle, event) for event in self._take_in(handle, made, [a[row] for a in reports], status[row])]
         return events
 
-    def _resume(self, handle: Handle) -> None:
-        """Answer the tool call at which a row waits."""
-        row = next(r for r, h in self._rows.items() if h is handle)
-        ids = handle.turn.tool_output()
-        forced = np.zeros(decode.FORCED, np.int32)
-        forced[: len(ids)] = ids
-        self._state = decode.resume(self._state, np.int32(row), forced, np.int32(len(ids)))
+    def _take_in(self, handle: Handle, made: list[int], reports: list[np.ndarray], state: int) -> list[Event]:
+        """The events of one row's new tokens; what comes next for it is arranged."""
+        events, turn = take_in(handle, made, reports, state), handle.turn
+        if turn.stopped or state in (device.STOPPED, device.FULL):
+            slot = self._leave(handle)
+            if slot is not None and turn.stopped:  # the device does not know yet
+                self._programs.release(slot)
+            handle.finish("length" if state == device.FULL and not turn.stopped else "stop")
+            events.append(Event("done", finish_reason=handle.finish_reason, tokens=turn.rest()))
+        elif state == device.PAUSED:
+            self._programs.resume(self._admission.slot(handle), turn.tool_output())
+        return events
 
-    def _leave(self, handle: Handle) -> int:
-        row = next(r for r, h in self._rows.items() if h is handle)
-        del self._rows[row]
-        return row
+    def _leave(self, handle: Handle) -> int | None:
+        return self._admission.leave(handle, self._in_flight(handle))

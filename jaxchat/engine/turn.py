@@ -7,10 +7,10 @@ the calculator, and the result is forced in between <|output_start|> and <|outpu
 from __future__ import annotations
 
 import codecs
-from typing import Any
+from collections.abc import Sequence
 
-from jaxchat.engine.decode import FORCED
-from jaxchat.engine.request import Event
+from jaxchat.engine.request import Event, Token
+from jaxchat.engine.slots import FORCED
 from jaxchat.text.tokenizer import OUTPUT_END, OUTPUT_START, PYTHON_END, PYTHON_START, Tokenizer
 from jaxchat.tools.calculator import calculate
 
@@ -18,9 +18,13 @@ TOOL_ERROR = "error"  # the output of a call that the calculator refuses
 
 
 class Turn:
-    """Collects one answer. `add` takes every made id, in order, and returns the events that it completes."""
+    """Collects one answer. `add` takes every made id, in order, and returns the events that it completes.
 
-    def __init__(self, tokenizer: Tokenizer):
+    The answer ends before the first of `stop_texts` that its text holds; then `stopped` is true, and nothing more may
+    be added. Text that may be the beginning of one is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_texts: Sequence[str] = ()):
         special = tokenizer.special
         self._tokenizer = tokenizer
         self._special = set(special.values())
@@ -29,17 +33,25 @@ class Turn:
         self._output = special[OUTPUT_START], special[OUTPUT_END]
         self._kind = "text"
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stops = tuple(text for text in stop_texts if text)
+        self._back = ""  # text held back
         self._to_force = 0  # ids of a tool's output that are still to come
+        self._unshown: list[tuple[Token, int]] = []  # with the length of all text up to each one's beginning
+        self._length = self._shown = 0  # characters made, and shown
         self.tokens: list[int] = []
         self.forced: list[bool] = []  # of every token, whether it is of such an output
         self.parts: list[dict[str, str]] = []
-        self.logprobs: list[Any] = []  # `request.Token`s, where asked for
+        self.logprobs: list[Token] = []  # of every token, where they are reported
+        self.stopped = False
 
-    def add(self, token: int) -> list[Event]:
+    def add(self, token: int, report: Token | None = None) -> list[Event]:
         """A special token never shows as text; one that opens or closes nothing is dropped."""
         self.tokens.append(token)
         self.forced.append(self._to_force > 0)
         self._to_force = max(0, self._to_force - 1)
+        if report:
+            self.logprobs.append(report)
+            self._unshown.append((report, self._length))
         if token not in self._special:
             return self._show(self._decoder.decode(self._tokenizer.token_bytes(token)))
         events = []
@@ -53,8 +65,14 @@ class Turn:
         return events
 
     def flush(self) -> list[Event]:
-        """Show what was held back as incomplete UTF-8 (as U+FFFD); at the end of a part or of the answer."""
-        return self._show(self._decoder.decode(b"", final=True))
+        """Show what was held back, incomplete UTF-8 as U+FFFD; at the end of a part or of the answer."""
+        return self._show(self._decoder.decode(b"", final=True), final=True)
+
+    def rest(self) -> tuple[Token, ...]:
+        """Tokens that no event has shown, for the last one."""
+        rest = tuple(token for token, begin in self._unshown if not self.stopped or begin < self._shown)
+        self._unshown = []
+        return rest
 
     def tool_output(self) -> list[int]:
         """Ids that answer the call that has just been closed, the next to be added; none where there was no call."""
@@ -67,10 +85,32 @@ class Turn:
         self._to_force = len(output)
         return output
 
-    def _show(self, text: str) -> list[Event]:
+    def _show(self, text: str, final: bool = False) -> list[Event]:
+        self._length += len(text)
+        if self._stops and self._kind == "text":
+            text = self._before_stop(self._back + text, final)
         if not text:
             return []
         if not self.parts or self.parts[-1]["type"] != self._kind:
             self.parts.append({"type": self._kind, "text": ""})
         self.parts[-1]["text"] += text
-        return [Event(self._kind, text)]
+        self._shown += len(text)
+        shown = tuple(token for token, begin in self._unshown if begin < self._shown)
+        self._unshown = self._unshown[len(shown) :]
+        return [Event(self._kind, text, tokens=shown)]
+
+    def _before_stop(self, text: str, final: bool) -> str:
+        """What of the text may be shown; the rest is held back, or given up where it begins with a stop text."""
+        self._back = ""
+        ends = [place for place in map(text.find, self._stops) if place >= 0]
+        if ends:
+            self.stopped = True
+            return text[: min(ends)]
+        if final:
+            return text
+        longest = max(map(len, self._stops)) - 1
+        for begin in range(max(0, len(text) - longest), len(text)):
+            if any(stop.startswith(text[begin:]) for stop in self._stops):
+                self._back = text[begin:]
+                return text[:begin]
+        return text

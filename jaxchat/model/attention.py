@@ -94,3 +94,20 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Arra
     scores = jnp.where(visible[:, None, None, :], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("rkgs,rksn->rkgn", weights, v).reshape(R, H, N)
+
+
+def piece_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """Several queries per row over a cache.
+
+    Args:
+      q: (R, T, H, N); k, v: (R, K, S, N); visible: (R, T, S) bool, at least one True per query.
+
+    Returns: (R, T, H, N) in the dtype of q.
+    """
+    R, T, H, N = q.shape
+    K = k.shape[1]
+    q = q.reshape(R, T, K, H // K, N) * N**-0.5
+    scores = jnp.einsum("rtkgn,rksn->rkgts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("rkgts,rksn->rtkgn", weights, v).reshape(R, T, H, N)

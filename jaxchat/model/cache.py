@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat.config import ModelConfig
-from jaxchat.model.attention import attention, cached_attention
+from jaxchat.model.attention import attention, cached_attention, piece_attention
 from jaxchat.model.backends import choose_backend
 from jaxchat.model.gpt import layer_params
-from jaxchat.model.layers import Params, block, embed, finish, logits, rotary
+from jaxchat.model.layers import Params, block, embed, finish, rotary, unembedding
 from jaxchat.model.layout import score_bound, windows
+from jaxchat.model.quantized import KERNELS, dot, logits, quantize
 
 
 @jax.tree_util.register_dataclass
@@ -63,11 +64,25 @@ def new_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype | 
     )
 
 
-def serving_params(config: ModelConfig, params: Params, dtype: jnp.dtype | type) -> Params:
-    """Weights for decoding: cast once, and cut into layers once so that no step slices a stack."""
+def serving_params(config: ModelConfig, params: Params, dtype: jnp.dtype | type, weights: str = "auto") -> Params:
+    """Weights for decoding: cast once, and cut into layers once so that no step slices a stack.
+
+    `weights` "int8": the layers' kernels and the unembedding as 8-bit integers, everything else in `dtype`.
+    """
     cast = jax.tree.map(lambda p: p if p.ndim < 2 else p.astype(dtype), params)  # as `gpt.cast_params` does
-    outer = {k: v for k, v in cast.items() if k not in ("blocks", "value_embedding")}
-    return outer | {"layers": [layer_params(config, cast, i) for i in range(config.depth)]}
+    served = {k: v for k, v in cast.items() if k not in ("blocks", "value_embedding")}
+    if "unembedding" in served:
+        served["unembedding"] = served["unembedding"][: config.vocab_size]
+    served["layers"] = [layer_params(config, cast, i) for i in range(config.depth)]
+    if weights == "int8":
+        exact = [layer_params(config, params, i) for i in range(config.depth)]
+        served["layers"] = [
+            layer | {name: quantize(own[name]) for name in KERNELS}
+            for layer, own in zip(served["layers"], exact, strict=True)
+        ]
+        served["output"] = quantize(unembedding(params)[: config.vocab_size].T)
+        served.pop("unembedding", None)
+    return served
 
 
 def prefill(config: ModelConfig, params: Params, tokens: jax.Array, length: jax.Array) -> tuple[jax.Array, Prefix]:
@@ -79,13 +94,31 @@ def prefill(config: ModelConfig, params: Params, tokens: jax.Array, length: jax.
 
     Returns: logits (B, V) float32 after each prompt's last token, and its `Prefix`.
     """
+    x, middle, e, keys, values = _run(config, params, tokens)
+    rows = jnp.arange(tokens.shape[0])
+    last = finish(config, params, x[rows, length - 1], middle[rows, length - 1])
+    prefix = Prefix(tuple(keys), tuple(values), length.astype(jnp.int32), e[rows, length - 1])
+    return logits(config, params, last), prefix
+
+
+def activations(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """(B, T, D) after the last norm, of tokens (B, T); `params` from `serving_params`."""
+    x, middle, *_ = _run(config, params, tokens)
+    return finish(config, params, x, middle)
+
+
+def _run(
+    config: ModelConfig, params: Params, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array], list[jax.Array]]:
+    """Last and middle activations, normed embeddings, and of every layer keys and values (B, K, T, N)."""
     dtype = params["embedding"].dtype
     backend, _ = choose_backend(config, dtype, jax.devices()[0], tokens.shape[1])
     bound = score_bound(config)
     cos_sin = rotary(config, jnp.arange(tokens.shape[1])[None, :], dtype)
     x, e = embed(config, params, tokens)
     x0 = middle = x
-    keys, values = [], []
+    keys: list[jax.Array] = []
+    values: list[jax.Array] = []
     for i, (layer, window) in enumerate(zip(params["layers"], windows(config), strict=True)):
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: int = window) -> jax.Array:
@@ -93,12 +126,9 @@ def prefill(config: ModelConfig, params: Params, tokens: jax.Array, length: jax.
             values.append(v.transpose(0, 2, 1, 3))
             return attention(q, k, v, window, backend, bound)
 
-        x = block(config, layer, x, x0, tokens, cos_sin, attend)
+        x = block(config, layer, x, x0, tokens, cos_sin, attend, dot)
         middle = x if i == config.depth // 2 else middle
-    rows = jnp.arange(tokens.shape[0])
-    last = finish(config, params, x[rows, length - 1], middle[rows, length - 1])
-    prefix = Prefix(tuple(keys), tuple(values), length.astype(jnp.int32), e[rows, length - 1])
-    return logits(config, params, last), prefix
+    return x, middle, e, keys, values
 
 
 def insert(cache: Cache, prefix: Prefix, source: jax.Array, slot: jax.Array) -> Cache:
@@ -118,6 +148,49 @@ def insert(cache: Cache, prefix: Prefix, source: jax.Array, slot: jax.Array) -> 
         length=cache.length.at[slot].set(prefix.length[source]),
         previous=cache.previous.at[slot].set(prefix.previous[source].astype(cache.previous.dtype)),
     )
+
+
+def extend(config: ModelConfig, params: Params, tokens: jax.Array, count: jax.Array, cache: Cache) -> Cache:
+    """Run a piece of text behind what each row already holds.
+
+    Args:
+      params: from `serving_params`.
+      tokens: (R, T) int, right-padded; count: (R,) int32, tokens of each piece, 0 leaves the row as it is.
+
+    Returns: the cache with the pieces appended.
+    """
+    (R, T), start = tokens.shape, cache.length
+    rows, position = jnp.arange(R), start[:, None] + jnp.arange(T)
+    cos_sin = rotary(config, position, params["embedding"].dtype)
+    x, e = embed(config, params, tokens, cache.previous)
+    x0 = middle = x
+    keys, values = list(cache.k), list(cache.v)
+    for i, (layer, window) in enumerate(zip(params["layers"], windows(config), strict=True)):
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, i: int = i, window: int = window) -> jax.Array:
+            S = keys[i].shape[2]
+            new = [a.transpose(0, 2, 1, 3).astype(keys[i].dtype) for a in (k, v)]
+            at = jnp.concatenate([_newest(start - 1, S), position], axis=1)  # of the cached keys and the piece's
+            distance = position[:, :, None] - at[:, None, :]
+            visible = (distance >= 0) & (distance <= window) & (at >= 0)[:, None, :]
+            both = [jnp.concatenate(pair, axis=2) for pair in zip((keys[i], values[i]), new, strict=True)]
+            index = _newest(start + count - 1, S) - start[:, None]  # in the piece; negative: the place stays
+            stays, index = (index < 0)[:, None, :, None], jnp.clip(index, 0, T - 1)[:, None, :, None]
+            keys[i], values[i] = (
+                jnp.where(stays, old, jnp.take_along_axis(piece, index, axis=2))
+                for old, piece in zip((keys[i], values[i]), new, strict=True)
+            )
+            return piece_attention(q, both[0], both[1], visible)
+
+        x = block(config, layer, x, x0, tokens, cos_sin, attend, dot)
+        middle = x if i == config.depth // 2 else middle
+    last = e[rows, jnp.maximum(count - 1, 0)].astype(cache.previous.dtype)
+    return Cache(tuple(keys), tuple(values), start + count, jnp.where(count[:, None] > 0, last, cache.previous))
+
+
+def _newest(last: jax.Array, S: int) -> jax.Array:
+    """(R, S): the position at each place of a ring whose newest position is last (R,); negative where none is."""
+    return last[:, None] - (last[:, None] - jnp.arange(S)) % S
 
 
 def decode(
@@ -145,11 +218,10 @@ def decode(
             keys[i] = keys[i].at[rows, :, place].set(k[:, 0].astype(keys[i].dtype), mode="drop")
             values[i] = values[i].at[rows, :, place].set(v[:, 0].astype(values[i].dtype), mode="drop")
             read = min(S, bucket)
-            # place j holds the newest position p <= position with p % S == j; negative: never written
-            visible = position[:, None] - (position[:, None] - jnp.arange(read)) % S >= 0
+            visible = _newest(position, S)[:, :read] >= 0
             return cached_attention(q[:, 0], keys[i][:, :, :read], values[i][:, :, :read], visible)[:, None]
 
-        x = block(config, layer, x, x0, tokens[:, None], cos_sin, attend)
+        x = block(config, layer, x, x0, tokens[:, None], cos_sin, attend, dot)
         middle = x if i == config.depth // 2 else middle
     out = logits(config, params, finish(config, params, x, middle)[:, 0])
     return out, Cache(

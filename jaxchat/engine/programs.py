@@ -1,0 +1,200 @@
+"""The engine's compiled programs, on one device or on several that share the slots.
+
+On several devices each one owns a part of the slots and runs the same program on it, with whole weights of its own, so
+nothing ever moves between them. What a program is told then has one entry for each device; on one device, one.
+Slots are numbered through, the first device's first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxchat.config import ModelConfig
+from jaxchat.engine import slots as device
+from jaxchat.engine.decode import Made, decode_chunk
+from jaxchat.engine.likelihood import lengths, rows_of, score_tokens
+from jaxchat.mesh import BATCH_AXES, replicated
+from jaxchat.model.cache import Cache, serving_params
+
+MIN_PROMPT_BUCKET = 32  # tokens
+MIN_CACHE_BUCKET = 512  # positions; cutting out fewer costs more than reading them
+PIECE = 512  # tokens of a prompt that run at once while others wait for their next ones
+PREFILL_GROUP = 8  # short prompts prefilled at once; on a CPU one, which keeps it as busy
+ROWS = P(BATCH_AXES)
+
+
+class Programs:
+    """Runs programs over the state of all slots, which it holds.
+
+    Args:
+      params: from `load`; slots: of all devices together; capacity: tokens of a slot; chunk: decoding steps of a call.
+      mesh: devices that share the slots; None: the default device alone.
+    """
+
+    def __init__(self, config: ModelConfig, slots: int, capacity: int, chunk: int, dtype: Any, mesh: Mesh | None):
+        self.config, self.capacity, self.chunk, self.dtype = config, capacity, chunk, dtype
+        self.mesh = mesh if mesh is not None and mesh.size > 1 else None
+        self.devices = self.mesh.size if self.mesh else 1
+        self.slots = slots // self.devices  # of one device
+        on_cpu = jax.default_backend() == "cpu"
+        self.group = 1 if on_cpu else min(PREFILL_GROUP, self.slots)  # short prompts of one device
+        self.piece = min(PIECE, capacity)
+        self.prompt_buckets = buckets(MIN_PROMPT_BUCKET, self.piece)
+        self.cache_buckets = buckets(MIN_CACHE_BUCKET, capacity)
+        self.params: Any = None
+        make = functools.partial(device.new_slots, config, slots, capacity, dtype)
+        self.state: device.Slots = (
+            jax.jit(make, out_shardings=NamedSharding(self.mesh, ROWS))() if self.mesh else make()
+        )
+
+    def load(self, params: Any, weights: str) -> None:
+        """Take weights, in the training layout or as `serving_params` made them."""
+        place = replicated(self.mesh) if self.mesh else None
+        if "layers" in params:
+            self.params = jax.device_put(params, place) if place else params
+        else:
+            self.params = _serve(place)(self.config, params, self.dtype, weights)
+
+    # Each argument below is a NumPy array with `devices` entries (or as many times `group`) on its first axis
+
+    def admit(self, tokens: Any, length: Any, target: Any, remaining: Any, settings: Any) -> None:
+        prompts = {"tokens": tokens, "length": length}
+        self._change(device.admit, params=self.params, **prompts, **_starts(target, remaining, settings))
+
+    def take(self, slot: Any, length: Any, last: Any) -> Cache:
+        return self._run(device.take, params=self.params, slots=self.state, slot=slot, length=length, last=last)
+
+    def prolong(self, rows: Cache, tokens: Any, count: Any) -> Cache:
+        return self._run(device.prolong, params=self.params, rows=rows, tokens=tokens, count=count)
+
+    def start(self, rows: Cache, target: Any, remaining: Any, settings: Any) -> None:
+        self._change(device.start, rows=rows, **_starts(target, remaining, settings))
+
+    def decode(self, rows: int, bucket: int) -> Made:
+        """A chunk of the first `rows` slots of every device; the outputs have the first device's rows first."""
+        static = {"bucket": bucket, "steps": self.chunk, "capacity": self.capacity}
+        self.state, made = self._run(decode_chunk, static | {"rows": rows}, params=self.params, slots=self.state)
+        return made
+
+    def mark(self, slot: int, seen: Any) -> None:
+        self._change(device.mark, slot=self.only(slot), seen=np.broadcast_to(seen, (self.devices, len(seen))))
+
+    def resume(self, slot: int, ids: Sequence[int]) -> None:
+        forced = np.zeros((self.devices, device.FORCED), np.int32)
+        forced[:, : len(ids)] = ids
+        count = np.full(self.devices, len(ids), np.int32)
+        self._change(device.resume, slot=self.only(slot), forced=forced, count=count)
+
+    def swap(self, a: int, b: int) -> None:
+        """Two slots of one device."""
+        self._change(device.swap, pair=np.stack([self.only(a), self.only(b)], axis=1))
+
+    def release(self, slot: int) -> None:
+        self._change(device.release, slot=self.only(slot))
+
+    def only(self, slot: int) -> np.ndarray:
+        """Number of a slot on its device, and on the others one that is no slot; (devices,) int32."""
+        numbers = np.full(self.devices, self.slots, np.int32)
+        if slot < self.slots * self.devices:
+            numbers[slot // self.slots] = slot % self.slots
+        return numbers
+
+    def warm_up(self) -> Iterator[int]:
+        """Compile everything that any request can need; yields how many programs are still to come."""
+        nowhere, D = self.slots * self.devices, self.devices
+        rows: list[Cache] = []
+
+        def start(count: int) -> tuple[Any, Any, Any]:
+            target = np.full((count * D, 2), self.slots, np.int32)
+            return target, np.ones(count * D, np.int32), device.blank_settings(count * D)
+
+        def admit(size: int, bucket: int) -> None:
+            self.admit(np.zeros((size * D, bucket), np.int32), np.ones(size * D, np.int32), *start(size))
+
+        def take() -> None:
+            zeros = np.zeros(D, np.int32)
+            rows.append(self.take(zeros, zeros, zeros))
+
+        def prolong(bucket: int) -> None:
+            rows.append(self.prolong(rows.pop(), np.zeros((D, bucket), np.int32), np.zeros(D, np.int32)))
+
+        work: list[Callable[[], Any]] = [
+            *(functools.partial(self.decode, r, b) for r in buckets(1, self.slots) for b in self.cache_buckets),
+            *(functools.partial(admit, n, b) for n in sorted({1, self.group}) for b in self.prompt_buckets),
+            take,
+            *(functools.partial(prolong, b) for b in self.prompt_buckets),
+            *(functools.partial(self._score, n) for n in lengths(self.capacity)),
+            lambda: self.start(rows[0], *start(1)),
+            lambda: self.mark(nowhere, np.zeros(self.config.vocab_size, bool)),
+            lambda: self.resume(nowhere, []),
+            lambda: self.swap(nowhere, nowhere),
+            lambda: self.release(nowhere),
+        ]
+        yield len(work)
+        for left, run in zip(reversed(range(len(work))), work, strict=True):
+            run()
+            yield left
+        jax.block_until_ready(self.state)
+
+    def _score(self, length: int) -> None:
+        score_tokens(self.config, self.params, np.zeros((rows_of(length), length), np.int32))
+
+    def _change(self, function: Any, **arguments: Any) -> None:
+        self.state = self._run(function, slots=self.state, **arguments)
+
+    def _run(self, function: Any, static: dict[str, Any] | None = None, **arguments: Any) -> Any:
+        static = dict(static or {})
+        if function in WITH_CONFIG:
+            static["config"] = self.config
+        if self.mesh is None:
+            return function(**static, **arguments)
+        kept = ("params", "slots", "rows")  # lie where they should
+        placed = jax.device_put({k: v for k, v in arguments.items() if k not in kept}, NamedSharding(self.mesh, ROWS))
+        run = _spread(function, self.mesh, tuple(sorted(static.items())), tuple(arguments))
+        return run(*(arguments | placed).values())
+
+
+WITH_CONFIG = (device.admit, device.take, device.prolong, decode_chunk)
+
+
+def _starts(target: Any, remaining: Any, settings: Any) -> dict[str, Any]:
+    return {"target": target, "remaining": remaining, "settings": settings}
+
+
+@functools.cache
+def _serve(place: NamedSharding | None) -> Any:
+    return jax.jit(serving_params, static_argnums=(0, 2, 3), out_shardings=place)
+
+
+@functools.cache
+def _spread(function: Any, mesh: Mesh, static: tuple[tuple[str, Any], ...], names: tuple[str, ...]) -> Any:
+    """`function` on every device's own part of its arguments, weights alone being whole everywhere."""
+
+    def local(*arguments: Any) -> Any:
+        return function.__wrapped__(**dict(static), **dict(zip(names, arguments, strict=True)))
+
+    donated = {device.take: (), device.prolong: ("rows",)}.get(function, ("slots",))
+    spread = jax.shard_map(
+        local, mesh=mesh, in_specs=tuple(P() if n == "params" else ROWS for n in names), out_specs=ROWS, check_vma=False
+    )
+    return jax.jit(spread, donate_argnums=tuple(names.index(name) for name in donated))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def buckets(smallest: int, largest: int) -> list[int]:
+    """Powers of two from the smallest, and the largest itself."""
+    sizes = [min(smallest, largest)]
+    while sizes[-1] < largest:
+        sizes.append(min(power_of_two(sizes[-1] + 1), largest))
+    return sizes
