@@ -92,12 +92,12 @@ class Service:
         self.url, self._host, self._port = url, parts.hostname or "127.0.0.1", parts.port or 80
         self._head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
         self._head += f"Authorization: Bearer {key}\r\n" if key else ""
-        self._max_tokens, self._temperature = args.max_tokens, args.temperature
+        self._max_tokens, self._temperature, self._top_k = args.max_tokens, args.temperature, args.top_k
 
     def request(self, prompt: Sequence[int], seed: int) -> bytes:
         body = {
             "prompt": list(prompt), "max_tokens": self._max_tokens, "temperature": self._temperature, "seed": seed,
-            "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
+            "top_k": self._top_k, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         data = json.dumps(body).encode()
         return f"{self._head}Content-Length: {len(data)}\r\n\r\n".encode() + data
@@ -184,7 +184,8 @@ class RawEngine:
         from jaxchat.engine.admission import power_of_two
 
         self._engine = Engine.from_pretrained(run_dir, slots=power_of_two(args.clients))
-        self._settings = {"max_tokens": args.max_tokens, "temperature": args.temperature, "tools": False}
+        settings = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_k": args.top_k}
+        self._settings: dict[str, Any] = settings | {"tools": False}
         self._engine.warm_up()
 
     def rate(self, prompts: Sequence[Sequence[int]], rows: int) -> float:
@@ -261,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
     parser.add_argument("--vocab", type=int, default=256, help="prompts are made of token ids below this")
     parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--rate", type=float, default=0.0, help="of `open`: requests a second")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)

@@ -254,7 +254,8 @@ def uvicorn_config(app: FastAPI, config: Config) -> uvicorn.Config:
 def load(run: RunDir, config: Config, worker: Worker) -> Engine:
     """The engine, compiled for everything that a request can need."""
     begun = time.perf_counter()
-    engine = Engine.from_pretrained(run.root, slots=config.serve.slots, queue_limit=config.serve.queue_length)
+    serve = config.serve
+    engine = Engine.from_pretrained(run.root, slots=serve.slots, queue_limit=serve.queue_length, weights=serve.weights)
     loaded = time.perf_counter()
 
     def progress(done: int, total: int) -> None:

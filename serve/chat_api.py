@@ -38,7 +38,7 @@ def routes(service: Service) -> APIRouter:
         chat = Chat(service, call, body)
         headers = {"X-Request-ID": call.id}
         if body.stream:
-            await call.submit(groups)
+            await until_gone(request.receive, call.submit(groups))
             return EventStream(chat.stream(), call.end, headers)
         whole = await until_gone(request.receive, chat.whole(groups))
         return Response(orjson.dumps(whole), 200, headers, "application/json")

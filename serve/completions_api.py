@@ -68,11 +68,12 @@ def read_prompts(service: Service, body: CompletionRequest) -> list[Given]:
         param = "prompt" if many[0] is given else f"prompt[{i}]"
         if isinstance(prompt, str):
             check_length(service.limits, param, len(prompt))
-            prompts.append(Given(engine.tokenizer.encode(prompt), prompt))
+            ids = engine.tokenizer.encode(prompt)
         else:
             if max(prompt) >= engine.tokenizer.vocab_size:
                 raise bad_request(param, f"token ids lie below {engine.tokenizer.vocab_size}")
-            prompts.append(Given(prompt, engine.tokenizer.decode(prompt)))
+            ids = prompt
+        prompts.append(Given(ids, engine.tokenizer.decode(ids)))  # without lone surrogates, which no answer could hold
         tokens = len(whole_ids(prompts[-1], engine.tokenizer.bos))
         if tokens > engine.capacity:
             raise too_long(param, tokens, engine.capacity)

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from jaxchat.engine import QueueFull
 from jaxchat.errors import JaxchatError
+from serve.schemas import FIELDS
 from serve.sse import ClientGone
 from serve.worker import EngineStopped, Unavailable
 
@@ -104,13 +105,10 @@ def _of_validation(error: RequestValidationError | ValidationError) -> ApiError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    names = [part for part in first["loc"] if part != "body"]
+    names = [part for part in first["loc"] if isinstance(part, int) or part in FIELDS]  # not: which of several types
+    if first["type"] == "value_error" and not names:  # `schemas.py` names the field itself
+        return ApiError(400, first["msg"].removeprefix("Value error, "), first["msg"].split(", ", 1)[1].split(":")[0])
     if not names:
         return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json")
-    param = _printable("".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).lstrip("."))
-    message = first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"{param}: {message}", param)
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()[:200]
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).lstrip(".")
+    return ApiError(400, f"{param}: {first['msg'].removeprefix('Value error, ')}", param)

@@ -30,8 +30,8 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._keys)
 
-    def find(self, key: str) -> int | None:
-        given = key.encode("utf-8", "surrogateescape")
+    def find(self, key: str | bytes) -> int | None:
+        given = key.encode("utf-8", "replace") if isinstance(key, str) else key
         found = [i for i, known in enumerate(self._keys) if hmac.compare_digest(known, given)]
         return found[0] if found else None
 
@@ -42,7 +42,7 @@ class Keys:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise ApiError(401, "send an API key: Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
-        number = self.find(key.strip())
+        number = self.find(key.strip().encode("latin-1"))  # the bytes that came
         if number is None:
             raise ApiError(401, "this API key is not valid", headers={"WWW-Authenticate": "Bearer"})
         return f"key {number}"

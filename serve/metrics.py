@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 
 from prometheus_client import (
@@ -37,7 +39,12 @@ class Metrics:
 
         def gauge(name: str, text: str, value: str) -> None:
             def read() -> float:
-                return getattr(worker.engine, value) if worker.state in ("ready", "draining") else 0.0
+                if worker.state not in ("ready", "draining"):
+                    return 0.0
+                for _ in range(10):
+                    with contextlib.suppress(RuntimeError):  # the engine's thread has just changed what is counted
+                        return getattr(worker.engine, value)
+                return math.nan
 
             metric = Gauge(f"jaxchat:{name}", text, ["model_name"], registry=self._registry)
             metric.labels(model).set_function(read)

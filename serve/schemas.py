@@ -82,7 +82,7 @@ class Sampling(BaseModel):
         if isinstance(data, dict):
             for name, empty in NOTHING.items():
                 if name in data and name not in cls.model_fields and data[name] not in empty:
-                    raise ValueError(f"{name} is not supported by this service")
+                    raise ValueError(f"{name}: not supported by this service")
             if data.get("stream_options") is not None and not data.get("stream"):
                 raise ValueError("stream_options: only where stream is true")
         return data
@@ -103,7 +103,7 @@ class ChatRequest(Sampling):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only where logprobs is true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+            raise ValueError("max_tokens: differs from max_completion_tokens; give one of them")
         return self
 
 
@@ -138,7 +138,7 @@ class TokenizeRequest(BaseModel):
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise ValueError("prompt: give either prompt or messages")
         return self
 
 
@@ -158,3 +158,13 @@ class SocketRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+
+
+FIELDS = {
+    name
+    for model in (
+        TextPart, ChatMessage, StreamOptions, ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest,
+        SocketRequest,
+    )
+    for name in model.model_fields
+}  # fmt: skip

@@ -146,6 +146,8 @@ def understand(said: str | bytes) -> ChatRequest:
     if isinstance(said, bytes):
         raise ApiError(400, "send text, not bytes")
     data = _read(said)
+    if data is None and said.lstrip().startswith("{") and '"messages"' in said:
+        raise ApiError(400, "the message is no valid JSON", "messages")
     if data is None:
         return ChatRequest.model_validate({"messages": [{"role": "user", "content": said}]})
     try:

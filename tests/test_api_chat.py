@@ -1,0 +1,209 @@
+"""POST /v1/chat/completions, by the official client and by what goes over the wire."""
+
+import json
+import math
+
+import httpx
+import openai
+import pytest
+from live_service import live, slowed
+from small_model import CAPACITY, GREETING, QUESTION
+
+from serve.chat_api import Chat
+from serve.replies import ChatChunk, ChatCompletion
+from serve.sse import DONE, event
+
+CHAT = "/v1/chat/completions"
+HELLO = "Hi 🙂 안녕!"
+
+
+@pytest.fixture(scope="module")
+def service():
+    with live() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def post(service, **body):
+    return service.post(CHAT, {"messages": GREETING} | body)
+
+
+def events(service, **body):
+    """The events of a stream as they stand on the wire, [DONE] checked and left out."""
+    response = post(service, stream=True, **body)
+    assert response.status_code == 200 and response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.content.endswith(DONE)
+    blocks = response.content.removesuffix(DONE).split(b"\n\n")
+    assert blocks.pop() == b"" and all(block.startswith(b"data: {") for block in blocks)
+    return [json.loads(block.removeprefix(b"data: ")) for block in blocks]
+
+
+def test_a_whole_answer(client):
+    answer = client.chat.completions.create(model="nano", messages=GREETING)
+    (choice,) = answer.choices
+    assert choice.message.content == HELLO and choice.message.role == "assistant" and choice.finish_reason == "stop"
+    assert answer.object == "chat.completion" and answer.model == "nano" and answer.id.startswith("chatcmpl-")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.prompt_tokens > 3 and answer.usage.completion_tokens > 10
+
+
+def test_what_is_sent_has_the_documented_form(service):
+    ChatCompletion.model_validate(post(service, logprobs=True, top_logprobs=2).json(), strict=True)
+    for chunk in events(service, logprobs=True, top_logprobs=2, stream_options={"include_usage": True}):
+        ChatChunk.model_validate(chunk, strict=True)
+    called = post(service, messages=QUESTION).json()
+    ChatCompletion.model_validate(called, strict=True)
+
+
+def test_a_stream_is_exact(service):
+    chunks = events(service, stream_options={"include_usage": True})
+    assert len({(c["id"], c["created"], c["object"], c["model"]) for c in chunks}) == 1
+    *chunks, usage = chunks
+    assert usage["choices"] == [] and usage["usage"]["completion_tokens"] > 10
+    assert all(c["usage"] is None and len(c["choices"]) == 1 for c in chunks)
+    choices = [c["choices"][0] for c in chunks]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert all("role" not in choice["delta"] for choice in choices[1:])
+    assert choices[-1]["delta"] == {} and [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + [
+        "stop"
+    ]
+    texts = [choice["delta"]["content"] for choice in choices[1:-1]]
+    assert "".join(texts) == HELLO and len(texts) > 2 and all(texts) and "\ufffd" not in "".join(texts)
+
+
+def test_without_include_usage_no_chunk_has_one(service):
+    assert all("usage" not in chunk and chunk["choices"] for chunk in events(service))
+
+
+def test_the_client_streams(client):
+    with client.chat.completions.create(model="nano", messages=GREETING, stream=True) as stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == HELLO
+
+
+def test_a_calculator_call_stands_beside_the_text(service):
+    message = post(service, messages=QUESTION).json()["choices"][0]["message"]
+    assert message["content"] == "That is it."
+    parts = [("python", "12+30"), ("python_output", "42"), ("text", "That is it.")]
+    assert [(part["type"], part["text"]) for part in message["parts"]] == parts
+    again = [*QUESTION, {"role": "assistant", "content": message["parts"]}, *GREETING]
+    assert post(service, messages=again).status_code == 200
+    deltas = [c["choices"][0]["delta"] for c in events(service, messages=QUESTION)]
+    streamed = [part for delta in deltas for part in delta.get("parts", [])]
+    assert "".join(p["text"] for p in streamed if p["type"] == "python") == "12+30"
+    assert "".join(delta.get("content", "") for delta in deltas) == "That is it."
+
+
+def test_answers_with_one_seed_differ_and_come_again(service):
+    settings = {"n": 4, "seed": 7, "temperature": 3.0, "max_tokens": 12, "ignore_eos": True}
+    first, second = post(service, **settings).json(), post(service, **settings).json()
+    texts = [choice["message"]["content"] for choice in first["choices"]]
+    assert len(set(texts)) == 4 and texts == [choice["message"]["content"] for choice in second["choices"]]
+    assert [choice["index"] for choice in first["choices"]] == [0, 1, 2, 3]
+    assert first["usage"]["completion_tokens"] == 48
+    alone = post(service, **settings | {"n": 1}).json()
+    assert alone["choices"][0]["message"]["content"] == texts[0]
+    assert alone["usage"]["prompt_tokens"] == first["usage"]["prompt_tokens"]
+    chunks = [c["choices"][0] for c in events(service, **settings)]
+    for number, text in enumerate(texts):
+        own = [c for c in chunks if c["index"] == number]
+        assert "".join(c["delta"].get("content", "") for c in own) == text
+        assert own[0]["delta"]["role"] == "assistant" and [c["finish_reason"] for c in own if c["finish_reason"]] == [
+            "length"
+        ]
+
+
+@pytest.mark.parametrize("count", [None, 0, 5, 20])
+def test_logprobs_and_alternatives(service, count):
+    asked = {"logprobs": True} | ({} if count is None else {"top_logprobs": count})
+    choice = post(service, **asked).json()["choices"][0]
+    content = choice["logprobs"]["content"]
+    said = b"".join(bytes(token["bytes"]) for token in content).decode()
+    assert said == HELLO and all(-20 < token["logprob"] <= 0 for token in content)
+    for token in content:
+        top = token["top_logprobs"]
+        assert len(top) == (count or 0) and len({entry["token"] for entry in top}) == len(top)
+        assert [e["logprob"] for e in top] == sorted((e["logprob"] for e in top), reverse=True)
+        if top:  # greedy: the likeliest was taken
+            assert (top[0]["token"], top[0]["logprob"]) == (token["token"], token["logprob"])
+            assert sum(math.exp(entry["logprob"]) for entry in top) <= 1.0001
+    streamed = [c["choices"][0] for c in events(service, **asked)]
+    assert [t for c in streamed if c["logprobs"] for t in c["logprobs"]["content"]] == content
+    for c in streamed:  # a chunk's tokens are those of its text
+        if c["delta"].get("content"):
+            assert b"".join(bytes(t["bytes"]) for t in c["logprobs"]["content"]).decode() == c["delta"]["content"]
+
+
+def test_no_logprobs_where_none_are_asked(service):
+    assert post(service).json()["choices"][0]["logprobs"] is None
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"), [("안", "Hi 🙂 "), (["!", "🙂"], "Hi "), (["zzz"], HELLO), ("녕!", "Hi 🙂 안")]
+)
+def test_stop_texts(service, stop, text):
+    choice = post(service, stop=stop).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in events(service, stop=stop)) == text
+
+
+def test_length_is_told(service):
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = post(service, **{name: 3}).json()
+        assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["completion_tokens"] == 3
+
+
+def test_a_prompt_too_long_is_refused_with_the_numbers(service, client):
+    with pytest.raises(openai.BadRequestError, match=f"has 1[0-9]* tokens; this model's context holds {CAPACITY}") as e:
+        client.chat.completions.create(model="nano", messages=[{"role": "user", "content": "word " * 200}])
+    assert e.value.code == "context_length_exceeded" and e.value.param == "messages"
+
+
+def test_the_clients_errors(client):
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="gpt-4", messages=GREETING)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match="user and assistant in turn"):
+        client.chat.completions.create(model="nano", messages=[*GREETING, *GREETING])
+    with pytest.raises(openai.BadRequestError, match="tools: not supported"):
+        client.chat.completions.create(
+            model="nano", messages=GREETING, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
+
+
+def test_a_system_message_reaches_the_model(service):
+    system = [{"role": "system", "content": "hello"}, {"role": "user", "content": "🙂"}]
+    spelled = post(service, messages=[{"role": "user", "content": "hello\n\n🙂"}]).json()
+    for role in ("system", "developer"):
+        system[0]["role"] = role
+        answer = post(service, messages=system).json()
+        assert answer["usage"] == spelled["usage"] and answer["choices"] == spelled["choices"]
+
+
+def test_leaving_ends_the_answer(service):
+    """Streamed or not, the slot is free within one chunk of the engine."""
+    long = {"ignore_eos": True, "max_tokens": 100}
+    with slowed(service.worker, 0.15):
+        body = {"messages": GREETING, "stream": True} | long
+        with httpx.stream("POST", service.url + CHAT, json=body) as response:
+            pieces = response.iter_bytes()
+            next(pieces)
+            assert service.worker.busy == 1
+        assert service.wait_until_idle() < 0.4
+        with pytest.raises(httpx.ReadTimeout):
+            service.post(CHAT, {"messages": GREETING} | long, timeout=0.4)
+        assert service.wait_until_idle() < 0.4
+
+
+def test_the_pieces_of_a_chunk_leave_in_one_block(service):
+    """One write for what one chunk of the engine brought: tokens cost no write each."""
+    assert event({"a": "한"}) == 'data: {"a":"한"}\n\n'.encode() and Chat._event({}, 0, {}, None, "stop").endswith(
+        b"\n\n"
+    )
+    chunks = events(service, ignore_eos=True, max_tokens=40, temperature=2.0, seed=1)
+    assert len(chunks) <= 2 + 10 + 2  # 40 tokens, 4 a chunk; here and there one waits for the rest of its character
