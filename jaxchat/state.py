@@ -1,4 +1,4 @@
-"""The training state, and the pure steps over it: one update, one evaluation."""
+"""The training state, and the pure step over it: one update."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def make_train_step(
     The sums are divided by the batch's weights, or by its `counts`, shaped like them, where weights may be negative.
     """
     run, spec, shardings = trunk(config, mesh), loss_spec(config, mesh), state_sharding(config, optimizer, mesh)
-    cast, float16 = _caster(config, mesh), compute_dtype(config, mesh) == jnp.float16
+    cast, float16 = caster(config, mesh), compute_dtype(config, mesh) == jnp.float16
 
     def like_masters(grads: Any) -> Any:
         return jax.lax.with_sharding_constraint(grads, shardings.params)
@@ -207,9 +207,8 @@ def make_train_step(
         return jax.lax.scan(add, zeros, batch)[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        targets = jnp.maximum(
-            batch.get("counts", batch["weights"]).sum(), 1.0
-        )  # a batch without a target has loss 0, not NaN
+        counts = batch.get("counts", batch["weights"])
+        targets = jnp.maximum(counts.sum(), 1.0)  # a batch without a target has loss 0, not NaN
         scaling = find_scale(state.opt_state) if float16 else None
         factor = jnp.float32(1.0) if scaling is None else scaling.scale / targets
         total, grads = accumulate(state.params, batch, factor)
@@ -223,12 +222,8 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": grad_norm, "ok": ok | (overflowed > 0), "overflowed": overflowed}
         return TrainState(params, opt_state, state.step + 1), {k: v.astype(jnp.float32) for k, v in metrics.items()}
 
-    return jax.jit(
-        step,
-        donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-    )
+    sides = {"in_shardings": (shardings, batch_sharding(mesh)), "out_shardings": (shardings, replicated(mesh))}
+    return jax.jit(step, donate_argnums=0, **sides)
 
 
 def _select(ok: jax.Array, float16: bool, new: Any, old: Any) -> Any:
@@ -242,7 +237,7 @@ def _select(ok: jax.Array, float16: bool, new: Any, old: Any) -> Any:
     return jax.tree.map(choose, new, old, is_leaf=lambda node: isinstance(node, LossScaleState))
 
 
-def _caster(config: Config, mesh: Mesh) -> Callable[[Any], Any]:
+def caster(config: Config, mesh: Mesh) -> Callable[[Any], Any]:
     """Masters -> weights in the compute dtype, gathered over `data` in that dtype, once a step."""
     dtype = compute_dtype(config, mesh)
     shapes, axes = gpt.abstract_params(config.model)
@@ -263,43 +258,3 @@ def _fold_tied(params: Any, grads: Any) -> Any:
     return {k: v for k, v in grads.items() if k != "unembedding"} | {
         "embedding": grads["embedding"] + grads["unembedding"]
     }
-
-
-def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch, jax.Array], dict[str, jax.Array]]:
-    """Jitted sums over one batch: (params, batch, byte_lengths (V,) int32) -> float32 scalars.
-
-    `nats` and `bytes` over the targets that stand for text (special tokens count neither way), for bits per byte;
-    `all_nats` and `targets` over every weighted target, for the loss and the perplexity.
-    """
-    cast, run, spec = _caster(config, mesh), trunk(config, mesh), loss_spec(config, mesh)
-
-    def step(params: Any, batch: Batch, byte_lengths: jax.Array) -> dict[str, jax.Array]:
-        weights = cast(params)
-        micro = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), batch)
-        x = gpt.hidden(config.model, weights, micro["inputs"], run)
-        total, nll = chunked_loss(x, weights["unembedding"], micro["targets"], micro["weights"], spec)
-        size = byte_lengths[micro["targets"]] * micro["weights"]
-        return {
-            "nats": jnp.sum(nll * micro["weights"] * (size > 0)),
-            "bytes": size.sum(),
-            "all_nats": total,
-            "targets": micro["weights"].sum(),
-        }
-
-    return jax.jit(step, in_shardings=(None, batch_sharding(mesh), None), out_shardings=replicated(mesh))
-
-
-def make_nll_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch], jax.Array]:
-    """Jitted (params, batch) -> negative log-likelihood of every target, (A, B, T) float32 in nats."""
-    cast, run, spec = _caster(config, mesh), trunk(config, mesh), loss_spec(config, mesh)
-
-    def step(params: Any, batch: Batch) -> jax.Array:
-        weights = cast(params)
-
-        def nll(micro: Batch) -> jax.Array:
-            x = gpt.hidden(config.model, weights, micro["inputs"], run)
-            return chunked_loss(x, weights["unembedding"], micro["targets"], micro["weights"], spec)[1]
-
-        return jax.lax.map(nll, batch)
-
-    return jax.jit(step, in_shardings=(None, batch_sharding(mesh)), out_shardings=replicated(mesh))

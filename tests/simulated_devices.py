@@ -17,7 +17,8 @@ from jaxchat.model import gpt
 from jaxchat.optim.groups import make_optimizer
 from jaxchat.optim.horizon import resolve
 from jaxchat.optim.muon import muon
-from jaxchat.state import compute_dtype, init_state, make_eval_step, make_train_step, state_sharding
+from jaxchat.scores import make_eval_step
+from jaxchat.state import compute_dtype, init_state, make_train_step, state_sharding
 
 SMALL = ["model.depth=4", "model.width=64", "model.n_heads=4", "model.head_width=16", "model.vocab_size=200",
          "model.seq_len=32", "model.window_short=5", "train.batch_tokens=512", "train.steps=30",

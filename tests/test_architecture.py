@@ -14,8 +14,8 @@ PRODUCT = sorted(
 )
 # data flows from left to right, imports point to the left
 ORDER = (
-    "toml", "config", "recipes", "mesh", "hosts", "text", "data", "model", "losses", "optim", "state", "checkpoint",
-    "engine", "tasks", "interop",
+    "toml", "config", "recipes", "mesh", "hosts", "text", "data", "model", "losses", "optim", "state", "scores",
+    "checkpoint", "engine", "tasks", "interop",
 )  # fmt: skip
 LEAVES = {"errors", "paths", "log", "tools"}  # anyone may import them
 WITHOUT_JAX = ("jaxchat/toml.py", "jaxchat/config.py", "jaxchat/recipes.py", "jaxchat/paths.py", "jaxchat/log.py",

