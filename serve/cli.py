@@ -10,6 +10,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, TextIO
 
 from jaxchat.config import Config
@@ -22,6 +23,8 @@ HELP = """  /temperature X   0 takes the likeliest word each time, 1 is lively (
   /topk N          choose among the N likeliest tokens, 0 among all (now {top_k})
   /clear           forget the conversation
   /quit            leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # change the direction of what follows
 
 
 @dataclass
@@ -115,20 +118,36 @@ def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO |
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # arrow keys and history in `input`
+        warm_up(engine)
         print(f"{config.tier} in {run.root}; /help lists the commands")
-    for line in lines(source, interactive):
-        if line.startswith("/"):
-            if not talk.command(line):
-                break
-        elif line:
-            talk.answer(line)
+    with ctrl_c(_nothing) if interactive else contextlib.nullcontext():  # just too late for an answer it ends nothing
+        for line in lines(source, interactive):
+            if line.startswith("/"):
+                if not talk.command(line):
+                    break
+            elif line:
+                talk.answer(line)
+
+
+def warm_up(engine: Engine) -> None:
+    """Compile before the first question instead of during it, and say how far it is."""
+
+    def progress(done: int, total: int) -> None:
+        print(f"\r\033[2mcompiling {done} of {total} ...\033[0m", end="", flush=True)
+
+    engine.warm_up(progress)
+    print("\r\033[K", end="")
 
 
 def lines(source: TextIO, interactive: bool) -> Iterator[str]:
     """What the person says, line by line, to the end of the input; Ctrl-C at the prompt clears the line."""
     while True:
         try:
-            line = input("\n> ") if interactive else source.readline()
+            if interactive:
+                with ctrl_c(signal.default_int_handler):
+                    line = input("\n> ")
+            else:
+                line = source.readline()
         except EOFError:
             print()
             return
@@ -149,16 +168,30 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     An exception in the middle of a decoding step would lose the engine's state, which that step consumes.
     """
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
+    with ctrl_c(lambda number, frame: pressed.append(number)):
         yield lambda: bool(pressed)
+
+
+@contextlib.contextmanager
+def ctrl_c(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 
 
+def _nothing(number: int, frame: FrameType | None) -> None:
+    pass
+
+
 def printable(text: str) -> str:
-    """Without the control characters by which a model's text could steer the terminal."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+    """Without the control characters by which a model's text could steer the terminal, or turn its lines around."""
+    return "".join("\ufffd" if c not in "\n\t" and _steers(c) else c for c in text)
+
+
+def _steers(character: str) -> bool:
+    return unicodedata.category(character) == "Cc" or unicodedata.bidirectional(character) in TURNING
 
 
 def _number(text: str, kind: type) -> Any:

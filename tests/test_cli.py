@@ -82,6 +82,7 @@ def test_a_message_longer_than_the_context_is_refused_with_the_numbers(engine, c
 def test_the_model_cannot_steer_the_terminal():
     assert printable("a\n\tb 안녕 🙂") == "a\n\tb 안녕 🙂"
     assert printable("\033[2J\r\x07\x9b") == "\ufffd[2J" + "\ufffd" * 3
+    assert printable("a\u202eb\u2066") == "a\ufffdb\ufffd" and printable("👩‍🚀 مرحبا שלום") == "👩‍🚀 مرحبا שלום"
 
 
 def test_bytes_that_are_no_text_do_not_end_the_chat(run):
@@ -134,7 +135,8 @@ class Terminal:
 
 def test_a_terminal(run):
     """Prompt, stream, Ctrl-C at the prompt and in an answer, and the end of the input."""
-    command = [sys.executable, ROOT / "launch.py", "--run-dir", run.root, "--chat", "--set", "serve.temperature=0"]
+    command = [sys.executable, ROOT / "launch.py", "--run-dir", run.root, "--chat", "--set", "serve.temperature=0",
+               "--set", "serve.max_tokens=100"]  # fmt: skip
     terminal = Terminal(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "LANG": "C.UTF-8"})
     try:
         terminal.wait_for("/help lists the commands")
@@ -150,6 +152,22 @@ def test_a_terminal(run):
         terminal.type("/help\r")
         assert "/temperature X" in terminal.wait_for("Ctrl-C stops an answer")
         terminal.wait_for("> ")
+        for command in ("/temperature 9\r", "/topk 0\r"):  # answers about as long as they may be
+            terminal.type(command)
+            terminal.wait_for("> ")
+        for i in range(40):  # whenever it comes, before, in or after the answer, it ends no more than the answer
+            terminal.type("go on\r")
+            terminal.wait_for("go on\r\n")
+            time.sleep(0.005 * (i % 12))
+            terminal.type("\x03")
+            if " ...\r\n" in terminal.wait_for("\n> "):
+                break
+        else:
+            raise AssertionError("no answer was stopped")
+        terminal.type("/temperature 0\r")
+        terminal.wait_for("mtemperature 0")
+        terminal.wait_for("> ")
+        time.sleep(0.3)
         terminal.type("\x04")
         assert terminal.program.wait(30) == 0
     finally:
