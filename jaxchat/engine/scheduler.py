@@ -170,7 +170,7 @@ class Engine:
             if handle.prompt:
                 handle.prompt.abandon()
         else:
-            slot = self._leave(handle)
+            slot = self._admission.leave(handle, self._in_flight(handle))
             if slot is not None:
                 self._programs.release(slot)
         handle.finish("cancelled")
@@ -292,14 +292,12 @@ class Engine:
         """The events of one row's new tokens; what comes next for it is arranged."""
         events, turn = take_in(handle, made, reports, state), handle.turn
         if turn.stopped or state in (device.STOPPED, device.FULL):
-            slot = self._leave(handle)
-            if slot is not None and turn.stopped:  # the device does not know yet
+            ended = state in (device.STOPPED, device.FULL)  # then the device has done nothing more
+            slot = self._admission.leave(handle, 0 if ended else self._in_flight(handle))
+            if slot is not None and not ended:
                 self._programs.release(slot)
             handle.finish("length" if state == device.FULL and not turn.stopped else "stop")
             events.append(Event("done", finish_reason=handle.finish_reason, tokens=turn.rest()))
         elif state == device.PAUSED:
             self._programs.resume(self._admission.slot(handle), turn.tool_output())
         return events
-
-    def _leave(self, handle: Handle) -> int | None:
-        return self._admission.leave(handle, self._in_flight(handle))

@@ -1,0 +1,230 @@
+"""Time the engine: python -m bench.decode --tier d20 [--batch-sizes 1,8,32,128] [--prompt 1024] [--tokens 256]
+
+Random weights in the shape of a tier, or those of --run-dir. As many answers as each batch size says start at once;
+reported are the time to the first token, the time per token, tokens a second once all answers run, and how near that
+comes to the memory's limit: the bytes that a step must read over the bandwidth measured here. The last line is one JSON
+object.
+
+--weights float32,int8 takes each in turn; with --run-dir, also their bits per byte on the run's held-out text.
+--compare nanochat DIR runs the engine of a checkout of karpathy/nanochat in turns with ours: the same weights and
+prompts; --python is an interpreter with torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxchat.checkpoint import restore_params
+from jaxchat.config import Config, load_config
+from jaxchat.data.rows import Rows
+from jaxchat.engine import Engine, Request
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.model import gpt
+from jaxchat.model.layout import value_layers
+from jaxchat.model.sizes import count_parameters, kv_values_per_row, matmul_parameters
+from jaxchat.optim.horizon import resolve
+from jaxchat.paths import RunDir
+from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
+
+NOISE = 0.02  # added to fresh weights, whose zero matrices would make every token equally likely
+GOALS = {("d20", 1): 0.40, ("d32", 1): 0.55, ("d20", 128): 0.60}  # shares of the limit of one H200, bfloat16
+HELD_OUT_ROWS = 32  # of a run's held-out text, for bits per byte
+
+
+class Sampler:
+    """Our engine with its weights; `run` times one batch."""
+
+    def __init__(self, config: Config, params: Any, tokenizer: Tokenizer, slots: int, args: Any, kind: str):
+        self.args = args
+        self.engine = Engine(
+            config.model, params, tokenizer, slots=slots, capacity=args.prompt + args.tokens, weights=kind
+        )
+
+    def run(self, prompt: list[int], rows: int) -> dict[str, float]:
+        """`rows` answers to one prompt (which is prefilled once for all, as the peer does)."""
+        args, engine = self.args, self.engine
+        request = Request(
+            prompt, max_tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, tools=False, stop=()
+        )
+        begin, processor = time.perf_counter(), time.process_time()
+        handles = engine.submit_group(request, range(rows))
+        while any(handle.first_token is None for handle in handles):
+            engine.step()
+        all_run, before = time.perf_counter(), sum(handle.made for handle in handles)
+        while not all(handle.done for handle in handles):
+            engine.step()
+        end = time.perf_counter()
+        made = sum(handle.made for handle in handles)
+        return {
+            "tokens_per_second": (made - before) / (end - all_run),
+            "with_prompt": made / (end - begin),
+            "first_token_seconds": statistics.median(h.first_token - h.submitted for h in handles),
+            "seconds_per_token": statistics.median(
+                (h.finished - h.first_token) / max(1, h.made - engine.chunk) for h in handles
+            ),
+            "processor_seconds": time.process_time() - processor,
+        }
+
+
+def bandwidth() -> float:
+    """Bytes a second that the memory moves, reading and writing counted: the best of several large copies."""
+    values = jnp.zeros((64 if jax.default_backend() == "cpu" else 1024) * 2**18, jnp.float32)
+    copy = jax.jit(lambda a: a + 1)
+    jax.block_until_ready(copy(values))
+    seconds = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        jax.block_until_ready(copy(values))
+        seconds.append(time.perf_counter() - begin)
+    return 2 * values.nbytes / min(seconds)
+
+
+def step_bytes(config: Config, rows: int, context: int, kind: str, item_bytes: int) -> int:
+    """Bytes that one decoding step must read: kernels, a row of each table for every token, keys and values."""
+    model, kernels = config.model, matmul_parameters(config.model)
+    tables = 1 + len(value_layers(model))
+    kernel_bytes = kernels * (1 if kind == "int8" else item_bytes)
+    return kernel_bytes + item_bytes * rows * (tables * model.width + kv_values_per_row(model, context))
+
+
+def load(args: argparse.Namespace) -> tuple[Config, Any, Tokenizer]:
+    if args.run_dir:
+        run = RunDir(args.run_dir)
+        config = resolve(load_config(run.config, args.set))
+        stage = next((s for s in ("sft", "base") if run.stage(s).is_dir()), "base")
+        return config, restore_params(run.stage(stage))[0], Tokenizer.load(run.tokenizer)
+    config = resolve(load_config(args.tier, args.set))
+    leaves, tree = jax.tree.flatten(gpt.init_params(config.model, config.seed))
+    draw = np.random.default_rng(0)
+    for i, leaf in enumerate(leaves):
+        if not np.any(leaf):
+            leaves[i] = jnp.asarray(NOISE * draw.standard_normal(leaf.shape, np.float32))
+    tokenizer = train_tokenizer(["some words for a small vocabulary"] * 3, 266, 1000, 1000)
+    return config, jax.tree.unflatten(tree, leaves), tokenizer
+
+
+def bits_per_byte(engine: Engine, run: RunDir) -> float | None:
+    """Of a run's held-out text, each row by itself; None where there is none."""
+    folder = run.data / "rows" / "val"
+    if not (folder / "meta.json").exists():
+        return None
+    rows, lengths = Rows(folder, engine.tokenizer.digest), np.asarray(engine.tokenizer.byte_lengths())
+    texts = [rows[i][0][: engine.capacity].tolist() for i in range(min(HELD_OUT_ROWS, len(rows)))]
+    nats = -sum(token.logprob for scores in engine.score(texts) for token in scores if token and lengths[token.id])
+    return nats / math.log(2) / sum(int(lengths[ids[1:]].sum()) for ids in texts)
+
+
+def measure(config: Config, params: Any, tokenizer: Tokenizer, args: Any, kind: str) -> list[dict[str, Any]]:
+    """One entry for each batch size, medians over the rounds."""
+    prompt = np.random.default_rng(1).integers(0, tokenizer.vocab_size, args.prompt).tolist()
+    most, entries = bandwidth(), []
+    ours = Sampler(config, params, tokenizer, max(args.batch_sizes), args, kind)
+    peer = None
+    if args.compare:
+        from bench.decode_peer import Peer
+
+        peer = Peer(config, params, tokenizer, Path(args.compare[1]), args.python)
+    try:
+        for rows in args.batch_sizes:
+            sides: dict[str, list[dict[str, float]]] = {"jaxchat": [], "nanochat": []}
+            for turn in range(args.rounds + 1):  # the first one compiles
+                results = {"jaxchat": ours.run(prompt, rows)}
+                if peer:
+                    results["nanochat"] = peer.run(prompt, rows, args)
+                if turn:
+                    for side, result in results.items():
+                        sides[side].append(result)
+            must = step_bytes(config, rows, args.prompt + args.tokens // 2, kind, np.dtype(ours.engine.dtype).itemsize)
+            entries.append(_summary(config, rows, most, must, sides))
+    finally:
+        if peer:
+            peer.close()
+    if args.run_dir:
+        entries.append({"bits_per_byte": bits_per_byte(ours.engine, RunDir(args.run_dir))})
+    return entries
+
+
+def _summary(config: Config, rows: int, most: float, must: int, sides: dict[str, Any]) -> dict[str, Any]:
+    def median(side: str) -> dict[str, float]:
+        return {name: round(statistics.median(r[name] for r in sides[side]), 5) for name in sides[side][0]}
+
+    ours = median("jaxchat")
+    limit = rows * most / must
+    entry: dict[str, Any] = {
+        "rows": rows,
+        **ours,
+        "bytes_per_step": must,
+        "bandwidth": round(most),
+        "limit_tokens_per_second": round(limit, 1),
+        "share_of_limit": round(ours["tokens_per_second"] / limit, 4),
+        "goal_share": GOALS.get((config.tier, rows)),
+    }
+    if sides["nanochat"]:
+        pairs = zip(sides["jaxchat"], sides["nanochat"], strict=True)
+        ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
+        entry |= {"nanochat": median("nanochat"), "times_nanochat": round(statistics.median(ratios), 2)}
+        entry["times_nanochat_rounds"] = [round(ratio, 2) for ratio in ratios]
+    return entry
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tier", default="nano")
+    parser.add_argument("--run-dir", help="a finished run; default: random weights in the shape of the tier")
+    parser.add_argument("--set", action="append", default=[], metavar="K=V")
+    parser.add_argument("--batch-sizes", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32, 128])
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of each answer")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-k", type=int, default=50)
+    parser.add_argument("--weights", default="auto", help="auto, float32, bfloat16 or int8, or several of them")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compare", nargs=2, metavar=("nanochat", "DIR"))
+    parser.add_argument("--python", default=sys.executable, help="of --compare: the peer's interpreter")
+    args = parser.parse_args(argv)
+    if args.compare and args.compare[0] != "nanochat":
+        parser.error(f"--compare {args.compare[0]}: the one peer known is nanochat")
+    try:
+        config, params, tokenizer = load(args)
+        if args.prompt + args.tokens > config.model.seq_len:
+            raise UsageError(
+                f"--prompt {args.prompt} and --tokens {args.tokens} are more than the context of "
+                f"{config.model.seq_len} (model.seq_len)"
+            )
+        result: dict[str, Any] = {
+            "device": jax.devices()[0].device_kind,
+            "cores": os.cpu_count(),
+            "load_average": round(os.getloadavg()[0], 2),
+            "versions": {name: version(name) for name in ("jax", "jaxlib", "numpy")},
+            "tier": config.tier,
+            "model": {k: getattr(config.model, k) for k in ("depth", "width", "seq_len", "vocab_size")},
+            "parameters": count_parameters(config.model).total,
+            "prompt": args.prompt,
+            "tokens": args.tokens,
+            "temperature": args.temperature,
+            "top_k": args.top_k,
+            "rounds": args.rounds,
+        }
+        for kind in args.weights.split(","):
+            result[kind] = measure(config, params, tokenizer, args, kind)
+            print(json.dumps({kind: result[kind]}), flush=True)
+    except JaxchatError as error:
+        parser.exit(error.exit_code, f"error: {error}\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

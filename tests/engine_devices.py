@@ -1,0 +1,70 @@
+"""Run in a process of its own with 4 simulated devices: an engine over all of them against one device, as JSON."""
+
+import json
+import random
+
+import jax
+import numpy as np
+from small_model import CAPACITY, CONFIG, QUESTION, tokenizer
+
+from jaxchat.config import MeshConfig
+from jaxchat.engine import Engine, Request, programs
+from jaxchat.engine.decode import decode_chunk
+from jaxchat.mesh import make_mesh
+from jaxchat.model import gpt
+
+programs.PIECE = programs.MIN_CACHE_BUCKET = 32
+
+
+def requests(count: int) -> list[Request]:
+    rng, made = random.Random(1), []
+    for i in range(count):
+        length = rng.choice([1, 5, 20, 33, 70, CAPACITY])
+        drawn = {"temperature": rng.choice([0.0, 1.2]), "seed": i, "repetition_penalty": rng.choice([1.0, 1.4])}
+        made.append(Request([rng.randrange(270) for _ in range(length)], max_tokens=rng.randint(1, 12), **drawn))
+    return made
+
+
+def everything(engine: Engine) -> list[list[int]]:
+    """Tokens of many requests: short and long ones, groups, a conversation that goes on, a calculator call."""
+    asked = requests(14)
+    handles = [engine.submit(request) for request in asked[:5]]
+    engine.step()
+    handles += engine.submit_group(Request(asked[5].tokens, max_tokens=6, temperature=1.0), [1, 2, 3])
+    handles += [engine.submit(request) for request in asked[6:]]
+    handles.append(engine.submit(engine.chat_request(QUESTION, max_tokens=25)))
+    gone = engine.submit(asked[0])
+    engine.step()
+    engine.cancel(gone)
+    engine.finish(handles)
+    tokens = [handle.result().tokens for handle in handles]
+    longer = [*handles[-1].request.tokens, *tokens[-1], *range(20, 45)]
+    for _ in range(2):
+        last = engine.submit(Request(longer, max_tokens=8))
+        engine.finish([last])
+        tokens.append([last.reused, *last.result().tokens])
+        longer = [*longer, *last.result().tokens, 7]
+    return tokens
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 4
+    leaves, tree = jax.tree.flatten(gpt.init_params(CONFIG, seed=0))
+    draw = np.random.default_rng(0)
+    leaves = [np.asarray(a) + 0.2 * draw.standard_normal(a.shape).astype(np.float32) for a in leaves]
+    params = jax.tree.unflatten(tree, leaves)
+    alone = Engine(CONFIG, params, tokenizer(), slots=8)
+    spread = Engine(CONFIG, params, tokenizer(), slots=8, mesh=make_mesh(MeshConfig()))
+    p = spread._programs
+    static = {"config": CONFIG, "rows": 2, "bucket": 32, "steps": 8, "capacity": CAPACITY}
+    chunk = programs._spread(decode_chunk, p.mesh, tuple(sorted(static.items())), ("params", "slots"))
+    print(
+        json.dumps(
+            {
+                "alone": everything(alone),
+                "spread": everything(spread),
+                "split": len({s.device for s in p.state.cache.k[0].addressable_shards}) == 4,
+                "text": chunk.lower(p.params, p.state).compile().as_text(),
+            }
+        )
+    )
