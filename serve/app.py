@@ -222,7 +222,7 @@ def serve(run: RunDir, config: Config) -> None:
 
     address = f"http://{config.serve.host}:{listening.getsockname()[1]}"
     say(f"loading {config.tier}; {address}/health tells when it is ready")
-    worker.loaded.add_done_callback(lambda future: future.exception() or ready(address, service))
+    worker.loaded.add_done_callback(lambda future: None if future.exception() else ready(address, service))
     server = Server(uvicorn_config(make_app(service, make_page), config), service)
     try:
         server.run(sockets=[listening])
@@ -241,6 +241,7 @@ def uvicorn_config(app: FastAPI, config: Config) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         lifespan="on",
+        ws="websockets-sansio",
         ws_max_size=limits.body_bytes,
         ws_per_message_deflate=False,
         timeout_keep_alive=KEEP_ALIVE,
