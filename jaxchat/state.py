@@ -222,8 +222,8 @@ def make_train_step(
         metrics = {"loss": loss, "grad_norm": grad_norm, "ok": ok | (overflowed > 0), "overflowed": overflowed}
         return TrainState(params, opt_state, state.step + 1), {k: v.astype(jnp.float32) for k, v in metrics.items()}
 
-    sides = {"in_shardings": (shardings, batch_sharding(mesh)), "out_shardings": (shardings, replicated(mesh))}
-    return jax.jit(step, donate_argnums=0, **sides)
+    inputs, outputs = (shardings, batch_sharding(mesh)), (shardings, replicated(mesh))
+    return jax.jit(step, donate_argnums=0, in_shardings=inputs, out_shardings=outputs)
 
 
 def _select(ok: jax.Array, float16: bool, new: Any, old: Any) -> Any:

@@ -95,7 +95,7 @@ class Chat:
             choices = []
             for number, handle in enumerate(answers.handles):
                 result = handle.result()
-                self._call.note_text(lambda text=result.text: text)
+                self._call.note_text(lambda: result.text)  # noqa: B023  # asked at once
                 message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
                 if any(part["type"] != "text" for part in result.parts):
                     message["parts"] = result.parts

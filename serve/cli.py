@@ -17,7 +17,7 @@ from jaxchat.config import Config
 from jaxchat.engine import Engine
 from jaxchat.errors import UsageError
 from jaxchat.paths import RunDir
-from serve.worker import fitting_request
+from serve.fitting import fitting_request
 
 HELP = """  /temperature X   0 takes the likeliest word each time, 1 is lively (now {temperature:g})
   /topk N          choose among the N likeliest tokens, 0 among all (now {top_k})

@@ -122,7 +122,7 @@ class Completing:
     async def _score(self, wholes: list[list[int]]) -> None:
         for i in range(0, len(wholes), SCORED_AT_ONCE):
             batch = wholes[i : i + SCORED_AT_ONCE]
-            found = await self._service.worker.call(lambda engine, batch=batch: engine.score(batch))
+            found = await self._service.worker.call(lambda engine: engine.score(batch))  # noqa: B023  # awaited here
             for prompt, scores in zip(self._prompts[i:], found, strict=False):
                 prompt.scores = scores[len(scores) - len(prompt.ids) :]
 

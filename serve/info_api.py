@@ -94,9 +94,9 @@ def routes(service: Service) -> APIRouter:
         tokenizer = service.worker.engine.tokenizer
         names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": ASSISTANT_END}
         sizes = {"vocab_size": tokenizer.vocab_size, "model_max_length": service.context}
-        return _json(names | sizes | {"special_tokens": tokenizer.special})
+        return _json({**names, **sizes, "special_tokens": tokenizer.special})
 
-    @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}} | errors(401, 429), tags=["operation"])
+    @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **errors(401, 429)}, tags=["operation"])
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.text(), media_type=service.metrics.content_type)

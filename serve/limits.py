@@ -74,8 +74,8 @@ class Rates:
 def check_messages(limits: ServeConfig, messages: Sequence[dict[str, Any]]) -> None:
     """`ApiError` 400 names the first limit that a conversation goes over."""
     if len(messages) > limits.max_messages:
-        message = f"{len(messages)} messages; at most {limits.max_messages}"
-        raise bad_request("messages", message, "array_above_max_length")
+        advice = f"{len(messages)} messages; at most {limits.max_messages}"
+        raise bad_request("messages", advice, "array_above_max_length")
     total = 0
     for i, message in enumerate(messages):
         content = message["content"]

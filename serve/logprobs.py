@@ -34,7 +34,8 @@ class Namer:
 
     def shown(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones by their names."""
-        parts, ordinary = [], []
+        parts: list[str] = []
+        ordinary: list[int] = []
         for token in [*tokens, None]:
             if token is None or token in self._special:
                 parts.append(self._tokenizer.decode(ordinary))

@@ -18,11 +18,12 @@ from jaxchat.engine import Event, Handle, QueueFull
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.paths import RunDir
 from serve.errors import ApiError
+from serve.fitting import fitting_request
 from serve.limits import Keys, Rates
 from serve.page_card import model_card
 from serve.page_view import BREAK, Messages, TokenSpans, show, spoken, turn, turns_before
 from serve.texts import EXAMPLES, LOGIN, TEXTS
-from serve.worker import Unavailable, Worker, fitting_request
+from serve.worker import Unavailable, Worker
 
 t = I18nData  # a text by its name, in the language of the browser
 

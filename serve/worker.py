@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,10 +13,9 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from jaxchat.engine import Engine, Event, Handle, Request
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import JaxchatError
 
 T = TypeVar("T")
-ANSWER_ROOM = 32  # tokens of the context kept for the answer where the conversation would fill it
 Group = tuple[Request, Sequence[int | None]]  # a prompt, and a seed for each answer to it
 
 
@@ -275,7 +275,7 @@ class Worker:
             if event.kind == "done":
                 del self._listeners[handle]
         for loop, letters in post.items():
-            _in_loop(loop, lambda letters=letters: [answers.tell(pieces) for answers, pieces in letters.items()])
+            _in_loop(loop, functools.partial(_deliver, letters))
 
     def _post(self, answers: Answers, item: BaseException | None) -> None:
         _in_loop(answers.loop, lambda: answers.tell(item))
@@ -290,17 +290,6 @@ def _in_loop(loop: asyncio.AbstractEventLoop, work: Callable[[], Any]) -> None:
         loop.call_soon_threadsafe(work)
 
 
-def fitting_request(engine: Engine, messages: Sequence[dict[str, Any]], **settings: Any) -> tuple[Request, int]:
-    """(request, dropped): the answer to a conversation, without as many of its oldest messages as do not fit.
-
-    `UsageError` where the last message alone is longer than the context.
-    """
-    room, dropped = engine.capacity - min(ANSWER_ROOM, engine.capacity // 2), 0
-    while True:
-        request = engine.chat_request(messages[dropped:], **settings)
-        if len(request.tokens) <= room or dropped + 2 >= len(messages):
-            break
-        dropped += 2
-    if len(request.tokens) > engine.capacity:
-        raise UsageError(f"the message has {len(request.tokens)} tokens; this model's context holds {engine.capacity}")
-    return request, dropped
+def _deliver(letters: dict[Answers, list[tuple[int, Event]]]) -> None:
+    for answers, pieces in letters.items():
+        answers.tell(pieces)

@@ -9,7 +9,8 @@ from small_model import CONFIG, GREETING, QUESTION, learned, tokenizer
 
 from jaxchat.engine import Engine
 from jaxchat.errors import UsageError
-from serve.worker import EngineStopped, Worker, fitting_request
+from serve.fitting import fitting_request
+from serve.worker import EngineStopped, Worker
 
 
 @pytest.fixture(scope="module")
