@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
         hosts.add_argument(name, type=kind, default=os.environ.get(variable), help=f"{text} (or {variable})")
     hosts.add_argument("--connect-timeout", type=int, default=300, metavar="S", help="seconds to wait for all (300)")
     parser.add_argument("--chat", action="store_true", help="talk to the finished run in the terminal")
-    parser.add_argument("--serve", action="store_true", help="open the chat page of the finished run")
+    parser.add_argument("--serve", action="store_true", help="serve the finished run: chat page and HTTP API")
     parser.add_argument("--host", help="address to serve on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to serve on (default 8000)")
     return parser
@@ -187,7 +187,7 @@ def run(args: argparse.Namespace) -> None:
 
         chat(directory, config)
     elif args.serve:
-        from serve.page import serve
+        from serve.app import serve
 
         serve(directory, config)
     else:

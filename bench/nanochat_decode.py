@@ -36,13 +36,13 @@ def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         settings = json.load(file)
     sys.path.insert(0, settings["directory"])
-    model = load_model(settings)
+    model, tokenizer = load_model(settings), load_tokenizer(settings)  # also stands in for what is missing
     import torch
     from nanochat.engine import Engine
 
     if torch.cuda.is_available():
         model = model.cuda()
-    engine = Engine(model, load_tokenizer(settings))
+    engine = Engine(model, tokenizer)
     about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     print(json.dumps(about), file=ANSWERS, flush=True)
     for line in sys.stdin:

@@ -6,6 +6,7 @@ import threading
 import time
 
 import httpx
+import pytest
 from small_model import CONFIG, SHAPES, learned, tokenizer
 
 from jaxchat.config import load_config
@@ -14,6 +15,12 @@ from jaxchat.optim.horizon import resolve
 from serve.app import Server, bind, make_app, uvicorn_config
 from serve.service import Service
 from serve.worker import Worker
+
+try:
+    import openai
+except ImportError:
+    openai = None
+needs_openai = pytest.mark.skipif(openai is None, reason="needs the dev extra: pip install -e '.[dev]'")
 
 
 def config(**settings):

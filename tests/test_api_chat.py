@@ -4,9 +4,8 @@ import json
 import math
 
 import httpx
-import openai
 import pytest
-from live_service import live, slowed
+from live_service import live, needs_openai, openai, slowed
 from small_model import CAPACITY, GREETING, QUESTION
 
 from serve.chat_api import Chat
@@ -43,6 +42,7 @@ def events(service, **body):
     return [json.loads(block.removeprefix(b"data: ")) for block in blocks]
 
 
+@needs_openai
 def test_a_whole_answer(client):
     answer = client.chat.completions.create(model="nano", messages=GREETING)
     (choice,) = answer.choices
@@ -80,6 +80,7 @@ def test_without_include_usage_no_chunk_has_one(service):
     assert all("usage" not in chunk and chunk["choices"] for chunk in events(service))
 
 
+@needs_openai
 def test_the_client_streams(client):
     with client.chat.completions.create(model="nano", messages=GREETING, stream=True) as stream:
         text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
@@ -158,12 +159,14 @@ def test_length_is_told(service):
         assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["completion_tokens"] == 3
 
 
+@needs_openai
 def test_a_prompt_too_long_is_refused_with_the_numbers(service, client):
     with pytest.raises(openai.BadRequestError, match=f"has 1[0-9]* tokens; this model's context holds {CAPACITY}") as e:
         client.chat.completions.create(model="nano", messages=[{"role": "user", "content": "word " * 200}])
     assert e.value.code == "context_length_exceeded" and e.value.param == "messages"
 
 
+@needs_openai
 def test_the_clients_errors(client):
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-4", messages=GREETING)

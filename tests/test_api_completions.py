@@ -4,9 +4,8 @@ import json
 from operator import itemgetter
 
 import httpx
-import openai
 import pytest
-from live_service import live
+from live_service import live, needs_openai, openai
 from small_model import CAPACITY, GREETING, QUESTION
 
 from jaxchat.text.chat import render_prompt
@@ -157,6 +156,7 @@ def test_a_prompt_too_long(service):
     assert full["usage"] == {"prompt_tokens": CAPACITY, "completion_tokens": 1, "total_tokens": CAPACITY + 1}
 
 
+@needs_openai
 def test_the_official_client(service):
     with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none") as client:
         answer = client.completions.create(model="nano", prompt="hello", max_tokens=5, logprobs=2, echo=True)

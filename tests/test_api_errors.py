@@ -7,9 +7,8 @@ import socket
 import time
 
 import httpx
-import openai
 import pytest
-from live_service import config, live, slowed
+from live_service import config, live, needs_openai, openai, slowed
 from small_model import GREETING
 
 from serve import limits
@@ -191,6 +190,7 @@ def test_the_document_says_what_the_service_does(service):
     assert schemas["ChatRequest"]["required"] == ["messages"]
 
 
+@needs_openai
 def test_keys():
     with live(api_keys=("first", "zweiter-schlüssel")) as service:
         body = {"messages": GREETING, "max_tokens": 1}
@@ -223,6 +223,7 @@ def test_keys():
             client.chat.completions.create(model="nano", messages=GREETING)
 
 
+@needs_openai
 def test_requests_a_minute_and_the_clients_retries():
     with live(api_keys=("a", "b"), requests_per_minute=30) as service:  # one comes back every two seconds
         answers = [service.post("/tokenize", {"prompt": "x"}, headers={"Authorization": "Bearer a"})]

@@ -73,7 +73,8 @@ def test_a_calculator_call_stands_beside_the_text(talk):
      ('{"messages": [{"role": "user"}], "temperature": 1e999}', "messages"),
      ('{"messages": NaN}', "messages"),
      ('{"messages": [', "messages"),
-     ({"messages": [*GREETING, *GREETING]}, "messages"), ({"messages": GREETING * 501}, "messages"), (b"\xff\x00", None),
+     ({"messages": [*GREETING, *GREETING]}, "messages"), ({"messages": GREETING * 501}, "messages"),
+     (b"\xff\x00", None),
      ("word " * 400, "messages"), ("x" * 9_000, "messages[0].content")],
 )  # fmt: skip
 def test_what_is_wrong_is_said_and_the_talk_goes_on(talk, said, param):
