@@ -115,6 +115,8 @@ def given_config(args: argparse.Namespace, default: str = "nano") -> Config:
     for key, value in (("seed", args.seed), ("serve.port", args.port)):
         if value is not None:
             overrides.append(f"{key}={value}")
+    if args.serve and (keys := os.environ.get("JAXCHAT_API_KEYS", "").replace(",", " ").split()):
+        overrides.append(f"serve.api_keys={json.dumps(keys, ensure_ascii=False)}")  # arguments are for all to see
     given = load_config(source, overrides)
     if args.tier and args.config:
         given = dataclasses.replace(given, tier=args.tier)

@@ -218,7 +218,7 @@ def serve(run: RunDir, config: Config) -> None:
     def make_page(worker: Worker) -> Any:
         from serve.page import mounted_page
 
-        return mounted_page(run, config, worker, service.keys)
+        return mounted_page(run, config, worker, service.keys, service.metrics.finished)
 
     address = f"http://{config.serve.host}:{listening.getsockname()[1]}"
     say(f"loading {config.tier}; {address}/health tells when it is ready")
