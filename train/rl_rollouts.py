@@ -129,11 +129,16 @@ class Rollouts:
 
 
 def run_together(engines: Sequence[Engine], owned: Sequence[Sequence[Handle]]) -> None:
-    """Drive several engines, each with handles of its own, until all are done."""
+    """Drive several engines, each with handles of its own, until all are done.
+
+    The last answers of a step are decoded in fewer rows, down to a quarter: they are few and long.
+    """
     for engine, handles in zip(engines, owned, strict=True):
         engine.least_rows = min(power_of_two(len(handles)), engine.slots)
     while busy := [engine for engine in engines if engine.running or engine.waiting]:
         for engine in busy:
+            if not engine.waiting:
+                engine.least_rows = max(1, min(engine.least_rows, engine.slots // 4))
             engine.step()
 
 
