@@ -10,6 +10,7 @@ import pytest
 from small_model import CAPACITY, CONFIG, GREETING, QUESTION, learned, tokenizer
 
 from jaxchat.engine import Engine, QueueFull, Request
+from jaxchat.engine.likelihood import SHORTEST
 from jaxchat.errors import UsageError
 from jaxchat.model import gpt
 from jaxchat.model.quantized import dot, quantize
@@ -122,7 +123,7 @@ def test_a_stop_text_inside_a_tool_call_does_not_end_it():
 
 
 def test_scores_are_the_models_own():
-    batch = [ids(n, seed=n) for n in (1, 5, CAPACITY, 90)] + [[]]
+    batch = [ids(n, seed=n) for n in (1, 5, CAPACITY, min(SHORTEST, CAPACITY) - 1)] + [[]]
     found = shared().score(batch)
     assert found[4] == []
     for tokens, scores in zip(batch[:4], found, strict=False):

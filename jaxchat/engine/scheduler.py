@@ -84,10 +84,8 @@ class Engine:
             rule = "a power of two" if devices == 1 else f"a power of two for each of the {devices} devices"
             raise UsageError(f"serve.slots: must be {rule}, not {slots}")
         if tokenizer.vocab_size > config.vocab_size:
-            raise DataError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}: "
-                "they are not from the same run"
-            )
+            sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
+            raise DataError(f"{sizes}: they are not from the same run")
         self.config, self.tokenizer, self.weights = config, tokenizer, weights
         self.slots, self.capacity, self.chunk = slots, capacity or config.seq_len, chunk
         if weights not in WEIGHTS:
@@ -97,8 +95,7 @@ class Engine:
         self._admission = Admission(self._programs, tokenizer.special[PYTHON_END], reuse)
         self.load(params)
         self._lookahead = not on_cpu if lookahead is None else lookahead
-        self.queue_limit = queue_limit
-        self._waiting = Waiting()
+        self.queue_limit, self._waiting = queue_limit, Waiting()
         self._flying: collections.deque[_Chunk] = collections.deque()
         self.least_rows = 1  # of a chunk: a batch job would rather waste rows than compile for fewer
 
