@@ -37,6 +37,7 @@ def routes(service: Service) -> APIRouter:
             client = enter(service, socket)
         except ApiError as error:
             response: Response = error.response()
+            del response.headers["content-length"]  # the server writes one, which older versions do not notice
             await socket.send_denial_response(response)
             return
         await socket.accept()
