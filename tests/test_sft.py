@@ -18,6 +18,7 @@ from jaxchat.paths import RunDir
 from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.identity import Identity
 from jaxchat.tasks.registry import get_task
+from jaxchat.tasks.smoltalk import SmolTalk
 from jaxchat.text.chat import render
 from jaxchat.text.tokenizer import ASSISTANT_END, train_tokenizer
 from train import sft
@@ -131,6 +132,7 @@ def test_smoltalk_is_read_from_a_mirror(tmp_path):
     path = tmp_path / "smol-smoltalk" / "data" / "train-00000-of-00001.parquet"
     pq.write_table(pa.table({"messages": rows, "source": ["x"] * 40}), path)
     task = get_task("smoltalk", TaskFiles(str(tmp_path)))
+    assert isinstance(task, SmolTalk)
     conversations = list(task.train_conversations(None, 0))
     assert len(conversations) == 40 and conversations[0] == rows[0]
     assert conversations[3][-1]["role"] == "assistant"
