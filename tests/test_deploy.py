@@ -1,0 +1,313 @@
+"""Dockerfile, compose file and Kubernetes manifests: read strictly, held against the code; the image's very steps."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import urllib.request
+from pathlib import Path
+
+import dockerfile
+import pytest
+import yaml
+from small_model import write_run
+
+from jaxchat.config import ServeConfig, load_config
+from serve.app import CLOSE_SECONDS, make_app
+from serve.service import Service
+from serve.worker import Worker
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVE = ROOT / "serve"
+DOCKERFILE = SERVE / "Dockerfile"
+USER = 10001
+COMMAND = ["--run-dir", "/model", "--serve", "--host", "0.0.0.0", "--port", "8000"]
+
+
+class Strict(yaml.SafeLoader):
+    """A key that stands twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        assert len(keys) == len(set(keys)), f"line {node.start_mark.line + 1}: a key twice in {keys}"
+        return super().construct_mapping(node, deep)
+
+
+def documents(name):
+    return list(yaml.load_all((SERVE / name).read_text(encoding="utf-8"), Strict))
+
+
+@pytest.fixture(scope="module")
+def build():
+    return dockerfile.stages(DOCKERFILE)
+
+
+@pytest.fixture(scope="module")
+def image(build):
+    return build[-1]
+
+
+def test_the_image_runs_as_nobody_in_particular(image):
+    assert image.last("USER").value == f"{USER}:{USER}"
+    after = image.steps[image.steps.index(image.last("USER")) :]
+    assert not [step for step in after if step.name in ("RUN", "COPY")]  # what it runs belongs to root
+    assert image.last("STOPSIGNAL").value == "SIGTERM"
+
+
+def test_the_image_starts_the_service(image):
+    assert image.last("ENTRYPOINT").words == ["python", "launch.py"]
+    assert image.last("CMD").words == COMMAND
+    assert image.last("EXPOSE").value == COMMAND[-1]
+
+
+def test_the_image_is_asked_for_its_health(build):
+    check = build[-1].last("HEALTHCHECK")
+    kind, _, command = check.value.partition(" ")
+    code = json.loads(command)[-1]
+    assert kind == "CMD" and "http://127.0.0.1:8000/health" in code
+    compile(code, "HEALTHCHECK", "exec")
+    assert {"interval", "timeout", "start-period", "retries"} == set(check.flags)
+
+
+def test_base_images_have_versions_that_the_package_allows(build):
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    least = tuple(map(int, re.fullmatch(r">=(\d+)\.(\d+)", wanted).groups()))
+    for stage in build:
+        major, minor = re.fullmatch(r"python:(\d+)\.(\d+)-slim", stage.base).groups()
+        assert (int(major), int(minor)) >= least
+    other = dockerfile.stages(DOCKERFILE, {"PYTHON": "3.12"})
+    assert {stage.base for stage in other} == {"python:3.12-slim"}
+
+
+def test_nothing_secret_and_nothing_else_gets_in(build):
+    """The context holds exactly what is copied, and none of it is a run, data or a key."""
+    ignored = (SERVE / "Dockerfile.dockerignore").read_text().splitlines()
+    rules = [line for line in ignored if line and not line.startswith("#")]
+    allowed = {rule[1:] for rule in rules if rule.startswith("!")}
+    copied = {word for stage in build for step in stage.steps if step.name == "COPY" and "from" not in step.flags
+              for word in step.words[:-1]}  # fmt: skip
+    assert rules[0] == "*" and {name.split("/")[0] for name in copied} == allowed
+    assert all((ROOT / name).exists() for name in copied)
+    text = DOCKERFILE.read_text()
+    assert not re.search(r"(?i)(secret|token|password|api_key)", text)
+    assert not [step for stage in build for step in stage.steps if step.name == "ADD"]
+
+
+def test_steps_are_sound_shell_and_leave_no_cache(build):
+    for stage in build:
+        for step in (step for step in stage.steps if step.name == "RUN"):
+            assert subprocess.run(["sh", "-n", "-c", step.value]).returncode == 0, step.value
+            if "pip install" in step.value:
+                assert "--no-cache-dir" in step.value and "-c requirements.txt" in step.value
+
+
+def test_variants(build):
+    """Those of pyproject's extras; any other ends the build with a line that says so."""
+    step = next(step for step in build[0].steps if "VARIANT" in step.value and step.name == "RUN")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {name for name in ("cuda", "cuda12") if extras[name][0].startswith("jax[")}
+    for name in names:
+        assert re.search(rf"{name}\) jax='{re.escape(re.split('[<>=]', extras[name][0])[0])}'", step.value)
+    wrong = subprocess.run(["sh", "-c", step.value], env={"VARIANT": "tpu"}, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "not tpu" in wrong.stderr
+
+
+def test_every_package_of_the_service_has_its_bounds():
+    def names(path):
+        lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
+        return [re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines if line]
+
+    bounded = set(names(ROOT / "requirements.txt"))
+    assert set(names(SERVE / "requirements.txt")) < bounded
+
+
+def test_compose(build):
+    compose = documents("compose.yaml")[0]
+    check = compose["services"]["jaxchat"]["healthcheck"]
+    assert check["test"] == ["CMD", *json.loads(build[-1].last("HEALTHCHECK").value.partition(" ")[2])]
+    for name, variant in (("jaxchat", "cpu"), ("jaxchat-cuda", "cuda")):
+        service = compose["services"][name]
+        assert service["build"] == {"context": "..", "dockerfile": "serve/Dockerfile", "args": {"VARIANT": variant}}
+        assert (SERVE / service["build"]["context"] / service["build"]["dockerfile"]).resolve() == DOCKERFILE
+        assert service["command"] == COMMAND and service["user"] == f"{USER}:{USER}"
+        assert service["read_only"] is True and service["tmpfs"][0].startswith("/tmp:")
+        assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
+        assert service["ports"] == ["127.0.0.1:${PORT:-8000}:8000"]
+        assert service["volumes"][0]["target"] == "/model" and service["volumes"][0]["read_only"] is True
+        assert seconds(service["stop_grace_period"]) > ServeConfig().drain_seconds + CLOSE_SECONDS
+        assert service["healthcheck"] == check
+    assert compose["services"]["jaxchat-cuda"]["profiles"] == ["cuda"]
+
+
+def seconds(text):
+    number, unit = re.fullmatch(r"(\d+)([sm])", text).groups()
+    return int(number) * {"s": 1, "m": 60}[unit]
+
+
+@pytest.fixture(scope="module")
+def kinds():
+    return {document["kind"]: document for document in documents("kubernetes.yaml")}
+
+
+@pytest.fixture(scope="module")
+def pod(kinds):
+    return kinds["Deployment"]["spec"]["template"]["spec"]
+
+
+def test_kubernetes_names_fit_together(kinds, pod):
+    assert set(kinds) == {"Deployment", "Service", "NetworkPolicy"}
+    labels = kinds["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert kinds["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert kinds["Service"]["spec"]["selector"] == labels
+    assert kinds["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
+    (container,) = pod["containers"]
+    assert container["args"] == COMMAND
+    assert container["ports"] == [{"name": "http", "containerPort": int(COMMAND[-1])}]
+    assert kinds["Service"]["spec"]["ports"][0]["targetPort"] == "http"
+    assert kinds["NetworkPolicy"]["spec"]["ingress"] == [{"ports": [{"port": "http"}]}]
+    assert kinds["NetworkPolicy"]["spec"]["egress"] == []  # it asks nobody for anything
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert kinds["Service"]["spec"]["sessionAffinity"] == "ClientIP"
+
+
+def test_kubernetes_may_do_as_little_as_can_be(pod):
+    assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == USER
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    container = pod["containers"][0]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+    }  # fmt: skip
+    assert {"cpu", "memory"} == set(container["resources"]["requests"]) and container["resources"]["limits"]["memory"]
+    mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
+    assert mounts == {"/model": True, "/tmp": False}
+
+
+def test_kubernetes_waits_for_what_takes_its_time(kinds, pod):
+    container = pod["containers"][0]
+    routes = set(make_app(Service(load_config("nano"), Worker(lambda worker: None))).openapi()["paths"])
+    probes = {name: container[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
+    assert {probe["httpGet"]["path"] for probe in probes.values()} == {"/health"} <= routes
+    lasts = {name: probe["periodSeconds"] * probe["failureThreshold"] for name, probe in probes.items()}
+    drain = ServeConfig().drain_seconds
+    assert lasts["startup"] >= 600 and lasts["liveness"] > drain and lasts["readiness"] <= 5
+    pause = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
+    assert pod["terminationGracePeriodSeconds"] > pause + drain + CLOSE_SECONDS
+    notes = kinds["Deployment"]["spec"]["template"]["metadata"]["annotations"]
+    assert notes == {
+        "prometheus.io/scrape": "true", "prometheus.io/port": COMMAND[-1], "prometheus.io/path": "/metrics",
+    }  # fmt: skip
+    assert notes["prometheus.io/path"] in routes
+
+
+def test_keys_come_from_a_secret_and_reach_the_service(pod, monkeypatch):
+    variable = pod["containers"][0]["env"][0]
+    assert variable["name"] in documents("compose.yaml")[0]["x-service"]["environment"]
+    assert "secretKeyRef" in variable["valueFrom"]
+    import launch
+
+    monkeypatch.setenv(variable["name"], "one, two")
+    assert launch.given_config(launch.make_parser().parse_args(["--serve"])).serve.api_keys == ("one", "two")
+    assert launch.given_config(launch.make_parser().parse_args(["--chat"])).serve.api_keys == ()
+
+
+def test_what_the_service_imports_is_copied():
+    """Neither `train` nor tests nor benchmarks: the image has none."""
+    code = "import sys, serve.app, serve.page, launch; print(*{m.split('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    ours = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
+    copied = (ROOT / "serve" / "Dockerfile").read_text()
+    assert {name for name in done.stdout.split() if name in ours} == {"jaxchat", "serve"}
+    assert all(f"COPY {name} {name}" in copied for name in ("jaxchat", "serve", "configs"))
+
+
+@pytest.fixture
+def folder():
+    """A folder that every user can look into, which pytest's own are not."""
+    path = Path(tempfile.mkdtemp(prefix="image-"))
+    path.chmod(0o755)
+    yield path
+    subprocess.run(["chmod", "-R", "u+w", path])
+    shutil.rmtree(path)
+
+
+def base_python():
+    """(a Python of this version, whether another user may run it here): the image's base, as far as it is at hand."""
+    own = Path(sys._base_executable).resolve()
+    system = shutil.which(f"python{sys.version_info.major}.{sys.version_info.minor}", path="/usr/local/bin:/usr/bin")
+    for path in (own, *([Path(system).resolve()] if system else [])):
+        if os.geteuid() == 0 and all(part.stat().st_mode & 0o001 for part in (path, *path.parents)):
+            return path, True
+    return own, False
+
+
+@pytest.mark.slow
+def test_the_images_very_steps(folder):
+    """Its RUN and COPY lines in an empty folder, then its command as a user without a name or rights, read-only."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV", "JAX"))}
+    (folder / "base").mkdir()
+    python, other_user = base_python()
+    (folder / "base" / "python").symlink_to(python)
+    clean["PATH"] = os.pathsep.join([str(folder / "base"), "/usr/local/bin", "/usr/bin", "/bin"])
+    with open(folder / "build.log", "wb") as log:
+        begin = time.monotonic()
+        image = dockerfile.carry_out(DOCKERFILE, ROOT, folder / "image", clean, log=log)
+        print(f"built in {time.monotonic() - begin:.0f} s")
+    assert image.user == f"{USER}:{USER}"
+    size = sum(p.lstat().st_size for p in image.root.rglob("*"))
+    print(f"{size / 1e6:.0f} MB beside the base image; run as {USER if other_user else 'oneself'}")
+    run = write_run(folder / "model")
+    scratch = folder / "tmp"
+    scratch.mkdir(mode=0o777)
+    for path in (image.root, run.root):
+        subprocess.run(["chmod", "-R", "a+rX,a-w", path], check=True)
+    os.chmod(scratch, 0o1777)
+    last = dockerfile.stages(DOCKERFILE)[-1]
+    port = free_port()
+    own = {"PATH": image.environment["PATH"], "LANG": "C.UTF-8"} | {
+        word.partition("=")[0]: word.partition("=")[2].replace("/tmp", str(scratch))
+        for word in last.last("ENV").words
+        if not word.startswith("PATH=")
+    }
+    words = [*last.last("ENTRYPOINT").words, *last.last("CMD").words]
+    command = [word.replace("/model", str(run.root)).replace("8000", str(port)) for word in words]
+    check = [w.replace("8000", str(port)) for w in json.loads(last.last("HEALTHCHECK").value.partition(" ")[2])]
+    options = {"cwd": image.path(""), "env": own} | (
+        {"user": USER, "group": USER, "extra_groups": []} if other_user else {}
+    )
+    with open(folder / "service.log", "wb") as log:
+        python = image.path("/opt/venv/bin/python")
+        service = subprocess.Popen([python, *command[1:]], stdout=log, stderr=log, **options)
+        try:
+            begin = time.monotonic()
+            first = subprocess.run([python, *check[1:]], capture_output=True, **options)
+            assert first.returncode != 0  # it cannot be ready yet
+            while subprocess.run([python, *check[1:]], capture_output=True, **options).returncode:
+                assert service.poll() is None and time.monotonic() < begin + 240, (folder / "service.log").read_text()
+                time.sleep(1)
+            print(f"healthy after {time.monotonic() - begin:.0f} s")
+            body = json.dumps({"messages": [{"role": "user", "content": "hello 🙂"}], "temperature": 0}).encode()
+            asked = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/chat/completions", body, {"Content-Type": "application/json"}
+            )
+            answer = json.load(urllib.request.urlopen(asked, timeout=60))
+            assert answer["choices"][0]["message"]["content"] == "Hi 🙂 안녕!"
+            page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60).read().decode()
+            assert "jaxchat" in page and "gradio" in page
+            service.terminate()
+            assert service.wait(60) == 0, (folder / "service.log").read_text()
+        finally:
+            service.kill()
+    assert "Traceback" not in (folder / "service.log").read_text()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
