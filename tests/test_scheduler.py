@@ -38,6 +38,8 @@ def random_requests(count, seed=0, **fixed):
                 "max_tokens": rng.randint(1, 20), "temperature": rng.choice([0.0, 0.5, 1.0, 1.7]),
                 "top_k": rng.choice([0, 1, 20, 500]), "top_p": rng.choice([1.0, 0.9, 0.3]), "seed": rng.getrandbits(33),
                 "stop": tuple(rng.sample(range(280), rng.randint(0, 4))), "tools": rng.random() < 0.5,
+                "min_p": rng.choice([0.0, 0.1]), "repetition_penalty": rng.choice([1.0, 1.0, 1.5]),
+                "logprobs": rng.choice([None, None, 0, 20]), "stop_texts": rng.choice([(), ("a",), ("the", "no")]),
             } | fixed),
         )
         for _ in range(count)
@@ -71,8 +73,12 @@ def test_chat_and_stream_give_the_same_text_and_no_half_characters():
     assert events[-1] == Event("done", finish_reason="stop")
 
 
-@pytest.mark.parametrize("options", [{"slots": 1}, {"slots": 8, "chunk": 5}, {"lookahead": True}, {"chunk": 1}])
-def test_results_do_not_depend_on_slots_chunks_or_company(options):
+@pytest.mark.parametrize(
+    ("options", "group"),
+    [({"slots": 1}, 1), ({"slots": 8, "chunk": 5}, 4), ({"lookahead": True}, 4), ({"chunk": 1}, 0)],
+)
+def test_results_do_not_depend_on_slots_chunks_or_company(options, group, monkeypatch):
+    monkeypatch.setattr(programs, "PREFILL_GROUP", {"cpu": group})
     requests = random_requests(12, seed=3)
     alone = [shared().generate([request])[0].tokens for request in requests]
     together = [result.tokens for result in engine(**options).generate(requests)]
@@ -91,7 +97,9 @@ def test_seeds_decide_and_repeat():
 
 def test_after_warm_up_nothing_compiles():
     own = engine(chunk=4)
-    own.warm_up()
+    heard = []
+    own.warm_up(lambda done, total: heard.append((done, total)))
+    assert heard[-1][0] == heard[-1][1] == len(heard) > 10
     requests = random_requests(100, seed=5)
     compiled = []
     listener = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
@@ -107,7 +115,8 @@ def test_after_warm_up_nothing_compiles():
                 own.step()
         while not all(handle.done for handle in handles):
             own.step()
-        own.chat(QUESTION)
+        own.finish(own.submit_group(own.chat_request(QUESTION, temperature=1.0), range(3)))
+        own.score([request.tokens for request in requests[:20]])
         assert compiled == []
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)

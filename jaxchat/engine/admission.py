@@ -89,7 +89,7 @@ class Admission:
             elif shared and shared.job:
                 shared.job.members.append((handle, place))
                 cost = 0
-            elif shared or len(prompt) - 1 > self.programs.piece or (self.reuse and self._held(prompt)[1]):
+            elif shared or self._long(prompt):
                 cost = self._begin(handle, place, budget)
             else:
                 short.append((handle, place))
@@ -156,6 +156,11 @@ class Admission:
         self.rows[slot] = handle
         self._claimed[place] -= 1
         return slot
+
+    def _long(self, prompt: list[int]) -> bool:
+        """Whether a prompt of a single answer runs beside the slots."""
+        short = self.programs.group and len(prompt) - 1 <= self.programs.piece
+        return not short or (self.reuse and self._held(prompt)[1] > 0)
 
     def _held(self, prompt: list[int]) -> tuple[int, int]:
         """(slot, tokens): the idle slot that holds most of a prompt."""

@@ -106,15 +106,11 @@ def _step(
 def _penalize(logits: jax.Array, slots: Slots, running: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(logits that repetitions have lost, seen with the rows' newest tokens); of rows without penalty as they were."""
     penalty = slots.settings.penalty[:, None]
-    wanted = running & (slots.settings.penalty != 1)
-
-    def apply() -> tuple[jax.Array, jax.Array]:
-        rows = jnp.where(wanted, jnp.arange(len(wanted)), len(wanted))
-        seen = slots.seen.at[rows, slots.token].set(True, mode="drop")
-        lower = jnp.where(logits > 0, logits / penalty, logits * penalty)
-        return jnp.where(seen & wanted[:, None], lower, logits), seen
-
-    return jax.lax.cond(jnp.any(wanted), apply, lambda: (logits, slots.seen))
+    wanted = running & (penalty[:, 0] != 1)
+    rows = jnp.where(wanted, jnp.arange(len(wanted)), len(wanted))
+    seen = slots.seen.at[rows, slots.token].set(True, mode="drop")
+    lower = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(seen & wanted[:, None], lower, logits), seen
 
 
 def _report(logits: jax.Array, token: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

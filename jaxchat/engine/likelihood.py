@@ -6,7 +6,7 @@ The weights are the engine's own, as they are served. Texts of like length run t
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,8 +53,8 @@ def rows_of(length: int) -> int:
     return 1 if jax.default_backend() == "cpu" else max(1, BATCH_TOKENS // length)
 
 
-def score(config: ModelConfig, params: Any, batch: Sequence[Sequence[int]], capacity: int) -> list[list[Token | None]]:
-    """A `Token` for each id of each text (at most `capacity` ids), None for the first."""
+def score(run: Callable[[np.ndarray], Any], batch: Sequence[Sequence[int]], capacity: int) -> list[list[Token | None]]:
+    """A `Token` for each id of each text (at most `capacity` ids), None for the first; `run` is `score_tokens`."""
     found: list[list[Token | None]] = [[None] * min(1, len(ids)) for ids in batch]
     by_length: dict[int, list[int]] = {}
     for index, ids in enumerate(batch):
@@ -65,7 +65,7 @@ def score(config: ModelConfig, params: Any, batch: Sequence[Sequence[int]], capa
             tokens = np.zeros((rows_of(length), length), np.int32)
             for i, index in enumerate(part):
                 tokens[i, : len(batch[index])] = batch[index]
-            outputs = [np.asarray(a) for a in score_tokens(config, params, tokens)]
+            outputs = [np.asarray(a) for a in run(tokens)]
             for i, index in enumerate(part):
                 own = [a[i] for a in outputs]
                 found[index] += [report(token, TOP, n, own) for n, token in enumerate(list(batch[index])[1:])]

@@ -8,7 +8,9 @@ Slots are numbered through, the first device's first.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -26,7 +28,11 @@ from jaxchat.model.cache import Cache, serving_params
 MIN_PROMPT_BUCKET = 32  # tokens
 MIN_CACHE_BUCKET = 512  # positions; cutting out fewer costs more than reading them
 PIECE = 512  # tokens of a prompt that run at once while others wait for their next ones
-PREFILL_GROUP = 8  # short prompts prefilled at once; on a CPU one, which keeps it as busy
+# Short prompts prefilled at once. One keeps a CPU as busy, and there every prompt runs as a long one's pieces do, so
+# that half as many programs have to compile.
+PREFILL_GROUP = {"cpu": 0}
+ACCELERATOR_GROUP = 8
+COMPILERS = 4  # programs that compile at once
 ROWS = P(BATCH_AXES)
 
 
@@ -43,8 +49,7 @@ class Programs:
         self.mesh = mesh if mesh is not None and mesh.size > 1 else None
         self.devices = self.mesh.size if self.mesh else 1
         self.slots = slots // self.devices  # of one device
-        on_cpu = jax.default_backend() == "cpu"
-        self.group = 1 if on_cpu else min(PREFILL_GROUP, self.slots)  # short prompts of one device
+        self.group = min(PREFILL_GROUP.get(jax.default_backend(), ACCELERATOR_GROUP), self.slots)
         self.piece = min(PIECE, capacity)
         self.prompt_buckets = buckets(MIN_PROMPT_BUCKET, self.piece)
         self.cache_buckets = buckets(MIN_CACHE_BUCKET, capacity)
@@ -107,61 +112,77 @@ class Programs:
         return numbers
 
     def warm_up(self) -> Iterator[int]:
-        """Compile everything that any request can need; yields how many programs are still to come."""
-        nowhere, D = self.slots * self.devices, self.devices
-        rows: list[Cache] = []
+        """Compile everything that any request can need, several programs at once, without running any of it; yields
+        how many are still to come."""
+        calls = list(self._calls())
+        yield len(calls)
+        with ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1)) as pool:
+            compiling = [pool.submit(self._compile, *call) for call in calls]
+            try:
+                for left, done in zip(reversed(range(len(calls))), as_completed(compiling), strict=True):
+                    done.result()
+                    yield left
+            finally:  # whoever stops listening need not wait for all of them
+                pool.shutdown(wait=True, cancel_futures=True)
 
-        def start(count: int) -> tuple[Any, Any, Any]:
+    def _calls(self) -> Iterator[tuple[Any, dict[str, Any], dict[str, Any]]]:
+        """(function, static arguments, others) of every program, the slowest to compile first."""
+        D, params, slots = self.devices, self.params, self.state
+        slot, zeros = self.only(self.slots * D), np.zeros(D, np.int32)
+        rows = self.take(zeros, zeros, zeros)  # also the first program
+
+        def start(count: int) -> dict[str, Any]:
             target = np.full((count * D, 2), self.slots, np.int32)
-            return target, np.ones(count * D, np.int32), device.blank_settings(count * D)
+            return _starts(target, np.ones(count * D, np.int32), device.blank_settings(count * D))
 
-        def admit(size: int, bucket: int) -> None:
-            self.admit(np.zeros((size * D, bucket), np.int32), np.ones(size * D, np.int32), *start(size))
+        for count in reversed(buckets(1, self.slots)):
+            for bucket in self.cache_buckets:
+                static = {"rows": count, "bucket": bucket, "steps": self.chunk, "capacity": self.capacity}
+                yield decode_chunk, static, {"params": params, "slots": slots}
+        for bucket in reversed(self.prompt_buckets):
+            for size in {1, self.group} if self.group else ():
+                prompts = {"tokens": np.zeros((size * D, bucket), np.int32), "length": np.ones(size * D, np.int32)}
+                yield device.admit, {}, {"slots": slots, "params": params, **prompts, **start(size)}
+            piece = {"tokens": np.zeros((D, bucket), np.int32), "count": zeros}
+            yield device.prolong, {}, {"params": params, "rows": rows, **piece}
+        for length in lengths(self.capacity):
+            yield score_tokens, {}, {"params": params, "tokens": np.zeros((rows_of(length), length), np.int32)}
+        seen = np.broadcast_to(np.zeros(self.config.vocab_size, bool), (D, self.config.vocab_size))
+        forced = np.zeros((D, device.FORCED), np.int32)
+        yield device.start, {}, {"slots": slots, "rows": rows, **start(1)}
+        yield device.mark, {}, {"slots": slots, "slot": slot, "seen": seen}
+        yield device.resume, {}, {"slots": slots, "slot": slot, "forced": forced, "count": zeros}
+        yield device.swap, {}, {"slots": slots, "pair": np.stack([slot, slot], axis=1)}
+        yield device.release, {}, {"slots": slots, "slot": slot}
 
-        def take() -> None:
-            zeros = np.zeros(D, np.int32)
-            rows.append(self.take(zeros, zeros, zeros))
+    def _compile(self, function: Any, static: dict[str, Any], arguments: dict[str, Any]) -> None:
+        run, args, kwargs = self._ready(function, static, arguments)
+        run.lower(*args, **kwargs).compile()
 
-        def prolong(bucket: int) -> None:
-            rows.append(self.prolong(rows.pop(), np.zeros((D, bucket), np.int32), np.zeros(D, np.int32)))
-
-        work: list[Callable[[], Any]] = [
-            *(functools.partial(self.decode, r, b) for r in buckets(1, self.slots) for b in self.cache_buckets),
-            *(functools.partial(admit, n, b) for n in sorted({1, self.group}) for b in self.prompt_buckets),
-            take,
-            *(functools.partial(prolong, b) for b in self.prompt_buckets),
-            *(functools.partial(self._score, n) for n in lengths(self.capacity)),
-            lambda: self.start(rows[0], *start(1)),
-            lambda: self.mark(nowhere, np.zeros(self.config.vocab_size, bool)),
-            lambda: self.resume(nowhere, []),
-            lambda: self.swap(nowhere, nowhere),
-            lambda: self.release(nowhere),
-        ]
-        yield len(work)
-        for left, run in zip(reversed(range(len(work))), work, strict=True):
-            run()
-            yield left
-        jax.block_until_ready(self.state)
-
-    def _score(self, length: int) -> None:
-        score_tokens(self.config, self.params, np.zeros((rows_of(length), length), np.int32))
+    def score(self, tokens: Any) -> Any:
+        """`likelihood.score_tokens`, by every device alike."""
+        return self._run(score_tokens, params=self.params, tokens=tokens)
 
     def _change(self, function: Any, **arguments: Any) -> None:
         self.state = self._run(function, slots=self.state, **arguments)
 
     def _run(self, function: Any, static: dict[str, Any] | None = None, **arguments: Any) -> Any:
-        static = dict(static or {})
+        run, args, kwargs = self._ready(function, static or {}, arguments)
+        return run(*args, **kwargs)
+
+    def _ready(self, function: Any, static: dict[str, Any], arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """A jitted function, and its positional and named arguments."""
         if function in WITH_CONFIG:
-            static["config"] = self.config
-        if self.mesh is None:
-            return function(**static, **arguments)
+            static = static | {"config": self.config}
+        if self.mesh is None or function is score_tokens:
+            return function, (), static | arguments
         kept = ("params", "slots", "rows")  # lie where they should
         placed = jax.device_put({k: v for k, v in arguments.items() if k not in kept}, NamedSharding(self.mesh, ROWS))
         run = _spread(function, self.mesh, tuple(sorted(static.items())), tuple(arguments))
-        return run(*(arguments | placed).values())
+        return run, tuple((arguments | placed).values()), {}
 
 
-WITH_CONFIG = (device.admit, device.take, device.prolong, decode_chunk)
+WITH_CONFIG = (device.admit, device.take, device.prolong, decode_chunk, score_tokens)
 
 
 def _starts(target: Any, remaining: Any, settings: Any) -> dict[str, Any]:

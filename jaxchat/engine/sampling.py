@@ -7,11 +7,15 @@ number, which depends on the row's own seed and position alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 _ONE = 0x3F800000  # float32 1.0 as bits; the bits of non-negative floats are ordered as the floats are
 _STEPS = 30  # halvings of [0, _ONE] until one value is left
+BLOCK = 64  # neighbouring ids that a draw looks at together
 
 
 def sample(
@@ -42,14 +46,27 @@ def sample(
         cuts = jnp.any((top_k > 0) | (top_p < 1.0))
         p = jax.lax.cond(cuts, lambda: jnp.where(p >= _threshold(p, top_k, top_p)[:, None], p, 0.0), lambda: p)
         p = jnp.where(p >= min_p[:, None], p, 0.0)
-        cumulative = jnp.cumsum(p, axis=-1)
-        goal = cumulative[:, -1] * jax.vmap(_uniform)(seed, position)
-        above = cumulative > goal[:, None]
-        # rounding may leave nothing above the goal; then it lies at the very end, where greedy is as good
-        drawn = jnp.where(above[:, -1], _first(above), greedy)
-        return jnp.where(temperature > 0, drawn, greedy)
+        return jnp.where(temperature > 0, _draw(p, jax.vmap(_uniform)(seed, position), greedy), greedy)
 
     return jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+
+
+def _draw(p: jax.Array, uniform: jax.Array, otherwise: jax.Array) -> jax.Array:
+    """(R,) int32 places in p (R, V) >= 0, each as likely as its value; inverts the cumulative sum, first of blocks of
+    the vocabulary, then inside one: a fraction of the work of a sum over all."""
+    R, V = p.shape
+    blocks = jnp.pad(p, ((0, 0), (0, -V % BLOCK))).reshape(R, -1, BLOCK)
+    until = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+    goal = until[:, -1] * uniform
+    over = until > goal[:, None]
+    block = _first(over)
+    own = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    before = jnp.where(block > 0, jnp.take_along_axis(until, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+    inside = (jnp.cumsum(own, axis=-1) > (goal - before)[:, None]) & (own > 0)
+    # rounding may leave nothing above the goal: it then lies at a block's very end
+    last = jnp.max(jnp.where(own > 0, jnp.arange(BLOCK), 0), axis=-1)
+    place = jnp.where(inside.any(axis=-1), _first(inside), last)
+    return jnp.where(over[:, -1], block * BLOCK + place, otherwise)
 
 
 def _first(found: jax.Array) -> jax.Array:
@@ -67,32 +84,49 @@ def _threshold(p: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
 
     Top-k comes first; top-p is a share of the mass that top-k leaves.
     """
-    k = jnp.where(top_k > 0, top_k, p.shape[-1])
+    k = jnp.where(top_k > 0, top_k, p.shape[-1]).astype(jnp.float32)
 
-    def enough_tokens(t: jax.Array) -> jax.Array:
-        return jnp.sum(p >= t[:, None], axis=-1) >= k
+    def tokens(t: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(p >= t[:, None], 1.0, 0.0), axis=-1)
 
-    by_count = _largest(enough_tokens, p.shape[0])
+    by_count = _largest(tokens, k, p.shape[0])
     kept = jnp.where(p >= by_count[:, None], p, 0.0)
     goal = top_p * kept.sum(axis=-1)
 
-    def enough_mass(t: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(kept >= t[:, None], kept, 0.0), axis=-1) >= goal
+    def mass(t: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(kept >= t[:, None], kept, 0.0), axis=-1)
 
     def by_mass() -> jax.Array:
-        return jnp.where(top_p < 1.0, jnp.maximum(by_count, _largest(enough_mass, p.shape[0])), by_count)
+        return jnp.where(top_p < 1.0, jnp.maximum(by_count, _largest(mass, goal, p.shape[0])), by_count)
 
     return jax.lax.cond(jnp.any(top_p < 1.0), by_mass, lambda: by_count)
 
 
-def _largest(holds, rows: int) -> jax.Array:
-    """(rows,) the largest float32 in [0, 1] for which the falling condition `holds` is true (0 where it never is)."""
+def _largest(amount: Callable[[jax.Array], jax.Array], wanted: jax.Array, rows: int) -> jax.Array:
+    """(rows,) a float32 in [0, 1] at which the falling `amount` is at least `wanted`, and above which it is less: the
+    largest such number, or one with the same amount as that (0 where the amount never suffices)."""
 
-    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # holds(low); not holds(high)
-        middle = (low + high) // 2
-        true = holds(jax.lax.bitcast_convert_type(middle, jnp.float32))
-        return jnp.where(true, middle, low), jnp.where(true, high, middle)
+    def going(state: Any) -> jax.Array:
+        step, low, high, at_low, _ = state
+        return (step < 2 * _STEPS) & jnp.any((high - low > 1) & (at_low != wanted))
 
-    start = jnp.zeros(rows, jnp.int32), jnp.full(rows, _ONE + 1, jnp.int32)
-    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, _STEPS, halve, start)[0], jnp.float32)
+    def narrow(state: Any) -> Any:
+        step, low, high, at_low, at_high = state  # enough at low, not at high
+        share = (at_low - wanted) / jnp.maximum(at_low - at_high, 1e-9)  # a straight line is a good guess
+        share = jnp.where(step % 2 == 0, share, 0.5)  # but halving is sure to end
+        width = high - low
+        middle = low + jnp.clip((share * width).astype(jnp.int32), 1, jnp.maximum(width - 1, 1))
+        there = amount(jax.lax.bitcast_convert_type(middle, jnp.float32))
+        settled = (at_low == wanted) | (width <= 1)
+        up, down = (there >= wanted) & ~settled, (there < wanted) & ~settled
+        return (
+            step + 1,
+            jnp.where(up, middle, low),
+            jnp.where(down, middle, high),
+            jnp.where(up, there, at_low),
+            jnp.where(down, there, at_high),
+        )
+
+    zero = jnp.zeros(rows, jnp.int32)
+    start = jnp.int32(0), zero, jnp.full(rows, _ONE + 1, jnp.int32), amount(jnp.zeros(rows)), jnp.zeros(rows)
+    return jax.lax.bitcast_convert_type(jax.lax.while_loop(going, narrow, start)[1], jnp.float32)

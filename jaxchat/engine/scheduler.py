@@ -178,7 +178,7 @@ class Engine:
         longest = max(map(len, batch), default=0)
         if longest > self.capacity:
             raise UsageError(f"a text has {longest} tokens; this model's context holds {self.capacity}")
-        return score(self.config, self._programs.params, batch, self.capacity)
+        return score(self._programs.score, batch, self.capacity)
 
     @property
     def waiting(self) -> int:
