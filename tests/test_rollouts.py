@@ -10,7 +10,8 @@ import pytest
 from small_model import CAPACITY, CONFIG, GREETING, QUESTION, SHAPES, learned, tokenizer
 
 from jaxchat.config import load_config
-from jaxchat.engine import Engine, Request, admission
+from jaxchat.engine import Engine, Request
+from jaxchat.engine.programs import Programs
 from jaxchat.engine.turn import TOOL_ERROR, Turn
 from jaxchat.mesh import make_mesh
 from jaxchat.model import gpt
@@ -48,15 +49,15 @@ def chain(successor):
     return params | {"embedding": embedding, "unembedding": unembedding}
 
 
-def count_calls(monkeypatch, name):
-    """Shapes of the prompts of every call of a device program."""
-    seen, real = [], getattr(admission.decode, name)
+def count_prefills(monkeypatch):
+    """Prompt tokens of every piece that is prefilled."""
+    seen, real = [], Programs.prolong
 
-    def counted(config, params, tokens, length):
-        seen.append((tokens.shape, int((length > 1).sum())))
-        return real(config, params, tokens, length)
+    def counted(self, rows, tokens, count):
+        seen.append(int(count.sum()))
+        return real(self, rows, tokens, count)
 
-    monkeypatch.setattr(admission.decode, name, counted)
+    monkeypatch.setattr(Programs, "prolong", counted)
     return seen
 
 
@@ -77,23 +78,27 @@ def test_groups_give_what_single_requests_give(options):
 
 
 def test_every_prompt_is_prefilled_once_however_few_slots_are_free(monkeypatch):
-    seen = count_calls(monkeypatch, "prefill_prompts")
+    seen = count_prefills(monkeypatch)
     own = engine(slots=4)
     groups = [own.submit_group(own.text_request(f"prompt {n}", **WARM), range(7)) for n in range(11)]
     single = own.submit(own.text_request("alone", **WARM))  # among them
     more = own.submit_group(own.text_request("prompt 3", **WARM), range(3))
     own.finish([*(h for group in groups for h in group), single, *more])
-    assert sum(prompts for _, prompts in seen) == 12
+    assert len(seen) == 13
     assert all(handle.prompt is None for group in groups for handle in group)  # nothing holds the keys any more
 
 
 def test_a_group_fills_free_slots_together(monkeypatch):
-    seen = count_calls(monkeypatch, "prefill_prompts")
+    seen = count_prefills(monkeypatch)
     own = engine(slots=32)
     for n in range(8):
         own.submit_group(own.text_request(f"prompt {n}", **WARM), range(4))
     own.step()
-    assert own.running == 32 and seen == [((8, 32), 8)]
+    starts = [own.running]
+    while own.waiting:
+        own.step()
+        starts.append(own.running)
+    assert starts[0] >= 8 and starts[-1] == 32 and len(seen) == 8
 
 
 def test_cancelled_members_of_a_group_leave_the_others_alone():

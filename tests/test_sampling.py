@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.engine.sampling import _threshold, sample
+from jaxchat.engine.sampling import _largest_by_digits, _largest_by_guessing, _threshold, sample
 
 V = 50
 
@@ -117,3 +117,18 @@ def test_rows_with_different_settings_do_not_mix():
     assert mixed[0] == logits[0].argmax() and mixed[2] == logits[2].argmax()
     one = sample(logits[1:2], seed[1:2], position[1:2], jnp.ones(1), jnp.array([5]), jnp.array([0.9]), jnp.zeros(1))
     assert mixed[1] == one[0]
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 3.0])
+def test_both_ways_to_a_threshold_leave_the_same_tokens(scale):
+    """Digits are for accelerators, guesses for CPUs; here both run."""
+    p = np.exp(scale * (random_logits(7, rows=6) - 9)).astype(np.float32)
+    p /= p.max(-1, keepdims=True)
+    p[5, 3:20] = p[5, 2]  # equal values stay or go together
+    for wanted, weight in ((np.array([1, 2, 7, 20, 50, 5], np.float32), np.ones((), np.float32)), (p.sum(-1) * 0.7, p)):
+        found = [jax.jit(f)(p, weight, wanted) for f in (_largest_by_digits, _largest_by_guessing)]
+        kept = [p >= np.asarray(t)[:, None] for t in found]
+        assert (kept[0] == kept[1]).all()
+        for row, mask, goal in zip(p, kept[0], wanted, strict=True):
+            value = row if weight.ndim else np.ones(V)
+            assert value[mask].sum() >= goal * (1 - 1e-6) and value[mask & (row > row[mask].min())].sum() < goal

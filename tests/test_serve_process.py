@@ -65,7 +65,7 @@ def test_from_start_to_drained_end(run):
         answer = httpx.post(url + CHAT, json={"messages": GREETING, "temperature": 0}, timeout=60).json()
         assert answer["choices"][0]["message"]["content"] == "Hi 🙂 안녕!"
         page = until(lambda: (found := httpx.get(url, timeout=30)).status_code == 200 and found)
-        assert '"title":"jaxchat"' in page.text
+        assert '"title":"jaxchat nano"' in page.text
         bodies, ask = [], {"messages": GREETING, "ignore_eos": True, "stream": True, "max_tokens": 110, "n": 2}
 
         def one():

@@ -22,6 +22,8 @@ from jaxchat.engine.slots import blank_settings
 from jaxchat.engine.waiting import Waiting
 from jaxchat.model.cache import Cache, layer_capacity
 
+START = 4  # what it costs to copy a prompt's keys and values into a slot, in tokens of a prompt
+
 
 @dataclass(eq=False)
 class SharedPrompt:
@@ -85,7 +87,7 @@ class Admission:
             place = self._claim()
             if shared and shared.rows is not None:
                 self._start_member(handle, place, shared, shared.rows)
-                cost = self.programs.prompt_buckets[0]
+                cost = START
             elif shared and shared.job:
                 shared.job.members.append((handle, place))
                 cost = 0

@@ -43,7 +43,7 @@ class Made:
 def decode_chunk(
     config: ModelConfig, params: Params, slots: Slots, rows: int, bucket: int, steps: int, capacity: int
 ) -> tuple[Slots, Made]:
-    """`steps` decoding steps of the first `rows` slots, or fewer where none runs any more.
+    """`steps` decoding steps of the first `rows` slots, on a CPU fewer where none runs any more.
 
     A row that stops, pauses or is full makes no more tokens and writes nothing. The rows' part of the cache is cut
     out once per chunk, so every step reads only the live bucket.
@@ -55,7 +55,11 @@ def decode_chunk(
 
     def going(state: Any) -> jax.Array:
         i, part, _ = state
-        return (i < steps) & jnp.any(part.status == RUNNING)
+        # to ask costs a GPU a pause at every step
+        any_runs = jax.lax.platform_dependent(
+            part.status, cpu=lambda status: jnp.any(status == RUNNING), default=lambda status: jnp.bool_(True)
+        )
+        return (i < steps) & any_runs
 
     def step(state: Any) -> Any:
         i, part, made = state

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 _ONE = 0x3F800000  # float32 1.0 as bits; the bits of non-negative floats are ordered as the floats are
 _STEPS = 30  # halvings of [0, _ONE] until one value is left
+DIGIT = 3  # bits of the thirty below 1.0 that are settled in one pass
 BLOCK = 64  # neighbouring ids that a draw looks at together
 
 
@@ -40,15 +41,23 @@ def sample(
     highest = logits.max(axis=-1, keepdims=True)
     greedy = _first(logits == highest)
 
-    def draw() -> jax.Array:
+    def draw(cut: Callable[[jax.Array], jax.Array]) -> jax.Array:
         scale = 1.0 / jnp.maximum(temperature, 1e-4)
         p = jnp.exp((logits - highest) * scale[:, None])  # the largest is 1
-        cuts = jnp.any((top_k > 0) | (top_p < 1.0))
-        p = jax.lax.cond(cuts, lambda: jnp.where(p >= _threshold(p, top_k, top_p)[:, None], p, 0.0), lambda: p)
-        p = jnp.where(p >= min_p[:, None], p, 0.0)
+        p = jnp.where(p >= jnp.maximum(cut(p), min_p)[:, None], p, 0.0)
         return jnp.where(temperature > 0, _draw(p, jax.vmap(_uniform)(seed, position), greedy), greedy)
 
-    return jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+    by_mass = jnp.any(top_p < 1.0)
+    need = jnp.where(by_mass, 3, jnp.where(jnp.any(top_k > 0), 2, 1))  # one question: each costs a GPU a pause
+    return jax.lax.switch(
+        jnp.where(jnp.any(temperature > 0), need, 0),
+        [
+            lambda: greedy,
+            lambda: draw(lambda p: jnp.zeros(len(p))),
+            lambda: draw(lambda p: _by_count(p, top_k)),
+            lambda: draw(lambda p: _threshold(p, top_k, top_p)),
+        ],
+    )
 
 
 def _draw(p: jax.Array, uniform: jax.Array, otherwise: jax.Array) -> jax.Array:
@@ -79,32 +88,46 @@ def _uniform(seed: jax.Array, position: jax.Array) -> jax.Array:
     return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
 
 
+def _by_count(p: jax.Array, top_k: jax.Array) -> jax.Array:
+    """(R,) the smallest value that top-k leaves of p (R, V)."""
+    k = jnp.where(top_k > 0, top_k, p.shape[-1]).astype(jnp.float32)
+    return _largest(p, jnp.ones((), p.dtype), k)
+
+
 def _threshold(p: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """(R,) the smallest value that stays, of p (R, V) in [0, 1] whose largest value is 1.
 
     Top-k comes first; top-p is a share of the mass that top-k leaves.
     """
-    k = jnp.where(top_k > 0, top_k, p.shape[-1]).astype(jnp.float32)
-
-    def tokens(t: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(p >= t[:, None], 1.0, 0.0), axis=-1)
-
-    by_count = _largest(tokens, k, p.shape[0])
+    by_count = _by_count(p, top_k)
     kept = jnp.where(p >= by_count[:, None], p, 0.0)
-    goal = top_p * kept.sum(axis=-1)
-
-    def mass(t: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(kept >= t[:, None], kept, 0.0), axis=-1)
-
-    def by_mass() -> jax.Array:
-        return jnp.where(top_p < 1.0, jnp.maximum(by_count, _largest(mass, goal, p.shape[0])), by_count)
-
-    return jax.lax.cond(jnp.any(top_p < 1.0), by_mass, lambda: by_count)
+    by_mass = _largest(kept, kept, top_p * kept.sum(axis=-1))
+    return jnp.where(top_p < 1.0, jnp.maximum(by_count, by_mass), by_count)
 
 
-def _largest(amount: Callable[[jax.Array], jax.Array], wanted: jax.Array, rows: int) -> jax.Array:
-    """(rows,) a float32 in [0, 1] at which the falling `amount` is at least `wanted`, and above which it is less: the
-    largest such number, or one with the same amount as that (0 where the amount never suffices)."""
+def _largest(p: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
+    """(R,) a number t in [0, 1] at which the weight of all values of p (R, V) of at least t is `wanted` (R,) or more,
+    and above which it is less: the largest such number, or one that leaves the same values."""
+    return jax.lax.platform_dependent(p, weight, wanted, cpu=_largest_by_guessing, default=_largest_by_digits)
+
+
+def _amount(p: jax.Array, weight: jax.Array, bits: jax.Array) -> jax.Array:
+    """(R,) weight of the values that are at least the float32 numbers of these bits (R,)."""
+    at_least = p >= jax.lax.bitcast_convert_type(bits, jnp.float32)[:, None]
+    return jnp.sum(jnp.where(at_least, weight, 0.0), axis=-1)
+
+
+def _largest_by_digits(p: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Some bits at a time: few passes over p and no loop, whose every turn would cost a GPU a pause."""
+    low = jnp.zeros(len(p), jnp.int32)
+    for shift in range(30 - DIGIT, -1, -DIGIT):
+        amounts = [_amount(p, weight, low + (digit << shift)) for digit in range(1, 1 << DIGIT)]
+        low += sum((a >= wanted).astype(jnp.int32) for a in amounts) << shift
+    return jax.lax.bitcast_convert_type(jnp.minimum(low, _ONE), jnp.float32)
+
+
+def _largest_by_guessing(p: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Guesses between two bounds, until every row has what it wants: fewer passes where passes are what costs."""
 
     def going(state: Any) -> jax.Array:
         step, low, high, at_low, _ = state
@@ -116,7 +139,7 @@ def _largest(amount: Callable[[jax.Array], jax.Array], wanted: jax.Array, rows: 
         share = jnp.where(step % 2 == 0, share, 0.5)  # but halving is sure to end
         width = high - low
         middle = low + jnp.clip((share * width).astype(jnp.int32), 1, jnp.maximum(width - 1, 1))
-        there = amount(jax.lax.bitcast_convert_type(middle, jnp.float32))
+        there = _amount(p, weight, middle)
         settled = (at_low == wanted) | (width <= 1)
         up, down = (there >= wanted) & ~settled, (there < wanted) & ~settled
         return (
@@ -127,6 +150,6 @@ def _largest(amount: Callable[[jax.Array], jax.Array], wanted: jax.Array, rows: 
             jnp.where(down, there, at_high),
         )
 
-    zero = jnp.zeros(rows, jnp.int32)
-    start = jnp.int32(0), zero, jnp.full(rows, _ONE + 1, jnp.int32), amount(jnp.zeros(rows)), jnp.zeros(rows)
+    zero, one_more = jnp.zeros(len(p), jnp.int32), jnp.full(len(p), _ONE + 1, jnp.int32)
+    start = jnp.int32(0), zero, one_more, _amount(p, weight, zero), jnp.zeros(len(p))
     return jax.lax.bitcast_convert_type(jax.lax.while_loop(going, narrow, start)[1], jnp.float32)
