@@ -1,7 +1,16 @@
 """Fixtures that several test files share."""
 
+import os
+import tempfile
+
 import pytest
-from whole_run import arguments, finish, start, write_corpus
+
+# What one process of a session has compiled, the others read. Set before jax is imported.
+_compiled = tempfile.TemporaryDirectory(prefix="jaxchat-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+from whole_run import arguments, finish, start, write_corpus  # noqa: E402
 
 
 @pytest.fixture(scope="session")

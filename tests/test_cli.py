@@ -155,10 +155,10 @@ def test_a_terminal(run):
         for command in ("/temperature 9\r", "/topk 0\r"):  # answers about as long as they may be
             terminal.type(command)
             terminal.wait_for("> ")
-        for i in range(40):  # whenever it comes, before, in or after the answer, it ends no more than the answer
+        for i in range(160):  # whenever it comes, before, in or after the answer, it ends no more than the answer
             terminal.type("go on\r")
             terminal.wait_for("go on\r\n")
-            time.sleep(0.005 * (i % 12))
+            time.sleep(0.003 * (i % 20))
             terminal.type("\x03")
             if " ...\r\n" in terminal.wait_for("\n> "):
                 break

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def found():
     environment = dict(os.environ) | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
     }

@@ -70,7 +70,7 @@ def test_from_start_to_drained_end(run):
 
         def one():
             with httpx.stream("POST", url + CHAT, json=ask, timeout=60) as stream:
-                bodies.append(b"".join(stream.iter_bytes()))
+                bodies.append((stream.status_code, b"".join(stream.iter_bytes())))
 
         clients = [threading.Thread(target=one) for _ in range(12)]
         for client in clients:
@@ -83,7 +83,10 @@ def test_from_start_to_drained_end(run):
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         for client in clients:
             client.join()
-        assert len(bodies) == 12 and all(body.endswith(b"data: [DONE]\n\n") for body in bodies)
+        done = [body for status, body in bodies if status == 200]
+        late = [body for status, body in bodies if status == 503]  # came after the signal
+        assert done and len(done) + len(late) == 12 and all(b'"draining"' in body for body in late)
+        assert all(body.endswith(b"data: [DONE]\n\n") for body in done)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert "Traceback" not in err and '"event":"draining"' in err and '"event":"stopped"' in err

@@ -46,7 +46,10 @@ def batch_of(config, weight=1.0, seed=0):
 
 @pytest.fixture(scope="module")
 def eight_devices():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+    }
     env["PYTHONPATH"] = str(ROOT)
     run = subprocess.run(
         [sys.executable, ROOT / "tests/simulated_devices.py"], env=env, capture_output=True, text=True, timeout=600
