@@ -1,5 +1,6 @@
 """The sandbox: every layer holds what it promises, whoever runs it, and nothing of a run stays behind."""
 
+import dataclasses
 import json
 import math
 import os
@@ -216,17 +217,21 @@ def test_a_layer_that_is_installed_and_does_not_work_is_not_used(monkeypatch):
         os.chmod(folder, 0o755)
         fake = Path(folder) / "bwrap"
         monkeypatch.setattr(sandbox_process.shutil, "which", lambda name: str(fake))
-        sandbox_process._size_is_known.cache_clear()
-        fake.write_text("#!/bin/sh\necho no permission to create a namespace >&2\nexit 1\n")
-        fake.chmod(0o755)
         with_it = Layers(landlock=bool(sandbox_landlock.abi()), seccomp=True, bubblewrap=True)
+        fake.write_text("#!/bin/sh\necho --tmpfs\n")  # an old one
+        fake.chmod(0o755)
+        assert "version 0.8" in sandbox._weakness(with_it)
+        begin = '#!/bin/sh\nif [ "$1" = --help ]; then echo --size; exit; fi\n'
+        fake.write_text(begin + "echo no permission to create a namespace >&2\nexit 1\n")
         assert "did not confine itself" in sandbox._weakness(with_it)
         found = sandbox.probe.__wrapped__()
         assert found.level < 3 and not found.layers.bubblewrap and "level 3" in " ".join(found.missing)
         # one that runs the command and makes no namespace
-        fake.write_text('#!/bin/sh\nwhile [ "$1" != --remount-ro ]; do shift; done\nshift 2; exec "$@"\n')
+        fake.write_text(begin + 'while [ "$1 $2" != "--remount-ro /" ]; do shift; done\nshift 2; exec "$@"\n')
+        assert sandbox._weakness(with_it).startswith("the trial ended with disk")
+        huge = dataclasses.replace(sandbox._PROBE_POLICY, disk_bytes=1 << 30)  # more than its memory can write
+        monkeypatch.setattr(sandbox, "_PROBE_POLICY", huge)
         assert "processes" in sandbox._weakness(with_it)
-    sandbox_process._size_is_known.cache_clear()
     monkeypatch.undo()
     # without the parts of layer 2, what it must hold is found open
     monkeypatch.setattr(Layers, "level", property(lambda self: 2))

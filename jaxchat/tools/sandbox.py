@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxchat.tools.sandbox_landlock import abi
-from jaxchat.tools.sandbox_process import Layers, Policy, Process, SandboxError
+from jaxchat.tools.sandbox_process import Layers, Policy, Process, SandboxError, bubblewrap_lacks
 
 __all__ = ["LEVELS", "Layers", "Outcome", "Policy", "Probe", "Sandbox", "SandboxError", "probe"]
 
@@ -56,14 +56,24 @@ attempt("memory", lambda: bytearray(%(memory)d))
 attempt("fork", fork)
 attempt("read", lambda: open(%(canary)r).read())
 attempt("write", lambda: open(%(canary)r, "a").write("x"))
+for path in ("/etc/passwd", "/usr/lib/os-release"):
+    attempt("read", lambda: open(path).read())
+for packages in ("site-packages", "dist-packages"):
+    attempt("write", lambda: open(os.path.join(os.path.dirname(os.__file__), packages, "file"), "w").write("x"))
 attempt("socket", socket)
 if os.getpid() > 9:
     done.append("processes")
 attempt("scratch", lambda: open("file", "w").write("x"))
+def fill():
+    for n in range(5):
+        with open(str(n), "wb") as file:
+            file.write(bytes(%(quarter)d))
+if %(quarter)d:
+    attempt("disk", fill)
 print(*done)
 """
 
-_HELD = {1: {"memory", "fork"}, 2: {"read", "write", "socket"}, 3: {"processes"}}  # of the trial, by level
+_HELD = {1: {"memory", "fork"}, 2: {"read", "write", "socket"}, 3: {"processes", "disk"}}  # of the trial, by level
 
 
 @dataclass(frozen=True)
@@ -262,12 +272,15 @@ def probe() -> Probe:
 
 def _weakness(layers: Layers) -> str:
     """What a process with these layers can do that it should not, or why it does not start; "" where it holds."""
+    if layers.bubblewrap and (why := bubblewrap_lacks()):
+        return why
     with tempfile.TemporaryDirectory(prefix="jaxchat-probe-") as folder:
         os.chmod(folder, 0o755)
         canary = Path(folder) / "canary"
         canary.write_text("somebody else's", encoding="utf-8")
         canary.chmod(0o666)
-        program = _PROBE % {"memory": 2 * _PROBE_POLICY.memory_bytes, "canary": str(canary)}
+        quarter = _PROBE_POLICY.disk_bytes // 4 if layers.level >= 3 else 0  # below, what is written is looked at
+        program = _PROBE % {"memory": 2 * _PROBE_POLICY.memory_bytes, "canary": str(canary), "quarter": quarter}
         try:
             with Process("program", program, _PROBE_POLICY, layers, output=subprocess.PIPE) as process:
                 outcome = _watch(process)

@@ -64,15 +64,20 @@ def readable(python_path: list[str]) -> Iterator[tuple[str, int]]:
             yield directory, READ_FILE  # pythonXY.zip
     own = os.path.join(sys.base_prefix, "lib")
     for directory in {os.path.realpath(path) for path in (*LIBRARIES, own)}:
-        if os.path.isdir(directory):
-            for entry in os.scandir(directory):
-                if ".so" in entry.name or entry.name.endswith("-linux-gnu"):
-                    yield entry.path, READ_FILE | READ_DIR
+        for path in libraries(directory):
+            yield path, READ_FILE | READ_DIR
     yield "/etc/ld.so.cache", READ_FILE
     yield "/usr/share/zoneinfo", READ_FILE | READ_DIR
     yield "/dev/null", READ_FILE | WRITE_FILE
     yield "/dev/zero", READ_FILE
     yield "/dev/urandom", READ_FILE
+
+
+def libraries(directory: str) -> list[str]:
+    """Shared libraries in a directory, and its folders that hold nothing else."""
+    if not os.path.isdir(directory):
+        return []
+    return [e.path for e in os.scandir(directory) if ".so" in e.name or e.name.endswith("-linux-gnu")]
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:

@@ -20,10 +20,10 @@ from typing import Any
 
 from jaxchat.tools import sandbox_scratch
 from jaxchat.tools.sandbox_child import READY
+from jaxchat.tools.sandbox_landlock import LIBRARIES, PACKAGES, libraries
 
 SETUP_SECONDS = 30.0  # until a process must have confined itself, on however busy a machine
 _CHILD = Path(__file__).with_name("sandbox_child.py")
-_SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")  # shared libraries
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 
@@ -76,8 +76,12 @@ class Process:
         pipes: dict[str, int] | None = None,
         output: int = subprocess.DEVNULL,
     ):
-        self.layers, self.policy, self.scratch = layers, policy, sandbox_scratch.make()
+        self.layers, self.policy = layers, policy
         pipes = pipes or {}
+        try:
+            self.scratch = sandbox_scratch.make()
+        except OSError as error:
+            raise SandboxError(f"no scratch folder: {error}") from None
         ready, said = os.pipe()
         try:
             with tempfile.TemporaryFile() as file:
@@ -136,7 +140,7 @@ class Process:
             said += piece
             if not piece:
                 break
-        if said != READY:
+        if not said.startswith(READY):  # at level 1 a program may add to it
             self.wait(1)
             why = said.decode("utf-8", "replace") or f"it ended with code {self.exit_code()}, saying nothing"
             raise SandboxError(f"the process did not confine itself: {why}")
@@ -191,42 +195,41 @@ def bubblewrap(scratch: str, disk_bytes: int) -> list[str]:
     program = shutil.which("bwrap") or "bwrap"
     command = [program, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534"]
     command += ["--die-with-parent", "--clearenv", "--cap-drop", "ALL", "--hostname", "sandbox"]
-    for path in _SYSTEM:
+    own = os.path.join(os.path.realpath(sys.base_prefix), "lib")
+    for path in (*LIBRARIES, own):
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
-            command += ["--ro-bind", path, path]
+            for library in libraries(path):
+                command += ["--ro-bind", library, library]
     command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     command += ["--ro-bind-try", "/usr/share/zoneinfo", "/usr/share/zoneinfo"]
     for path in _DEVICES:
         command += ["--dev-bind", path, path]
-    own = os.path.join(os.path.realpath(sys.base_prefix), "lib")
-    covered = any(_inside(own, path) for path in _SYSTEM)
-    for path in (interpreter(), *_standard_library(), *([] if covered else [own])):
+    for path in (interpreter(), *_standard_library()):
         command += ["--ro-bind-try", path, path]
     for path in _standard_library():
-        for packages in ("site-packages", "dist-packages"):
-            if os.path.isdir(os.path.join(path, packages)):
-                command += ["--tmpfs", os.path.join(path, packages)]
+        for packages in (os.path.join(path, name) for name in PACKAGES):
+            if os.path.isdir(packages):
+                command += ["--tmpfs", packages, "--remount-ro", packages]
     package = _CHILD.parent.parent
     for path in (str(package / "__init__.py"), str(_CHILD.parent)):
         command += ["--ro-bind", path, path]
-    return [*command, *_tmpfs_size(program, disk_bytes), "--tmpfs", scratch, "--chdir", scratch, "--remount-ro", "/"]
+    scratch_folder = ["--size", str(disk_bytes), "--tmpfs", scratch, "--chdir", scratch]
+    return [*command, *scratch_folder, "--remount-ro", "/"]
 
 
 def _standard_library() -> Sequence[str]:
     return [path for path in (os.path.dirname(os.__file__),) if os.path.isdir(path)]
 
 
-def _inside(path: str, folder: str) -> bool:
-    return os.path.commonpath([path, folder]) == folder
-
-
-@functools.cache
-def _size_is_known(program: str) -> bool:
-    return "--size" in subprocess.run([program, "--help"], capture_output=True, text=True, timeout=10).stdout
-
-
-def _tmpfs_size(program: str, disk_bytes: int) -> list[str]:
-    """Before 0.8 bubblewrap had no such option; then the limits on files and memory remain."""
-    return ["--size", str(disk_bytes)] if _size_is_known(program) else []
+def bubblewrap_lacks() -> str:
+    """Why the installed bubblewrap cannot be used; "" where it can."""
+    program = shutil.which("bwrap")
+    if not program:
+        return "bubblewrap is not installed"
+    try:
+        said = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"bubblewrap does not run: {error}"
+    return "" if "--size" in said else "this bubblewrap cannot limit a folder in memory; version 0.8 and newer can"
