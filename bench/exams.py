@@ -121,7 +121,8 @@ def whole_core(config: Config, params: Any, tokenizer: Tokenizer, data: str, cap
     """Every task of CORE that is at hand: programs compiled, seconds, and the mean of the centred accuracies."""
     scorer = Scorer(config.model, params, batch_rows=config.eval.batch_rows)
     before = score_targets._cache_size() + score_letters._cache_size()  # type: ignore[attr-defined]
-    begin, tokens, asked, results = time.perf_counter(), 0, 0, {}
+    begin, tokens, asked = time.perf_counter(), 0, 0
+    centred: list[float] = []
     for task in core.CORE_TASKS:
         try:
             items = core.Core(TaskFiles(data)).load(task)[: cap if cap >= 0 else None]
@@ -131,17 +132,18 @@ def whole_core(config: Config, params: Any, tokenizer: Tokenizer, data: str, cap
         tokens += sum(len(span.tokens) for group in groups for span in group)
         scores = scorer.spans(groups)
         asked += len(items)
-        results[task.label] = sum(core.decide(task, i, s)[1] for i, s in zip(items, scores, strict=True)) / len(items)
+        right = sum(core.decide(task, i, s)[1] for i, s in zip(items, scores, strict=True))
+        centred.append(core.centred(task, right / len(items)))
     compiled = score_targets._cache_size() + score_letters._cache_size() - before  # type: ignore[attr-defined]
     return {
-        "tasks": len(results),
+        "tasks": len(centred),
         "questions": asked,
         "tokens": tokens,
         "seconds": round(time.perf_counter() - begin, 1),
         "shapes": sorted(scorer.shapes),
         "compiled": compiled,
         "goal_compiled": 12,
-        "mean_centred": round(core.summary(results), 4),
+        "mean_centred": round(statistics.fmean(centred), 4),
     }
 
 

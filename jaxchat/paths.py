@@ -105,10 +105,13 @@ def _try_lock(file: Any) -> bool:
 
 
 def atomic_write(path: str | Path, content: bytes | str) -> None:
-    """Write aside, fsync, rename: readers see the old file or the whole new one, also after a power cut."""
+    """Write aside, fsync, rename: readers see the old file or the whole new one, also after a power cut.
+
+    A surrogate without its other half, which UTF-8 cannot hold, becomes "\\udXXX", as JSON writes it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

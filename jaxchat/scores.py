@@ -17,10 +17,10 @@ from jaxchat.state import Batch, caster, loss_spec, trunk
 
 
 def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch, jax.Array], dict[str, jax.Array]]:
-    """Jitted sums over one batch: (params, batch, byte_lengths (V,) int32) -> float32 scalars.
+    """Jitted sums over one batch: (params, batch, byte_lengths (V,) int32) -> float32 scalars, or one for each row.
 
-    `nats` and `bytes` over the targets that stand for text (special tokens count neither way), for bits per byte;
-    `all_nats` and `targets` over every weighted target, for the loss and the perplexity.
+    `nats` and `bytes` of every row, over the targets that stand for text (special tokens count neither way), for bits
+    per byte; `all_nats` and `targets` of the batch over every weighted target, for the loss and the perplexity.
     """
     cast, run, spec = caster(config, mesh), trunk(config, mesh), loss_spec(config, mesh)
 
@@ -31,8 +31,8 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch, jax.Arra
         total, nll = chunked_loss(x, weights["unembedding"], micro["targets"], micro["weights"], spec)
         size = byte_lengths[micro["targets"]] * micro["weights"]
         return {
-            "nats": jnp.sum(nll * micro["weights"] * (size > 0)),
-            "bytes": size.sum(),
+            "nats": jnp.sum(nll * micro["weights"] * (size > 0), axis=-1),
+            "bytes": size.sum(axis=-1),
             "all_nats": total,
             "targets": micro["weights"].sum(),
         }

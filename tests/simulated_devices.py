@@ -74,7 +74,7 @@ def evaluation(layout: tuple[int, int, int]) -> dict[str, float]:
     batch = {"inputs": tokens[..., :-1], "targets": tokens[..., 1:], "weights": np.ones((1, 16, 32), np.float32)}
     batch = jax.device_put(batch, batch_sharding(mesh))
     sums = make_eval_step(config, mesh)(params, batch, jnp.asarray(np.arange(256) % 5, jnp.int32))
-    return {name: float(value) for name, value in sums.items()}
+    return {name: float(value.sum()) for name, value in sums.items()}
 
 
 def split_moments() -> dict[str, bool]:

@@ -100,6 +100,8 @@ def test_a_question_that_reads_otherwise_is_another_one(tmp_path):
     assert list(one.values()) == [True, False]
     path.write_text(json.dumps(rows[0] | {"prompt": "1+2"}) + "\n" + json.dumps(rows[1] | {"chosen": "C"}) + "\n")
     assert len(one.keys() & comparison.answers(path).keys()) == 1
+    path.write_text("".join(json.dumps(row | {"question": "0a"}) + "\n" for row in rows))
+    assert not one.keys() & comparison.answers(path).keys()
     for damage in ("{", "[]\n", '{"index": 1}\n'):
         path.write_text(damage)
         with pytest.raises(DataError, match="x.jsonl: damaged"):

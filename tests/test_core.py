@@ -12,6 +12,7 @@ from jaxchat.tasks import core
 from jaxchat.tasks.core import CORE_TASKS, Core
 from jaxchat.tasks.files import MissingData, TaskFiles
 from jaxchat.text.tokenizer import train_tokenizer
+from train.exams import accuracy, core_summary
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 BY_LABEL = {task.label: task for task in CORE_TASKS}
@@ -97,7 +98,12 @@ def test_decisions():
 
 def test_the_mean_is_over_centred_accuracies():
     assert core.centred(BY_LABEL["boolq"], 0.62) == 0 and core.centred(BY_LABEL["boolq"], 1.0) == 1
-    assert core.summary({"copa": 0.75, "squad": 0.1}) == pytest.approx((0.5 + 0.1) / 2)
+    found = {name: accuracy([True] * right + [False] * (100 - right), chance) | {"seconds": 1.0}
+             for name, right, chance in (("copa", 75, 0.5), ("squad", 10, 0.0))}  # fmt: skip
+    for name, score in found.items():
+        score["centred"] = core.centred(BY_LABEL[name], score["accuracy"])
+    summary = core_summary(found)
+    assert summary["metric"] == pytest.approx((0.5 + 0.1) / 2) and summary["n"] == 200
 
 
 def test_the_order_is_fixed(tmp_path):
@@ -133,6 +139,9 @@ def test_a_damaged_item_is_named_by_its_line(tmp_path, item, said):
 
 def test_other_damage(tmp_path):
     files = TaskFiles(str(tmp_path))
+    write(tmp_path, "squad.jsonl", [{"context": "the cat", "continuation": " "}])
+    with pytest.raises(DataError, match="line 1: .*continuation is empty"):
+        Core(files).load(BY_LABEL["squad"])
     write(tmp_path, "copa.jsonl", [GOOD])
     (tmp_path / "core" / "copa.jsonl").write_text('{"query": "q"\n')
     with pytest.raises(DataError, match="line 1: not JSON"):
@@ -144,7 +153,7 @@ def test_other_damage(tmp_path):
     with pytest.raises(DataError, match="10 items are too few for 10 examples"):
         Core(files).load(BY_LABEL["piqa"])
     with pytest.raises(MissingData, match="eval_bundle.zip"):
-        Core(files).load(BY_LABEL["squad"])
+        Core(files).load(BY_LABEL["coqa"])
 
 
 def test_the_bundles_own_baselines_count(tmp_path):

@@ -23,12 +23,14 @@ from jaxchat.state import TrainState
 from jaxchat.tasks import core
 from jaxchat.tasks.core import CORE_TASKS
 from jaxchat.tasks.files import TaskFiles
+from jaxchat.tasks.humaneval import HumanEval
 from jaxchat.tasks.registry import TASKS, get_task
 from jaxchat.text.chat import normalize, render_prompt
 from jaxchat.text.tokenizer import train_tokenizer
 from train import evaluate
 from train.exams import capped, wilson
-from train.samples import _code
+from train.report_markdown import code
+from train.samples import quote
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, LENGTH = 280, 64
@@ -325,4 +327,42 @@ def test_wilson_intervals(right, n, low, high):
 
 
 def test_samples_hold_any_text_as_code():
-    assert _code("a `b` ``c``\nd") == "``` a `b` ``c`` d ```" and _code(" ") == "(nothing)"
+    assert code("a `b` ``c``\nd") == "``` a `b` ``c`` d ```" and quote("a\nb") == "> `a b`"
+
+
+def test_half_a_character_in_a_question_ends_nothing(config, run, facts, tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "Caf\\ud800?", "answer": "#### 3"}\n')
+    evaluate.run(with_data(config, tmp_path, ("exams", ("gsm8k",))), run)
+    (line,) = (run.root / "eval" / "sft_gsm8k.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["prompt"][0]["content"] == "Caf\ud800?"
+
+
+def test_a_score_belongs_to_its_sandbox_and_the_digest_to_the_whole_record(config, run, facts, monkeypatch, tmp_path):
+    task = {"task_id": "a", "prompt": "def one():\n", "entry_point": "one", "canonical_solution": "    return 1\n",
+            "test": "def check(candidate):\n    assert candidate() == 1\n"}  # fmt: skip
+    path = tmp_path / "humaneval" / "HumanEval.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps(task) + "\n")
+    settings = with_data(config, tmp_path, ("exams", ("humaneval",)))
+    first = evaluate.run(settings, run)
+    kept = read_json(run.eval("sft"))["tasks"]["humaneval"]
+    assert evaluate.run(settings, run) == first and read_json(run.eval("sft"))["tasks"]["humaneval"] == kept
+    monkeypatch.setattr(HumanEval, "setting", lambda self: ("another sandbox",))
+    evaluate.run(settings, run)
+    assert read_json(run.eval("sft"))["tasks"]["humaneval"]["questions_sha256"] != kept["questions_sha256"]
+    path.write_text((json.dumps(task) + "\n") * 2)
+    more = evaluate.run(settings, run)
+    assert more["sft"] == first["sft"] and more["digest"] != first["digest"]
+
+
+def test_the_table_is_printed(config, run, facts, capsys):
+    evaluate.run(config, run)
+    said = capsys.readouterr().err
+    head, *rows = said[said.index("exam  ") :].splitlines()
+    assert head.split() == ["exam", "BASE", "SFT", "chance", "cases"]
+    shown = {row.split("  ")[0]: row for row in rows}
+    scores = read_json(run.eval("sft"))["tasks"]
+    assert f"{scores['identity']['accuracy']:.1%} (" in shown["identity"]
+    low, high = scores["bits_per_byte"]["interval"]
+    assert low < scores["bits_per_byte"]["metric"] < high and f"({low:.4f} to {high:.4f})" in shown["bits_per_byte"]

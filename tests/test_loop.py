@@ -81,9 +81,9 @@ def test_bits_per_byte_by_hand(rows):
     """A uniform model over 64 tokens of 2 bytes each: log2(64) / 2 bits a byte."""
 
     def uniform(params, batch, byte_lengths):
-        targets = batch["weights"].sum()
+        targets = batch["weights"].sum(axis=(0, 2))
         nats = targets * np.log(64)
-        return {"nats": nats, "bytes": 2 * targets, "all_nats": nats, "targets": targets}
+        return {"nats": nats, "bytes": 2 * targets, "all_nats": nats.sum(), "targets": targets.sum()}
 
     import jax
 
@@ -91,7 +91,7 @@ def test_bits_per_byte_by_hand(rows):
     from jaxchat.mesh import make_mesh
 
     found = bits_per_byte(uniform, None, rows, np.full(64, 2), 8, 20, make_mesh(MeshConfig(), jax.devices()[:1]))
-    assert found["bits_per_byte"] == pytest.approx(3.0)
+    assert found["bits_per_byte"] == pytest.approx(3.0) and found["interval"] == pytest.approx((3.0, 3.0))
     assert found["perplexity"] == pytest.approx(64.0) and found["targets"] == 20 * 16
 
 

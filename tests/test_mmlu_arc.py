@@ -105,6 +105,7 @@ def test_arc_in_the_hubs_layout_keeps_its_own_letters(tmp_path):
     assert found.letters == ("1", "2") and found.right == 1
     assert found.prompt[0]["content"] == question("What barks?", "12", ["cat", "dog"])
     assert [c[1]["content"][0]["text"] for c in exam("arc_easy", tmp_path).train_conversations(None, 0)] == ["2", "2"]
+    assert len(list(exam("arc_easy", tmp_path).train_conversations(5000, 0))) == 2
     with pytest.raises(MissingData, match="ARC-Challenge"):
         exam("arc_challenge", tmp_path).examples()
 
@@ -114,6 +115,10 @@ def test_a_damaged_arc(tmp_path):
     parquet(path, [ARC, {**ARC, "answerKey": "3"}])
     with pytest.raises(DataError, match="row 2: answer '3' is none of 1, 2"):
         exam("arc_easy", tmp_path).examples()
+    for labels in ([1, 2], [None, "2"]):
+        parquet(path, [{**ARC, "choices": {"text": ["cat", "dog"], "label": labels}}])
+        with pytest.raises(DataError, match="row 1: the labels of the choices are no texts"):
+            exam("arc_easy", tmp_path).examples()
     parquet(path, [{**ARC, "choices": ["cat", "dog"]}])
     with pytest.raises(DataError, match="row 1: choices hold no label and text"):
         exam("arc_easy", tmp_path).examples()

@@ -62,6 +62,25 @@ def test_unknown_or_empty_mixtures_are_refused():
         sft.check(config_of("identity:5", "identity*2"))
 
 
+def test_an_exam_on_the_way_that_does_not_exist_is_refused_before_any_work():
+    config = config_of("identity:5", exam_cases=3)
+    wrong = dataclasses.replace(config, eval=dataclasses.replace(config.eval, exams=("nosuch",)))
+    with pytest.raises(UsageError, match="nosuch"):
+        sft.check(wrong)
+    sft.check(dataclasses.replace(wrong, sft=dataclasses.replace(wrong.sft, exam_cases=0)))
+
+
+def test_other_conversations_do_not_go_on_with_a_run(tmp_path, tokenizer):
+    run, one, other = RunDir(tmp_path), config_of("identity:50"), config_of("identity:51")
+    sft._rows_of(one, run, tokenizer)
+    sft._rows_of(other, run, tokenizer)  # nothing is trained yet
+    (run.stage("sft") / "2").mkdir(parents=True)
+    sft._rows_of(other, run, tokenizer)
+    for _ in range(2):
+        with pytest.raises(DataError, match="not those that this SFT began with"):
+            sft._rows_of(one, run, tokenizer)
+
+
 @pytest.mark.parametrize(("rows", "epochs", "steps"), [(1, 1.0, 1), (16, 1.0, 2), (800, 1.0, 100), (800, 0.5, 50)])
 def test_steps_follow_the_rows(rows, epochs, steps):
     config = sft_config(config_of("identity:5", epochs=epochs), rows)
@@ -139,7 +158,7 @@ def test_smoltalk_is_read_from_a_mirror(tmp_path):
     some = list(task.train_conversations(7, 1))
     assert len(some) == 7 and some == list(task.train_conversations(7, 1))
     pq.write_table(pa.table({"text": ["x"]}), path)
-    with pytest.raises(DataError, match="no column messages; found text"):
+    with pytest.raises(DataError, match="no column messages; it has text"):
         list(task.train_conversations(None, 0))
 
 

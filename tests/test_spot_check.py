@@ -12,7 +12,6 @@ from jaxchat.optim.horizon import resolve
 from jaxchat.paths import RunDir
 from jaxchat.state import TrainState
 from jaxchat.text.tokenizer import train_tokenizer
-from train.evaluate import CHATCORE, chat_core
 from train.exams import Model
 from train.spot_check import spot_checks
 
@@ -49,10 +48,3 @@ def test_exams_of_a_model_on_its_way(tmp_path, tokenizer, capsys):
     asked = model.written(Identity(), capped(len(Identity().examples()), 3))
     assert found["exam/identity"] == asked["metric"]
     assert spot_checks(config, RunDir(tmp_path), tokenizer, "sft", 0) == []
-
-
-def test_chatcore_needs_all_five():
-    scores = {name: {"metric": 0.5, "chance": 0.25 if i < 3 else 0.0} for i, name in enumerate(CHATCORE)}
-    assert chat_core(scores) == pytest.approx((3 * (0.25 / 0.75) + 2 * 0.5) / 5)
-    del scores["gsm8k"]
-    assert chat_core(scores) is None

@@ -1,5 +1,6 @@
 """Data sets from a mirror, and downloads against real local servers: pinned, verified, resumed, one at a time."""
 
+import gzip
 import hashlib
 import http.server
 import io
@@ -11,10 +12,14 @@ import threading
 import zipfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from jaxchat.errors import DataError
 from jaxchat.tasks import files as module
-from jaxchat.tasks.files import Archive, HubFiles, MissingData, TaskFiles, listing, read_jsonl
+from jaxchat.tasks.base import drawn
+from jaxchat.tasks.files import Archive, HubFiles, MissingData, TaskFiles, count_rows, listing, read_jsonl, read_parquet
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -46,6 +51,46 @@ def test_lines_are_told_apart(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": "one\u2028line"}\n\n{"a": 2}', encoding="utf-8")
     assert list(read_jsonl(path)) == [(1, {"a": "one\u2028line"}), (3, {"a": 2})]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "deep", "list"])
+def test_a_damaged_file_is_named(tmp_path, damage):
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(b'{"a": "%s"}\n' % bytes(range(97, 123)) * 20)
+    if damage == "flipped":
+        for place in range(10, len(whole), 3):  # wherever it is: named, or found by no checksum
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+            with pytest.raises(DataError, match=r"a\.jsonl\.gz"):
+                list(read_jsonl(path))
+        return
+    text = {"empty": b"\n \n", "deep": b"[" * 100_000, "list": b"[]"}.get(damage, b"")
+    path.write_bytes(whole[:-9] if damage == "cut" else gzip.compress(text))
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz"):
+        list(read_jsonl(path))
+
+
+def test_tables(tmp_path):
+    path, empty, broken = (tmp_path / name for name in ("a.parquet", "empty.parquet", "broken.parquet"))
+    pq.write_table(pa.table({"a": list(range(3000)), "b": ["x"] * 3000}), path)
+    pq.write_table(pa.table({"a": pa.array([], pa.int32())}), empty)
+    broken.write_bytes(b"PAR1 nothing PAR1")
+    assert [n for n, row in read_parquet(path, ["a"]) if row == {"a": n - 1}] == list(range(1, 3001))
+    assert count_rows(path) == 3000
+    for bad, columns, said in (
+        (path, ["c"], "no column c; it has a, b"),
+        (empty, ["a"], "no rows"),
+        (broken, ["a"], "broken"),
+    ):
+        with pytest.raises(DataError, match=said):
+            list(read_parquet(bad, columns))
+    with pytest.raises(DataError, match="broken"):
+        count_rows(broken)
+
+
+def test_more_than_there_is_takes_all():
+    assert list(drawn(None, 4, 0)) == list(drawn(4, 4, 1)) == list(drawn(99, 4, 2)) == [0, 1, 2, 3]
+    some = drawn(3, 10, 5)
+    assert some == drawn(3, 10, 5) != drawn(3, 10, 6) and len(set(some)) == 3
 
 
 class Web(http.server.BaseHTTPRequestHandler):

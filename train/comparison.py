@@ -216,7 +216,7 @@ def answers(path: Path) -> dict[str, bool]:
         for line in path.read_text(encoding="utf-8").split("\n"):
             if line:
                 row = json.loads(line)
-                key = [row["index"], row.get("prompt"), row.get("expected")]
+                key = [row["index"], row.get("question"), row.get("prompt"), row.get("expected")]
                 found[json.dumps(key, sort_keys=True)] = bool(row["right"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); run stage eval again") from None

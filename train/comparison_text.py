@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from train.report_blocks import text_table
 from train.report_exams import STAGE_TITLES
 from train.report_text import count, duration, money
 
@@ -23,7 +24,7 @@ def tables(found: dict[str, Any]) -> str:
     )
     for title, rows, notes in sections:
         if len(rows) > 1:
-            parts.append("\n".join([title, "", _table(rows), *notes]))
+            parts.append("\n".join([title, "", text_table(rows), *notes]))
     if found["not_compared"]:
         parts.append("\n".join(["Not compared", "", *(f"{n}: {why}" for n, why in found["not_compared"].items())]))
     return "\n\n".join(parts)
@@ -76,12 +77,3 @@ def _speed(found: dict[str, Any]) -> Rows:
 
 def _settings(found: dict[str, Any]) -> Rows:
     return [["", "A", "B"], *([key, str(pair[0]), str(pair[1])] for key, pair in found["config"].items())]
-
-
-def _table(rows: Rows) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)

@@ -24,6 +24,7 @@ from jaxchat.tasks.humaneval import open_sandbox
 from jaxchat.tasks.registry import TASKS, get_task
 from jaxchat.text.tokenizer import Tokenizer
 from train.exams import Model, Scores, capped, core_summary, digest
+from train.report_exams import exam_table, standing
 from train.samples import CHAT_PROMPTS, held_out_openings, samples
 
 STAGES = ("base", "sft", "rl")
@@ -53,11 +54,19 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     if not found:
         raise DataError(f"{run.root}: nothing to examine; train it first")
     facts = {stage: {name: scores["metric"] for name, scores in tasks.items()} for stage, tasks in found.items()}
-    return facts | {
-        "digest": hashlib.sha256(
-            json.dumps([facts, dataclasses.asdict(config.eval)], sort_keys=True).encode()
-        ).hexdigest()
-    }
+    records = {stage: read_json(run.eval(stage)) for stage in found}
+    card: dict[str, Any] = {"exams": {}, "standing": {}}
+    for stage, record in records.items():
+        card["exams"][stage], card["standing"][stage] = record["tasks"], standing(record)
+    say(f"\n{exam_table(card)}\n")
+    return facts | {"digest": hashlib.sha256(json.dumps(_timeless(records), sort_keys=True).encode()).hexdigest()}
+
+
+def _timeless(record: Any) -> Any:
+    """A record without its times: the same for the same answers."""
+    if isinstance(record, dict):
+        return {key: _timeless(value) for key, value in record.items() if key != "seconds"}
+    return record
 
 
 def check(config: Config) -> None:
@@ -138,7 +147,7 @@ class Examiner:
         if not indices:
             raise DataError(f"{task.name} has no questions")
         exam = self.model.written if isinstance(task, WrittenTask) else self.model.choice
-        asked = digest(examples[i] for i in indices)
+        asked = digest([*(examples[i] for i in indices), *task.setting()])
         self._exam(task.name, asked, functools.partial(exam, task, indices))  # type: ignore[arg-type]
 
     def _core(self, task: Core) -> None:
@@ -220,7 +229,7 @@ def write_samples(model: Model, before: Any) -> None:
 
 
 def _line(scores: Scores) -> str:
-    if "interval" in scores:
+    if "accuracy" in scores or "centred" in scores:
         low, high = scores["interval"]
         beside = "".join(f", {name} {found['metric']:.1%}" for name, found in scores.get("readings", {}).items())
         cropped = f", {scores['cropped']} cropped" if scores.get("cropped") else ""

@@ -30,6 +30,7 @@ from train.bpb import bits_per_byte
 
 ORDER_SEED = 42  # of the questions that a cap leaves; nanochat's, so that its first N are ours
 CORE_BLOCK = 512  # items of a CORE task whose texts are tokenized and scored together
+MARK = 12  # hexadecimal digits that stand for a question among those of its exam
 Z95 = 1.959963984540054  # standard deviations on each side of a 95 % interval
 
 Scores = dict[str, Any]
@@ -46,8 +47,9 @@ class Model:
         return self.engine_of(self.params)
 
     def engine_of(self, params: Any) -> Engine:
-        slots = 1 << (max(1, self.config.eval.batch_rows).bit_length() - 1)
-        return Engine(self.config.model, params, self.tokenizer, slots=slots)
+        each = max(1, self.config.eval.batch_rows // self.mesh.size)
+        slots = self.mesh.size << (each.bit_length() - 1)
+        return Engine(self.config.model, params, self.tokenizer, slots=slots, mesh=self.mesh)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -128,6 +130,7 @@ class Model:
         their beginning."""
         everything = task.examples()
         examples = [everything[i] for i in indices]
+        marks = [digest([e])[:MARK] for e in examples]
         prompts = [render_prompt(self.tokenizer, e.prompt) for e in examples]
         letters = [[self._letter(letter) for letter in e.letters] for e in examples]
         with progress(f"{self.stage} {task.name}", len(prompts)) as bar:
@@ -137,8 +140,8 @@ class Model:
         self.keep(
             task.name,
             (
-                {"index": i, "chosen": e.letters[c], "expected": e.letters[e.right], "right": ok}
-                for i, e, c, ok in zip(indices, examples, chosen, right, strict=True)
+                {"index": i, "question": mark, "chosen": e.letters[c], "expected": e.letters[e.right], "right": ok}
+                for i, mark, e, c, ok in zip(indices, marks, examples, chosen, right, strict=True)
             ),
         )
         return accuracy(right, task.chance) | {"cropped": cropped} | by_tags(examples, right, task.chance)
@@ -168,7 +171,10 @@ class Model:
                 bar.advance(len(block))
         self.keep(
             f"core_{task.label}",
-            ({"index": i, "chosen": c, "right": ok} for i, (c, ok) in enumerate(zip(chosen, right, strict=True))),
+            (
+                {"index": i, "question": digest([item])[:MARK], "chosen": c, "right": ok}
+                for i, (item, c, ok) in enumerate(zip(items, chosen, right, strict=True))
+            ),
         )
         found = accuracy(right, task.baseline)
         return found | {

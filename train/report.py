@@ -12,12 +12,11 @@ from typing import Any
 from jaxchat.config import Config
 from jaxchat.log import read_metrics, say
 from jaxchat.paths import RunDir, atomic_write, read_json, write_json
-from jaxchat.tasks.core import CORE_TASKS
 from jaxchat.toml import flatten
 from train.compression import other_tokenizers
 from train.cost import run_cost, wall_clock
 from train.overlap import exam_overlap
-from train.report_exams import STAGE_TITLES
+from train.report_exams import STAGE_TITLES, standing
 from train.report_html import page
 from train.report_markdown import markdown
 from train.report_plots import draw
@@ -77,27 +76,12 @@ def collect(config: Config, run: RunDir, metrics: dict[str, Steps]) -> dict[str,
         "rl_progress": _progress(metrics.get("rl", []), facts.get("rl", {}).get("start", {})),
         "speed": {stage: speed(steps) for stage, steps in metrics.items() if steps},
         "exams": {stage: record["tasks"] for stage, record in exams.items()},
-        "standing": {stage: _standing(record) for stage, record in exams.items()},
+        "standing": {stage: standing(record) for stage, record in exams.items()},
         "curves": {stage: _curve(steps) for stage, steps in metrics.items() if steps},
         "seconds": seconds,
         "seconds_total": sum(seconds.values()),
         "peak_memory_bytes": max((r["peak_rss_bytes"] for r in records.values() if r.get("peak_rss_bytes")), default=0),
         "code": code_size(),
-    }
-
-
-def _standing(record: dict[str, Any]) -> dict[str, Any]:
-    """What an evaluation says beside the scores of its exams: CORE or the part of it, ChatCORE, what was not run."""
-    partial = record.get("core_partial")
-    if partial:
-        mean = partial.get("metric", partial.get("mean"))
-        partial = {"mean": mean, "tasks": partial["tasks"], "of": partial.get("of", len(CORE_TASKS))}
-    reasons = {name: task["not_run"] for name, task in record["tasks"].items() if task.get("not_run")}
-    return {
-        "core": record.get("core"),
-        "core_partial": partial,
-        "chatcore": record.get("chatcore"),
-        "not_run": reasons | record.get("not_run", {}),
     }
 
 

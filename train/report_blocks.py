@@ -109,3 +109,13 @@ Block = Heading | Paragraph | Table | Tiles | Pictures | Listing | Samples | Fol
 def inlines(line: Line) -> Sequence[Inline]:
     """A line as a sequence of pieces."""
     return (line,) if isinstance(line, str | Bold | Mono | Score) else line
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells in plain text, the first row its head; columns but the first to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from train.report_blocks import Block, Fold, Heading, Line, Mono, Paragraph, Score, Table
+from jaxchat.tasks.core import CORE_TASKS
+from train.report_blocks import Block, Fold, Heading, Line, Mono, Paragraph, Score, Table, text_table
 
 STAGE_TITLES = {"base": "BASE", "sft": "SFT", "rl": "RL"}
 FIRST = ("bits_per_byte", "core", "core_partial", "mmlu", "arc_easy", "arc_challenge", "gsm8k", "humaneval")
@@ -25,6 +26,29 @@ def exam_blocks(card: Card) -> list[Block]:
     blocks: list[Block] = [Heading("Exams"), Table(head, list(_rows(card, stages)), numeric=True)]
     blocks += [Paragraph(_note(card, stages), small=True), *_not_run(card, stages)]
     return [*blocks, *_core(card, stages), *_groups(card, stages), *_overlap(card)]
+
+
+def standing(record: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation says beside the scores of its exams: CORE or the part of it, ChatCORE, what was not run."""
+    partial = record.get("core_partial")
+    if partial:
+        partial = {"mean": partial.get("metric"), "tasks": partial["tasks"], "of": len(CORE_TASKS)}
+    return {
+        "core": record.get("core"),
+        "core_partial": partial,
+        "chatcore": record.get("chatcore"),
+        "not_run": record.get("not_run", {}),
+    }
+
+
+def exam_table(card: Card) -> str:
+    """The table BASE / SFT / RL in plain text."""
+    stages = [stage for stage in STAGE_TITLES if stage in card["exams"]]
+    rows = [["exam", *(STAGE_TITLES[stage] for stage in stages), "chance", "cases"]]
+    for row in _rows(card, stages):
+        cells = [f"{c.text} ({c.note})" if isinstance(c, Score) and c.note else getattr(c, "text", str(c)) for c in row]
+        rows.append(cells)
+    return text_table(rows)
 
 
 def taken(card: Card, stage: str) -> dict[str, Any]:
@@ -103,7 +127,7 @@ def _note(card: Card, stages: Sequence[str]) -> str:
     if any("core" in name for stage in stages for name in taken(card, stage)):
         text += " CORE counts from the accuracy of guessing, 0, to 1; a mean of fewer than all its tasks is no CORE."
     for key, words in (
-        ("too_long", "questions are longer than the context and count as wrong"),
+        ("too_long", "times a question was longer than the context and counted as wrong"),
         ("endless", "answers had no end within the length allowed"),
         ("cropped", "prompts lost their beginning, being longer than the context"),
     ):
@@ -178,7 +202,7 @@ def _groups(card: Card, stages: Sequence[str]) -> list[Block]:
 def _overlap(card: Card) -> list[Block]:
     """How much of the exams' text stands in the training text."""
     found = card.get("overlap") or {}
-    blocks: list[Block] = [Heading("Exam text in the training text", 3)]
+    blocks: list[Block] = [Heading("Exam text in the pretraining text", 3)]
     if "reason" in found:
         return [*blocks, Paragraph(["Not looked up: ", found["reason"]])]
     if not found.get("exams"):
@@ -196,7 +220,7 @@ def _overlap(card: Card) -> list[Block]:
     note = (
         f"A match: {words} words in a row, in lower case and without punctuation, that also stand in a training "
         f"document. Questions of fewer words cannot be looked up. Searched: {found['documents']:,} documents of the "
-        "training text"
+        "pretraining text"
     )
     if found.get("document_share") is not None:
         note += f", {found['document_share']:.1%} of it"

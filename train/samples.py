@@ -9,6 +9,7 @@ from jaxchat.data.rows import Rows
 from jaxchat.engine import Engine, Request, Result
 from jaxchat.engine.turn import Turn
 from jaxchat.text.tokenizer import Tokenizer
+from train.report_markdown import code
 
 TEMPERATURES = (0.0, 0.8)
 SEED = 1234
@@ -58,7 +59,8 @@ def _shown(result: Result) -> str:
     """One line, tool calls visible, nothing interpreted as Markdown."""
     frames = {"text": "{}", "python": "[{} =", "python_output": " {}] "}
     text = "".join(frames[part["type"]].format(part["text"]) for part in result.parts)
-    return _code(text + (" ..." if result.finish_reason == "length" else ""))
+    text += " ..." if result.finish_reason == "length" else ""
+    return code(text) if text.strip() else "(nothing)"
 
 
 def answer_line(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
@@ -72,13 +74,4 @@ def answer_line(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 def quote(prompt: str) -> str:
     """A question as a quotation of one line."""
-    return f"> {_code(prompt)}"
-
-
-def _code(text: str) -> str:
-    """Inline code around any text: more backticks than the text holds in a row."""
-    text = " ".join(text.splitlines())
-    fence = "`"
-    while fence in text:
-        fence += "`"
-    return f"{fence} {text} {fence}" if text.strip() else "(nothing)"
+    return f"> {code(prompt)}"

@@ -23,13 +23,14 @@ from jaxchat.data.rows import Rows, finish_rows, write_rows
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.optim.groups import carry_moments
-from jaxchat.paths import RunDir
+from jaxchat.paths import RunDir, read_json, write_json
 from jaxchat.state import TrainState
 from jaxchat.tasks.base import Task
 from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.registry import get_task, parse_mixture_entry
 from jaxchat.text.chat import Message, render
 from jaxchat.text.tokenizer import ASSISTANT_END, Tokenizer
+from train import evaluate
 from train.loop import Job, fit
 from train.spot_check import spot_checks
 
@@ -42,7 +43,7 @@ CHITCHAT_VAL = 200  # dialogues held out of chitchat, at most
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Train from `base/` into `sft/`; facts: mixture, rows, fill, scores, seconds, `params_sha256`."""
     tokenizer = Tokenizer.load(run.tokenizer)
-    facts = hosts.on_first(lambda: _write_rows(config, run, tokenizer))
+    facts = hosts.on_first(lambda: _rows_of(config, run, tokenizer))
     rows, val_rows = (Rows(run.data / "sft" / split, tokenizer.digest, verify=False) for split in ("train", "val"))
     settings = sft_config(config, len(rows))
 
@@ -73,7 +74,10 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Refuse an unknown, malformed or doubled entry of the mixture before any work, and download what it lacks."""
+    """Refuse an unknown, malformed or doubled entry of the mixture, and exams that cannot be asked on the way, before
+    any work; download what the mixture lacks."""
+    if config.sft.exam_cases:
+        evaluate.check(config)
     names = [parse_mixture_entry(entry)[0] for entry in config.sft.mixture]
     for name in names:
         if name not in INSTALLED:
@@ -132,6 +136,20 @@ def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
         )
         for conversation in found:
             yield entry, document_hash(json.dumps(conversation)) < fraction, conversation
+
+
+def _rows_of(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Write the rows; `DataError` where they are not those that a run under way began with."""
+    facts, path = _write_rows(config, run, tokenizer), run.stage("sft") / "rows.json"
+    digests = read_json(run.data / "sft" / "train" / "meta.json")["sha256"]
+    if not any(p.name.isdigit() for p in path.parent.glob("*")):
+        write_json(path, digests)
+    elif path.exists() and read_json(path) != digests:
+        raise DataError(
+            f"{run.root}: the conversations are not those that this SFT began with (did tasks.data_dir change?); "
+            f"bring them back, or remove {path.parent} to begin again"
+        )
+    return facts
 
 
 def _write_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -35,12 +35,12 @@ def spot_checks(config: Config, run: RunDir, tokenizer: Tokenizer, stage: str, c
 
     def asked(model: Model, task: Task, optional: bool) -> float | None:
         try:
-            if isinstance(task, WrittenTask):
-                examples = task.examples()
-                return model.written(task, capped(len(examples), cases))["metric"]
-            if isinstance(task, ChoiceTask):
-                questions = task.examples()
-                return model.choice(task, capped(len(questions), cases))["metric"]
+            if isinstance(task, WrittenTask | ChoiceTask):
+                indices = capped(len(task.examples()), cases)
+                if not indices:
+                    raise DataError("no questions")
+                exam = model.written if isinstance(task, WrittenTask) else model.choice
+                return exam(task, indices)["metric"]  # type: ignore[arg-type]
         except DataError as error:
             if not (optional and isinstance(error, MissingData)):
                 say(f"  {task.name} is not asked during training: {error}", style="yellow")

@@ -200,12 +200,9 @@ def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[
     """Configuration keys and digests that decide what the stage produces."""
     inputs: dict[str, Any] = {}
     for key, value in flatten(config).items():
-        read = any(key == name or (name.endswith(".") and key.startswith(name)) for name in stage.reads)
-        free = any(key == name or (name.endswith(".") and key.startswith(name)) for name in FREE_KEYS)
-        if read and not free:
+        if _among(stage.reads, key) and not _among(FREE_KEYS, key):
             inputs[key] = value
-    if found := stage.looks(config):
-        inputs[f"{stage.name}.files"] = found
+    inputs |= {f"{stage.name}.files": found} if (found := stage.looks(config)) else {}
     for need in stage.needs:
         done = records.get(need, {})
         if done.get("status") != "done":
@@ -217,15 +214,18 @@ def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[
     return json.loads(json.dumps(inputs))
 
 
+def _among(names: Sequence[str], key: str) -> bool:
+    """Whether a key is one of the names, or below one that ends with a dot."""
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
+
+
 def _refuse_changes(stage: Stage, record: dict[str, Any], inputs: dict[str, Any], run: RunDir) -> None:
-    before = record["inputs"]
+    before = {key: value for key, value in record["inputs"].items() if not _among(FREE_KEYS, key)}
     changed = [k for k in sorted(before.keys() | inputs.keys()) if before.get(k) != inputs.get(k)]
     if changed:
         text = ", ".join(f"{k} ({before.get(k)!r} -> {inputs.get(k)!r})" for k in changed)
-        raise UsageError(
-            f"stage {stage.name}: {run.root} was made with other settings: {text}; "
-            "take them back, or choose another --run-dir"
-        )
+        advice = "take them back, or choose another --run-dir"
+        raise UsageError(f"stage {stage.name}: {run.root} was made with other settings: {text}; {advice}")
 
 
 def _complete(stage: Stage, run: RunDir) -> bool:

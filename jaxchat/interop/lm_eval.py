@@ -7,6 +7,7 @@ takes the harness's own arguments. Needs `pip install lm-eval`; nothing here nee
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,9 +20,11 @@ from jaxchat.engine import Engine, Handle, Request
 from jaxchat.engine.loading import load_run
 from jaxchat.engine.scoring import Scorer
 from jaxchat.engine.spans import Span
+from jaxchat.errors import UsageError
 from jaxchat.paths import RunDir
 
 MAX_TOKENS = 256  # of an answer, where a task names no number
+HARNESS = {"batch_size", "max_batch_size", "device"}  # what the harness adds by itself; JAX decides these
 
 
 @register_model("jaxchat")
@@ -32,9 +35,12 @@ class JaxChat(LM):
     """
 
     def __init__(
-        self, run_dir: str, stage: str | None = None, batch_rows: int = 32, chat: bool = False, **_: Any
+        self, run_dir: str, stage: str | None = None, batch_rows: int = 32, chat: bool = False, **others: Any
     ) -> None:
         super().__init__()
+        if unknown := others.keys() - HARNESS:
+            known = "run_dir, stage, batch_rows and chat"
+            raise UsageError(f"--model_args: unknown {', '.join(sorted(unknown))}; there are {known}")
         self.config, self._params, self.tokenizer, _slots = load_run(RunDir(run_dir), stage)
         self.scorer = Scorer(self.config, self._params, batch_rows=int(batch_rows))
         self.slots, self.chat = 1 << max(0, int(batch_rows).bit_length() - 1), chat
@@ -84,7 +90,7 @@ class JaxChat(LM):
         return [_before(answer, until) for answer, (_, until) in zip(answers, handles.values(), strict=True)]
 
     def _request(self, engine: Engine, text: str, settings: dict[str, Any]) -> Request:
-        sampled = settings.get("do_sample", False) or settings.get("temperature", 0.0) > 0
+        sampled = settings.get("do_sample", (settings.get("temperature") or 0.0) > 0)
         given: dict[str, Any] = {
             "max_tokens": int(settings.get("max_gen_toks", MAX_TOKENS)),
             "temperature": float(settings.get("temperature") or 1.0) if sampled else 0.0,
@@ -95,7 +101,7 @@ class JaxChat(LM):
         else:
             request = engine.text_request(text, **given)
         room = max(engine.capacity - given["max_tokens"], engine.capacity // 2)  # for the prompt
-        return request if len(request.tokens) <= room else Request(request.tokens[-room:], stop=request.stop, **given)
+        return dataclasses.replace(request, tokens=request.tokens[-room:])
 
     def _span(self, context: str, continuation: str) -> Span:
         """Tokenized together; spaces at the context's end belong to the continuation, as the harness does it."""

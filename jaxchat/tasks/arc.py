@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxchat.errors import DataError
-from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Conversation
+from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Conversation, drawn
 from jaxchat.tasks.files import HubFiles, TaskFiles, read_jsonl, read_parquet
 from jaxchat.tasks.multiple_choice import conversation, example
 
@@ -35,8 +34,7 @@ class Arc(ChoiceTask):
 
     def train_conversations(self, count: int | None, seed: int) -> Iterator[Conversation]:
         found = self._find("train", ())
-        chosen = range(len(found)) if count is None else random.Random(seed).sample(range(len(found)), count)
-        return (conversation(found[i]) for i in chosen)
+        return (conversation(found[i]) for i in drawn(count, len(found), seed))
 
     def _find(self, split: str, others: tuple[str, ...]) -> list[ChoiceExample]:
         file = f"{SETS[self.name]}/{split}-00000-of-00001.parquet"
@@ -59,6 +57,8 @@ def _read(path: Path) -> Iterator[ChoiceExample]:
             letters, options = row["choices"]["label"], row["choices"]["text"]
         except (TypeError, KeyError):
             raise DataError(f"{where}: choices hold no label and text") from None
+        if not isinstance(letters, list) or not all(isinstance(letter, str) for letter in letters):
+            raise DataError(f"{where}: the labels of the choices are no texts")
         if row["answerKey"] not in letters:
             raise DataError(f"{where}: answer {row['answerKey']!r} is none of {', '.join(letters)}")
         yield example(row["question"], options, letters.index(row["answerKey"]), where, letters)

@@ -6,6 +6,7 @@ Messages have the form of `text/chat.py`: {"role", "content"}, where an assistan
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,10 @@ class Task(ABC):
         """`count` conversations for SFT (None: all, or 1,000 of a generator), the same for the same seed; no exam
         question is among them."""
         return []
+
+    def setting(self) -> Sequence[str]:
+        """What a score depends on beside model, questions and `eval.*`."""
+        return ()
 
     def fetch(self) -> None:  # noqa: B027  # most have nothing to fetch
         """Have at hand what `train_conversations` reads; `MissingData` where that cannot be. Asked before training."""
@@ -86,6 +91,13 @@ class ChoiceTask(Task):
     @abstractmethod
     def examples(self) -> Sequence[ChoiceExample]:
         """The exam, always the same and in the same order."""
+
+
+def drawn(count: int | None, total: int, seed: int) -> Sequence[int]:
+    """Which of `total` things are taken: all in their order, or `count` of them in an order of their own."""
+    if count is None or count >= total:
+        return range(total)
+    return random.Random(seed).sample(range(total), count)
 
 
 def user(text: str) -> Message:

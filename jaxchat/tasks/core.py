@@ -124,6 +124,8 @@ def _checked(task: CoreTask, item: Item) -> Item:
                 raise ValueError(f"gold {item['gold']!r} is none of the {len(value)} options")
         elif name != "gold" and not isinstance(value, str):
             raise ValueError(f"{name} is no text")
+        elif name == "continuation" and not value.strip():
+            raise ValueError("continuation is empty")
     return item
 
 
@@ -180,11 +182,6 @@ def groups(
     for i in of if of is not None else range(len(items)):
         texts = tokenizer.encode_batch(prompts(task, items, i))
         yield spans(task, [[tokenizer.bos, *ids] for ids in texts])
-
-
-def summary(results: dict[str, float]) -> float:
-    """Mean over tasks of (accuracy - baseline) / (1 - baseline), for accuracies by label."""
-    return sum(centred(task, results[task.label]) for task in CORE_TASKS if task.label in results) / len(results)
 
 
 def centred(task: CoreTask, accuracy: float) -> float:

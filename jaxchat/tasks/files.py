@@ -3,6 +3,7 @@ verified, in a cache that all runs share."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
 import json
@@ -12,6 +13,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -103,16 +105,22 @@ def listing(data_dir: str) -> str:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not empty; `DataError` names a line that is no JSON object."""
+    """(line number, object) of every line that is not empty, also of a file in gzip's format.
+
+    `DataError` names a line that is no JSON object, and a file without any.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
+    if not text.strip():
+        raise DataError(f"{path}: empty")
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number}: not a JSON object")
@@ -120,20 +128,33 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, the columns) of a parquet file; `DataError` where it is damaged or lacks a column."""
+    """(row number from 1, the columns) of a parquet file; `DataError` where it is damaged, empty or lacks a column."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
+        if not table.metadata.num_rows:
+            raise DataError(f"{path}: no rows")
         missing = [name for name in columns if name not in table.schema_arrow.names]
         if missing:
             raise DataError(f"{path}: no column {', '.join(missing)}; it has {', '.join(table.schema_arrow.names)}")
         number = 0
-        for batch in table.iter_batches(columns=list(columns)):
+        for batch in table.iter_batches(1024, columns=list(columns)):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a parquet file; `DataError` where it is damaged."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
 

@@ -7,14 +7,13 @@ training shows what the engine will answer; the few marks that it refuses are le
 from __future__ import annotations
 
 import functools
-import random
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 from jaxchat.errors import DataError
-from jaxchat.tasks.base import Conversation, Example, Message, WrittenTask, assistant, user
+from jaxchat.tasks.base import Conversation, Example, Message, WrittenTask, assistant, drawn, user
 from jaxchat.tasks.files import HubFiles, TaskFiles, read_jsonl, read_parquet
 from jaxchat.tools.calculator import calculate
 
@@ -56,9 +55,7 @@ class GSM8K(WrittenTask):
 
     def train_conversations(self, count: int | None, seed: int) -> list[Conversation]:
         rows = _rows(self.files, "train")
-        count = len(rows) if count is None else min(count, len(rows))
-        chosen = range(len(rows)) if count == len(rows) else random.Random(seed).sample(range(len(rows)), count)
-        return [[user(rows[i][0]), solution(rows[i][1])] for i in chosen]
+        return [[user(rows[i][0]), solution(rows[i][1])] for i in drawn(count, len(rows), seed)]
 
     def grade(self, example: Example, answer: str) -> bool:
         return strict_answer(answer) == example.expected

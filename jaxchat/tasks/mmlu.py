@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxchat.errors import DataError
-from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Conversation
+from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Conversation, drawn
 from jaxchat.tasks.files import HubFiles, TaskFiles, read_parquet
 from jaxchat.tasks.multiple_choice import conversation, example
 
@@ -45,8 +44,7 @@ class MMLU(ChoiceTask):
     def train_conversations(self, count: int | None, seed: int) -> Iterator[Conversation]:
         """From the auxiliary training set, which other exams' questions make up, not MMLU's own."""
         found = [e for path in self.files.find(TRAIN_PATTERNS, TRAIN) for e in _read(path)]
-        chosen = range(len(found)) if count is None else random.Random(seed).sample(range(len(found)), count)
-        return (conversation(found[i]) for i in chosen)
+        return (conversation(found[i]) for i in drawn(count, len(found), seed))
 
 
 def _read(path: Path) -> Iterator[ChoiceExample]:
@@ -65,6 +63,8 @@ def _read_csv(path: Path) -> Iterator[ChoiceExample]:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
+    if not text.strip():
+        raise DataError(f"{path}: empty")
     for line, row in records(text):
         where = f"{path}, line {line}"
         if line == 1:

@@ -3,12 +3,12 @@ chat from. Not an exam."""
 
 from __future__ import annotations
 
-import random
+import itertools
 from collections.abc import Iterator
 
 from jaxchat.errors import DataError
-from jaxchat.tasks.base import Conversation, Task
-from jaxchat.tasks.files import HubFiles, MissingData, TaskFiles
+from jaxchat.tasks.base import Conversation, Task, drawn
+from jaxchat.tasks.files import HubFiles, TaskFiles, count_rows, read_parquet
 
 FOLDERS = ("HuggingFaceTB/smol-smoltalk/", "smol-smoltalk/", "smoltalk/")
 PATTERNS = tuple(f"{folder}{name}" for folder in FOLDERS for name in ("data/train-*.parquet", "train*.parquet"))
@@ -28,20 +28,12 @@ class SmolTalk(Task):
 
     def train_conversations(self, count: int | None, seed: int) -> Iterator[Conversation]:
         """`count` of them drawn at random (None: all), in the order of the files."""
-        import pyarrow.parquet as pq
-
-        tables = [pq.ParquetFile(path) for path in self._files.find(PATTERNS, HUB)]
-        total = sum(table.metadata.num_rows for table in tables)
-        chosen = None if count is None or count >= total else set(random.Random(seed).sample(range(total), count))
-        index = 0
-        for table in tables:
-            if "messages" not in table.schema_arrow.names:
-                raise MissingData(f"smoltalk: no column messages; found {', '.join(table.schema_arrow.names)}")
-            for batch in table.iter_batches(1024, columns=["messages"]):
-                for messages in batch.column(0).to_pylist():
-                    if chosen is None or index in chosen:
-                        yield _checked(messages, index)
-                    index += 1
+        paths = self._files.find(PATTERNS, HUB)
+        chosen = set(drawn(count, sum(map(count_rows, paths)), seed))
+        rows = itertools.chain.from_iterable(read_parquet(path, ["messages"]) for path in paths)
+        for index, (_, row) in enumerate(rows):
+            if index in chosen:
+                yield _checked(row["messages"], index)
 
 
 def _checked(messages: object, index: int) -> Conversation:
