@@ -7,12 +7,15 @@ import tempfile
 import pytest
 
 # What one process of a session has compiled, the others read. Set before jax is imported.
-_compiled = tempfile.TemporaryDirectory(prefix="jaxchat-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="jaxchat-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
-import jax  # noqa: E402
-from whole_run import arguments, finish, start, write_corpus  # noqa: E402
+import jax
+from whole_run import arguments, finish, start, write_corpus
+
+from jaxchat.paths import locked
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,14 +27,26 @@ def forget_programs():
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
+def shared(tmp_path_factory):
+    """A folder that all workers of a session have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
-def finished(corpus, tmp_path_factory):
+def corpus(shared):
+    with locked(shared / "lock"):
+        folder = shared / "corpus"
+        folder.mkdir(exist_ok=True)
+        return folder if any(folder.iterdir()) else write_corpus(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(corpus, shared):
     """The directory of one whole undisturbed run."""
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    code, _, err = finish(start(arguments(corpus, run_dir)))
-    assert code == 0, err
+    run_dir = shared / "runs" / "whole"
+    with locked(shared / "lock"):
+        if not (run_dir / "report.json").exists():
+            code, _, err = finish(start(arguments(corpus, run_dir)))
+            assert code == 0, err
     return run_dir

@@ -24,7 +24,7 @@ def test_the_card_reads_well(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert all(f"## {part}\n" in text and f"<h2>{part}</h2>" in page for part in parts)
     for part in ("# Report card: nano", "| exam | BASE | SFT | RL | chance | cases |", "word_problems", "95 % interval",
-                 "### Exam text in the training text"):  # fmt: skip
+                 "### Exam text in the pretraining text"):  # fmt: skip
         assert part in text, part
     for picture in re.findall(r"\]\((plots/[^)]+)\)", text):
         assert (finished / picture).stat().st_size > 1000
