@@ -25,14 +25,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxchat.config import Config
 from jaxchat.engine import Engine
-from jaxchat.engine.loading import STAGES
-from jaxchat.errors import DataError, UsageError
+from jaxchat.engine.loading import trained_stages
+from jaxchat.errors import UsageError
 from jaxchat.log import say
 from jaxchat.paths import RunDir
 from serve import chat_api, completions_api, errors, info_api, websocket
 from serve.errors import ApiError
-from serve.limits import BodyLimit
+from serve.limits import BodyLimit, Keys
 from serve.logs import RequestLog, to_standard_error
+from serve.protocol import PatientProtocol
 from serve.replies import ChatChunk
 from serve.service import Service
 from serve.worker import Worker
@@ -171,6 +172,9 @@ def _complain(task: asyncio.Task[None]) -> None:
         log.error("the page cannot be shown", exc_info=error)
 
 
+DEAD_SECONDS = 30.0  # that a service without its engine still answers 503
+
+
 class Server(uvicorn.Server):
     """Uvicorn that, told to stop, first lets running answers finish, and returns instead of dying of the signal."""
 
@@ -178,7 +182,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._until = 0.0  # when draining ends, at the latest
-        self._died = False
+        self._died = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._service.worker.draining:
@@ -192,8 +196,10 @@ class Server(uvicorn.Server):
         if worker.loaded.done() and worker.loaded.exception():
             self.should_exit = True
         elif worker.failure and not self._died:
-            self._died = True  # and lives on: /health says so to whoever starts it again
+            self._died = time.monotonic()  # its clients hear of it; then whoever started the process shall again
             log.error("engine dead", exc_info=worker.failure)
+        elif self._died and time.monotonic() > self._died + DEAD_SECONDS:
+            self.should_exit = True
         if worker.draining:
             self._until = self._until or time.monotonic() + service.limits.drain_seconds
             idle = not worker.busy and not service.answering
@@ -209,7 +215,8 @@ class Server(uvicorn.Server):
 def serve(run: RunDir, config: Config) -> None:
     """Serve a finished run until the process is told to stop. `UsageError` if the port is taken, `DataError` if the
     run is not there or not finished."""
-    check_run(run)
+    trained_stages(run)  # an error of its own before the port is opened
+    Keys(config.serve.api_keys)  # an empty one is refused before the port is opened
     listening = bind(config.serve.host, config.serve.port)
     to_standard_error()
     worker = Worker(lambda worker: load(run, config, worker))
@@ -218,7 +225,7 @@ def serve(run: RunDir, config: Config) -> None:
     def make_page(worker: Worker) -> Any:
         from serve.page import mounted_page
 
-        return mounted_page(run, config, worker, service.keys, service.metrics.finished)
+        return mounted_page(run, config, worker, service.keys, service.rates, service.metrics.finished)
 
     address = f"http://{config.serve.host}:{listening.getsockname()[1]}"
     say(f"loading {config.tier}; {address}/health tells when it is ready")
@@ -230,8 +237,8 @@ def serve(run: RunDir, config: Config) -> None:
         worker.close()
         listening.close()
     log.info("stopped")
-    if worker.loaded.exception() and not worker.draining:
-        raise worker.loaded.exception()  # type: ignore[misc]
+    if (error := worker.loaded.exception() or worker.failure) and not worker.draining:
+        raise error
 
 
 def uvicorn_config(app: FastAPI, config: Config) -> uvicorn.Config:
@@ -241,6 +248,7 @@ def uvicorn_config(app: FastAPI, config: Config) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         lifespan="on",
+        http=PatientProtocol,
         ws="websockets-sansio",
         ws_max_size=limits.body_bytes,
         ws_per_message_deflate=False,
@@ -272,14 +280,6 @@ def load(run: RunDir, config: Config, worker: Worker) -> Engine:
 
 def ready(address: str, service: Service) -> None:
     say(f"chat page: {address}   API: {address}/v1 (model {service.model!r})   (Ctrl-C stops it)")
-
-
-def check_run(run: RunDir) -> None:
-    """`DataError` before the port is opened if there is nothing to serve."""
-    if not run.config.is_file():
-        raise DataError(f"{run.root}: not a run directory (no config.toml); train one with launch.py first")
-    if not any(p.name.isdigit() for stage in STAGES for p in run.stage(stage).glob("*")):
-        raise DataError(f"{run.root}: no trained stage yet; finish the run first: launch.py --run-dir {run.root}")
 
 
 def bind(host: str, port: int) -> socket.socket:

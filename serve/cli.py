@@ -24,6 +24,7 @@ HELP = """  /temperature X   0 takes the likeliest word each time, 1 is lively (
   /clear           forget the conversation
   /quit            leave (also Ctrl-D); Ctrl-C stops an answer"""
 
+COMMANDS = ("/temperature", "/topk", "/clear", "/quit", "/exit", "/help")
 TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # change the direction of what follows
 
 
@@ -111,7 +112,7 @@ def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO |
     for stream in (source, sys.stdout, sys.stderr):  # whatever the locale says; no byte of the input is an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    engine = Engine.from_pretrained(run.root, stage, slots=1)
+    engine = Engine.from_pretrained(run.root, stage, slots=1, weights=config.serve.weights)
     interactive = source.isatty() and sys.stdout.isatty()
     temperature = config.serve.temperature if interactive else 0.0  # a script wants the same answer every time
     talk = Chat(engine, temperature, config.serve.top_k, config.serve.max_tokens, sys.stdout, interactive)
@@ -122,7 +123,7 @@ def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO |
         print(f"{config.tier} in {run.root}; /help lists the commands")
     with ctrl_c(_nothing) if interactive else contextlib.nullcontext():  # just too late for an answer it ends nothing
         for line in lines(source, interactive):
-            if line.startswith("/"):
+            if line.startswith("/") and (interactive or line.split(" ")[0] in COMMANDS):  # in a pipe it may be a text
                 if not talk.command(line):
                     break
             elif line:

@@ -101,12 +101,13 @@ class Completing:
 
     async def begin(self) -> None:
         """Score the prompts where that is wanted, then hand them to the engine."""
+        self._service.worker.check()
         body, bos = self._body, self._engine.tokenizer.bos
         wholes = [whole_ids(prompt, bos) for prompt in self._prompts]
-        self._call.prompt_tokens = sum(map(len, wholes))
         if body.echo and body.logprobs is not None:
             await self._score(wholes)
         if not self._make:
+            self._call.prompt_tokens = sum(map(len, wholes))
             return
         settings = self._service.settings(body, body.max_tokens, self._call.client)
         if body.logprobs is not None:

@@ -45,6 +45,16 @@ def open_routes(service: Service) -> APIRouter:
         body = {"status": state} | ({"progress": service.worker.progress} if state == "loading" else {})
         return _json(body, 200 if state == "ready" else 503)
 
+    @router.get(
+        "/metrics",
+        responses={200: {"content": {"text/plain": {}}}, **errors(401)},
+        tags=["operation"],
+        dependencies=[Depends(service.identify)],
+    )
+    async def metrics() -> Response:
+        """For Prometheus, as often as it likes."""
+        return Response(service.metrics.text(), media_type=service.metrics.content_type)
+
     return router
 
 
@@ -95,11 +105,6 @@ def routes(service: Service) -> APIRouter:
         names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": ASSISTANT_END}
         sizes = {"vocab_size": tokenizer.vocab_size, "model_max_length": service.context}
         return _json({**names, **sizes, "special_tokens": tokenizer.special})
-
-    @router.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **errors(401, 429)}, tags=["operation"])
-    async def metrics() -> Response:
-        """For Prometheus."""
-        return Response(service.metrics.text(), media_type=service.metrics.content_type)
 
     return router
 

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxchat.config import ServeConfig
+from jaxchat.errors import UsageError
 from serve.errors import ApiError, bad_request, retry
 
 REMEMBERED = 10_000  # clients whose rate is known at once; who asks more than a minute later is new anyway
@@ -25,6 +26,8 @@ class Keys:
     """Of those set, the number of the one that a client brought; compared in constant time."""
 
     def __init__(self, keys: Sequence[str]):
+        if not all(key.strip() for key in keys):
+            raise UsageError("serve.api_keys: a key is empty")
         self._keys = [key.encode() for key in keys]
 
     def __bool__(self) -> bool:
@@ -45,7 +48,12 @@ class Keys:
         number = self.find(key.strip().encode("latin-1"))  # the bytes that came
         if number is None:
             raise ApiError(401, "this API key is not valid", headers={"WWW-Authenticate": "Bearer"})
-        return f"key {number}"
+        return key_name(number)
+
+
+def key_name(number: int) -> str:
+    """Of the client that brought a key."""
+    return f"key {number}"
 
 
 class Rates:

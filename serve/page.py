@@ -19,7 +19,7 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.paths import RunDir
 from serve.errors import ApiError
 from serve.fitting import fitting_request
-from serve.limits import Keys, Rates
+from serve.limits import Keys, Rates, key_name
 from serve.page_card import model_card
 from serve.page_view import BREAK, Messages, TokenSpans, show, spoken, turn, turns_before
 from serve.texts import EXAMPLES, LOGIN, TEXTS
@@ -67,18 +67,30 @@ THEME = gr.themes.Base(
 
 
 def mounted_page(
-    run: RunDir, config: Config, worker: Worker, keys: Keys | None = None, ended: Ended | None = None
+    run: RunDir,
+    config: Config,
+    worker: Worker,
+    keys: Keys | None = None,
+    rates: Rates | None = None,
+    ended: Ended | None = None,
 ) -> FastAPI:
-    """An application with the page at its root. Where there are keys, one of them opens it."""
+    """An application with the page at its root. Where there are keys, one of them opens it; `rates`: of the API."""
+    names: dict[str, str] = {}  # of the API's clients, by the name that a person gave at login
 
-    def login(name: str, password: str) -> bool:
-        return keys is not None and keys.find(password) is not None
+    def login(person: str, password: str) -> bool:
+        if not keys or (number := keys.find(password)) is None:
+            return False
+        names[person] = key_name(number)
+        return True
+
+    def who(request: gr.Request) -> str:
+        return names.get(request.username or "") or (request.client.host if request.client else "")
 
     guard: dict[str, Any] = {"auth": login, "auth_message": LOGIN} if keys else {}
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     return gr.mount_gradio_app(
         app,
-        build_page(worker, config, ended),
+        build_page(worker, config, who, rates or Rates(config.serve.requests_per_minute), ended),
         path="",
         server_name=config.serve.host,
         server_port=config.serve.port,
@@ -106,9 +118,11 @@ def markup(run: RunDir, config: Config, words: dict[str, str]) -> dict[str, str]
     }
 
 
-def build_page(worker: Worker, config: Config, ended: Ended | None = None) -> gr.Blocks:
+def build_page(
+    worker: Worker, config: Config, who: Callable[[gr.Request], str], rates: Rates, ended: Ended | None = None
+) -> gr.Blocks:
     """The page as Gradio blocks; `worker` answers, `ended` hears of every answer that has ended."""
-    limits, rates = config.serve, Rates(config.serve.requests_per_minute)
+    limits = config.serve
     with gr.Blocks(title=f"jaxchat {config.tier}", analytics_enabled=False, fill_height=True) as page:
         conversation = gr.State([])  # as the engine takes it; the chatbot shows it
         with gr.Row(elem_id="head"):
@@ -131,10 +145,10 @@ def build_page(worker: Worker, config: Config, ended: Ended | None = None) -> gr
             yield before, show([*before, *turn(text)]), typing(False, "" if event._data is None else None), ""
             chosen: dict[str, Any] = {
                 "temperature": float(temperature), "top_k": int(top_k), "max_tokens": int(max_tokens),
-                "logprobs": ALTERNATIVES if probabilities else None, "client": f"page {request.session_hash}",
+                "logprobs": ALTERNATIVES if probabilities else None, "client": who(request),
             }  # fmt: skip
             try:
-                check(limits, rates, text, request)
+                check(limits, rates, text, who(request))
                 async with aclosing(answer(worker, before, text, chosen, ended)) as pieces:  # type: ignore[type-var]
                     async for messages, note in pieces:
                         yield messages, show(messages), gr.skip(), note
@@ -224,11 +238,11 @@ def undo(messages: Messages) -> tuple[Any, ...]:
     return messages[:-2], show(messages[:-2]), typing(True, text), ""
 
 
-def check(limits: ServeConfig, rates: Rates, text: str, request: gr.Request) -> None:
+def check(limits: ServeConfig, rates: Rates, text: str, client: str) -> None:
     """What the page itself allows; `UsageError`, or `ApiError` 429."""
     if len(text) > limits.message_chars:
         raise UsageError("too many characters")
-    rates.take(request.username or (request.client.host if request.client else ""))
+    rates.take(client)
 
 
 def complaint(error: Exception, worker: Worker, limits: ServeConfig, text: str) -> str:

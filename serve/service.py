@@ -37,14 +37,19 @@ class Service:
         self.metrics = Metrics(worker, self.model)
         self.answering = 0  # requests of the API under way
 
+    async def identify(
+        self, request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+    ) -> None:
+        """The key of a request, as a dependency of its route; `request.state.client` is who asks."""
+        address = request.client.host if request.client else ""
+        request.state.client = self.keys.client(request.headers.get("authorization"), address)
+
     async def allow(
         self, request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
     ) -> None:
-        """Key and rate of a request, as a dependency of its route; `request.state.client` is who asks."""
-        address = request.client.host if request.client else ""
-        client = self.keys.client(request.headers.get("authorization"), address)
-        self.rates.take(client)
-        request.state.client = client
+        """Key and rate of a request."""
+        await self.identify(request, given)
+        self.rates.take(request.state.client)
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model:
@@ -76,7 +81,7 @@ class Call:
     """One request for answers: its name, its figures, its line in the log."""
 
     def __init__(self, service: Service, request: HTTPConnection, name: str):
-        self.id, self.created, self.begun = name, int(time.time()), time.perf_counter()
+        self.id, self.created = name, int(time.time())
         self.service, self.client = service, request.state.client
         self.answers: Answers | None = None
         self.prompt_tokens, self._ended = 0, False
@@ -84,16 +89,20 @@ class Call:
         self.fields |= {"id": name, "client": self.client}
 
     async def submit(self, groups: Sequence[Group]) -> Answers:
-        self.prompt_tokens = sum(len(request.tokens) for request, _ in groups)
+        """`ApiError` 400 for more answers than could ever wait at once, and what the engine raises."""
+        limits, count = self.service.limits, sum(len(seeds) for _, seeds in groups)
+        if count > (most := limits.queue_length + limits.slots):
+            raise bad_request("n", f"{count} answers in one request; at most {most} (serve.queue_length, serve.slots)")
         self.answers = await self.service.worker.submit(groups)
+        self.prompt_tokens = sum(len(request.tokens) for request, _ in groups)
         return self.answers
 
     @property
     def handles(self) -> list[Handle]:
         return self.answers.handles if self.answers else []
 
-    def usage(self, prompt_tokens: int | None = None) -> dict[str, int]:
-        prompt = self.prompt_tokens if prompt_tokens is None else prompt_tokens
+    def usage(self) -> dict[str, int]:
+        prompt = self.prompt_tokens
         made = sum(handle.made for handle in self.handles)
         return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 

@@ -51,10 +51,17 @@ def enter(service: Service, socket: WebSocket) -> str:
     """Who wants to talk. `ApiError` for a wrong key, and for a web page from elsewhere: browsers let any page open a
     WebSocket to any address, this machine's own included."""
     origin = socket.headers.get("origin")
-    if origin and origin not in service.limits.origins and urlsplit(origin).netloc != socket.headers.get("host"):
+    if origin and origin not in service.limits.origins and _host(origin) != socket.headers.get("host"):
         raise ApiError(403, "web pages from elsewhere may not use this service (serve.origins)", code="origin")
     address = socket.client.host if socket.client else ""
     return service.keys.client(socket.headers.get("authorization"), address)
+
+
+def _host(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 class Conversation:
@@ -63,8 +70,8 @@ class Conversation:
     def __init__(self, service: Service, socket: WebSocket, client: str):
         self._service, self._socket = service, socket
         socket.state.client = client
-        self._asked: asyncio.Queue[str | bytes] = asyncio.Queue(WAITING)
-        self._stop = asyncio.Event()
+        self._asked: asyncio.Queue[tuple[str | bytes, asyncio.Event]] = asyncio.Queue(WAITING)  # and what stops it
+        self._newest = asyncio.Event()
 
     async def run(self) -> None:
         """Listen and answer until the client leaves, which also ends the answer under way."""
@@ -87,23 +94,25 @@ class Conversation:
             said = message.get("text")
             said = message.get("bytes") or b"" if said is None else said
             if isinstance(said, str) and _read(said) == {"stop": True}:
-                self._stop.set()
+                self._newest.set()
                 continue
             try:
-                self._asked.put_nowait(said)
+                self._asked.put_nowait((said, stop := asyncio.Event()))
+                self._newest = stop
             except asyncio.QueueFull:
                 await self._close(ApiError(429, f"{WAITING} messages wait already on this connection"))
                 return
 
     async def _answer_all(self) -> None:
         while True:
-            said = await self._asked.get()
-            self._stop.clear()
+            said, stop = await self._asked.get()
             begun, fields = time.perf_counter(), {"path": "/ws/chat", "status": 200}
             self._socket.state.log = fields
             self._service.answering += 1
             try:
-                await self._answer(said)
+                await self._answer(said, stop)
+            except WebSocketDisconnect:
+                raise
             except Exception as error:
                 shown = as_api_error(error)
                 fields["status"] = shown.status_code
@@ -115,14 +124,14 @@ class Conversation:
                 self._service.answering -= 1
                 log.info("answer", extra={"fields": fields | {"seconds": round(time.perf_counter() - begun, 4)}})
 
-    async def _answer(self, said: str | bytes) -> None:
+    async def _answer(self, said: str | bytes, stop: asyncio.Event) -> None:
         service = self._service
         service.rates.take(self._socket.state.client)
         service.worker.check()
         call = service.call(self._socket, "ws")
         try:
             answers = await call.submit([prepare(service, understand(said), call)])
-            stopping = asyncio.create_task(self._stop.wait())
+            stopping = asyncio.create_task(stop.wait())
             stopping.add_done_callback(lambda task: None if task.cancelled() else answers.stop())
             try:
                 async for pieces in answers:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import functools
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from jaxchat.engine import Engine, Event, Handle, Request
+from jaxchat.engine import Engine, Event, Handle, QueueFull, Request
 from jaxchat.errors import JaxchatError
 
 T = TypeVar("T")
+CALLS = 64  # that may wait
 Group = tuple[Request, Sequence[int | None]]  # a prompt, and a seed for each answer to it
 
 
@@ -108,6 +110,7 @@ class Worker:
         self.progress: str | None = None  # of loading
         self.draining = False  # no new requests; those under way end as they would
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._listeners: dict[Handle, tuple[Answers, int]] = {}
         self._gate = threading.Lock()  # nothing is put into the inbox after the last look into it
         self._closing = self._ended = False
@@ -178,28 +181,26 @@ class Worker:
             raise self._stopped()
         return await answers.accepted()
 
-    async def events(self, request: Request) -> AsyncIterator[Event]:
-        """The pieces of one answer, "done" last. Raises what the engine raised, such as `UsageError`."""
-        async with await self.submit([(request, [request.seed])]) as answers:
-            async for pieces in answers:
-                for _, event in pieces:
-                    yield event
-
     async def call(self, work: Callable[[Engine], T]) -> T:
-        """What `work` returns, done between two chunks in the engine's thread. Raises what it raises."""
-        self.check()
+        """What `work` returns, done in the engine's thread, one such call between two chunks. Raises what it raises,
+        and `QueueFull` where too many wait. Also while draining: who asks has checked before its first call."""
+        if not self.alive:
+            raise self._stopped()
+        if len(self._calls) >= CALLS:
+            raise QueueFull(f"{CALLS} texts wait to be scored already; come again")
         done: Future[T] = Future()
 
         def run() -> None:
-            if self._closing:
-                done.set_exception(self._stopped())
-            elif done.set_running_or_notify_cancel():
-                try:
-                    done.set_result(work(self.engine))
-                except Exception as error:
-                    done.set_exception(error)
+            if not done.set_running_or_notify_cancel():  # whoever asked has gone
+                return
+            try:
+                if self._closing:
+                    raise self._stopped()
+                done.set_result(work(self.engine))
+            except Exception as error:
+                done.set_exception(error)
 
-        if not self._put(run):
+        if not self._put(lambda: self._calls.append(run)):
             raise self._stopped()
         return await asyncio.wrap_future(done)
 
@@ -236,7 +237,9 @@ class Worker:
                 self._engine = self._make(self)
             self.loaded.set_result(self.engine)
             while not self._closing:
-                self._obey(wait=not self.engine.running and not self.engine.waiting)
+                self._obey(wait=not self._calls and not self.engine.running and not self.engine.waiting)
+                if self._calls:
+                    self._calls.popleft()()
                 self._tell(self.engine.step())
         except Exception as error:
             self.failure = error
@@ -245,6 +248,8 @@ class Worker:
             with self._gate:
                 self._ended = True
             self._obey(wait=False)  # whoever has just come hears it too
+            while self._calls:
+                self._calls.popleft()()
             for answers in {id(a): a for a, _ in self._listeners.values()}.values():
                 self._post(answers, self._stopped())
             if not self.loaded.done():

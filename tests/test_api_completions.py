@@ -207,5 +207,5 @@ def test_names_of_tokens_are_their_own(tokenizer):
 
 def test_which_routes_ask_for_a_key(service):
     open_paths = {route.path for route in open_routes(service.service).routes}
-    assert open_paths == {"/health", "/v1/models", "/v1/models/{name:path}"}
+    assert open_paths == {"/health", "/metrics", "/v1/models", "/v1/models/{name:path}"}
     assert not open_paths & {route.path for route in routes(service.service).routes}

@@ -8,9 +8,10 @@ import time
 
 import httpx
 import pytest
-from live_service import config, live, needs_openai, openai, slowed
+from live_service import live, needs_openai, openai, slowed
 from small_model import GREETING
 
+from jaxchat.errors import UsageError
 from serve import limits
 from serve.errors import ApiError, as_api_error
 from serve.limits import Keys, Rates
@@ -322,4 +323,9 @@ def test_what_nobody_expected_shows_no_trace(service, monkeypatch):
 def test_every_error_of_ours_has_a_status():
     assert as_api_error(KeyError("x")).status_code == 500
     assert as_api_error(ApiError(404, "x")).code == "not_found"
-    assert config().serve.slots == 4
+
+
+def test_an_empty_key_is_no_key():
+    for keys in (("",), ("one", " ")):
+        with pytest.raises(UsageError, match="a key is empty"):
+            Keys(keys)

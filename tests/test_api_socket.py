@@ -101,6 +101,21 @@ def test_stop_keeps_what_has_come(service, talk):
     assert text_of(ask(talk, GREETING[0]["content"])[0]) == HELLO
 
 
+def test_a_stop_right_behind_its_question_counts(service, talk):
+    with slowed(service.worker, 0.2):
+        talk.send(GREETING[0]["content"])
+        talk.send('{"stop": true}')
+        messages = [json.loads(talk.recv(timeout=30))]
+        while not messages[-1]["done"]:
+            messages.append(json.loads(talk.recv(timeout=30)))
+    assert messages[-1]["finish_reason"] == "cancelled"
+    talk.send('{"stop": true}')  # with nothing to stop
+    talk.send(GREETING[0]["content"])
+    while not (message := json.loads(talk.recv(timeout=30)))["done"]:
+        pass
+    assert message["finish_reason"] == "stop"
+
+
 def test_one_who_leaves_frees_the_slot(service):
     with slowed(service.worker, 0.1):
         with connect(f"ws://127.0.0.1:{service.port}/ws/chat") as talk:
@@ -153,7 +168,7 @@ def test_keys_and_origins():
         url, key = f"ws://127.0.0.1:{service.port}/ws/chat", {"Authorization": "Bearer secret"}
         own = f"http://127.0.0.1:{service.port}"
         refused = [({}, None, 401), ({"Authorization": "Bearer x"}, None, 401), (key, "https://evil.example", 403),
-                   (key, "null", 403)]  # fmt: skip
+                   (key, "null", 403), (key, "http://[", 403)]  # fmt: skip
         for headers, origin, status in refused:
             with pytest.raises(InvalidStatus) as error:
                 connect(url, additional_headers=headers, origin=origin)

@@ -34,7 +34,7 @@ def talk(engine, interactive=False, max_tokens=40):
 
 def test_a_pipe_gets_the_answers_and_nothing_else(run):
     """The command itself, as a shell runs it."""
-    lines = f"{QUESTION[0]['content']}\n\n/nonsense\n{GREETING[0]['content']}\n"
+    lines = f"{QUESTION[0]['content']}\n\n/help\n{GREETING[0]['content']}\n"
     done = subprocess.run(
         [sys.executable, ROOT / "launch.py", "--run-dir", run.root, "--chat"],
         input=lines, capture_output=True, text=True, cwd=ROOT, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"},

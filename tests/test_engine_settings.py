@@ -164,6 +164,23 @@ def test_a_bounded_queue_refuses_and_recovers():
     assert len(own.submit_group(Request([1], max_tokens=1, tools=False), [1, 2, 3])) == 3
 
 
+def test_a_full_queue_still_takes_somebody_new():
+    own = engine(slots=1, queue_limit=4)
+    request = Request([1, 2], max_tokens=3, tools=False, client="many")
+    own.submit_group(request, [1, 2, 3, 4, 5])
+    with pytest.raises(QueueFull):
+        own.submit(request)
+    late = own.submit(Request([1, 3], max_tokens=3, tools=False, client="new"))
+    with pytest.raises(QueueFull):
+        own.submit_group(Request([1, 3], client="third"), [1] * 6)  # more than could ever wait
+    with pytest.raises(QueueFull):
+        own.submit(Request([1, 3], client="new"))
+    own.submit_group(Request([1, 3], max_tokens=3, client="third"), [1] * 3)
+    with pytest.raises(QueueFull):
+        own.submit(Request([1, 3], client="fourth"))  # twice the length, no more
+    assert own.finish([late])[0].finish_reason == "length"
+
+
 def test_times_and_gauges():
     own = engine(slots=4)
     assert own.cache_usage == 0

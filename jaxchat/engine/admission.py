@@ -23,6 +23,7 @@ from jaxchat.engine.waiting import Waiting
 from jaxchat.model.cache import Cache, layer_capacity
 
 START = 4  # what it costs to copy a prompt's keys and values into a slot, in tokens of a prompt
+JOBS = 4  # prompts under way at once; each holds the keys and values of a whole slot
 
 
 @dataclass(eq=False)
@@ -80,7 +81,7 @@ class Admission:
         if self.jobs:
             self._piece(self.jobs[0])
         budget, short = self.programs.piece, []
-        while waiting and self.free and budget > 0:
+        while waiting and self.free and budget > 0 and len(self.jobs) < JOBS:
             handle = waiting.take()
             handle.started = time.perf_counter()
             shared, prompt = handle.prompt, handle.request.tokens

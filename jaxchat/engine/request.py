@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxchat.errors import JaxchatError
-
-_numbers = itertools.count(1)
 
 
 class QueueFull(JaxchatError):
@@ -102,7 +99,6 @@ class Handle:
     limit: int  # tokens that may be made
     turn: Any  # `turn.Turn`
     prompt: Any = None  # `admission.SharedPrompt`, until the answer has its slot
-    number: int = field(default_factory=lambda: next(_numbers))
     made: int = 0
     finish_reason: str | None = None
     stop_id: int | None = None

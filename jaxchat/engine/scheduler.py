@@ -27,7 +27,7 @@ from jaxchat.engine.likelihood import score
 from jaxchat.engine.loading import load_run
 from jaxchat.engine.outcome import take_in
 from jaxchat.engine.programs import Programs, power_of_two
-from jaxchat.engine.request import Event, Handle, QueueFull, Request, Result, Token
+from jaxchat.engine.request import Event, Handle, Request, Result, Token
 from jaxchat.engine.turn import Turn
 from jaxchat.engine.waiting import Waiting
 from jaxchat.errors import DataError, UsageError
@@ -131,7 +131,10 @@ class Engine:
 
     def submit(self, request: Request) -> Handle:
         """Queue a request; `UsageError` for one that cannot run, `QueueFull` where too many wait."""
-        self._check_queue(1)
+        self._check_queue(1, request.client)
+        return self._queue(request)
+
+    def _queue(self, request: Request) -> Handle:
         n = len(request.tokens)
         if not 1 <= n <= self.capacity:
             raise UsageError(f"the prompt has {n} tokens; this model's context holds 1 to {self.capacity}")
@@ -139,9 +142,8 @@ class Engine:
             raise UsageError(f"{len(request.stop)} stop ids; at most {device.MAX_STOP_IDS}")
         if request.logprobs is not None and not 0 <= request.logprobs <= TOP:
             raise UsageError(f"logprobs: 0 to {TOP}, not {request.logprobs}")
-        limit = self.capacity + 1 - n
-        if request.max_tokens is not None:
-            limit = min(limit, request.max_tokens)
+        room = self.capacity + 1 - n
+        limit = room if request.max_tokens is None else min(room, request.max_tokens)
         if limit < 1:
             raise UsageError(f"max_tokens: must be at least 1, not {request.max_tokens}")
         seed = secrets.randbits(32) if request.seed is None else request.seed % 2**32
@@ -151,8 +153,8 @@ class Engine:
 
     def submit_group(self, request: Request, seeds: Sequence[int | None]) -> list[Handle]:
         """Queue as many answers to one prompt as there are seeds; the prompt is prefilled once."""
-        self._check_queue(len(seeds))
-        handles = [self.submit(dataclasses.replace(request, seed=seed)) for seed in seeds]
+        self._check_queue(len(seeds), request.client)
+        handles = [self._queue(dataclasses.replace(request, seed=seed)) for seed in seeds]
         shared = SharedPrompt(len(handles))
         for handle in handles:
             handle.prompt = shared
@@ -252,11 +254,9 @@ class Engine:
 
     # Inside
 
-    def _check_queue(self, more: int) -> None:
-        if self.queue_limit is not None and self.waiting + more > self.queue_limit + self._admission.free:
-            raise QueueFull(
-                f"{self.waiting} requests wait already, and no more than {self.queue_limit} may; come again"
-            )
+    def _check_queue(self, more: int, client: str) -> None:
+        if self.queue_limit is not None:
+            self._waiting.check_room(client, more, self.queue_limit, self._admission.free)
 
     def _dispatch(self) -> _Chunk:
         rows, per = self._admission.compact(self.least_rows), self._programs.slots

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 
-from jaxchat.engine.request import Handle
+from jaxchat.engine.request import Handle, QueueFull
 
 
 class Waiting:
@@ -26,18 +25,22 @@ class Waiting:
     def __contains__(self, handle: Handle) -> bool:
         return handle in self._clients.get(handle.request.client, ())
 
-    def __iter__(self) -> Iterator[Handle]:
-        return (handle for queue in self._clients.values() for handle in queue)
+    def of(self, client: str) -> int:
+        """How many of a client's wait."""
+        return len(self._clients.get(client, ()))
+
+    def check_room(self, client: str, more: int, most: int, free: int) -> None:
+        """`QueueFull` where `more` of a client's requests find no place: `most` may wait beside those that fill `free`
+        slots. Who has nothing waiting may still come where others have taken that many places."""
+        others = 0 if self.of(client) else min(len(self), most)
+        if len(self) - others + more > most + free:
+            raise QueueFull(f"{len(self)} requests wait already, and no more than {most} may; come again")
 
     def add(self, handle: Handle) -> None:
         self._clients.setdefault(handle.request.client, deque()).append(handle)
 
-    def next(self) -> Handle:
-        """The request whose turn it is; it stays."""
-        return next(iter(self._clients.values()))[0]
-
     def take(self) -> Handle:
-        """The same, off the queue."""
+        """The request whose turn it is."""
         client, queue = next(iter(self._clients.items()))
         handle = queue.popleft()
         del self._clients[client]
