@@ -31,6 +31,7 @@ from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, load_config
 from jaxchat.data.rows import Rows
 from jaxchat.engine import Engine, Request
+from jaxchat.engine.loading import trained_stages
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.model import gpt
 from jaxchat.model.layout import value_layers
@@ -104,7 +105,7 @@ def load(args: argparse.Namespace) -> tuple[Config, Any, Tokenizer]:
     if args.run_dir:
         run = RunDir(args.run_dir)
         config = resolve(load_config(run.config, args.set))
-        stage = next((s for s in ("sft", "base") if run.stage(s).is_dir()), "base")
+        stage = trained_stages(run)[0]  # the one that is served
         return config, restore_params(run.stage(stage))[0], Tokenizer.load(run.tokenizer)
     config = resolve(load_config(args.tier, args.set))
     leaves, tree = jax.tree.flatten(gpt.init_params(config.model, config.seed))
