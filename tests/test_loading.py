@@ -57,5 +57,5 @@ def test_what_is_missing_is_named(run, tmp_path):
     with pytest.raises(DataError, match="not a run directory"):
         Engine.from_pretrained(tmp_path)
     (tmp_path / "config.toml").write_text(run.config.read_text())
-    with pytest.raises(DataError, match="no trained stage; found: none"):
+    with pytest.raises(DataError, match="no trained stage yet"):
         Engine.from_pretrained(tmp_path)
