@@ -120,8 +120,8 @@ def _cases(tasks: Sequence[Found]) -> str:
 
 def _note(card: Card, stages: Sequence[str]) -> str:
     text = (
-        "In brackets: 95 % intervals (Wilson's for shares). Bits per byte and perplexity: lower is better; their cases are rows of "
-        "text that no stage trained on."
+        "In brackets: 95 % intervals (Wilson's for shares). Bits per byte and perplexity: lower is better; their cases "
+        "are rows of text that no stage trained on."
     )
     tasks = [task for stage in stages for task in taken(card, stage).values()]
     if any("core" in name for stage in stages for name in taken(card, stage)):
