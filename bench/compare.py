@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from bench.peer import Program
 from bench.train_step import Trainer, describe, draw_shape
 from jaxchat.config import Config
 from jaxchat.errors import UsageError
@@ -47,47 +47,15 @@ def nanochat_config(config: Config) -> dict[str, Any]:
     }
 
 
-class Peer:
-    """nanochat's step in its own interpreter; raises `UsageError` with its last words if it ends."""
-
-    def __init__(self, config: Config, directory: Path, python: str, environment: dict[str, str], errors: Any):
-        settings = {
-            "directory": str(directory.resolve()),
-            "config": nanochat_config(config),
-            "batch": draw_shape(config),
-            "seed": SEED,
-        }
-        self._errors = errors
-        self._process = subprocess.Popen(
-            [python, "-u", str(WORKER), json.dumps(settings)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=directory, env=environment,
-        )  # fmt: skip
-        self.about = self._answer()
-
-    def order(self, steps: int) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        print(steps, file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            self._errors.seek(0)
-            last = (self._errors.read().strip().splitlines() or ["no output"])[-1]
-            raise UsageError(f"nanochat ended with code {code}: {last}; --python names an interpreter with torch")
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()  # its loop over orders ends
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:  # we were stopped while it was at work
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
+def start_peer(config: Config, directory: Path, python: str, environment: dict[str, str], errors: Any) -> Program:
+    """nanochat's step, ordered by the number of steps."""
+    settings = {
+        "directory": str(directory.resolve()),
+        "config": nanochat_config(config),
+        "batch": draw_shape(config),
+        "seed": SEED,
+    }
+    return Program([python, "-u", str(WORKER), json.dumps(settings)], errors, cwd=directory, env=environment)
 
 
 def compare(config: Config, directory: Path, python: str, steps: int, block: int, changes: list[str]) -> dict[str, Any]:
@@ -104,14 +72,14 @@ def compare(config: Config, directory: Path, python: str, steps: int, block: int
         fresh = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
         given = dict(change.split("=", 1) for change in changes)
         environment = {k: v for k, v in (dict(os.environ) | fresh | given).items() if v or k not in given}
-        peer = Peer(config, directory, python, environment, errors)
+        peer = start_peer(config, directory, python, environment, errors)
         try:
             return _take_turns(config, peer, steps, block)
         finally:
             peer.close()
 
 
-def _take_turns(config: Config, peer: Peer, steps: int, block: int) -> dict[str, Any]:
+def _take_turns(config: Config, peer: Program, steps: int, block: int) -> dict[str, Any]:
     theirs = peer.order(1)
     ours = Trainer(config, SEED)
     first = {"jaxchat": ours.first_seconds, "nanochat": theirs["first"]}

@@ -147,6 +147,18 @@ def whole_core(config: Config, params: Any, tokenizer: Tokenizer, data: str, cap
     }
 
 
+def about(config: Config, run_dir: str | None) -> dict[str, Any]:
+    """What was measured, and on what."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "jax": version("jax"),
+        "model": {k: getattr(config.model, k) for k in ("depth", "width", "seq_len", "vocab_size")},
+        "weights": run_dir or "random",
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a mirror of the exams' data, as tasks.data_dir")
@@ -165,14 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--compare {args.compare[0]}: the one peer known is nanochat")
     try:
         config, params, tokenizer = load(args.run_dir, args.stage, args.data, args.set)
-        result: dict[str, Any] = {
-            "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "load_average": round(os.getloadavg()[0], 2),
-            "jax": version("jax"),
-            "model": {k: getattr(config.model, k) for k in ("depth", "width", "seq_len", "vocab_size")},
-            "weights": args.run_dir or "random",
-        }
+        result = about(config, args.run_dir)
         if args.compare:
             from bench.exam_parity import compare
 

@@ -12,17 +12,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import random
 import statistics
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
-import jax
-
-from bench.exams import load
+from bench.exams import about, load
 from jaxchat.engine import Engine, Request
 from jaxchat.errors import JaxchatError
 from jaxchat.tasks.base import WrittenTask
@@ -88,18 +84,8 @@ def main(argv: list[str] | None = None) -> None:
         assert isinstance(task, WrittenTask)
         engine, single = (Engine(config.model, params, tokenizer, slots=slots) for slots in (args.slots, 1))
         requests = requests_of(engine, task, args.questions, args.max_tokens)
-        result = {
-            "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "load_average": round(os.getloadavg()[0], 2),
-            "jax": version("jax"),
-            "model": {k: getattr(config.model, k) for k in ("depth", "width", "seq_len", "vocab_size")},
-            "weights": args.run_dir or "random",
-            "questions": len(requests),
-            "slots": args.slots,
-            "max_tokens": args.max_tokens,
-        }
-        result |= measure(engine, single, requests, args.rounds)
+        asked = {"questions": len(requests), "slots": args.slots, "max_tokens": args.max_tokens}
+        result = about(config, args.run_dir) | asked | measure(engine, single, requests, args.rounds)
     except JaxchatError as error:
         parser.exit(error.exit_code, f"error: {error}\n")
     print(json.dumps(result))

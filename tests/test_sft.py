@@ -6,6 +6,8 @@ import itertools
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.config import load_config
@@ -143,7 +145,6 @@ def identical(config, tokenizer, piece):
 
 
 def test_smoltalk_is_read_from_a_mirror(tmp_path):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (tmp_path / "smol-smoltalk" / "data").mkdir(parents=True)
     says = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     rows = [[*says, {"role": "assistant", "content": f"Hello {i} <|assistant_end|>"}] for i in range(40)]

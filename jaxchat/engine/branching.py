@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat.config import ModelConfig
-from jaxchat.model.attention import attention
+from jaxchat.model.attention import attention, piece_attention
 from jaxchat.model.backends import choose_backend
 from jaxchat.model.gpt import Trunk, cast_params, through_layers
 from jaxchat.model.layers import Params, embed, logits, rotary
@@ -69,7 +69,9 @@ def final_activations(config: ModelConfig, params: Params, rows: Rows) -> jax.Ar
         y = attention(q[:, :T], k[:, :T], v[:, :T], window, backend, score_bound(config))
         if not Q:
             return y
-        return jnp.concatenate([y, _attend_tails(q[:, T:], k, v, _visible(rows, T, window))], axis=1)
+        keys, values = (a.swapaxes(1, 2) for a in (k, v))
+        tails = piece_attention(q[:, T:], keys, values, _visible(rows, T, window))
+        return jnp.concatenate([y, tails], axis=1)
 
     return through_layers(config, params, x, rows.tokens, rotary(config, positions, dtype), attend, trunk)
 
@@ -82,17 +84,6 @@ def _visible(rows: Rows, T: int, window: int) -> jax.Array:
     distance = at - rows.position[:, None, :]
     own = (rows.branch[:, :, None] == rows.branch[:, None, :]) & (distance >= 0) & (distance <= window)
     return jnp.concatenate([of_prefix, own], axis=2)
-
-
-def _attend_tails(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """q (B, Q, H, N) over k, v (B, S, K, N) where visible (B, Q, S); (B, Q, H, N)."""
-    B, Q, H, N = q.shape
-    K = k.shape[2]
-    q = q.reshape(B, Q, K, H // K, N) * N**-0.5
-    scores = jnp.einsum("bqkgn,bskn->bkgqs", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgqs,bskn->bqkgn", weights, v).reshape(B, Q, H, N)
 
 
 @functools.partial(jax.jit, static_argnames="config")
