@@ -135,6 +135,8 @@ class EvalConfig:
     rows: int = 2048  # held-out rows at most for the final bits per byte
     batch_rows: int = 32  # engine slots and rows per scoring batch
     sample_tokens: int = 64
+    samples: int = 0  # drawn answers to each written question, for pass@1 to pass@k; 0: only the one at temperature 0
+    temperature: float = 0.8  # of those
     overlap_documents: int = 100_000  # training documents searched for the exams' text; -1: all, 0: none
 
 

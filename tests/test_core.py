@@ -12,7 +12,8 @@ from jaxchat.tasks import core
 from jaxchat.tasks.core import CORE_TASKS, Core
 from jaxchat.tasks.files import MissingData, TaskFiles
 from jaxchat.text.tokenizer import train_tokenizer
-from train.exams import accuracy, core_summary
+from train.exams import core_summary
+from train.shares import accuracy
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 BY_LABEL = {task.label: task for task in CORE_TASKS}

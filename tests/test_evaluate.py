@@ -21,6 +21,7 @@ from jaxchat.optim.horizon import resolve
 from jaxchat.paths import RunDir, read_json, write_json
 from jaxchat.state import TrainState
 from jaxchat.tasks import core
+from jaxchat.tasks.base import Example, WrittenTask, user
 from jaxchat.tasks.core import CORE_TASKS
 from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.humaneval import HumanEval
@@ -28,9 +29,10 @@ from jaxchat.tasks.registry import TASKS, get_task
 from jaxchat.text.chat import normalize, render_prompt
 from jaxchat.text.tokenizer import train_tokenizer
 from train import evaluate
-from train.exams import capped, wilson
+from train.exams import capped
 from train.report_markdown import code
 from train.samples import quote
+from train.shares import wilson
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, LENGTH = 280, 64
@@ -354,6 +356,37 @@ def test_a_score_belongs_to_its_sandbox_and_the_digest_to_the_whole_record(confi
     path.write_text((json.dumps(task) + "\n") * 2)
     more = evaluate.run(settings, run)
     assert more["sft"] == first["sft"] and more["digest"] != first["digest"]
+
+
+class Halves(WrittenTask):
+    """Right is whatever has an even number of characters: some draws are, some are not."""
+
+    name, max_tokens = "halves", 6
+
+    def examples(self):
+        return [Example([user(text)], None) for text in ("Tom", "apples", "pears", "x" * LENGTH)]
+
+    def grade(self, example, answer):
+        return len(answer) % 2 == 0
+
+
+def test_several_draws_give_pass_at_k(config, run, facts, monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, "halves", lambda files: Halves())
+    settings = dataclasses.replace(config.eval, exams=("halves",), samples=4, temperature=1.0)
+    evaluate.run(dataclasses.replace(config, eval=settings), run)
+    scores = read_json(run.eval("sft"))["tasks"]["halves"]
+    lines = [json.loads(line) for line in run.eval("sft").with_name("sft_halves.jsonl").read_text().splitlines()]
+    right = np.array([[draw["right"] for draw in line["draws"]] for line in lines])
+    assert right.shape == (4, 4) and 0 < right[:3].mean() < 1
+    texts = [["".join(p["text"] for p in d["answer"] if p["type"] == "text") for d in line["draws"]] for line in lines]
+    assert [[len(t) % 2 == 0 for t in row] for row in texts[:3]] == right[:3].tolist()
+    assert len({text for row in texts[:3] for text in row}) > 3  # draws, not one answer four times
+    assert scores["too_long"] == 1 and not right[3].any() and texts[3] == [""] * 4
+    share = {k: scores["pass_at_k"][f"pass@{k}"]["metric"] for k in (1, 2, 4)}
+    assert share[1] == pytest.approx(right.mean()) and share[4] == right.any(axis=1).mean()
+    pairs = [right[:, [i, j]].any(axis=1).mean() for i in range(4) for j in range(i)]
+    assert share[2] == pytest.approx(np.mean(pairs))
+    assert "halves, pass@4" in capsys.readouterr().err
 
 
 def test_the_table_is_printed(config, run, facts, capsys):

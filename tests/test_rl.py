@@ -33,7 +33,8 @@ from jaxchat.tasks.base import Example, WrittenTask, user
 from train import rl
 from train.rl_batch import advantages, build, longest, micro_batches, on_mesh, rewards, row_lengths
 from train.rl_rollouts import Answers, sample_seed
-from train.rl_scores import kl_per_token, pass_at_k
+from train.rl_scores import kl_per_token
+from train.shares import pass_at_k
 from train.stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent

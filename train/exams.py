@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ import numpy as np
 
 from jaxchat.config import Config, MeshConfig
 from jaxchat.data.rows import Rows
-from jaxchat.engine import Engine, Result
+from jaxchat.engine import Engine, Request, Result
 from jaxchat.engine.scoring import Scorer
 from jaxchat.errors import DataError
 from jaxchat.log import progress
@@ -27,11 +28,11 @@ from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Example, WrittenTask
 from jaxchat.text.chat import render_prompt
 from jaxchat.text.tokenizer import Tokenizer
 from train.bpb import bits_per_byte
+from train.shares import accuracy, passes
 
 ORDER_SEED = 42  # of the questions that a cap leaves; nanochat's, so that its first N are ours
 CORE_BLOCK = 512  # items of a CORE task whose texts are tokenized and scored together
 MARK = 12  # hexadecimal digits that stand for a question among those of its exam
-Z95 = 1.959963984540054  # standard deviations on each side of a 95 % interval
 
 Scores = dict[str, Any]
 
@@ -97,14 +98,17 @@ class Model:
         examples = [everything[i] for i in indices]
         requests = [self.engine.chat_request(e.prompt, max_tokens=task.max_tokens) for e in examples]
         fitting = [len(request.tokens) <= self.engine.capacity for request in requests]
-        with progress(f"{self.stage} {task.name}", sum(fitting)) as bar:
-            made = self.engine.generate(
-                [request for request, fits in zip(requests, fitting, strict=True) if fits], lambda _: bar.advance()
-            )
+        asked = [request for request, fits in zip(requests, fitting, strict=True) if fits]
+        with progress(f"{self.stage} {task.name}", len(asked)) as bar:
+            made = self.engine.generate(asked, lambda _: bar.advance())
         answered = iter(made)
         nothing = Result([], [], "too_long", 0, 0)
         results = [next(answered) if fits else nothing for fits in fitting]
         right = task.grade_all(examples, [result.text for result in results])
+        draws: list[list[Scores]] = []
+        if k := self.config.eval.samples:
+            drawn = iter(self._draws(task, [e for e, fits in zip(examples, fitting, strict=True) if fits], asked))
+            draws = [next(drawn) if fits else [{"answer": [], "right": False}] * k for fits in fitting]
         readings: dict[str, list[bool]] = defaultdict(list)
         for example, result in zip(examples, results, strict=True):
             for name, ok in task.readings(example, result.text).items():
@@ -114,16 +118,32 @@ class Model:
             (
                 {"index": i, "prompt": e.prompt, "expected": e.expected, "answer": r.parts}
                 | {"finish_reason": r.finish_reason, "right": ok}
-                for i, e, r, ok in zip(indices, examples, results, right, strict=True)
+                | ({"draws": draws[place]} if draws else {})
+                for place, (i, e, r, ok) in enumerate(zip(indices, examples, results, right, strict=True))
             ),
         )
         endless = sum(result.finish_reason == "length" for result in results)
         scores = accuracy(right, task.chance) | {"too_long": fitting.count(False), "endless": endless}
         if readings:
             scores["readings"] = {name: accuracy(oks, task.chance) for name, oks in readings.items()}
+        if draws:
+            scores["pass_at_k"] = passes([[draw["right"] for draw in group] for group in draws])
         if found := task.facts():
             scores["facts"] = found
         return scores | by_tags(examples, right, task.chance)
+
+    def _draws(self, task: WrittenTask, examples: Sequence[Example], requests: Sequence[Request]) -> list[list[Scores]]:
+        """`eval.samples` answers to each question with their grades, the same every time."""
+        temperature, k = self.config.eval.temperature, self.config.eval.samples
+        handles = []
+        for place, request in enumerate(requests):
+            seeds = [ORDER_SEED + place * k + i for i in range(k)]
+            handles += self.engine.submit_group(dataclasses.replace(request, temperature=temperature), seeds)
+        with progress(f"{self.stage} {task.name}, {k} draws", len(handles)) as bar:
+            results = self.engine.finish(handles, lambda _: bar.advance())
+        right = task.grade_all([e for e in examples for _ in range(k)], [result.text for result in results])
+        found = [{"answer": r.parts, "right": ok} for r, ok in zip(results, right, strict=True)]
+        return [found[i : i + k] for i in range(0, len(found), k)]
 
     def choice(self, task: ChoiceTask, indices: Sequence[int]) -> Scores:
         """The letter of largest logit where the answer begins. `cropped` prompts are longer than the context and lost
@@ -225,26 +245,3 @@ def by_tags(examples: Sequence[Example | ChoiceExample], right: Sequence[bool], 
         for tag, value in example.tags.items():
             groups[f"{tag}: {value}"].append(ok)
     return {"groups": {name: accuracy(oks, chance) for name, oks in sorted(groups.items())}}
-
-
-def accuracy(right: Sequence[bool], chance: float = 0.0) -> Scores:
-    """Share of right answers with its 95 % interval, and the share that guessing gets."""
-    share = sum(right) / len(right) if right else 0.0
-    return {
-        "metric": share,
-        "accuracy": share,
-        "n": len(right),
-        "right": sum(right),
-        "interval": wilson(sum(right), len(right)),
-        "chance": chance,
-    }
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson's score interval, 1927); (0, 1) where nothing was asked."""
-    if n == 0:
-        return 0.0, 1.0
-    share, z2 = right / n, Z95**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)

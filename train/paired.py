@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from train.exams import Z95
+from train.shares import Z95
 
 RESAMPLES = 10_000
 BLOCK = 1_000_000  # drawn numbers held at once

@@ -69,9 +69,18 @@ def _rows(card: Card, stages: Sequence[str]) -> Iterator[list[Line]]:
         for reading in dict.fromkeys(r for task in tasks if task for r in task.get("readings", {})):
             read = [task.get("readings", {}).get(reading) if task else None for task in tasks]
             yield [f"{name}, read as {reading}", *(_score(task) for task in read), _chance(read), _cases(read)]
+        for name_k in _passes(tasks):
+            drawn = [task.get("pass_at_k", {}).get(name_k) if task else None for task in tasks]
+            yield [f"{name}, {name_k}", *(_score(task) for task in drawn), "-", _cases(drawn)]
     chat = [card["standing"].get(stage, {}).get("chatcore") for stage in stages]
     if any(value is not None for value in chat):
         yield ["ChatCORE", *("-" if v is None else Score(f"{v:.4f}") for v in chat), "0", "-"]
+
+
+def _passes(tasks: Sequence[Found]) -> list[str]:
+    """pass@1, 2, 4 ... and the last of those there are."""
+    names = list(dict.fromkeys(name for task in tasks if task for name in task.get("pass_at_k", {})))
+    return [name for i, name in enumerate(names, 1) if i & (i - 1) == 0 or i == len(names)]
 
 
 def _title(card: Card, name: str) -> str:

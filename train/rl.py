@@ -33,8 +33,9 @@ from train.loop import Draw, Job, fit
 from train.report_plots import rl_plot
 from train.rl_batch import advantages, build, longest, micro_batches, on_mesh, rewards, row_lengths
 from train.rl_rollouts import LENGTH_MULTIPLE, Answers, Rollouts, sample_seed
-from train.rl_scores import kl_per_token, pass_at_k
+from train.rl_scores import kl_per_token
 from train.samples import answer_line, quote
+from train.shares import pass_at_k
 
 SHOWN = 8  # questions of every evaluation in `rollouts.md`
 

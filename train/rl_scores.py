@@ -1,21 +1,8 @@
-"""How far RL has come: pass@k on the exam's questions, and the distance from the model that it started with."""
+"""How far RL has come from the model that it started with."""
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-
-
-def pass_at_k(right: np.ndarray) -> dict[str, float]:
-    """`pass@1` to `pass@S` of right (P, S): the chance that one of k answers is right, estimated without bias from
-    all S (2107.03374)."""
-    S = right.shape[1]
-    counts = right.sum(axis=1)
-    return {
-        f"pass@{k}": float(np.mean([1 - math.comb(S - int(c), k) / math.comb(S, k) for c in counts]))
-        for k in range(1, S + 1)
-    }
 
 
 def kl_per_token(now: np.ndarray, start: np.ndarray, counts: np.ndarray) -> float:

@@ -83,6 +83,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "eval.rows": (1, INFINITE),
     "eval.batch_rows": (1, INFINITE),
     "eval.sample_tokens": (1, INFINITE),
+    "eval.samples": (0, 1024),
+    "eval.temperature": (1e-3, 10),
     "eval.overlap_documents": (-1, INFINITE),
     "serve.port": (0, 65_535),
     "serve.slots": (1, 4096),

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxchat.errors import DataError
+from jaxchat.log import say
 from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Conversation, drawn
 from jaxchat.tasks.files import HubFiles, TaskFiles, read_parquet
 from jaxchat.tasks.multiple_choice import conversation, example
@@ -21,6 +22,7 @@ FOLDERS = ("cais/mmlu/", "mmlu/", "")
 TEST_PATTERNS = tuple(f"{f}{name}" for f in FOLDERS for name in ("all/test-*.parquet", "*_test.csv"))
 TRAIN_PATTERNS = tuple(f"{f}all/auxiliary_train-*.parquet" for f in FOLDERS)
 COLUMNS = ("question", "subject", "choices", "answer")
+SUBJECTS = 57
 HEADER = ["question", "A", "B", "C", "D", "answer"]
 
 
@@ -33,7 +35,10 @@ class MMLU(ChoiceTask):
 
     @functools.cached_property
     def _examples(self) -> list[ChoiceExample]:
-        return [e for path in self.files.find(TEST_PATTERNS, TEST) for e in _read(path)]
+        found = [e for path in self.files.find(TEST_PATTERNS, TEST) for e in _read(path)]
+        if (subjects := len({e.tags["subject"] for e in found})) != SUBJECTS:
+            say(f"  mmlu: the data has {subjects} of {SUBJECTS} subjects; its score is of these alone", style="yellow")
+        return found
 
     def examples(self) -> Sequence[ChoiceExample]:
         return self._examples
