@@ -164,7 +164,7 @@ def test_a_terminal(run):
                 break
         else:
             raise AssertionError("no answer was stopped")
-        terminal.type("/temperature 0\r")
+        terminal.type("\r/temperature 0\r\r/temperature 0\r")  # a late Ctrl-C may still clear a line
         terminal.wait_for("mtemperature 0")
         terminal.wait_for("> ")
         time.sleep(0.3)

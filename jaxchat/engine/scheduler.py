@@ -56,7 +56,7 @@ class Engine:
       capacity: tokens of context, `config.seq_len` by default.
       chunk: tokens a row makes between two looks of the host; new requests enter at these points.
       dtype: of weights and cache; float32 on a CPU and bfloat16 elsewhere by default.
-      lookahead: read a chunk while the next one runs; by default where the device is not the CPU itself.
+      lookahead: read a chunk while the next one runs.
       queue_limit: requests that may wait for a slot; None: any number.
       mesh: devices that share the slots, each with whole weights of its own; None: one device.
       weights: "auto" (as `dtype`), "float32", "bfloat16" or "int8", see `cache.serving_params`.
@@ -72,7 +72,7 @@ class Engine:
         capacity: int | None = None,
         chunk: int = 8,
         dtype: Any = None,
-        lookahead: bool | None = None,
+        lookahead: bool = True,
         queue_limit: int | None = None,
         mesh: Mesh | None = None,
         weights: str = "auto",
@@ -94,7 +94,7 @@ class Engine:
         self._programs = Programs(config, slots, self.capacity, chunk, self.dtype, mesh)
         self._admission = Admission(self._programs, tokenizer.special[PYTHON_END], reuse)
         self.load(params)
-        self._lookahead = not on_cpu if lookahead is None else lookahead
+        self._lookahead = lookahead
         self.queue_limit, self._waiting = queue_limit, Waiting()
         self._flying: collections.deque[_Chunk] = collections.deque()
         self.least_rows = 1  # of a chunk: a batch job would rather waste rows than compile for fewer
