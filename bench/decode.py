@@ -28,11 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat.checkpoint import restore_params
-from jaxchat.config import Config, load_config
+from jaxchat.config import Config, MeshConfig, load_config
 from jaxchat.data.rows import Rows
 from jaxchat.engine import Engine, Request
 from jaxchat.engine.loading import trained_stages
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.mesh import make_mesh
 from jaxchat.model import gpt
 from jaxchat.model.layout import value_layers
 from jaxchat.model.sizes import count_parameters, kv_values_per_row, matmul_parameters
@@ -49,9 +50,17 @@ class Sampler:
     """Our engine with its weights; `run` times one batch."""
 
     def __init__(self, config: Config, params: Any, tokenizer: Tokenizer, slots: int, args: Any, kind: str):
-        self.args = args
+        self.args, devices = args, jax.local_devices()
+        mesh = make_mesh(MeshConfig(), devices) if len(devices) > 1 else None
         self.engine = Engine(
-            config.model, params, tokenizer, slots=slots, capacity=args.prompt + args.tokens, weights=kind
+            config.model,
+            params,
+            tokenizer,
+            slots=max(slots, len(devices)),
+            capacity=args.prompt + args.tokens,
+            weights=kind,
+            mesh=mesh,
+            reuse=False,  # every round has the same prompt
         )
 
     def run(self, prompt: list[int], rows: int) -> dict[str, float]:
@@ -207,6 +216,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         result: dict[str, Any] = {
             "device": jax.devices()[0].device_kind,
+            "devices": jax.local_device_count(),
             "cores": os.cpu_count(),
             "load_average": round(os.getloadavg()[0], 2),
             "versions": {name: version(name) for name in ("jax", "jaxlib", "numpy")},

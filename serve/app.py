@@ -11,14 +11,13 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from types import FrameType
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -42,7 +41,6 @@ log = logging.getLogger("jaxchat.serve")
 CLOSE_SECONDS = 3  # for connections to end after the answers have; an open page keeps one for good
 KEEP_ALIVE = 65  # seconds; longer than the minute after which clients and proxies drop an idle connection
 API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics")
-METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"}
 WAIT = "<!doctype html><meta charset=utf-8><meta http-equiv=refresh content=2><title>jaxchat</title><p>{}"
 PageMaker = Callable[[Worker], Any]  # FastAPI app with the page mounted
 
@@ -81,41 +79,45 @@ def make_app(service: Service, make_page: PageMaker | None = None) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=service.limits.origins, allow_methods=["*"], allow_headers=["*"]
         )
-    _correct_document(app)
+    _correct_document(app, service)
     return app
 
 
 def _answer_other_methods(app: FastAPI) -> None:
     """405 and 404 below the API's paths, which would else be the page's to answer."""
-    allowed: dict[str, set[str]] = {}
+    other = ApiError(404, "there is no such route")
     for path, methods in _paths(app):
-        allowed.setdefault(path, set()).update(methods)
+        names = ", ".join(sorted(methods))
+        wrong = ApiError(405, f"only {names} is for this route", headers={"Allow": names})
+        refusal = Refusal(wrong, dict.fromkeys(methods, other))  # a name with a line break is no name to the route
+        app.router.routes.append(Route(path, refusal, include_in_schema=False))
+    app.router.routes.append(Route("/v1/{rest:path}", Refusal(other), include_in_schema=False))
 
-    for path, methods in allowed.items():
-        headers = {"Allow": ", ".join(sorted(methods))}
 
-        async def refuse(request: Request, headers: dict[str, str] = headers) -> Any:
-            raise ApiError(405, f"{request.method} is not for this route; {headers['Allow']} is", headers=headers)
+class Refusal:
+    """An error for every method (to Starlette a function would be for GET alone), for some an own one."""
 
-        app.router.routes.append(Route(path, refuse, methods=sorted(METHODS - methods), include_in_schema=False))
+    def __init__(self, error: ApiError, own: Mapping[str, ApiError] = MappingProxyType({})):
+        self._error, self._own = error, own
 
-    async def unknown(request: Request) -> Any:
-        raise ApiError(404, "there is no such route")
-
-    app.router.routes.append(Route("/v1/{rest:path}", unknown, methods=sorted(METHODS), include_in_schema=False))
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._own.get(scope.get("method", ""), self._error).response()(scope, receive, send)
 
 
 def _paths(app: FastAPI) -> list[tuple[str, set[str]]]:
     return [(template, {method.upper() for method in methods}) for template, methods in app.openapi()["paths"].items()]
 
 
-def _correct_document(app: FastAPI) -> None:
-    """The OpenAPI document without FastAPI's 422, which never leaves, and with the chunks of streams."""
+def _correct_document(app: FastAPI, service: Service) -> None:
+    """The OpenAPI document without FastAPI's 422, which never leaves, with the chunks of streams, and asking for a key
+    only where the service does."""
     app.openapi_schema = None
     document = app.openapi()
     for methods in document["paths"].values():
         for operation in methods.values():
             operation["responses"].pop("422", None)
+            if not service.keys:
+                operation.pop("security", None)
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)

@@ -171,7 +171,8 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def streamed(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The two forms of a 200: one object, or events."""
-    event = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+    parts = [{"$ref": f"#/components/schemas/{name}"} for name in (model.__name__, "ErrorBody")]
+    event = {"schema": {"anyOf": parts}}  # an error where the engine fails in the middle of an answer
     return {
         200: {"description": "One object, or with `stream` server-sent events", "content": {"text/event-stream": event}}
     }

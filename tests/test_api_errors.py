@@ -167,7 +167,8 @@ def test_other_methods_and_routes(service):
             answer = httpx.request(method, service.url + path)
             wrong(answer, 405, code="method_not_allowed")
             assert answer.headers["allow"] == allowed
-    for path in ("/v1", "/v1/", "/v1/nothing", CHAT + "/", "/nothing", "/v1/../etc/passwd", "/docs", "/%00"):
+    for path in ("/v1", "/v1/", "/v1/nothing", CHAT + "/", "/nothing", "/v1/../etc/passwd", "/docs", "/%00",
+                 "/v1/models/a%0Ab"):  # fmt: skip
         for method in ("GET", "POST"):
             wrong(httpx.request(method, service.url + path), 404)
     assert httpx.head(f"{service.url}/health").status_code == 200
@@ -187,7 +188,7 @@ def test_the_document_says_what_the_service_does(service):
     post = document["paths"][CHAT]["post"]
     assert set(post["responses"]) == {"200", "400", "401", "404", "413", "429", "503"}
     assert post["responses"]["200"]["content"].keys() == {"application/json", "text/event-stream"}
-    assert post["security"] == [{"HTTPBearer": []}] and "security" not in document["paths"]["/health"]["get"]
+    assert "security" not in text.replace("securitySchemes", "")  # no keys are set
     assert schemas["ChatRequest"]["required"] == ["messages"]
 
 

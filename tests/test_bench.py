@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from live_service import live
+from small_model import write_run
 
 from bench.compare import nanochat_config
 from bench.train_step import draw_shape
@@ -58,6 +60,37 @@ def test_the_input_pipeline_is_measured_to_the_host_and_to_the_device():
     assert result["host_range"][0] <= result["host_tokens_per_second"] <= result["host_range"][1]
     assert result["device_tokens_per_second"] > 0
     assert result["share_of_goal"] == pytest.approx(result["host_tokens_per_second"] / 104e6, abs=1e-3)
+
+
+@pytest.mark.parametrize("devices", [2])
+def test_decoding_is_measured_by_batch_size(devices):
+    sizes = ["--prompt", "16", "--tokens", "24", "--batch-sizes", "1,4", "--rounds", "1", "--weights", "auto,int8"]
+    *_, result = run("bench.decode", *SETS, "--set", "model.vocab_size=300", *sizes, devices=devices)
+    assert result["devices"] == devices and result["model"]["width"] == 32
+    for kind in ("auto", "int8"):
+        assert [entry["rows"] for entry in result[kind]] == [1, 4]
+        for entry in result[kind]:
+            assert entry["first_token_seconds"] > 0 and entry["tokens_per_second"] >= entry["with_prompt"] > 0
+            limit = entry["rows"] * entry["bandwidth"] / entry["bytes_per_step"]
+            assert entry["limit_tokens_per_second"] == pytest.approx(limit, rel=0.01)
+    assert result["int8"][0]["bytes_per_step"] < result["auto"][0]["bytes_per_step"]
+    assert "more than the context of 128" in run("bench.decode", *SETS, "--prompt", "120", "--tokens", "24", code=2)
+
+
+def test_a_service_is_measured_over_http(tmp_path):
+    own = write_run(tmp_path)
+    with live(requests_per_minute=0) as service:
+        load = ["--clients", "4", "--requests", "16", "--max-tokens", "12", "--prompt", "8", "--repeats", "1"]
+        (result,) = run("bench.serve", "--url", service.url, *load, "--engine", str(own.root))
+    for kind, count in (("closed", 16), ("sequential", 4), ("open", 16)):
+        found = result["service"][kind]
+        assert (found["requests"], found["failures"]) == (count, {})
+        assert 0 < found["first_token_seconds"]["p50"] <= found["latency_seconds"]["p99"]
+        assert found["tokens_per_second"] > 0
+    shares = result["share_of_engine"]
+    closed, rows = result["service"]["closed"]["tokens_per_second"], result["engine"]["rows"]
+    assert shares["clients"] == pytest.approx(closed / rows, abs=1e-3) and shares["one_client"] > 0
+    assert "launch.py --serve" in run("bench.serve", "--url", "http://127.0.0.1:9", code=3)
 
 
 def test_a_model_that_nanochat_cannot_be_is_refused():

@@ -34,10 +34,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(run_dir, port, *more):
+def start(run_dir, port, *more, **options):
     command = [sys.executable, ROOT / "launch.py", "--run-dir", str(run_dir), "--serve", "--port", str(port), *more]
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **given)
 
 
 def until(condition, seconds=120.0):
