@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from jaxchat.config import Config
 from jaxchat.engine import Engine
+from jaxchat.engine.programs import least_rows
 from jaxchat.errors import UsageError
 from jaxchat.paths import RunDir
 from serve.fitting import fitting_request
@@ -112,7 +113,7 @@ def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO |
     for stream in (source, sys.stdout, sys.stderr):  # whatever the locale says; no byte of the input is an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    engine = Engine.from_pretrained(run.root, stage, slots=1, weights=config.serve.weights)
+    engine = Engine.from_pretrained(run.root, stage, slots=least_rows(), weights=config.serve.weights)
     interactive = source.isatty() and sys.stdout.isatty()
     temperature = config.serve.temperature if interactive else 0.0  # a script wants the same answer every time
     talk = Chat(engine, temperature, config.serve.top_k, config.serve.max_tokens, sys.stdout, interactive)

@@ -11,6 +11,7 @@ from live_service import live
 from small_model import write_run
 
 from bench.compare import nanochat_config
+from bench.decode_compiled import loop_cost
 from bench.train_step import draw_shape
 from jaxchat.config import load_config
 from jaxchat.errors import UsageError
@@ -75,6 +76,49 @@ def test_decoding_is_measured_by_batch_size(devices):
             assert entry["limit_tokens_per_second"] == pytest.approx(limit, rel=0.01)
     assert result["int8"][0]["bytes_per_step"] < result["auto"][0]["bytes_per_step"]
     assert "more than the context of 128" in run("bench.decode", *SETS, "--prompt", "120", "--tokens", "24", code=2)
+
+
+LOOP = """
+%cut (p0: f32[64,32], p1: s32[]) -> f32[1,32] {
+  %p0 = f32[64,32]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %slice = f32[1,32]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,32}
+}
+
+%put (p0.1: f32[64,32], p1.1: f32[1,32], p2.1: s32[]) -> f32[64,32] {
+  %p0.1 = f32[64,32]{1,0} parameter(0)
+  %p1.1 = f32[1,32]{1,0} parameter(1)
+  %p2.1 = s32[] parameter(2)
+  ROOT %update = f32[64,32]{1,0} dynamic-update-slice(%p0.1, %p1.1, %p2.1, %p2.1)
+}
+
+%body (state: (s32[], f32[64,32])) -> (s32[], f32[64,32]) {
+  %state = (s32[], f32[64,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %table = f32[64,32]{1,0} get-tuple-element(%state), index=1
+  %row = f32[1,32]{1,0} fusion(%table, %i), kind=kLoop, calls=%cut
+  %next = f32[64,32]{1,0} fusion(%table, %row, %i), kind=kLoop, calls=%put
+  ROOT %out = (s32[], f32[64,32]{1,0}) tuple(%i, %next)
+}
+
+%condition (state.1: (s32[], f32[64,32])) -> pred[] {
+  %state.1 = (s32[], f32[64,32]{1,0}) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+ENTRY %main (table.1: f32[64,32]) -> f32[64,32] {
+  %table.1 = f32[64,32]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[64,32]{1,0}) tuple(%zero, %table.1)
+  %loop = (s32[], f32[64,32]{1,0}) while(%start), condition=%condition, body=%body
+  ROOT %result = f32[64,32]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_compiled_step_counts_its_kernels_and_what_they_move():
+    """A row cut out of a table and put back in place: each reads it and the index, and writes it."""
+    assert loop_cost(LOOP) == (2, 2 * (128 + 4 + 128))
 
 
 def test_a_service_is_measured_over_http(tmp_path):

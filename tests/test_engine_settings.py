@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from small_model import CAPACITY, CONFIG, GREETING, QUESTION, learned, tokenizer
 
-from jaxchat.engine import Engine, QueueFull, Request
+from jaxchat.engine import Engine, QueueFull, Request, programs
+from jaxchat.engine.decode import decode_chunk
 from jaxchat.engine.likelihood import SHORTEST
 from jaxchat.errors import UsageError
 from jaxchat.model import gpt
@@ -146,6 +147,19 @@ def test_clients_take_turns_and_nobody_waits_for_ever():
     while own.running or own.waiting:
         ended += [handle for handle, event in own.step() if event.kind == "done"]
     assert ended == [crowd[0], late[0], last, crowd[1], late[1], *crowd[2:]]
+
+
+def test_a_single_answer_runs_beside_an_idle_row_where_that_is_faster(monkeypatch):
+    """As on a GPU: no chunk of one row is compiled or run, and the answer is the same."""
+    alone = engine().generate([Request([1, 2, 3], max_tokens=9, seed=1, temperature=1.0)])[0].tokens
+    monkeypatch.setitem(programs.LEAST_ROWS, "cpu", 2)
+    own, rows = engine(slots=4), []
+    decode = own._programs.decode
+    own._programs.decode = lambda count, bucket: rows.append(count) or decode(count, bucket)
+    compiled = [static["rows"] for function, static, _ in own._programs._calls() if function is decode_chunk]
+    assert sorted(set(compiled)) == [2, 4]
+    assert own.generate([Request([1, 2, 3], max_tokens=9, seed=1, temperature=1.0)])[0].tokens == alone
+    assert set(rows) == {2}
 
 
 def test_a_bounded_queue_refuses_and_recovers():

@@ -1,6 +1,6 @@
 """Long drills of a served model, as a process of its own: clients that come and go, and what they leave behind.
 
-    python -m pytest -m slow -n0 tests/test_soak.py        SOAK_SECONDS=600 for ten minutes of 64 clients
+python -m pytest -m slow -n0 tests/test_soak.py        SOAK_SECONDS=600 for ten minutes of 64 clients
 """
 
 import asyncio
@@ -108,8 +108,8 @@ def test_nothing_is_left_of_those_who_left(service, name):
     until(lambda: idle(url), 1)
     after = memory(process)
     requests = sum(counts.values())
-    print(json.dumps({"drill": name, "clients": clients, "requests": requests, "left": counts["left"],
-                      "seconds": round(time.monotonic() - begin, 1), "memory_before": before, "memory_after": after}))  # fmt: skip
+    figures = {"requests": requests, "left": counts["left"], "seconds": round(time.monotonic() - begin, 1)}
+    print(json.dumps({"drill": name, **figures, "memory_before": before, "memory_after": after}))
     assert set(counts) == {200, "left"} and counts["left"] > requests / 10 and counts[200] > requests / 10
     assert after < 1.05 * before
     answer = httpx.post(url + CHAT, json={"messages": GREETING, "temperature": 0}).json()

@@ -74,8 +74,8 @@ def compile_step(config: Config, mesh: Mesh, rows: int, accumulate: int, read: b
     return _with_parts(step, parts)
 
 
-def compile_decode(config: Config, mesh: Mesh, slots: int, read: bool = False) -> Step:
-    """The engine's chunk of decoding for all slots with full caches, on the first device alone."""
+def compile_decode(config: Config, mesh: Mesh, slots: int, read: Callable[[str], Any] | None = None) -> Step:
+    """The engine's chunk of decoding for all slots with full caches, on the first device; `read` gets its text."""
     model, place = config.model, SingleDeviceSharding(mesh.devices.flat[0])
     dtype = jnp.float32 if mesh.devices.flat[0].platform == "cpu" else jnp.bfloat16  # as the engine
     params, _ = gpt.abstract_params(model)
@@ -144,12 +144,12 @@ def _bytes(tree: Any) -> int:
     return sum(map(one, jax.tree.leaves(tree)))
 
 
-def _compile(lowered: Any, mesh: Mesh, read: bool) -> Step:
+def _compile(lowered: Any, mesh: Mesh, read: bool | Callable[[str], Any] | None) -> Step:
     begin, platform = time.perf_counter(), mesh.devices.flat[0].platform
     here = mesh.devices.flat[0] in jax.devices()
     with tempfile.TemporaryDirectory() as folder:
         # libtpu's programs hold instructions that this JAX cannot print, so libtpu prints them itself
-        dump = read and platform == "tpu"
+        dump = bool(read) and platform == "tpu"
         options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if dump else {}
         options |= {"xla_gpu_memory_limit_slop_factor": SLOP} if platform == "gpu" and not here else {}
         try:
@@ -159,7 +159,8 @@ def _compile(lowered: Any, mesh: Mesh, read: bool) -> Step:
         seconds = time.perf_counter() - begin
         program = None
         if read:
-            program = analyse(_dumped(Path(folder)) if dump else compiled.as_text(), mesh.size)
+            text = _dumped(Path(folder)) if dump else compiled.as_text()
+            program = read(text) if callable(read) else analyse(text, mesh.size)
     found, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     code = found.generated_code_size_in_bytes
     arguments, temp = found.argument_size_in_bytes, found.temp_size_in_bytes

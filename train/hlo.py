@@ -88,7 +88,7 @@ class Program:
 
 def analyse(text: str, devices: int = 1) -> Program:
     """The `Program` of an optimized HLO module's text, for a mesh of so many devices."""
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     program = Program()
     shapes: set[tuple[str, str]] = set()
     for computation, times, fused, again in _walk(computations, entry, program):
@@ -123,7 +123,8 @@ def _dims(shape: str) -> list[int]:
     return _split(found[2]) if found else []
 
 
-def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """(instructions of every computation, name of the entry)."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -166,7 +167,7 @@ def _walk(
         for i in computations[name]:
             if i.opcode == "while":
                 count = _trip_count(i, computations, program)
-                waiting.append((_attribute(i, "body"), times * count, fused, again))
+                waiting.append((attribute(i, "body"), times * count, fused, again))
             elif i.opcode in ("fusion", "async-start", "call", "conditional"):
                 called = re.findall(r"(?:calls|to_apply|\w+_computations?)=\{?((?:%[\w.\-]+(?:, )?)+)", i.attributes)
                 names = [c.strip(" %") for group in called for c in group.split(",") if c.strip()]
@@ -185,7 +186,8 @@ def _repeats(computation: list[Instruction]) -> set[str]:
     return found
 
 
-def _attribute(i: Instruction, name: str) -> str:
+def attribute(i: Instruction, name: str) -> str:
+    """A computation that an instruction names; "" where it names none."""
     found = re.search(rf"\b{name}=%?([\w.\-]+)", i.attributes)
     return found[1] if found else ""
 
@@ -194,7 +196,7 @@ def _trip_count(i: Instruction, computations: dict[str, list[Instruction]], prog
     """What XLA noted, else the bound that the counter (from 0, by 1: a `lax.scan`) is compared with."""
     if found := re.search(r'known_trip_count":\{"n":"(\d+)"', i.attributes):
         return int(found[1])
-    condition = computations.get(_attribute(i, "condition"), [])
+    condition = computations.get(attribute(i, "condition"), [])
     bounds = [c for c in condition if c.opcode == "constant" and c.shape.startswith(("s32[]", "u32[]", "s64[]"))]
     less = [c for c in condition if c.opcode == "compare" and "direction=LT" in c.attributes]
     inside = any(c.opcode == "fusion" for c in condition)

@@ -128,7 +128,7 @@ class Admission:
         over all devices, a chunk must run."""
         per, devices = self.programs.slots, self.programs.devices
         busiest = max(sum(slot // per == d for slot in self.rows) for d in range(devices))
-        count = max(power_of_two(busiest), least // devices)
+        count = max(power_of_two(busiest), least // devices, self.programs.least_rows)
         for slot in sorted(s for s in self.rows if s % per >= count):
             first = slot - slot % per
             into = next(s for s in range(first, first + count) if s not in self.rows)

@@ -1,0 +1,107 @@
+"""A decoding step compiled for a GPU that need not be here: python -m bench.decode_compiled --tier d20 [--target h100:1]
+
+Kernels and bytes of one step of all rows, read from the program that the engine would run, by batch size: what a step
+costs is the larger of its bytes over the memory's bandwidth and its kernels times some microseconds. Needs the extra
+plan-cuda. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+from bench.decode import step_bytes
+from jaxchat.config import MeshConfig, load_config
+from jaxchat.errors import JaxchatError
+from jaxchat.mesh import make_mesh
+from jaxchat.optim.horizon import resolve
+from train import compiled
+from train.hlo import Instruction, attribute, parse, shape_bytes
+from train.targets import parse_target, target_devices
+
+KERNELS = ("fusion", "custom-call", "copy", "sort", "dot", "scatter", "reduce")
+CUTS = ("slice", "dynamic-slice", "gather")
+PUTS = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand is what they write
+
+
+def loop_cost(text: str) -> tuple[int, int]:
+    """(kernels, bytes read and written) of one turn of the entry's first loop, in an optimized module's text.
+
+    What a fusion only cuts out of an operand counts, not the operand; what it writes in place counts as its update.
+    """
+    computations, entry = parse(text)
+    loop = next(i for i in computations[entry] if i.opcode == "while")
+    kernels = [i for i in computations[attribute(loop, "body")] if i.opcode in KERNELS]
+    return len(kernels), sum(_traffic(i, computations) for i in kernels)
+
+
+def _traffic(kernel: Instruction, computations: dict[str, list[Instruction]]) -> int:
+    inside = {i.name: i for i in computations.get(attribute(kernel, "calls"), [])}
+    uses: dict[str, list[Instruction]] = defaultdict(list)
+    for instruction in inside.values():
+        for operand in instruction.operands:
+            uses[operand].append(instruction)
+    written, read = shape_bytes(kernel.shape), 0
+    for parameter in (i for i in inside.values() if i.opcode == "parameter"):
+        used = uses[parameter.name]
+        first = bool(used) and all(u.operands[0] == parameter.name for u in used)
+        if first and all(u.opcode in CUTS for u in used):
+            read += sum(shape_bytes(u.shape) for u in used)
+        elif first and all(u.opcode in PUTS for u in used):  # in place
+            written = sum(shape_bytes(inside[u.operands[PUTS[u.opcode]]].shape) for u in used)
+        else:
+            read += shape_bytes(parameter.shape)
+    return read + written
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """An entry for each batch size; `needed_bytes`: weights, and keys and values of full caches, read once."""
+    config = resolve(load_config(args.tier, [f"model.seq_len={args.context}", *args.set]))
+    target = parse_target(args.target)
+    mesh = make_mesh(MeshConfig(), target_devices(target)[:1])
+    entries = []
+    for rows in args.batch_sizes:
+        texts: list[str] = []
+        step = compiled.compile_decode(config, mesh, rows, texts.append)
+        kernels, moved = loop_cost(texts[0])
+        entries.append(
+            {
+                "rows": rows,
+                "kernels": kernels,
+                "kernels_per_layer": round(kernels / config.model.depth, 1),
+                "bytes": moved,
+                "needed_bytes": step_bytes(config, rows, args.context, "bfloat16", 2),
+                "milliseconds_at_bandwidth": round(1e3 * moved / target.chip.memory_rate, 3),
+                "memory_bytes": step.memory.peak,
+                "compile_seconds": round(step.seconds, 1),
+            }
+        )
+    return entries
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tier", default="d20")
+    parser.add_argument("--target", default="h100:1")
+    parser.add_argument("--set", action="append", default=[], metavar="K=V")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a slot")
+    parser.add_argument(
+        "--batch-sizes", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 8, 32, 128]
+    )
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # it only compiles, and takes no GPU that may be here
+    try:
+        entries = measure(args)
+    except JaxchatError as error:
+        parser.exit(error.exit_code, f"error: {error}\n")
+    about = {"tier": args.tier, "target": args.target, "context": args.context, "jax": version("jax")}
+    print(json.dumps(about | {"steps": entries}))
+
+
+if __name__ == "__main__":
+    main()
