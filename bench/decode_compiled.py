@@ -1,4 +1,4 @@
-"""A decoding step compiled for a GPU that need not be here: python -m bench.decode_compiled --tier d20 [--target h100:1]
+"""A decoding step compiled for a GPU that is not here: python -m bench.decode_compiled --tier d20 [--target h100:1]
 
 Kernels and bytes of one step of all rows, read from the program that the engine would run, by batch size: what a step
 costs is the larger of its bytes over the memory's bandwidth and its kernels times some microseconds. Needs the extra
