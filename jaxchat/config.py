@@ -57,6 +57,7 @@ class TokenizerConfig:
 class DataConfig:
     source: str = "chitchat"  # "chitchat" | "files:GLOB"
     val_fraction: float = 0.01  # of documents, chosen by a hash of their text
+    dedup: bool = False  # leave out documents that came before, letter for letter
     shard_tokens: int = 100_000_000  # tokens in one token shard, at most
     pack_docs: int = 20_000  # documents in one best-fit window
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import itertools
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,43 @@ def test_killed_half_way_and_run_again_it_is_as_if_nothing_had_been(run, tmp_pat
     shutil.copytree(run.tokenizer, tmp_path / "other" / "tokenizer")
     assert prepare.run(config, RunDir(tmp_path / "other")) == facts
     assert not list(run.data.rglob("*.partial"))
+
+
+def contents(run):
+    return {p.relative_to(run.data): p.read_bytes() for p in sorted(run.data.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_leave_the_same_bytes(run, tmp_path):
+    """kill -9 whenever it comes; each start goes on where the one before was."""
+    config, run = run
+    book = tmp_path / "book.txt"
+    draw = random.Random(0)
+    words = " ".join(itertools.islice(iterate_documents("chitchat"), 200)).split()
+    book.write_text("\n\n".join(" ".join(draw.choices(words, k=300)) for _ in range(12_000)), encoding="utf-8")
+    config = with_data(config, source=f"files:{book}", shard_tokens=200_000)
+    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+
+    def start(root):
+        command = [sys.executable, "-c", KILLED, "nowhere", str(tmp_path / "config.toml"), str(root)]
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    shutil.copytree(run.tokenizer, tmp_path / "whole" / "tokenizer")
+    begin = time.monotonic()
+    assert start(tmp_path / "whole").wait(600) == 0
+    whole, kills = time.monotonic() - begin, 0
+    while kills < 20:
+        process = start(run.root)
+        try:
+            assert process.wait(draw.uniform(0.15, 0.7) * whole) == 0
+            shutil.rmtree(run.data)  # it was faster than the signal: from the beginning
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+            process.wait()
+    assert start(run.root).wait(600) == 0
+    print(f"{kills} kills; undisturbed it takes {whole:.1f} s")
+    assert contents(run) == contents(RunDir(tmp_path / "whole"))
 
 
 def test_damage_is_repaired_where_it_can_be(run):

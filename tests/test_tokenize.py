@@ -57,14 +57,65 @@ def test_writing_again_leaves_nothing_of_before(tokenizer, shards):
     assert len(read(folder, tokenizer)) == 3
 
 
-def test_a_failure_leaves_nothing_half_written(tokenizer, tmp_path):
-    def failing():
-        yield from TEXTS
-        raise DataError("file:2: not JSON")
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("stop", [0, 300, 512, 700, 1100, 1200])
+def test_an_interrupted_run_goes_on_behind_its_last_whole_shard(tokenizer, tmp_path, stop):
+    whole, begun = tmp_path / "whole", tmp_path / "begun"
+    expected = write_shards(TEXTS, tokenizer, whole, 5_000, origin="x")
+
+    def documents(until):
+        for i, text in enumerate(TEXTS):
+            if i == until:
+                raise DataError("file:2: not JSON")
+            yield text
+        if until == len(TEXTS):
+            raise DataError("file:2: not JSON")
 
     with pytest.raises(DataError, match="file:2"):
-        write_shards(failing(), tokenizer, tmp_path / "t", 1000)
-    assert not list(tmp_path.iterdir())
+        write_shards(documents(stop), tokenizer, begun, 5_000, origin="x")
+    assert not (begun / "manifest.json").exists()
+    kept = [p.name for p in begun.glob("*.bin")]
+    with pytest.raises(DataError, match="no such file"):
+        read(begun, tokenizer)
+    times = {name: (begun / name).stat().st_mtime_ns for name in kept}
+    assert write_shards(documents(None), tokenizer, begun, 5_000, origin="x") == expected
+    assert contents(begun) == contents(whole)
+    whole_shards = [name for name in kept if (begun / name).stat().st_mtime_ns == times[name]]
+    assert whole_shards == kept and len(kept) == stop // 512
+
+
+def test_duplicates_are_counted_and_by_choice_left_out(tokenizer, tmp_path):
+    texts = [*TEXTS, *TEXTS[:30], TEXTS[7]]
+    kept = write_shards(texts, tokenizer, tmp_path / "kept", 10_000)
+    dropped = write_shards(texts, tokenizer, tmp_path / "dropped", 10_000, dedup=True)
+    plain = write_shards(TEXTS, tokenizer, tmp_path / "plain", 10_000)
+    assert (kept["documents"], kept["duplicates"]) == (len(texts), 31)
+    assert (dropped["documents"], dropped["duplicates"], plain["duplicates"]) == (len(TEXTS), 31, 0)
+    assert dropped["shards"] == plain["shards"]
+
+
+@pytest.mark.parametrize("change", ["origin", "shard", "journal"])
+def test_what_does_not_belong_to_it_is_not_gone_on_with(tokenizer, tmp_path, change):
+    folder = tmp_path / "t"
+
+    def half():
+        yield from TEXTS[:1100]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(half(), tokenizer, folder, 5_000, origin="x")
+    if change == "shard":
+        damaged = bytearray((folder / "00000.bin").read_bytes())
+        damaged[7] ^= 1
+        (folder / "00000.bin").write_bytes(damaged)
+    if change == "journal":
+        (folder / "unfinished.json").write_text('{"shards": 3')
+    write_shards(TEXTS, tokenizer, folder, 5_000, origin="y" if change == "origin" else "x")
+    write_shards(TEXTS, tokenizer, tmp_path / "whole", 5_000, origin="y" if change == "origin" else "x")
+    assert contents(folder) == contents(tmp_path / "whole")
 
 
 def test_no_documents(tokenizer, tmp_path):

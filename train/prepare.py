@@ -18,7 +18,7 @@ from jaxchat.log import progress, say
 from jaxchat.paths import RunDir
 from jaxchat.text.tokenizer import Tokenizer
 
-FACTS = ("documents", "tokens", "bytes", "chars", "cuts", "fill", "tokenizer", "rows", "sha256")
+FACTS = ("documents", "duplicates", "tokens", "bytes", "chars", "cuts", "fill", "tokenizer", "rows", "sha256")
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
 
 def _split(config: Config, run: RunDir, tokenizer: Tokenizer, split: str) -> dict[str, Any]:
     data, row_len = config.data, config.model.seq_len + 1
-    origin = [fingerprint(data.source), split, data.val_fraction, data.shard_tokens, tokenizer.digest]
+    origin = [fingerprint(data.source), split, data.val_fraction, data.dedup, data.shard_tokens, tokenizer.digest]
     manifest = _tokens(config, tokenizer, run.data / "tokens" / split, split, _digest(origin))
     if split == "train" and manifest["tokens"] < row_len:
         raise DataError(
@@ -54,7 +54,7 @@ def _split(config: Config, run: RunDir, tokenizer: Tokenizer, split: str) -> dic
             rows = pack_documents(documents, row_len, tokenizer.bos, data.pack_docs, stats)
             rows = bar.track(rows)
             count = write_rows(target, rows, row_len, tokenizer.bos, tokenizer.vocab_size)
-        facts = {name: manifest[name] for name in ("documents", "tokens", "bytes", "chars", "tokenizer")}
+        facts = {name: manifest[name] for name in ("documents", "duplicates", "tokens", "bytes", "chars", "tokenizer")}
         facts |= {"cuts": stats.cuts, "fill": stats.fill, "origin": _digest(origin)}
         meta = finish_rows(target, facts, row_len, count, tokenizer.vocab_size)
     say(
@@ -74,9 +74,19 @@ def _tokens(config: Config, tokenizer: Tokenizer, directory: Path, split: str, o
             return manifest
     documents = iterate_documents(data.source, split, data.val_fraction)
     with progress(f"tokenize {split}", None) as bar:
-        return write_shards(
-            documents, tokenizer, directory, data.shard_tokens, lambda count: bar.update(f"{count:,} tokens"), origin
+        manifest = write_shards(
+            documents,
+            tokenizer,
+            directory,
+            data.shard_tokens,
+            lambda count: bar.update(f"{count:,} tokens"),
+            origin,
+            data.dedup,
         )
+    if count := manifest["duplicates"]:
+        what = "left out" if data.dedup else "kept (data.dedup=true leaves them out)"
+        say(f"  {split}: {count:,} documents had come before, letter for letter; {what}")
+    return manifest
 
 
 def _finished_rows(directory: Path, origin: str) -> dict[str, Any] | None:

@@ -181,8 +181,9 @@ def _data(card: Card) -> list[Block]:
     for split, title in (("train", "training text"), ("val", "held-out text")):
         if split in data:
             d = data[split]
+            again = f" ({d['duplicates']:,} duplicates found)" if d.get("duplicates") else ""
             rows += [
-                [title, f"{d['documents']:,} documents, {d['bytes']:,} bytes, {d['tokens']:,} tokens"],
+                [title, f"{d['documents']:,} documents{again}, {d['bytes']:,} bytes, {d['tokens']:,} tokens"],
                 [
                     f"{title}, packed",
                     f"{d['rows']:,} rows, {d['fill']:.2%} filled, {d['cuts']:,} cuts, nothing dropped, nothing twice",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -12,13 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from jaxchat.data.duplicates import Distinct
 from jaxchat.errors import DataError
 from jaxchat.paths import read_json, sha256_file, sync_directory, write_json
 from jaxchat.text.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 BATCH_DOCUMENTS = 512
-MANIFEST_KEYS = {"origin", "tokenizer", "bos", "vocab_size", "dtype", "tokens", "documents", "bytes", "chars", "shards"}
+UNFINISHED = "unfinished.json"
+COUNTS = ("tokens", "documents", "duplicates", "bytes", "chars", "shards")
+MANIFEST_KEYS = {"origin", "tokenizer", "bos", "vocab_size", "dtype", *COUNTS}
 REPAIR = "delete the run's data folder and run stage prepare again"
 
 
@@ -34,30 +38,50 @@ def write_shards(
     shard_tokens: int,
     on_tokens: Callable[[int], None] = lambda count: None,
     origin: str = "",
+    dedup: bool = False,
 ) -> dict[str, Any]:
     """Tokenize documents into `00000.bin`, ... of about `shard_tokens` tokens, and return the manifest.
 
-    The manifest is written last: without it the shards do not count; a failure leaves nothing. `origin` goes into it,
-    so that a later run can tell whether these shards are what it wants. Memory holds `BATCH_DOCUMENTS` documents.
+    The manifest is written last: without it the shards do not count. Until then `unfinished.json` says which shards are
+    whole, and the same call goes on behind them; the bytes are the same as without an interruption. `origin` stands for
+    the documents and the settings: shards of another one are deleted. Documents that came before, letter for letter,
+    are counted, and with `dedup` left out. Memory holds `BATCH_DOCUMENTS` documents and 8 bytes for every one so far.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     manifest: dict[str, Any] = {
         "format": FORMAT, "origin": origin, "tokenizer": tokenizer.digest, "bos": tokenizer.bos,
         "vocab_size": tokenizer.vocab_size, "dtype": dtype.name,
-        "tokens": 0, "documents": 0, "bytes": 0, "chars": 0, "shards": [],
+        "tokens": 0, "documents": 0, "duplicates": 0, "bytes": 0, "chars": 0, "shards": [],
     }  # fmt: skip
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    batches = _token_batches(documents, tokenizer, dtype, manifest, on_tokens)
-    try:
-        for first in batches:
-            path = directory / f"{len(manifest['shards']):05d}.bin"
-            manifest["shards"].append(_write_shard(path, itertools.chain([first], batches), shard_tokens))
-    except BaseException:
+    if (begun := _unfinished(directory, manifest)) is not None:
+        manifest = begun
+    else:
         shutil.rmtree(directory, ignore_errors=True)
-        raise
+        directory.mkdir(parents=True)
+    distinct = Distinct(documents, dedup)
+    new = itertools.islice(distinct, manifest["documents"], None)
+    batches = _token_batches(new, tokenizer, dtype, manifest, on_tokens)
+    for first in batches:
+        path = directory / f"{len(manifest['shards']):05d}.bin"
+        manifest["shards"].append(_write_shard(path, itertools.chain([first], batches), shard_tokens))
+        write_json(directory / UNFINISHED, manifest)
+    manifest["duplicates"] = distinct.found
     write_json(directory / "manifest.json", manifest)
+    (directory / UNFINISHED).unlink(missing_ok=True)
     return manifest
+
+
+def _unfinished(directory: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """What an interrupted `write_shards` of the same origin has finished; None where there is nothing, or no longer."""
+    with contextlib.suppress(DataError):
+        begun = read_json(directory / UNFINISHED)
+        if isinstance(begun, dict) and begun.keys() == wanted.keys():
+            same = all(begun[key] == wanted[key] for key in wanted if key not in COUNTS)
+            dtype = np.dtype(wanted["dtype"])
+            for shard in begun["shards"] if same else ():
+                read_shard(directory / shard["file"], shard, dtype, wanted["vocab_size"])
+            return begun if same else None
+    return None
 
 
 def _token_batches(
