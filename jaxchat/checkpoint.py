@@ -15,9 +15,11 @@ import orbax.checkpoint as ocp
 from jaxchat import hosts
 from jaxchat.errors import DataError
 from jaxchat.log import quiet_libraries
+from jaxchat.paths import RunDir, read_json
 from jaxchat.state import TrainState
 
 FORMAT = 1
+RECORDS = {"base": "pretrain"}  # stages that `stages.json` has under another name than their folder
 
 
 class Checkpoints:
@@ -103,6 +105,18 @@ def restore_params(directory: str | Path) -> tuple[Any, dict[str, Any]]:
     except Exception as error:  # Orbax and TensorStore raise all kinds
         raise DataError(f"{path}: cannot be read ({_first_line(error)})") from error
     return params, meta
+
+
+def trained_params(run: RunDir, stage: str) -> Any:
+    """What a stage has made, as host arrays; `DataError` where they are not what it recorded when it was done."""
+    params, _ = restore_params(run.stage(stage))
+    record = read_json(run.stages).get(RECORDS.get(stage, stage), {}) if run.stages.exists() else {}
+    if record.get("status") == "done" and record.get("params_sha256", "") not in ("", params_sha256(params)):
+        raise DataError(
+            f"{run.stage(stage)}: its newest checkpoint is damaged (the SHA-256 of its parameters is not the recorded "
+            "one); restore the folder from a copy, or delete it and run the stage again"
+        )
+    return params
 
 
 def params_sha256(params: Any) -> str:

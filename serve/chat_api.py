@@ -15,7 +15,7 @@ from serve.errors import ApiError, as_api_error, too_long
 from serve.limits import check_messages
 from serve.logprobs import Namer, chat_logprobs
 from serve.replies import ChatChunk, ChatCompletion, errors, streamed
-from serve.schemas import ChatRequest
+from serve.schemas import ChatRequest, conversation
 from serve.service import Call, Service, seeds
 from serve.sse import DONE, EventStream, event, until_gone
 from serve.worker import Group
@@ -58,7 +58,7 @@ def prepare(service: Service, body: ChatRequest, call: Call) -> Group:
     if body.logprobs:
         settings["logprobs"] = body.top_logprobs or 0
     try:
-        request = service.worker.engine.chat_request(messages, **settings)
+        request = service.worker.engine.chat_request(conversation(messages), **settings)
     except UsageError as error:
         raise ApiError(400, str(error), "messages") from None
     if len(request.tokens) > service.worker.engine.capacity:

@@ -114,7 +114,7 @@ class Completing:
             settings["logprobs"] = body.logprobs
         # who scores a text asks for one token more and reckons with it, so there it is whatever it is
         scoring = body.echo and body.logprobs is not None and body.max_tokens == 1
-        stop = () if scoring or body.ignore_eos else (bos,)
+        stop = () if scoring or body.ignore_eos else self._engine.ends
         groups: list[Group] = [
             (Prompt(tokens, stop=stop, tools=False, **settings), seeds(body.seed, self._n)) for tokens in wholes
         ]

@@ -21,6 +21,7 @@ from serve.worker import EngineStopped, Unavailable
 log = logging.getLogger("jaxchat.serve")
 RETRY_SECONDS = 1  # after which a client may try again where the queue is full or the model still loads
 
+OTHER_FORM = ("string_type", "list_type", "int_type")  # not of the form that was tried: says little
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {
     401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large",
@@ -102,7 +103,8 @@ def install(app: FastAPI) -> None:
 
 def _of_validation(error: RequestValidationError | ValidationError) -> ApiError:
     """The first thing that pydantic found, without what was sent."""
-    first = error.errors()[0]
+    found = error.errors()  # of a field that may have several forms, what is wrong with each
+    first = next((e for e in found if e["type"] not in OTHER_FORM), found[0])
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     names = [part for part in first["loc"] if isinstance(part, int) or part in FIELDS]  # not: which of several types

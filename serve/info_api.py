@@ -9,13 +9,13 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from jaxchat.errors import UsageError
-from jaxchat.text.chat import render_prompt
-from jaxchat.text.tokenizer import ASSISTANT_END, BOS
+from jaxchat.text.chat import render, render_prompt
+from jaxchat.text.tokenizer import ASSISTANT_END, BOS, Tokenizer
 from serve.errors import ApiError, bad_request
 from serve.limits import check_length, check_messages
 from serve.logprobs import Namer
 from serve.replies import Detokenized, Health, ModelCard, ModelList, TokenizerInfo, Tokens, errors
-from serve.schemas import DetokenizeRequest, TokenizeRequest
+from serve.schemas import DetokenizeRequest, TokenizeRequest, conversation
 from serve.service import Service
 
 
@@ -76,7 +76,7 @@ def routes(service: Service) -> APIRouter:
             messages = [message.plain() for message in body.messages]
             check_messages(service.limits, messages)
             try:
-                ids = render_prompt(tokenizer, messages)
+                ids = (render_prompt if body.add_generation_prompt else whole)(tokenizer, conversation(messages))
             except UsageError as error:
                 raise ApiError(400, str(error), "messages") from None
         else:
@@ -107,6 +107,11 @@ def routes(service: Service) -> APIRouter:
         return _json({**names, **sizes, "special_tokens": tokenizer.special})
 
     return router
+
+
+def whole(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
+    """A conversation that either may end."""
+    return render(tokenizer, messages)[0]
 
 
 def _json(data: dict[str, Any], status: int = 200) -> Response:

@@ -6,6 +6,7 @@ refused, not ignored; other unknown fields are ignored, as other servers do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -45,12 +46,35 @@ class TextPart(BaseModel):
 class ChatMessage(BaseModel):
     model_config = Strict
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = Field(description="null, an empty text, is for the assistant alone")
+
+    @model_validator(mode="after")
+    def _said(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content: must be text")
+        return self
 
     def plain(self) -> dict[str, Any]:
-        """As `text/chat.py` takes it."""
-        content = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        """Role (system, user or assistant) and parts."""
+        text = [{"type": "text", "text": self.content}] if isinstance(self.content, str) else []
+        parts = [part.model_dump() for part in self.content] if isinstance(self.content, list) else text
+        return {"role": "system" if self.role == "developer" else self.role, "content": parts}
+
+
+def conversation(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Plain messages as `text/chat.py` takes them: user and assistant in turn, a system message at the start alone.
+
+    Neighbours of one role become one message with an empty line between; a later system message is said by the user.
+    """
+    found: list[dict[str, Any]] = []
+    for role, parts in ((message["role"], message["content"]) for message in messages):
+        if role == "system" and any(before["role"] != "system" for before in found):
+            role = "user"
+        if found and found[-1]["role"] == role:
+            found[-1]["content"] += [{"type": "text", "text": "\n\n"}, *parts]
+        else:
+            found.append({"role": role, "content": list(parts)})
+    return found
 
 
 class StreamOptions(BaseModel):
@@ -100,7 +124,7 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def _whole(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only where logprobs is true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens: differs from max_completion_tokens; give one of them")
@@ -133,6 +157,7 @@ class TokenizeRequest(BaseModel):
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
     add_special_tokens: bool = Field(True, description="begin with the token that begins every document")
+    add_generation_prompt: bool = Field(True, description="end a conversation with what opens the answer")
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
@@ -148,23 +173,10 @@ class DetokenizeRequest(BaseModel):
     tokens: list[TokenId]
 
 
-class SocketRequest(BaseModel):
-    """A conversation on the WebSocket."""
-
-    model_config = Strict
-    messages: list[ChatMessage] = Field(min_length=1)
-    temperature: float | None = Field(None, ge=0, le=10)
-    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
-    top_p: float | None = Field(None, gt=0, le=1)
-    max_tokens: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-
-
 FIELDS = {
     name
     for model in (
         TextPart, ChatMessage, StreamOptions, ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest,
-        SocketRequest,
     )
     for name in model.model_fields
 }  # fmt: skip

@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from jaxchat.engine import Event
 from serve.chat_api import prepare
 from serve.errors import ApiError, as_api_error, log
-from serve.schemas import ChatRequest, SocketRequest
+from serve.schemas import ChatRequest
 from serve.service import Service
 
 WAITING = 8  # messages that may come while an answer is made
@@ -160,11 +160,12 @@ def understand(said: str | bytes) -> ChatRequest:
         raise ApiError(400, "the message is no valid JSON", "messages")
     if data is None:
         return ChatRequest.model_validate({"messages": [{"role": "user", "content": said}]})
+    if data.get("n") not in (None, 1) or data.get("logprobs"):
+        raise ApiError(400, "n and logprobs: only over HTTP", "n" if data.get("n") not in (None, 1) else "logprobs")
     try:
-        request = SocketRequest.model_validate(data)
+        return ChatRequest.model_validate({**data, "stream": True})
     except ValidationError as error:
         raise as_api_error(error) from None
-    return ChatRequest.model_validate(request.model_dump(exclude_none=True))
 
 
 def shown(piece: Event) -> dict[str, Any]:

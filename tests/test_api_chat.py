@@ -6,7 +6,7 @@ import math
 import httpx
 import pytest
 from live_service import live, needs_openai, openai, slowed
-from small_model import CAPACITY, GREETING, QUESTION
+from small_model import CAPACITY, GREETING, QUESTION, tokenizer
 
 from serve.chat_api import Chat
 from serve.replies import ChatChunk, ChatCompletion
@@ -172,11 +172,35 @@ def test_the_clients_errors(client):
         client.chat.completions.create(model="gpt-4", messages=GREETING)
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="user and assistant in turn"):
-        client.chat.completions.create(model="nano", messages=[*GREETING, *GREETING])
+        client.chat.completions.create(model="nano", messages=[{"role": "assistant", "content": "x"}, *GREETING])
     with pytest.raises(openai.BadRequestError, match="tools: not supported"):
         client.chat.completions.create(
             model="nano", messages=GREETING, tools=[{"type": "function", "function": {"name": "f"}}]
         )
+
+
+def test_neighbours_of_one_role_are_one_message(service):
+    """As OpenAI takes them; what the model is shown is what `/tokenize` shows."""
+
+    def shown(*messages, **more):
+        body = {"messages": [{"role": role, "content": content} for role, content in messages]} | more
+        answer = httpx.post(f"{service.url}/tokenize", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["tokens"]
+
+    assert shown(("user", "a"), ("user", "b")) == shown(("user", "a\n\nb"))
+    assert shown(("system", "s"), ("developer", "t"), ("user", "a")) == shown(("user", "s\n\nt\n\na"))
+    late = shown(("user", "a"), ("assistant", "x"), ("system", "s"), ("user", "b"))
+    assert late == shown(("user", "a"), ("assistant", "x"), ("user", "s\n\nb"))
+    assert shown(("user", "a"), ("assistant", None), ("user", "b")) == shown(
+        ("user", "a"), ("assistant", ""), ("user", "b")
+    )
+    whole = shown(("user", "a"), ("assistant", "x"), add_generation_prompt=False)
+    assert whole == [*shown(("user", "a")), *tokenizer().encode("x"), tokenizer().special["<|assistant_end|>"]]
+    assert shown(("user", "a"), add_generation_prompt=False) == shown(("user", "a"))[:-1]
+    two = post(service, messages=[*GREETING, {"role": "user", "content": "🙂"}], top_logprobs=0).json()
+    one = post(service, messages=[{"role": "user", "content": GREETING[0]["content"] + "\n\n🙂"}]).json()
+    assert two["choices"][0]["message"] == one["choices"][0]["message"]
 
 
 def test_a_system_message_reaches_the_model(service):

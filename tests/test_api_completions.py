@@ -147,6 +147,16 @@ def test_prompts_out_of_form(service, prompt):
     assert answer.status_code == 400 and answer.json()["error"]["param"].startswith("prompt"), answer.text
 
 
+def test_a_chat_model_ends_a_text_as_it_ends_an_answer(service):
+    """`eos_token` of /tokenizer_info ends a completion, unless the client says `ignore_eos`."""
+    ids = httpx.post(f"{service.url}/tokenize", json={"messages": GREETING}).json()["tokens"]
+    body = {"prompt": ids, "temperature": 0, "max_tokens": 40}
+    (choice,) = service.post(ROUTE, body).json()["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("Hi 🙂 안녕!", "stop")
+    (choice,) = service.post(ROUTE, body | {"ignore_eos": True}).json()["choices"]
+    assert choice["finish_reason"] == "length" and choice["text"].startswith("Hi 🙂 안녕!")
+
+
 def test_a_prompt_too_long(service):
     answer = service.post(ROUTE, {"prompt": [[5], [5] * CAPACITY], "echo": True, "logprobs": 1, "max_tokens": 1})
     error = answer.json()["error"]

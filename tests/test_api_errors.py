@@ -74,7 +74,8 @@ def test_a_body_without_its_content_type(service):
     "messages",
     [[], None, "hello", [None], [1], [{}], [{"role": "user"}], [{"role": "user", "content": None}],
      [{"role": "user", "content": 5}], [{"role": "king", "content": "x"}], [{"role": ["user"], "content": "x"}],
-     [{"role": "assistant", "content": "x"}], [{"role": "system", "content": "x"}], [*GREETING, *GREETING],
+     [{"role": "assistant", "content": "x"}], [{"role": "system", "content": "x"}],
+     [*GREETING, {"role": "assistant", "content": None}],
      [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],
      [{"role": "user", "content": [{"type": "python", "text": "1"}]}], [{"role": "tool", "content": "x"}]],
 )  # fmt: skip
@@ -97,7 +98,8 @@ def test_numbers_and_fields_out_of_range(service, name, values):
     for value in values:
         body = f'{{"messages": {json.dumps(GREETING)}, "{name}": {value}}}'
         error = wrong(raw(service, body.encode()), 400)
-        assert error["param"] == name or (name, error["param"]) == ("max_completion_tokens", "max_tokens"), error
+        param = error["param"].split("[")[0]
+        assert param == name or (name, param) == ("max_completion_tokens", "max_tokens"), error
 
 
 def test_more_alternatives_than_there_are(service):

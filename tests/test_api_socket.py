@@ -53,6 +53,8 @@ def test_a_conversation_with_settings(talk):
     settings = {"max_tokens": 3, "temperature": 0, "top_k": 5}
     messages, end = ask(talk, {"messages": GREETING} | settings)
     assert HELLO.startswith(text_of(messages)) and end["finish_reason"] == "length"
+    stopped, end = ask(talk, {"messages": GREETING, "stop": "🙂", "repetition_penalty": 1.0, "min_p": 0.0})
+    assert text_of(stopped) == HELLO.split("🙂")[0] and end["finish_reason"] == "stop"
     long = [*GREETING, {"role": "assistant", "content": "Hi"}, *GREETING]
     assert ask(talk, {"messages": long, "max_tokens": 4})[1]["finish_reason"] in ("stop", "length")
 
@@ -73,7 +75,10 @@ def test_a_calculator_call_stands_beside_the_text(talk):
      ('{"messages": [{"role": "user"}], "temperature": 1e999}', "messages"),
      ('{"messages": NaN}', "messages"),
      ('{"messages": [', "messages"),
-     ({"messages": [*GREETING, *GREETING]}, "messages"), ({"messages": GREETING * 501}, "messages"),
+     ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+     ({"messages": GREETING, "n": 2}, "n"), ({"messages": GREETING, "logprobs": True}, "logprobs"),
+     ({"messages": GREETING, "tools": [1]}, "tools"), ({"messages": GREETING, "top_p": 0}, "top_p"),
+     ({"messages": GREETING * 501}, "messages"),
      (b"\xff\x00", None),
      ("word " * 400, "messages"), ("x" * 9_000, "messages[0].content")],
 )  # fmt: skip

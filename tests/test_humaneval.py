@@ -92,6 +92,8 @@ def test_questions(real):
         f"Here it is:\n\n```python\n{WHOLE}```\n\nIt adds. ```x```",
         f"```\n{WHOLE}\n```\n```python\nbroken(\n```",  # the first block counts
         f"```py\n{WHOLE}",  # cut off
+        f"~~~python\n{WHOLE}~~~\n```\nx\n```",
+        f"from __future__ import annotations\n\n{WHOLE}",
         "  ```python\n  def twice(x):\n      return 2 * x\n  ```",
         "```python\ndef twice(x):\n    return 2 * x\n\nif __name__ == '__main__':\n    print(twice(input()))\n```",
         "def twice(x):\r\n    return 2 * x\r\n",

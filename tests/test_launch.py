@@ -85,6 +85,11 @@ def test_changed_settings_are_refused_by_name(corpus, finished):
     code, _, err = finish(start(arguments(corpus, finished, "--stages", "eval", "--set", "model.depth=3")))
     assert code == 2 and "model.depth (2 -> 3)" in err, "an exam of another model than the one asked for"
     assert (finished / "config.toml").read_bytes() == before
+    older = json.loads((finished / "stages.json").read_text())  # made before there was such a setting
+    assert older["prepare"]["inputs"].pop("data.dedup") is False
+    (finished / "stages.json").write_text(json.dumps(older))
+    code, _, err = finish(start(arguments(corpus, finished, "--stages", "eval")))
+    assert code == 0, err
     code, _, err = finish(start(arguments(corpus, finished, "--set", "train.checkpoint_every=5")))
     assert code == 0, err  # may change at any time
 

@@ -50,7 +50,7 @@ def test_answers_end_before_the_first_stop(run_dir):
     model = JaxChat(str(run_dir), chat=True)
     question = GREETING[0]["content"]
     whole, cut, short = model.generate_until(
-        asked("generate_until", (question, {"until": ["\n"], "max_gen_toks": 40}), (question, {"until": "🙂"}),
+        asked("generate_until", (question, {"until": ["\n"], "max_gen_toks": 40}), (question, {"until": ["", "🙂"]}),
               (question, {"until": ["x"], "max_gen_toks": 2}))
     )  # fmt: skip
     assert whole == "Hi 🙂 안녕!" and cut == "Hi " and whole.startswith(short) and len(short) <= 2

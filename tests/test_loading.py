@@ -1,18 +1,19 @@
 """An engine from a run directory: the furthest trained stage, a named one, or a clear error."""
 
 import dataclasses
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.checkpoint import Checkpoints
+from jaxchat.checkpoint import Checkpoints, params_sha256
 from jaxchat.config import Config, ModelConfig
 from jaxchat.engine import Engine, Request
 from jaxchat.engine.loading import load_run
 from jaxchat.errors import DataError
 from jaxchat.model import gpt
-from jaxchat.paths import RunDir
+from jaxchat.paths import RunDir, write_json
 from jaxchat.recipes import resolve_model
 from jaxchat.state import TrainState
 from jaxchat.text.tokenizer import train_tokenizer
@@ -49,6 +50,20 @@ def test_an_engine_from_a_run_is_that_model(run):
     request = Request(tokenizer.encode("some text"), max_tokens=12, temperature=1.0, seed=5)
     found = Engine.from_pretrained(run.root).generate([request])[0].tokens
     assert found == Engine(config, params, tokenizer, slots=1).generate([request])[0].tokens and len(found) == 12
+
+
+def test_other_parameters_than_the_stage_recorded_are_refused(run, tmp_path):
+    """One flipped bit, which Orbax restores without a word."""
+    own = RunDir(shutil.copytree(run.root, tmp_path / "run"))
+    sha = params_sha256(load_run(own, "base")[1])
+    write_json(own.stages, {"pretrain": {"status": "done", "params_sha256": sha}})
+    load_run(own, "base")
+    write_json(own.stages, {"pretrain": {"status": "running", "params_sha256": "of an earlier one"}})
+    load_run(own, "base")
+    write_json(own.stages, {"pretrain": {"status": "done", "params_sha256": sha[::-1]}})
+    with pytest.raises(DataError, match=r"base: its newest checkpoint is damaged .*SHA-256"):
+        load_run(own, "base")
+    load_run(own, "sft")  # has no record
 
 
 def test_what_is_missing_is_named(run, tmp_path):

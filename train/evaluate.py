@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxchat.checkpoint import params_sha256, restore_params
+from jaxchat.checkpoint import params_sha256, trained_params
 from jaxchat.config import Config
 from jaxchat.data.rows import Rows
 from jaxchat.errors import DataError
@@ -46,7 +46,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     for stage in STAGES:
         if not any(p.name.isdigit() for p in run.stage(stage).glob("*")):
             continue
-        params, _ = restore_params(run.stage(stage))
+        params = trained_params(run, stage)
         examiner = Examiner(Model(config, run, stage, params, tokenizer))
         found[stage] = examiner.examine()
         write_samples(examiner.model, before)

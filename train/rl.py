@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxchat import hosts
-from jaxchat.checkpoint import restore_params
+from jaxchat.checkpoint import restore_params, trained_params
 from jaxchat.config import Config
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import read_metrics, say
@@ -56,7 +56,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     )
 
     def start(state: TrainState) -> TrainState:
-        return dataclasses.replace(state, params=placed(restore_params(run.stage("sft"))[0], state.params))
+        return dataclasses.replace(state, params=placed(trained_params(run, "sft"), state.params))
 
     job = Job(
         config=settings,

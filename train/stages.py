@@ -221,7 +221,7 @@ def _among(names: Sequence[str], key: str) -> bool:
 
 def _refuse_changes(stage: Stage, record: dict[str, Any], inputs: dict[str, Any], run: RunDir) -> None:
     before = {key: value for key, value in record["inputs"].items() if not _among(FREE_KEYS, key)}
-    changed = [k for k in sorted(before.keys() | inputs.keys()) if before.get(k) != inputs.get(k)]
+    changed = [k for k in sorted(before) if before[k] != inputs.get(k)]  # not: settings that are new since then
     if changed:
         text = ", ".join(f"{k} ({before.get(k)!r} -> {inputs.get(k)!r})" for k in changed)
         advice = "take them back, or choose another --run-dir"

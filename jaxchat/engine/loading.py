@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxchat.checkpoint import restore_params
+from jaxchat.checkpoint import trained_params
 from jaxchat.config import ModelConfig, ServeConfig, load_config
 from jaxchat.errors import DataError
 from jaxchat.paths import RunDir
@@ -33,5 +33,5 @@ def load_run(run: RunDir, stage: str | None) -> tuple[ModelConfig, dict[str, Any
     if stage is not None and stage not in found:
         raise DataError(f"{run.root}: no stage {stage!r} with a checkpoint; found: {', '.join(found)}")
     config = load_config(run.config)
-    params, _ = restore_params(run.stage(stage or found[0]))
+    params = trained_params(run, stage or found[0])
     return resolve_model(config.model), params, Tokenizer.load(run.tokenizer), config.serve

@@ -87,6 +87,7 @@ class Engine:
             sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
             raise DataError(f"{sizes}: they are not from the same run")
         self.config, self.tokenizer, self.weights = config, tokenizer, weights
+        self.ends = tuple(tokenizer.special[name] for name in (ASSISTANT_END, USER_START, BOS))  # of any answer
         self.slots, self.capacity, self.chunk = slots, capacity or config.seq_len, chunk
         if weights not in WEIGHTS:
             raise UsageError(f"serve.weights: one of {', '.join(WEIGHTS)}, not {weights!r}")
@@ -119,14 +120,13 @@ class Engine:
 
     def chat_request(self, messages: Sequence[dict[str, Any]], **settings: Any) -> Request:
         """Answer a conversation that ends with a user message; `settings` are fields of `Request`."""
-        stop = tuple(self.tokenizer.special[name] for name in (ASSISTANT_END, USER_START, BOS))
-        given: dict[str, Any] = {"stop": stop} | settings
+        given: dict[str, Any] = {"stop": self.ends} | settings
         return Request(render_prompt(self.tokenizer, list(messages)), **given)
 
     def text_request(self, text: str, **settings: Any) -> Request:
-        """Continue a text as a document of the pretraining corpus, to its end."""
+        """Continue a text as a document, to its end (a chat model ends it as an answer)."""
         tokens = [self.tokenizer.bos, *self.tokenizer.encode(text)]
-        given: dict[str, Any] = {"stop": (self.tokenizer.bos,), "tools": False} | settings
+        given: dict[str, Any] = {"stop": self.ends, "tools": False} | settings
         return Request(tokens, **given)
 
     def submit(self, request: Request) -> Handle:

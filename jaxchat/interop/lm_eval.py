@@ -46,6 +46,16 @@ class JaxChat(LM):
         self.slots, self.chat = 1 << max(0, int(batch_rows).bit_length() - 1), chat
 
     @property
+    def tokenizer_name(self) -> str:
+        """Under which the harness keeps what it has tokenized."""
+        return self.tokenizer.digest
+
+    def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+        raise UsageError(
+            "--apply_chat_template: jaxchat puts questions as a user's message with --model_args chat=True"
+        )
+
+    @property
     def max_length(self) -> int:
         return self.config.seq_len
 
@@ -75,10 +85,8 @@ class JaxChat(LM):
         for i, request in enumerate(requests):
             text, settings = request.args
             until = settings.get("until") or []
-            handles[engine.submit(self._request(engine, text, settings))] = (
-                i,
-                [until] if isinstance(until, str) else until,
-            )
+            stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+            handles[engine.submit(self._request(engine, text, settings))] = (i, stops)
         answers = [""] * len(requests)
         while not all(handle.done for handle in handles):
             for handle, event in engine.step():

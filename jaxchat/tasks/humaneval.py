@@ -33,7 +33,7 @@ PATTERNS = tuple(
 COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 MAX_ANSWER = 1 << 20  # characters; a longer answer is wrong
 
-_FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.S | re.M)
+_FENCED = re.compile(r"(```|~~~)[^\n`~]*\n(.*?)(?:^[ \t]*\1|\Z)", re.S | re.M)
 
 
 class HumanEval(WrittenTask):
@@ -117,14 +117,15 @@ def check(box: Sandbox, example: Example, answer: str) -> Outcome:
 def extract_code(answer: str) -> str:
     """The first fenced block, to the end where it is not closed; without one the whole answer."""
     found = _FENCED.search(answer)
-    return found[1] if found else answer
+    return found[2] if found else answer
 
 
 def candidate_programs(prompt: str, entry: str, code: str) -> list[str]:
     """Readings of an answer as a program, of which the first that is valid Python counts.
 
-    An answer that defines the function stands behind the prompt's imports and helpers. Any other is taken as the rest
-    of the prompt: as it stands, with its first line indented (which generation strips), with all lines indented.
+    An answer that defines the function stands behind the prompt's imports and helpers, else by itself. Any other is
+    taken as the rest of the prompt: as it stands, with its first line indented (which generation strips), with all
+    lines indented.
     """
     lines = code.strip("\r\n").split("\n")
     first = [f"    {lines[0].lstrip()}", *lines[1:]]
@@ -134,6 +135,7 @@ def candidate_programs(prompt: str, entry: str, code: str) -> list[str]:
     if re.search(rf"^(?:async\s+)?def\s+{re.escape(entry)}\b|^{re.escape(entry)}\s*[:=]", whole, re.M):
         start = re.search(rf"^def {re.escape(entry)}\b", prompt, re.M)
         programs.insert(0, f"{prompt[: start.start()] if start else ''}\n{whole}\n")
+        programs.insert(1, whole)  # an import from __future__ must come first
     return programs
 
 
