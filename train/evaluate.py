@@ -153,6 +153,7 @@ class Examiner:
     def _core(self, task: Core) -> None:
         """CORE's tasks one after the other; the whole only where none is missing."""
         missing: dict[str, str] = {}
+        damaged: list[str] = []
         limit, baselines = self.config.eval.max_per_task, task.baselines()
         for part in CORE_TASKS:
             part = dataclasses.replace(part, baseline=baselines.get(part.label, part.baseline))
@@ -160,6 +161,7 @@ class Examiner:
                 items = task.load(part)
             except DataError as error:
                 missing[part.label] = str(error)
+                damaged += [] if isinstance(error, MissingData) else [str(error)]
                 continue
             items = items[: limit if limit >= 0 else None]
             if not items:
@@ -171,11 +173,11 @@ class Examiner:
             raise MissingData(next(iter(missing.values())))
         summary = core_summary(tasks)
         if missing:
-            names = ", ".join(missing)
+            names, reasons = ", ".join(missing), damaged or [next(iter(missing.values()))]
             self._record["core_partial"] = {"metric": summary["metric"], "tasks": len(tasks), "missing": missing}
             self._record["tasks"]["core_partial"] = summary
             say(f"  {self.stage:<5} mean of {len(tasks)} of CORE's {len(CORE_TASKS)} tasks {summary['metric']:.4f}")
-            self._not_run("core", f"no data of {names}: {next(iter(missing.values()))}")
+            self._not_run("core", f"no data of {names}: {'; '.join(reasons)}")
         else:
             self._record["core"] = summary["metric"]
             self._record["tasks"]["core"] = summary
