@@ -136,8 +136,15 @@ def test_parquet_in_the_hubs_layout_reads_the_same(tmp_path):
 )
 def test_a_row_out_of_form_is_named(tmp_path, line, message):
     (tmp_path / "test.jsonl").write_text('{"question": "q", "answer": "a #### 1"}\n' + line)
-    with pytest.raises(DataError, match=re.escape(message)):
-        GSM8K(TaskFiles(str(tmp_path))).examples()
+    task = GSM8K(TaskFiles(str(tmp_path)))
+    if "JSON" in message:  # the file is damaged, not a row of it
+        with pytest.raises(DataError, match=re.escape(message)):
+            task.examples()
+    else:
+        assert len(task.examples()) == 1 and message in task.damaged[0]
+    (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "a #### 1"}\n' + line)
+    with pytest.raises(DataError, match=re.escape(message)):  # nobody trains on what is damaged
+        task.train_examples(0)
 
 
 def test_missing_files_say_what_to_fetch(tmp_path):

@@ -1,5 +1,6 @@
 """MMLU and ARC from every layout they come in, and what a changed or damaged file is told."""
 
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -78,8 +79,13 @@ def test_mmlu_from_tables_with_quotes_of_both_kinds(tmp_path):
 )
 def test_a_damaged_table_is_named_by_its_line(tmp_path, text, said):
     (tmp_path / "law_test.csv").write_text(text)
-    with pytest.raises(DataError, match=f"law_test.csv.*{said}"):
-        exam("mmlu", tmp_path).examples()
+    task = exam("mmlu", tmp_path)
+    if text.count("\n") == 2:  # not one row is left
+        with pytest.raises(DataError, match=f"law_test.csv.*{said}"):
+            task.examples()
+    else:
+        assert len(task.examples()) == 1
+        assert re.search(f"law_test.csv.*{said}", *task.damaged)
 
 
 def test_a_changed_column_or_a_broken_file_of_the_hub(tmp_path):
@@ -113,8 +119,8 @@ def test_arc_in_the_hubs_layout_keeps_its_own_letters(tmp_path):
 def test_a_damaged_arc(tmp_path):
     path = tmp_path / "ARC-Easy" / "test-00000-of-00001.parquet"
     parquet(path, [ARC, {**ARC, "answerKey": "3"}])
-    with pytest.raises(DataError, match="row 2: answer '3' is none of 1, 2"):
-        exam("arc_easy", tmp_path).examples()
+    task = exam("arc_easy", tmp_path)
+    assert len(task.examples()) == 1 and "row 2: answer '3' is none of 1, 2" in task.damaged[0]
     for labels in ([1, 2], [None, "2"]):
         parquet(path, [{**ARC, "choices": {"text": ["cat", "dog"], "label": labels}}])
         with pytest.raises(DataError, match="row 1: the labels of the choices are no texts"):

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxchat.checkpoint import params_sha256, trained_params
@@ -148,7 +148,7 @@ class Examiner:
             raise DataError(f"{task.name} has no questions")
         exam = self.model.written if isinstance(task, WrittenTask) else self.model.choice
         asked = digest([*(examples[i] for i in indices), *task.setting()])
-        self._exam(task.name, asked, functools.partial(exam, task, indices))  # type: ignore[arg-type]
+        self._exam(task.name, asked, functools.partial(exam, task, indices), task.damaged)  # type: ignore[arg-type]
 
     def _core(self, task: Core) -> None:
         """CORE's tasks one after the other; the whole only where none is missing."""
@@ -157,6 +157,7 @@ class Examiner:
         limit, baselines = self.config.eval.max_per_task, task.baselines()
         for part in CORE_TASKS:
             part = dataclasses.replace(part, baseline=baselines.get(part.label, part.baseline))
+            before = len(task.damaged)
             try:
                 items = task.load(part)
             except DataError as error:
@@ -167,7 +168,8 @@ class Examiner:
             if not items:
                 missing[part.label] = "no questions"
                 continue
-            self._exam(part.label, digest(items), functools.partial(self.model.core_task, part, items), "core_tasks")
+            exam = functools.partial(self.model.core_task, part, items)
+            self._exam(part.label, digest(items), exam, task.damaged[before:], "core_tasks")
         tasks = self._record["core_tasks"]
         if not tasks:
             raise MissingData(next(iter(missing.values())))
@@ -184,15 +186,20 @@ class Examiner:
             say(f"  {self.stage:<5} CORE {summary['metric']:.4f}")
         self._write()
 
-    def _exam(self, name: str, asked: str, exam: Callable[[], Scores], where: str = "tasks") -> None:
+    def _exam(
+        self, name: str, asked: str, exam: Callable[[], Scores], damaged: Sequence[str] = (), where: str = "tasks"
+    ) -> None:
         """Sit an exam, unless its result for the same questions is in the record."""
+        if damaged:
+            what = f"{len(damaged)} of its questions cannot be used and are left out: {damaged[0]}"
+            say(f"  {self.stage:<5} {name:<14} {what}", style="yellow")
         scores = self._kept.get(where, {}).get(name)
         if scores is None or scores.get("questions_sha256", "") != asked:
             begin = time.perf_counter()
             scores = exam() | {"seconds": round(time.perf_counter() - begin, 3)}
             if asked:
                 scores["questions_sha256"] = asked
-        self._record[where][name] = scores
+        self._record[where][name] = scores = scores | {"damaged": len(damaged)}
         self._write()
         say(f"  {self.stage:<5} {name:<14} {_line(scores)}")
 

@@ -137,6 +137,7 @@ def _note(card: Card, stages: Sequence[str]) -> str:
         text += " CORE counts from the accuracy of guessing, 0, to 1; a mean of fewer than all its tasks is no CORE."
     for key, words in (
         ("too_long", "times a question was longer than the context and counted as wrong"),
+        ("damaged", "questions were left out, their rows in the data being damaged"),
         ("endless", "answers had no end within the length allowed"),
         ("cropped", "prompts lost their beginning, being longer than the context"),
     ):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from jaxchat.errors import DataError
+
+T = TypeVar("T")
 DEFAULT_COUNT = 1000  # conversations of a generator, where the mixture names no count
 Message = dict[str, Any]
 Conversation = list[Message]
@@ -41,6 +44,7 @@ class Task(ABC):
 
     name: str
     chance: float = 0.0
+    damaged: Sequence[str] = ()  # what is wrong with rows of the exam's data that were left out
 
     def train_conversations(self, count: int | None, seed: int) -> Iterable[Conversation]:
         """`count` conversations for SFT (None: all, or 1,000 of a generator), the same for the same seed; no exam
@@ -91,6 +95,23 @@ class ChoiceTask(Task):
     @abstractmethod
     def examples(self) -> Sequence[ChoiceExample]:
         """The exam, always the same and in the same order."""
+
+
+def sound(questions: Iterable[Callable[[], T]], damaged: list[str]) -> list[T]:
+    """What each of them makes; one that raises `DataError` is left out, and what it says goes into `damaged`.
+
+    `DataError` where that is true of all: then it is not a row that is wrong.
+    """
+    found, errors = [], []
+    for question in questions:
+        try:
+            found.append(question())
+        except DataError as error:
+            errors.append(str(error))
+    if errors and not found:
+        raise DataError(errors[0])
+    damaged += errors
+    return found
 
 
 def drawn(count: int | None, total: int, seed: int) -> Sequence[int]:

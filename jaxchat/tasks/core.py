@@ -8,6 +8,7 @@ token of the continuation is the likeliest one. Texts are tokenized whole, `<|bo
 from __future__ import annotations
 
 import csv
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 from jaxchat.engine.spans import Span, SpanScore, common_prefix
 from jaxchat.errors import DataError
-from jaxchat.tasks.base import Task
+from jaxchat.tasks.base import Task, sound
 from jaxchat.tasks.files import Archive, MissingData, TaskFiles, read_jsonl
 from jaxchat.text.tokenizer import Tokenizer
 
@@ -78,6 +79,7 @@ class Core(Task):
 
     def __init__(self, files: TaskFiles):
         self.files = files
+        self.damaged: list[str] = []  # rows of all tasks loaded so far
 
     def baselines(self) -> dict[str, float]:
         """Accuracies of guessing by label, as the bundle's own table has them; none where there is no table."""
@@ -94,17 +96,19 @@ class Core(Task):
     def load(self, task: CoreTask) -> list[Item]:
         """One task's items in the fixed order. `MissingData` where its file is not at hand, or is damaged."""
         path = self.files.find((f"core/{task.data}", f"**/eval_data/**/{task.data}", task.data), BUNDLE)[0]
-        return read_items(task, path)
+        return read_items(task, path, self.damaged)
 
 
-def read_items(task: CoreTask, path: Path) -> list[Item]:
-    """The items of a file, shuffled as the protocol wants; `DataError` names the line that is out of form."""
-    items = []
-    for number, item in read_jsonl(path):
+def read_items(task: CoreTask, path: Path, damaged: list[str]) -> list[Item]:
+    """The items of a file, shuffled as the protocol wants; what is wrong with others goes into `damaged`."""
+
+    def checked(number: int, item: Item) -> Item:
         try:
-            items.append(_checked(task, item))
+            return _checked(task, item)
         except ValueError as error:
             raise DataError(f"{path}, line {number}: no item of {task.label} ({error})") from None
+
+    items = sound((functools.partial(checked, *row) for row in read_jsonl(path)), damaged)
     if len(items) <= task.shots:
         raise DataError(f"{path}: {len(items)} items are too few for {task.shots} examples before each")
     random.Random(ORDER_SEED).shuffle(items)

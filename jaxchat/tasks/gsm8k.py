@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from jaxchat.errors import DataError
-from jaxchat.tasks.base import Conversation, Example, Message, WrittenTask, assistant, drawn, user
+from jaxchat.tasks.base import Conversation, Example, Message, WrittenTask, assistant, drawn, sound, user
 from jaxchat.tasks.files import HubFiles, TaskFiles, read_jsonl, read_parquet
 from jaxchat.tools.calculator import calculate
 
@@ -42,19 +43,24 @@ class GSM8K(WrittenTask):
 
     def __init__(self, files: TaskFiles):
         self.files = files
+        self.damaged: list[str] = []
 
     def examples(self) -> Sequence[Example]:
-        return self._of("test")
+        return self._examples
+
+    @functools.cached_property
+    def _examples(self) -> list[Example]:
+        return [_asked(*row) for row in sound(_rows(self.files, "test"), self.damaged)]
 
     def fetch(self) -> None:
         _paths(self.files, "train")
 
     def train_examples(self, seed: int) -> Sequence[Example]:
         """All training questions, in the order of the file: RL has an order of its own."""
-        return self._of("train")
+        return [_asked(*row()) for row in _rows(self.files, "train")]
 
     def train_conversations(self, count: int | None, seed: int) -> list[Conversation]:
-        rows = _rows(self.files, "train")
+        rows = [row() for row in _rows(self.files, "train")]
         return [[user(rows[i][0]), solution(rows[i][1])] for i in drawn(count, len(rows), seed)]
 
     def grade(self, example: Example, answer: str) -> bool:
@@ -67,8 +73,9 @@ class GSM8K(WrittenTask):
         lenient = found is not None and found == _value(str(example.expected))
         return {"lenient": lenient, "format": answer.count(MARK) == 1 and bool(_WELL_FORMED.search(answer))}
 
-    def _of(self, split: str) -> list[Example]:
-        return [Example([user(question)], strict_answer(text)) for question, text in _rows(self.files, split)]
+
+def _asked(question: str, text: str) -> Example:
+    return Example([user(question)], strict_answer(text))
 
 
 @functools.cache
@@ -78,9 +85,9 @@ def _paths(files: TaskFiles, split: str) -> list[Path]:
     return files.find([folder + name for folder in FOLDERS for name in names], hub)
 
 
-def _rows(files: TaskFiles, split: str) -> list[tuple[str, str]]:
-    """(question, solution) of every problem."""
-    return [row for path in _paths(files, split) for row in _read(path)]
+def _rows(files: TaskFiles, split: str) -> Iterator[Callable[[], tuple[str, str]]]:
+    """What makes (question, solution) of every problem."""
+    return (row for path in _paths(files, split) for row in _read(path))
 
 
 def solution(text: str) -> Message:
@@ -115,14 +122,17 @@ def _value(text: str) -> Fraction | None:
     return Fraction(digits) if len(digits) <= 40 else None  # reading 100 kB of digits would take a while
 
 
-def _read(path: Path) -> Iterator[tuple[str, str]]:
-    """Rows of one file; `DataError` names the row that is no problem with its solution."""
+def _read(path: Path) -> Iterator[Callable[[], tuple[str, str]]]:
     kind = "line" if path.suffix == ".jsonl" else "row"
     for number, row in read_jsonl(path) if kind == "line" else read_parquet(path, COLUMNS):
-        question, answer = (row.get(name) for name in COLUMNS)
-        where = f"{path}, {kind} {number}"
-        if not isinstance(question, str) or not isinstance(answer, str):
-            raise DataError(f"{where}: needs the texts {' and '.join(COLUMNS)}; it has {', '.join(row) or 'nothing'}")
-        if strict_answer(answer) is None:
-            raise DataError(f"{where}: the answer has no result after {MARK}")
-        yield question, answer
+        yield functools.partial(_problem, row, f"{path}, {kind} {number}")
+
+
+def _problem(row: dict[str, Any], where: str) -> tuple[str, str]:
+    """`DataError` for a row that is no problem with its solution."""
+    question, answer = (row.get(name) for name in COLUMNS)
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise DataError(f"{where}: needs the texts {' and '.join(COLUMNS)}; it has {', '.join(row) or 'nothing'}")
+    if strict_answer(answer) is None:
+        raise DataError(f"{where}: the answer has no result after {MARK}")
+    return question, answer

@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import say
-from jaxchat.tasks.base import Example, WrittenTask, user
+from jaxchat.tasks.base import Example, WrittenTask, sound, user
 from jaxchat.tasks.files import HubFiles, MissingData, TaskFiles, read_jsonl, read_parquet
 from jaxchat.tools.sandbox import STRICT, Outcome, Sandbox, SandboxError
 
@@ -44,6 +44,7 @@ class HumanEval(WrittenTask):
 
     def __init__(self, files: TaskFiles):
         self.files = files
+        self.damaged: list[str] = []
         self._outcomes: Counter[str] = Counter()
 
     def examples(self) -> Sequence[Example]:
@@ -54,7 +55,7 @@ class HumanEval(WrittenTask):
     @functools.cached_property
     def _examples(self) -> list[Example]:
         path = _path(self.files)
-        found = [_example(row, where) for where, row in _rows(path)]
+        found = sound((functools.partial(_example, row, where) for where, row in _rows(path)), self.damaged)
         if not found:
             raise DataError(f"{path}: no problems")
         return found

@@ -6,12 +6,12 @@ import csv
 import functools
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jaxchat.errors import DataError
 from jaxchat.log import say
-from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Conversation, drawn
+from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Conversation, drawn, sound
 from jaxchat.tasks.files import HubFiles, TaskFiles, read_parquet
 from jaxchat.tasks.multiple_choice import conversation, example
 
@@ -32,10 +32,12 @@ class MMLU(ChoiceTask):
 
     def __init__(self, files: TaskFiles):
         self.files = files
+        self.damaged: list[str] = []
 
     @functools.cached_property
     def _examples(self) -> list[ChoiceExample]:
-        found = [e for path in self.files.find(TEST_PATTERNS, TEST) for e in _read(path)]
+        paths = self.files.find(TEST_PATTERNS, TEST)
+        found = sound((question for path in paths for question in _read(path)), self.damaged)
         if (subjects := len({e.tags["subject"] for e in found})) != SUBJECTS:
             say(f"  mmlu: the data has {subjects} of {SUBJECTS} subjects; its score is of these alone", style="yellow")
         return found
@@ -48,19 +50,20 @@ class MMLU(ChoiceTask):
 
     def train_conversations(self, count: int | None, seed: int) -> Iterator[Conversation]:
         """From the auxiliary training set, which other exams' questions make up, not MMLU's own."""
-        found = [e for path in self.files.find(TRAIN_PATTERNS, TRAIN) for e in _read(path)]
+        found = [question() for path in self.files.find(TRAIN_PATTERNS, TRAIN) for question in _read(path)]
         return (conversation(found[i]) for i in drawn(count, len(found), seed))
 
 
-def _read(path: Path) -> Iterator[ChoiceExample]:
+def _read(path: Path) -> Iterator[Callable[[], ChoiceExample]]:
     if path.suffix == ".csv":
         yield from _read_csv(path)
         return
     for number, row in read_parquet(path, COLUMNS):
-        yield example(row["question"], row["choices"], row["answer"], f"{path}, row {number}", subject=row["subject"])
+        parts = row["question"], row["choices"], row["answer"], f"{path}, row {number}"
+        yield functools.partial(example, *parts, subject=row["subject"])
 
 
-def _read_csv(path: Path) -> Iterator[ChoiceExample]:
+def _read_csv(path: Path) -> Iterator[Callable[[], ChoiceExample]]:
     """A file of one subject, which its name says; the answer is a number from 0 to 3."""
     subject = path.name.removesuffix("_test.csv")
     try:
@@ -75,11 +78,15 @@ def _read_csv(path: Path) -> Iterator[ChoiceExample]:
         if line == 1:
             if row != HEADER:
                 raise DataError(f"{path}: the columns are {', '.join(row)}, not {', '.join(HEADER)}")
-        elif len(row) != len(HEADER):
-            raise DataError(f"{where}: {len(row)} fields, not {len(HEADER)}")
         else:
-            answer = int(row[-1]) if row[-1].isdecimal() else row[-1]
-            yield example(row[0], row[1:5], answer, where, subject=subject)
+            yield functools.partial(_question, row, where, subject)
+
+
+def _question(row: list[str], where: str, subject: str) -> ChoiceExample:
+    if len(row) != len(HEADER):
+        raise DataError(f"{where}: {len(row)} fields, not {len(HEADER)}")
+    answer = int(row[-1]) if row[-1].isdecimal() else row[-1]
+    return example(row[0], row[1:5], answer, where, subject=subject)
 
 
 def records(text: str) -> list[tuple[int, list[str]]]:
