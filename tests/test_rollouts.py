@@ -92,7 +92,7 @@ def test_a_group_fills_free_slots_together(monkeypatch):
     seen = count_prefills(monkeypatch)
     own = engine(slots=32)
     for n in range(8):
-        own.submit_group(own.text_request(f"prompt {n}", **WARM), range(4))
+        own.submit_group(own.text_request(f"prompt {n}", stop=(), **WARM), range(4))
     own.step()
     starts = [own.running]
     while own.waiting:
