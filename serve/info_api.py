@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from jaxchat.errors import UsageError
 from jaxchat.text.chat import render, render_prompt
-from jaxchat.text.tokenizer import ASSISTANT_END, BOS, Tokenizer
+from jaxchat.text.tokenizer import ASSISTANT_END, BOS
 from serve.errors import ApiError, bad_request
 from serve.limits import check_length, check_messages
 from serve.logprobs import Namer
@@ -76,7 +76,8 @@ def routes(service: Service) -> APIRouter:
             messages = [message.plain() for message in body.messages]
             check_messages(service.limits, messages)
             try:
-                ids = (render_prompt if body.add_generation_prompt else whole)(tokenizer, conversation(messages))
+                talk = conversation(messages)
+                ids = render_prompt(tokenizer, talk) if body.add_generation_prompt else render(tokenizer, talk)[0]
             except UsageError as error:
                 raise ApiError(400, str(error), "messages") from None
         else:
@@ -107,11 +108,6 @@ def routes(service: Service) -> APIRouter:
         return _json({**names, **sizes, "special_tokens": tokenizer.special})
 
     return router
-
-
-def whole(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
-    """A conversation that either may end."""
-    return render(tokenizer, messages)[0]
 
 
 def _json(data: dict[str, Any], status: int = 200) -> Response:

@@ -56,9 +56,9 @@ class ChatMessage(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """Role (system, user or assistant) and parts."""
-        text = [{"type": "text", "text": self.content}] if isinstance(self.content, str) else []
-        parts = [part.model_dump() for part in self.content] if isinstance(self.content, list) else text
-        return {"role": "system" if self.role == "developer" else self.role, "content": parts}
+        parts = self.content if isinstance(self.content, list) else [TextPart(type="text", text=self.content or "")]
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": [part.model_dump() for part in parts]}
 
 
 def conversation(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -160,8 +160,9 @@ def understand(said: str | bytes) -> ChatRequest:
         raise ApiError(400, "the message is no valid JSON", "messages")
     if data is None:
         return ChatRequest.model_validate({"messages": [{"role": "user", "content": said}]})
-    if data.get("n") not in (None, 1) or data.get("logprobs"):
-        raise ApiError(400, "n and logprobs: only over HTTP", "n" if data.get("n") not in (None, 1) else "logprobs")
+    for name, nothing in (("n", (None, 1)), ("logprobs", (None, False))):
+        if data.get(name) not in nothing:
+            raise ApiError(400, f"{name}: only over HTTP", name)
     try:
         return ChatRequest.model_validate({**data, "stream": True})
     except ValidationError as error:

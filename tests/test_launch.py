@@ -88,6 +88,8 @@ def test_changed_settings_are_refused_by_name(corpus, finished):
     older = json.loads((finished / "stages.json").read_text())  # made before there was such a setting
     assert older["prepare"]["inputs"].pop("data.dedup") is False
     (finished / "stages.json").write_text(json.dumps(older))
+    code, _, err = finish(start(arguments(corpus, finished, "--stages", "eval", "--set", "data.dedup=true")))
+    assert code == 2 and "data.dedup (False -> True)" in err
     code, _, err = finish(start(arguments(corpus, finished, "--stages", "eval")))
     assert code == 0, err
     code, _, err = finish(start(arguments(corpus, finished, "--set", "train.checkpoint_every=5")))

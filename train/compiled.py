@@ -69,7 +69,8 @@ def compile_step(config: Config, mesh: Mesh, rows: int, accumulate: int, read: b
         for key, dtype in (("inputs", jnp.int32), ("targets", jnp.int32), ("weights", jnp.float32))
     }
     update: Any = make_train_step(config, optimizer, mesh)
-    step = _compile(update.lower(state, batch), mesh, read)
+    reader = (lambda text: analyse(text, mesh.size)) if read else None
+    step = _compile(update.lower(state, batch), mesh, reader)
     parts = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state), "batch": _bytes(batch)}
     return _with_parts(step, parts)
 
@@ -144,12 +145,12 @@ def _bytes(tree: Any) -> int:
     return sum(map(one, jax.tree.leaves(tree)))
 
 
-def _compile(lowered: Any, mesh: Mesh, read: bool | Callable[[str], Any] | None) -> Step:
+def _compile(lowered: Any, mesh: Mesh, read: Callable[[str], Any] | None) -> Step:
     begin, platform = time.perf_counter(), mesh.devices.flat[0].platform
     here = mesh.devices.flat[0] in jax.devices()
     with tempfile.TemporaryDirectory() as folder:
         # libtpu's programs hold instructions that this JAX cannot print, so libtpu prints them itself
-        dump = bool(read) and platform == "tpu"
+        dump = read is not None and platform == "tpu"
         options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if dump else {}
         options |= {"xla_gpu_memory_limit_slop_factor": SLOP} if platform == "gpu" and not here else {}
         try:
@@ -159,8 +160,7 @@ def _compile(lowered: Any, mesh: Mesh, read: bool | Callable[[str], Any] | None)
         seconds = time.perf_counter() - begin
         program = None
         if read:
-            text = _dumped(Path(folder)) if dump else compiled.as_text()
-            program = read(text) if callable(read) else analyse(text, mesh.size)
+            program = read(_dumped(Path(folder)) if dump else compiled.as_text())
     found, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     code = found.generated_code_size_in_bytes
     arguments, temp = found.argument_size_in_bytes, found.temp_size_in_bytes

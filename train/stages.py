@@ -220,10 +220,10 @@ def _among(names: Sequence[str], key: str) -> bool:
 
 
 def _refuse_changes(stage: Stage, record: dict[str, Any], inputs: dict[str, Any], run: RunDir) -> None:
-    before = {key: value for key, value in record["inputs"].items() if not _among(FREE_KEYS, key)}
-    changed = [k for k in sorted(before) if before[k] != inputs.get(k)]  # not: settings that are new since then
-    if changed:
-        text = ", ".join(f"{k} ({before.get(k)!r} -> {inputs.get(k)!r})" for k in changed)
+    given = {key: value for key, value in record["inputs"].items() if not _among(FREE_KEYS, key)}
+    before = json.loads(json.dumps(flatten(Config()))) | given  # a setting that is new since then had its default
+    changed = [k for k in sorted(given.keys() | inputs.keys()) if before.get(k) != inputs.get(k)]
+    if text := ", ".join(f"{k} ({before.get(k)!r} -> {inputs.get(k)!r})" for k in changed):
         advice = "take them back, or choose another --run-dir"
         raise UsageError(f"stage {stage.name}: {run.root} was made with other settings: {text}; {advice}")
 

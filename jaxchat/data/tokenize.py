@@ -66,8 +66,9 @@ def write_shards(
         manifest["shards"].append(_write_shard(path, itertools.chain([first], batches), shard_tokens))
         write_json(directory / UNFINISHED, manifest)
     manifest["duplicates"] = distinct.found
-    write_json(directory / "manifest.json", manifest)
-    (directory / UNFINISHED).unlink(missing_ok=True)
+    write_json(directory / UNFINISHED, manifest)
+    os.replace(directory / UNFINISHED, directory / "manifest.json")  # one of both is there at any time, never both
+    sync_directory(directory)
     return manifest
 
 
