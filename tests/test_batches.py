@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxchat.config import MeshConfig
-from jaxchat.data.batches import Batches, val_batches
+from jaxchat.data.batches import Batches, Mixture, epoch_rows, val_batches
 from jaxchat.data.rows import Rows, finish_rows, write_rows
 from jaxchat.mesh import batch_sharding, make_mesh
 
@@ -113,3 +113,45 @@ def test_fewer_held_out_rows_are_spread_over_all(rows):
     (batch,) = val_batches(rows, 8, 5)
     assert numbers(batch)[:5] == [0, 10, 20, 30, 40] and batch["weights"][0, 5:].sum() == 0
     assert list(val_batches(rows, 8, 0)) == []
+
+
+SOURCES = (
+    {"rows": 30, "weight": 0.5},
+    {"rows": 5, "weight": 0.25},
+    {"rows": 15, "weight": 0.25},
+    {"rows": 0, "weight": 0},
+)
+
+
+@pytest.fixture
+def mixed(rows, tmp_path):
+    """The same rows, said to come from four sources, of which one is empty."""
+    content = [rows[i][0] for i in range(COUNT)]
+    count = write_rows(tmp_path / "rows", content, ROW_LEN, 0, 300)
+    finish_rows(tmp_path / "rows", {"tokenizer": "t", "sources": SOURCES}, ROW_LEN, count, 300)
+    return Rows(tmp_path / "rows", "t")
+
+
+def test_a_mixture_has_its_shares_in_every_epoch_and_no_row_twice_before_all_once(mixed):
+    size = epoch_rows(mixed)
+    assert size == 60  # 30 of the first source are half of it
+    batches = Batches(mixed, 6, 1, seed=5)
+    order = list(itertools.chain.from_iterable(numbers(batches.batch(step)) for step in range(30)))
+    for epoch in (order[i : i + size] for i in range(0, 180, size)):
+        shares = [sum(first <= n < last for n in epoch) for first, last in ((0, 30), (30, 35), (35, 50))]
+        assert shares == [30, 15, 15] and sorted(n for n in epoch if n < 30) == list(range(30))
+        assert sorted(n for n in epoch if 30 <= n < 35) == sorted(list(range(30, 35)) * 3)
+    assert order[:size] != order[size : 2 * size]
+    again = itertools.islice(batches.iterate(7), 5)
+    assert all(equal(batch, batches.batch(7 + i)) for i, batch in enumerate(again))
+
+
+def test_a_source_larger_than_its_share_goes_on_in_the_next_epoch():
+    """0.5 of 8 rows against 0.5 of 3: the three come 8 times in 3 passes, none more often than another by two."""
+    mixture = Mixture(({"rows": 8, "weight": 0.5}, {"rows": 3, "weight": 0.5}), seed=1)
+    assert mixture.size == 16
+    seen = [mixture.row(place, number) for place, number in zip(range(48), list(range(16)) * 3, strict=True)]
+    counts = [seen.count(n) for n in range(11)]
+    assert counts == [3] * 8 + [8] * 3
+    passes = [n for n in seen if n >= 8]
+    assert all(sorted(passes[i : i + 3]) == [8, 9, 10] for i in range(0, 24, 3))

@@ -1,17 +1,29 @@
 """Corpus: every kind of file, one split for ever, and each kind of bad input named."""
 
+import dataclasses
 import gzip
+import itertools
 import json
 import os
 import random
 import zlib
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxchat.data import corpus
-from jaxchat.data.corpus import document_hash, fingerprint, iterate_documents, split_limit
+from jaxchat.config import DataConfig
+from jaxchat.data import files
+from jaxchat.data.corpus import (
+    document_hash,
+    fingerprint,
+    interleaved,
+    iterate_documents,
+    open_corpus,
+    parse,
+    split_limit,
+)
 from jaxchat.errors import DataError, UsageError
 
 BOOK = "\n\n".join(f"Paragraph {i}. " + "그래서 그는 길을 떠났다. " * 40 for i in range(60))
@@ -144,15 +156,20 @@ def bad_files(folder):
         "empty.jsonl": (b"\n\n", "no text"),
         "nul.txt": (b"some\0text", "binary"),
         "random.md": (random.Random(0).randbytes(5000), "binary|not UTF-8"),
-        "utf16.txt": ("hello".encode("utf-16"), "not UTF-8"),
-        "cp949.txt": ("한국어 문장".encode("cp949"), "not UTF-8"),
+        "utf16.txt": ("hello".encode("utf-16-le"), "binary"),  # without its mark
+        "cut16.txt": ("hello".encode("utf-16")[:-1], "not UTF-8"),
+        "cp949.txt": ("한국어 문장".encode("cp949"), r"reads like cp949: set data\.encoding=cp949"),
+        "sjis.txt": ("日本語の文章です。これはテスト。".encode("shift_jis"), r"reads like shift_jis"),
+        "gb.txt": ("这是一个中文的句子，我们读它。".encode("gb18030"), r"reads like gb18030"),
+        "cp1251.txt": ("Это русский текст.".encode("cp1251"), r"reads like cp1251"),
+        "cp1252.txt": ("Où est l’été ? Là-bas, près de la forêt.".encode("cp1252"), r"reads like cp1252"),
         "bad.jsonl": (b'{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not JSON"),
         "list.jsonl": (b"[1, 2]\n", r"list\.jsonl:1: needs a field `text`"),
         "field.jsonl": (b'{"content": "a"}\n', r"field\.jsonl:1: needs a field `text`"),
         "parts.jsonl": (b'{"messages": [{"role": "user"}]}\n', r"parts\.jsonl:1: needs"),
         "deep.jsonl": (deep, r"deep\.jsonl:1: not JSON"),
         "digits.jsonl": (b"9" * 10_000, r"digits\.jsonl:1: "),
-        "nojson.jsonl": (b"\xff\xfe", "not UTF-8"),
+        "nojson.jsonl": (b"\xff\xfd", "not UTF-8"),
         "none.gz": (b"plain", "no known kind"),
         "plain.txt.gz": (b"not gzipped", "cannot be read"),
         "cut.txt.gz": (gzip.compress(BOOK.encode())[:-20], "cannot be read"),
@@ -245,7 +262,7 @@ def test_reading_needs_no_memory_for_the_whole_file(tmp_path):
     path = tmp_path / "big.txt"
     path.write_text("word " * 8_000_000)
     tracemalloc.start()
-    assert sum(map(len, corpus.read_file(path))) == 40_000_000
+    assert sum(map(len, files.read_file(path))) == 40_000_000
     assert tracemalloc.get_traced_memory()[1] < 2_000_000
     tracemalloc.stop()
 
@@ -254,9 +271,73 @@ def test_the_fingerprint_changes_with_the_files(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")
     source = f"files:{tmp_path}"
-    before = fingerprint(source)
-    assert fingerprint(source) == before != fingerprint("chitchat") == fingerprint("chitchat")
+
+    def mark(source, **settings):
+        return fingerprint(open_corpus(DataConfig(source=source, **settings)))
+
+    before = mark(source)
+    assert mark(source) == before != mark("chitchat") == mark("chitchat")
+    assert mark(source, encoding="cp949") != before
     path.write_text("three")
-    after = fingerprint(source)
+    after = mark(source)
     (tmp_path / "b.txt").write_text("x")
-    assert len({before, after, fingerprint(source)}) == 3
+    assert len({before, after, mark(source), mark(f"1 {source} + 1 chitchat")}) == 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+def test_byte_order_marks_are_read_and_vanish(tmp_path, name, encoding):
+    text = "한국어 문장, and English."
+    content = (jsonl({"text": text}) if "jsonl" in name else text).encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    (tmp_path / "b.txt").write_text("another")
+    assert everything(tmp_path) == [text, "another"]
+
+
+def test_an_encoding_may_be_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes("한국어 문장".encode("cp949"))
+    data = DataConfig(source=f"files:{tmp_path}", encoding="cp949")
+    assert list(iterate_documents(data)) == ["한국어 문장"]
+    with pytest.raises(DataError, match="not text in utf-16"):
+        list(iterate_documents(dataclasses.replace(data, encoding="utf-16")))
+    with pytest.raises(UsageError, match=r"data\.encoding: 'klingon' is unknown"):
+        list(iterate_documents(dataclasses.replace(data, encoding="klingon")))
+
+
+def test_what_is_no_text_is_left_out_and_counted_and_giants_are_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LARGEST_DOCUMENT", 10_000)
+    giant = "\n\n".join("A paragraph of a giant. " * 20 for _ in range(100))
+    texts = ["one", "", " \n ", "two\0", giant, "x" * 50_000, "three"]
+    (tmp_path / "a.jsonl").write_text(jsonl(*({"text": text} for text in texts)))
+    pq.write_table(pa.table({"text": ["four", None, "", "fi\0ve"]}), tmp_path / "b.parquet")
+    counts = Counter()
+    found = [d for name in ("a.jsonl", "b.parquet") for d in files.read_file(tmp_path / name, counts=counts)]
+    assert counts == {"empty": 4, "binary": 2, "giants": 2}
+    assert found[0] == "one" and found[-2:] == ["three", "four"] and all(len(d) <= 10_000 for d in found)
+    assert "".join("".join(found[1:-2]).split()) == "".join((giant + "x" * 50_000).split())  # nothing lost
+
+
+def test_a_mixture_is_its_sources_each_with_its_share(tmp_path):
+    for name, count in (("a", 300), ("b", 100)):
+        records = ({"text": f"{name} {i} " + "word " * (10 if name == "a" else 20)} for i in range(count))
+        (tmp_path / f"{name}.jsonl").write_text(jsonl(*records))
+    source = f"3 files:{tmp_path}/a.jsonl + 1 files:{tmp_path}/b.jsonl"
+    assert parse(source) == [(f"files:{tmp_path}/a.jsonl", 0.75), (f"files:{tmp_path}/b.jsonl", 0.25)]
+    parts = open_corpus(DataConfig(source=source))
+    mixed = list(itertools.islice(interleaved(parts, "train", 0.1), 100))
+    share = sum(len(d) for d in mixed if d[0] == "a") / sum(map(len, mixed))
+    assert 0.72 < share < 0.78
+    whole = list(interleaved(parts, "train", 0.1))
+    assert sorted(whole) == sorted(iterate_documents(source, "train", 0.1))
+    assert parse("2 chitchat") == [("chitchat", 1.0)]
+    for wrong in ("1 chitchat + files:x", "1 chitchat + 0 files:x", "1 chitchat + 2", "0.5 nothing", "chitchat + x"):
+        with pytest.raises(UsageError, match=r"data\.source"):
+            parse(wrong)
+
+
+def test_the_lottery_is_a_source():
+    documents = list(iterate_documents("synthetic:lottery:50"))
+    assert len(documents) == len(set(documents)) == 50 == len(list(iterate_documents("synthetic:lottery:50")))
+    for wrong in ("synthetic:", "synthetic:poems", "synthetic:lottery:", "synthetic:lottery:0", "synthetic:lottery:-3"):
+        with pytest.raises(UsageError, match="generators: synthetic:lottery"):
+            list(iterate_documents(wrong))

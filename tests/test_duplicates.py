@@ -30,7 +30,9 @@ def test_memory_is_a_few_bytes_a_document(monkeypatch):
 
 @pytest.mark.parametrize("drop", [False, True])
 def test_what_came_before_is_counted_and_dropped_by_choice(drop):
-    texts = ["a", "b", "a", "안녕", "A", "안녕", "a", "\ud800", "\ud800"]
-    distinct = Distinct(texts, drop)
-    assert list(distinct) == (["a", "b", "안녕", "A", "\ud800"] if drop else texts) and distinct.found == 4
-    assert list(distinct) and distinct.found == 4  # and again
+    numbers = [7, 8, 7, 9, 7, 9, 2**64 - 1, 2**64 - 1]
+    hashed = [(np.full(i + 1, i), number) for i, number in enumerate(numbers)]
+    distinct = Distinct(drop)
+    found = [*distinct.documents(hashed[:5]), *distinct.documents(hashed[5:])]  # two sources, one memory
+    assert [d[0] for d in found] == ([0, 1, 3, 6] if drop else list(range(8))) and distinct.found == 4
+    assert (distinct.kept, distinct.kept_tokens) == (len(found), sum(map(len, found)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import random
 import shutil
 import signal
@@ -59,7 +60,7 @@ def test_every_token_of_the_text_is_in_one_row(run):
     facts = prepare.run(config, run)
     tokenizer = Tokenizer.load(run.tokenizer)
     for split in ("train", "val"):
-        documents = list(iterate_documents(config.data.source, split, 0.1))
+        documents = list(iterate_documents(config.data, split))
         rows = Rows(run.data / "rows" / split, tokenizer.digest)
         real = np.concatenate([tokens[weights == 1] for tokens, weights in (rows[i] for i in range(len(rows)))])
         expected = np.array([i for ids in tokenizer.encode_batch(documents) for i in ids])
@@ -70,7 +71,7 @@ def test_every_token_of_the_text_is_in_one_row(run):
         assert facts[split]["bytes"] == sum(len(d.encode()) for d in documents)
         assert facts[split]["fill"] == pytest.approx(len(real) / (len(rows) * (SEQ_LEN + 1)))
     assert facts["train"]["fill"] > 0.995
-    assert not [p for p in run.data.rglob("*") if "partial" in p.name]
+    assert not [p for p in run.data.rglob("*") if "part" in p.name]
 
 
 def test_the_same_again_does_nothing_and_other_settings_do(run):
@@ -87,16 +88,16 @@ def test_the_same_again_does_nothing_and_other_settings_do(run):
 def test_what_an_interrupted_run_has_finished_is_kept(run):
     config, run = run
     facts, before = prepare.run(config, run), times(run)
-    (run.data / "tokens" / "val" / "manifest.json").unlink()  # killed while it tokenized the second split
-    (run.data / "rows" / "val" / "meta.json").unlink()
+    (run.data / "rows" / "val" / "meta.json").unlink()  # killed while it packed the second split
     assert prepare.run(config, run) == facts
-    kept = {p for p, t in times(run).items() if before[p] == t}
-    assert {p.parent.name for p in kept} == {"train"} and len(kept) > 4
+    kept = {p.parent for p, t in times(run).items() if before[p] == t}
+    assert {p.name for p in kept} == {"00000", "train"}
 
 
 KILLED = """
 import os, signal, sys
 from jaxchat.config import load_config
+from jaxchat.data.corpus import Unit
 from jaxchat.paths import RunDir
 from train import prepare
 
@@ -108,9 +109,10 @@ def die_at(items, number):
             os.kill(os.getpid(), signal.SIGKILL)
         yield item
 
-documents, write, finish = prepare.iterate_documents, prepare.write_rows, prepare.finish_rows
+documents, write, finish = Unit.documents, prepare.write_rows, prepare.finish_rows
 if place == "documents":
-    prepare.iterate_documents = lambda *args: die_at(documents(*args), 40)
+    prepare.split_limit = lambda *args: 0.1
+    Unit.documents = lambda *args: die_at(documents(*args), 40)
 elif place == "rows":
     prepare.write_rows = lambda directory, rows, *args: write(directory, die_at(rows, 20), *args)
 elif place == "finish":
@@ -134,7 +136,7 @@ def test_killed_half_way_and_run_again_it_is_as_if_nothing_had_been(run, tmp_pat
     facts = prepare.run(config, run)
     shutil.copytree(run.tokenizer, tmp_path / "other" / "tokenizer")
     assert prepare.run(config, RunDir(tmp_path / "other")) == facts
-    assert not list(run.data.rglob("*.partial"))
+    assert not list(run.data.rglob("*part*"))
 
 
 def contents(run):
@@ -181,10 +183,13 @@ def test_damage_is_repaired_where_it_can_be(run):
     path.write_bytes(path.read_bytes()[:-1])
     assert prepare.run(config, run) == facts  # packed again from the shards
     path.write_bytes(b"")
-    shard = run.data / "tokens" / "train" / "00000.bin"
-    shard.write_bytes(shard.read_bytes()[::-1])
-    with pytest.raises(DataError, match=r"00000\.bin: damaged"):
-        prepare.run(config, run)
+    shard = run.data / "tokens" / "00000" / "train-000.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[::-1])
+    assert prepare.run(config, run) == facts and shard.read_bytes() == whole  # tokenized again from the text
+    with pytest.raises(DataError, match=r"train-000\.bin: damaged"):
+        shard.write_bytes(whole[::-1])
+        list(read_documents(shard.parent, "train", Tokenizer.load(run.tokenizer).digest))
 
 
 def test_new_text_is_noticed(run, book):
@@ -203,7 +208,7 @@ def test_shards_of_another_tokenizer_are_not_used(run):
     old = Tokenizer.load(run.tokenizer)
     tokenizer_stage.run(smaller, run)
     with pytest.raises(DataError, match="made with another tokenizer"):
-        list(read_documents(run.data / "tokens" / "train", Tokenizer.load(run.tokenizer).digest))
+        list(read_documents(run.data / "tokens" / "00000", "train", Tokenizer.load(run.tokenizer).digest))
     with pytest.raises(DataError, match="made with another tokenizer"):
         Rows(run.data / "rows" / "train", Tokenizer.load(run.tokenizer).digest)
     again = prepare.run(smaller, run)
@@ -228,14 +233,79 @@ def test_sizes_that_are_none_are_refused(run, key, value):
     assert not run.data.exists()
 
 
-def test_unreadable_text_leaves_nothing_half_written(run, book):
+def test_unreadable_text_leaves_nothing_that_counts(run, book):
     config, run = run
     (run.root / "text").mkdir()
     (run.root / "text" / "a.txt").write_bytes(book.read_bytes())
     (run.root / "text" / "b.txt").write_bytes(b"\0\1\2")
     with pytest.raises(DataError, match=r"b\.txt: binary"):
         prepare.run(with_data(config, source=f"files:{run.root / 'text'}"), run)
-    assert not list(run.data.rglob("*.bin"))
+    assert not (run.data / "rows").exists() and not (run.data / "tokens" / "00001" / "manifest.json").exists()
+    (run.root / "text" / "b.txt").unlink()
+    mended = prepare.run(with_data(config, source=f"files:{run.root / 'text'}"), run)
+    assert mended["digest"] == prepare.run(config, run)["digest"]
+
+
+@pytest.fixture
+def shelf(run):
+    """Several files, some documents of which stand in two of them."""
+    config, run = run
+    folder = run.root / "shelf"
+    folder.mkdir()
+    documents = list(iterate_documents(config.data))
+    for i in range(5):
+        lines = (json.dumps({"text": text}) for text in documents[i * 8 : i * 8 + 10])
+        (folder / f"{i}.jsonl").write_text("\n".join(lines) + '\n{"text": ""}\n')
+    return with_data(config, source=f"files:{folder}"), run
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_whoever_tokenizes_the_bytes_are_the_same(shelf, tmp_path, engine, capsys):
+    if engine == "ray":
+        pytest.importorskip("ray", reason="pip install -e '.[ray]'")
+    config, run = shelf
+    facts = prepare.run(with_data(config, workers=1), run)
+    other = RunDir(tmp_path / "other")
+    shutil.copytree(run.tokenizer, other.tokenizer)
+    assert prepare.run(with_data(config, engine=engine, workers=2), other) == facts
+    assert contents(other) == contents(run)
+    assert [p.name for p in sorted((run.data / "tokens").iterdir())] == [f"{i:05d}" for i in range(5)]
+    said = capsys.readouterr().err
+    assert "5 documents without text left out" in said and "documents had come before, letter for letter; kept" in said
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_what_a_worker_cannot_read_is_named(shelf, engine):
+    if engine == "ray":
+        pytest.importorskip("ray", reason="pip install -e '.[ray]'")
+    config, run = shelf
+    bad = run.root / "shelf" / "3.jsonl"
+    bad.write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(DataError, match=r"3\.jsonl:2: not JSON"):
+        prepare.run(with_data(config, engine=engine, workers=2), run)
+
+
+def test_duplicates_are_left_out_by_choice_across_files(shelf):
+    config, run = shelf
+    documents = list(iterate_documents(config.data, "train"))
+    kept = prepare.run(config, run)["train"]
+    tokens = times(run)
+    dropped = prepare.run(with_data(config, dedup=True), run)["train"]
+    assert kept["documents"] == len(documents) == kept["documents"]
+    assert dropped["documents"] == len(set(documents)) == len(documents) - kept["duplicates"] < len(documents)
+    assert dropped["duplicates"] == kept["duplicates"] and dropped["tokens"] < kept["tokens"]
+    assert {p.parent.name for p, t in times(run).items() if tokens.get(p) != t} <= {"train", "val"}  # only packed anew
+
+
+def test_a_mixture_is_packed_source_by_source(shelf, book):
+    config, run = shelf
+    facts = prepare.run(with_data(config, source=f"1 {config.data.source} + 3 files:{book}"), run)
+    sources = facts["train"]["sources"]
+    assert [(s["source"], s["weight"]) for s in sources] == [(config.data.source, 0.25), (f"files:{book}", 0.75)]
+    assert sum(s["rows"] for s in sources) == facts["train"]["rows"] and all(s["rows"] for s in sources)
+    rows, tokenizer = Rows(run.data / "rows" / "train"), Tokenizer.load(run.tokenizer)
+    first = tokenizer.decode(np.concatenate([rows[i][0] for i in range(sources[0]["rows"])]))
+    assert all(text[:40] in first for text in iterate_documents(config.data, "train"))
 
 
 def test_the_tokenizer_stage_must_have_run(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fake_hub import COMMIT, FakeHub
 
 from jaxchat.errors import DataError
 from jaxchat.tasks import files as module
@@ -22,7 +23,6 @@ from jaxchat.tasks.base import drawn
 from jaxchat.tasks.files import Archive, HubFiles, MissingData, TaskFiles, count_rows, listing, read_jsonl, read_parquet
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HUB = HubFiles("someone/questions", COMMIT, ("all/test.jsonl", "all/more.jsonl"))
 SHA = {name: hashlib.sha256(name.encode() * 1000).hexdigest() for name in HUB.files}
 
@@ -199,49 +199,12 @@ def test_an_archive_is_taken_over_https_only_and_compared(web, tmp_path, monkeyp
         files.find(("b.jsonl",), Archive(url, (".jsonl",)))
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The parts of the hub's protocol that a download of pinned files needs."""
-
-    def send(self, body, code=200, **headers):
-        self.send_response(code)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_POST(self):
-        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.server.asked.append(self.path)
-        if f"/paths-info/{COMMIT}" not in self.path:
-            return self.send(b"{}", 404)
-        names = [name for name in HUB.files if name in asked or name.replace("/", "%2F") in asked]
-        found = [{"type": "file", "path": n, "size": 14000, "oid": "0" * 40} for n in names]
-        for entry in found:
-            if entry["path"] != HUB.files[1]:  # the second is a small file, without a digest
-                digest = SHA[entry["path"]] if not self.server.lie else "f" * 64
-                entry["lfs"] = {"oid": digest, "sha256": digest, "size": 14000, "pointerSize": 130}
-        return self.send(json.dumps(found).encode(), Content_Type="application/json")
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        name = next((n for n in HUB.files if self.path.split("?")[0].endswith(n)), None)
-        if self.path.startswith("/api/"):
-            return self.send(json.dumps({"id": HUB.repo, "sha": COMMIT}).encode(), Content_Type="application/json")
-        if name is None:
-            return self.send(b"", 404)
-        return self.send(name.encode() * 1000, X_Repo_Commit=COMMIT, ETag=f'"{SHA[name]}"')
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_):
-        pass
-
-
 FETCH = """
 import sys
 from pathlib import Path
+from jaxchat.data import hub
 from jaxchat.tasks.files import HubFiles, MissingData, TaskFiles
+hub.FIRST_WAIT = 0.01
 source = HubFiles("someone/questions", sys.argv[2], ("all/test.jsonl", "all/more.jsonl"))
 try:
     for path in TaskFiles(download=True, cache=Path(sys.argv[1])).find(("nothing",), source):
@@ -253,17 +216,15 @@ except MissingData as error:
 
 @pytest.fixture
 def hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked, server.lie = [], False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with FakeHub({name: name.encode() * 1000 for name in HUB.files}, HUB.repo) as server:
+        server.small.add(HUB.files[1])
+        yield server
 
 
 def start_fetch(hub, cache, revision=COMMIT):
     """In a process of its own: the hub's client reads HF_ENDPOINT when it is imported."""
     env = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1",
+        "HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(cache / "home"),
     }  # fmt: skip
     return subprocess.Popen(
@@ -280,13 +241,13 @@ def said(process):
 def test_the_hubs_files_come_once_and_are_compared_with_its_digests(hub, tmp_path):
     both = [start_fetch(hub, tmp_path), start_fetch(hub, tmp_path)]  # two processes, one download
     assert [said(process) for process in both] == [["14000", "14000"]] * 2
-    gets = [path for path in hub.asked if "/resolve/" in path]
-    assert all(COMMIT in path for path in gets)
-    assert len([path for path in hub.asked if "paths-info" in path]) == 2  # for two files
+    assert sorted(path.rpartition(COMMIT)[2] for _, path, _ in hub.asked if "/resolve/" in path) == [
+        "/all/more.jsonl", "/all/test.jsonl",
+    ]  # fmt: skip
     mark = json.loads(next(tmp_path.rglob("test.jsonl.verified.json")).read_text())
     assert mark == {"sha256": SHA["all/test.jsonl"], "size": 14000, "compared_with": "sha256", "commit": COMMIT}
     assert json.loads(next(tmp_path.rglob("more.jsonl.verified.json")).read_text())["compared_with"] == "size"
-    hub.shutdown()
+    hub.close()
     assert said(start_fetch(hub, tmp_path)) == ["14000", "14000"]  # nothing is asked any more
 
 
@@ -294,7 +255,7 @@ def test_a_file_that_is_not_the_hubs_is_thrown_away(hub, tmp_path):
     hub.lie = True
     (line,) = said(start_fetch(hub, tmp_path))
     assert line.startswith("missing: no file nothing at hand; get all/test.jsonl")
-    assert "the download failed: all/test.jsonl: came damaged" in line
+    assert "came damaged, and was thrown away" in line
     assert not list(tmp_path.rglob("*.verified.json"))
     hub.lie = False
     assert said(start_fetch(hub, tmp_path, "main")) == ["14000", "14000"]  # a branch: at the commit that it names

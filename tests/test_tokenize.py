@@ -1,15 +1,20 @@
 """Token shards: every document comes back, and every kind of damage is found before training."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from jaxchat.data.tokenize import read_documents, token_dtype, write_shards
+from jaxchat.data import tokenize
+from jaxchat.data.corpus import Unit, document_hash
+from jaxchat.data.tokenize import Job, read_documents, token_dtype, tokenize_unit
 from jaxchat.errors import DataError
 from jaxchat.text.tokenizer import train_tokenizer
 
 TEXTS = [f"Document {i}: " + "안녕 hello <|bos|> \ud800" * (i % 7) for i in range(1200)]
+LIMIT = 0.1
+SPLITS = {split: [t for t in TEXTS if (document_hash(t) < LIMIT) == (split == "val")] for split in ("train", "val")}
 
 
 @pytest.fixture(scope="module")
@@ -17,109 +22,135 @@ def tokenizer():
     return train_tokenizer(TEXTS, 300, 10**9, 10_000)
 
 
+@pytest.fixture(scope="module")
+def job(tokenizer, tmp_path_factory):
+    """One file of many documents, to be tokenized into parts of 5,000 tokens."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    tokenizer.save(folder / "tokenizer")
+    return Job(Unit("files", str(folder / "a.jsonl")), LIMIT, str(folder / "tokenizer"), "", 5_000, "x")
+
+
+def to(job, folder, **changes):
+    return dataclasses.replace(job, directory=str(folder), **changes)
+
+
 @pytest.fixture
-def shards(tokenizer, tmp_path):
-    manifest = write_shards(TEXTS, tokenizer, tmp_path / "t", 10_000)
-    return tmp_path / "t", manifest
+def shards(job, tmp_path):
+    return tmp_path / "t", tokenize_unit(to(job, tmp_path / "t"))
 
 
-def read(folder, tokenizer):
-    return list(read_documents(folder, tokenizer.digest))
+def read(folder, tokenizer, split="train"):
+    return [tokens for tokens, _ in read_documents(folder, split, tokenizer.digest)]
 
 
 def test_every_document_comes_back(tokenizer, shards):
     folder, manifest = shards
-    documents = read(folder, tokenizer)
-    assert all(d[0] == tokenizer.bos and d.dtype == np.uint16 for d in documents)
-    assert [tokenizer.decode(d[1:]) for d in documents] == [t.replace("\ud800", "\ufffd") for t in TEXTS]
-    assert sum(map(len, documents)) == manifest["tokens"] == sum(s["tokens"] for s in manifest["shards"])
-    assert manifest["documents"] == len(TEXTS) and manifest["chars"] == sum(map(len, TEXTS))
-    assert manifest["bytes"] == sum(len(t.encode("utf-8", "surrogatepass")) for t in TEXTS)
-    assert len(manifest["shards"]) == 3  # of at least 10,000 tokens, the last one of what is left
-    assert all(s["tokens"] >= 10_000 for s in manifest["shards"][:-1])
+    for split, texts in SPLITS.items():
+        documents = read(folder, tokenizer, split)
+        assert all(d[0] == tokenizer.bos and d.dtype == np.uint16 for d in documents)
+        assert [tokenizer.decode(d[1:]) for d in documents] == [t.replace("\ud800", "\ufffd") for t in texts]
+        sizes = manifest["splits"][split]
+        assert sum(map(len, documents)) == sizes["tokens"] == sum(p[split]["tokens"] for p in manifest["parts"])
+        assert sizes["documents"] == len(texts) and sizes["chars"] == sum(map(len, texts))
+        assert sizes["bytes"] == sum(len(t.encode("utf-8", "surrogatepass")) for t in texts)
+        hashes = [number for _, number in read_documents(folder, split, tokenizer.digest)]
+        assert len(set(hashes)) == len(set(texts)) and all(n / 2**64 < LIMIT for n in hashes if split == "val")
+    assert len(manifest["parts"]) == 3 and all(p["train"]["tokens"] >= 5_000 for p in manifest["parts"][:-1])
     assert json.loads((folder / "manifest.json").read_text()) == manifest
-    assert sorted(p.name for p in folder.iterdir()) == ["00000.bin", "00001.bin", "00002.bin", "manifest.json"]
+    names = [f"{s}-{i:03d}.{end}" for s in ("train", "val") for i in range(3) for end in ("bin", "hash")]
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", *names]
+
+
+def test_many_cores_and_one_give_the_same_bytes(job, tmp_path):
+    tokenize_unit(to(job, tmp_path / "one"))
+    tokenize_unit(to(job, tmp_path / "many"), alone=True)
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
 
 def test_shards_are_little_endian_and_no_wider_than_needed(tokenizer, shards):
     folder, manifest = shards
-    first = np.array([tokenizer.bos, *tokenizer.encode(TEXTS[0])])
-    raw = (folder / "00000.bin").read_bytes()
+    first = np.array([tokenizer.bos, *tokenizer.encode(SPLITS["train"][0])])
+    raw = (folder / "train-000.bin").read_bytes()
     assert [raw[2 * i] + 256 * raw[2 * i + 1] for i in range(len(first))] == first.tolist()
     assert manifest["dtype"] == "uint16"
     assert token_dtype(65_536) == np.uint16 and token_dtype(65_537) == np.uint32
 
 
-def test_writing_again_leaves_nothing_of_before(tokenizer, shards):
-    folder, _ = shards
-    write_shards(TEXTS[:3], tokenizer, folder, 10**9, origin="x")
-    assert sorted(p.name for p in folder.iterdir()) == ["00000.bin", "manifest.json"]
-    assert len(read(folder, tokenizer)) == 3
+def test_done_before_is_done_and_another_origin_begins_anew(job, shards):
+    folder, manifest = shards
+    times = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert tokenize_unit(to(job, folder)) == manifest
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == times
+    other = tokenize_unit(to(job, folder, origin="y", shard_tokens=10**9))
+    assert len(other["parts"]) == 1 and len(list(folder.iterdir())) == 5
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("stop", [0, 300, 512, 700, 1100, 1200])
-def test_an_interrupted_run_goes_on_behind_its_last_whole_shard(tokenizer, tmp_path, stop):
-    whole, begun = tmp_path / "whole", tmp_path / "begun"
-    expected = write_shards(TEXTS, tokenizer, whole, 5_000, origin="x")
+class Stopped(Exception):
+    pass
 
-    def documents(until):
-        for i, text in enumerate(TEXTS):
-            if i == until:
-                raise DataError("file:2: not JSON")
+
+def interrupted(monkeypatch, job, stop):
+    """Tokenize until document number `stop` is asked for."""
+
+    def documents(self, counts=None):
+        for i, text in enumerate(whole(self, counts)):
+            if i == stop:
+                raise Stopped
             yield text
-        if until == len(TEXTS):
-            raise DataError("file:2: not JSON")
+        raise Stopped
 
-    with pytest.raises(DataError, match="file:2"):
-        write_shards(documents(stop), tokenizer, begun, 5_000, origin="x")
-    assert not (begun / "manifest.json").exists()
-    kept = [p.name for p in begun.glob("*.bin")]
+    whole = Unit.documents
+    with monkeypatch.context() as patch:
+        patch.setattr(Unit, "documents", documents)
+        with pytest.raises(Stopped):
+            tokenize_unit(job)
+
+
+@pytest.mark.parametrize("stop", [0, 300, 512, 700, 1100, 1200])
+def test_an_interrupted_run_goes_on_behind_its_last_whole_part(job, tokenizer, tmp_path, monkeypatch, stop):
+    whole, begun = tmp_path / "whole", tmp_path / "begun"
+    expected = tokenize_unit(to(job, whole))
+    interrupted(monkeypatch, to(job, begun), stop)
+    assert not (begun / "manifest.json").exists() and not list(begun.glob(".part-*"))
+    times = {p: p.stat().st_mtime_ns for p in begun.glob("*.bin")}
     with pytest.raises(DataError, match="no such file"):
         read(begun, tokenizer)
-    times = {name: (begun / name).stat().st_mtime_ns for name in kept}
-    assert write_shards(documents(None), tokenizer, begun, 5_000, origin="x") == expected
+    (begun / ".part-left").write_bytes(b"of a run that was killed")
+    assert tokenize_unit(to(job, begun)) == expected
     assert contents(begun) == contents(whole)
-    whole_shards = [name for name in kept if (begun / name).stat().st_mtime_ns == times[name]]
-    assert whole_shards == kept and len(kept) == stop // 512
+    assert {p: p.stat().st_mtime_ns for p in times} == times and len(times) == 2 * (stop // 512)
 
 
-def test_duplicates_are_counted_and_by_choice_left_out(tokenizer, tmp_path):
-    texts = [*TEXTS, *TEXTS[:30], TEXTS[7]]
-    kept = write_shards(texts, tokenizer, tmp_path / "kept", 10_000)
-    dropped = write_shards(texts, tokenizer, tmp_path / "dropped", 10_000, dedup=True)
-    plain = write_shards(TEXTS, tokenizer, tmp_path / "plain", 10_000)
-    assert (kept["documents"], kept["duplicates"]) == (len(texts), 31)
-    assert (dropped["documents"], dropped["duplicates"], plain["duplicates"]) == (len(TEXTS), 31, 0)
-    assert dropped["shards"] == plain["shards"]
-
-
-@pytest.mark.parametrize("change", ["origin", "shard", "journal"])
-def test_what_does_not_belong_to_it_is_not_gone_on_with(tokenizer, tmp_path, change):
+@pytest.mark.parametrize("change", ["origin", "shard", "hashes", "journal"])
+def test_what_does_not_belong_to_it_is_not_gone_on_with(job, tmp_path, monkeypatch, change):
     folder = tmp_path / "t"
-
-    def half():
-        yield from TEXTS[:1100]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_shards(half(), tokenizer, folder, 5_000, origin="x")
-    if change == "shard":
-        damaged = bytearray((folder / "00000.bin").read_bytes())
-        damaged[7] ^= 1
-        (folder / "00000.bin").write_bytes(damaged)
+    interrupted(monkeypatch, to(job, folder), 1100)
+    if change in ("shard", "hashes"):
+        flip_a_bit(folder / ("train-000.bin" if change == "shard" else "train-000.hash"))
     if change == "journal":
-        (folder / "unfinished.json").write_text('{"shards": 3')
-    write_shards(TEXTS, tokenizer, folder, 5_000, origin="y" if change == "origin" else "x")
-    write_shards(TEXTS, tokenizer, tmp_path / "whole", 5_000, origin="y" if change == "origin" else "x")
+        (folder / "unfinished.json").write_text('{"parts": 3')
+    origin = "y" if change == "origin" else "x"
+    tokenize_unit(to(job, folder, origin=origin))
+    tokenize_unit(to(job, tmp_path / "whole", origin=origin))
     assert contents(folder) == contents(tmp_path / "whole")
 
 
-def test_no_documents(tokenizer, tmp_path):
-    assert write_shards([], tokenizer, tmp_path / "t", 1000)["tokens"] == 0
+def test_a_batch_is_bounded_in_characters_too(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize, "BATCH_CHARS", 1_000)
+    sizes = [sum(map(len, batch)) for batch in tokenize._batches(iter(TEXTS))]
+    assert max(sizes) < 1_200 and sum(sizes) == sum(map(len, TEXTS))
+
+
+def test_no_documents(job, tokenizer, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
+    unit = Unit("files", str(tmp_path / "empty.jsonl"))
+    manifest = tokenize_unit(to(job, tmp_path / "t", unit=unit))
+    assert manifest["splits"]["train"]["tokens"] == 0 and manifest["left_out"] == {"empty": 2}
     assert read(tmp_path / "t", tokenizer) == []
 
 
@@ -135,20 +166,26 @@ def flip_a_bit(path):
 
 
 def swap(folder):
-    first, second = folder / "00000.bin", folder / "00001.bin"
+    first, second = folder / "train-000.bin", folder / "train-001.bin"
     data = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(data)
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-6])
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: (f / "00001.bin").write_bytes((f / "00001.bin").read_bytes()[:-6]), "00001.bin: .*truncated"),
-        (lambda f: (f / "00001.bin").unlink(), "00001.bin: missing"),
-        (lambda f: flip_a_bit(f / "00001.bin"), "00001.bin: damaged"),
-        (lambda f: (f / "00000.bin").write_bytes(b""), "00000.bin: .*truncated"),
-        (swap, "00000.bin: "),
+        (lambda f: cut(f / "train-001.bin"), "train-001.bin: .*truncated"),
+        (lambda f: cut(f / "train-001.hash"), "train-001.hash: .*truncated"),
+        (lambda f: flip_a_bit(f / "train-001.hash"), "train-001.hash: damaged"),
+        (lambda f: (f / "train-001.bin").unlink(), "train-001.bin: missing"),
+        (lambda f: flip_a_bit(f / "train-001.bin"), "train-001.bin: damaged"),
+        (lambda f: (f / "train-000.bin").write_bytes(b""), "train-000.bin: .*truncated"),
+        (swap, "train-000.bin: "),
         (lambda f: damage_manifest(f, dtype="uint32"), "manifest.json: dtype uint32 does not go"),
         (lambda f: damage_manifest(f, tokenizer="0" * 64), "made with another tokenizer; choose another --run-dir"),
         (lambda f: damage_manifest(f, format=0), "manifest.json: damaged, or of another version"),

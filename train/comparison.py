@@ -149,7 +149,7 @@ def documents(a: Side, b: Side) -> tuple[list[str], str]:
     fraction = b.config.data.val_fraction
     both: dict[str, None] = {}
     others: dict[str, None] = {}
-    for text in iterate_documents(a.config.data.source, "val", a.config.data.val_fraction):
+    for text in iterate_documents(a.config.data, "val"):
         (both if document_hash(text) < fraction else others)[text] = None
         if len(both) == DOCUMENTS:
             break

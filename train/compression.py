@@ -41,7 +41,7 @@ def other_tokenizers(config: Config, run: RunDir, cache: Path = HUB_CACHE) -> li
     if not any(found.values()):
         return []
     try:
-        documents = iterate_documents(config.data.source, "val", config.data.val_fraction)
+        documents = iterate_documents(config.data, "val")
         texts = list(itertools.islice(documents, DOCUMENTS))
         ours = sum(map(len, Tokenizer.load(run.tokenizer).encode_batch(texts)))
     except DataError as error:

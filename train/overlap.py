@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxchat.config import Config
-from jaxchat.data.corpus import fingerprint, iterate_documents
+from jaxchat.data.corpus import fingerprint, iterate_documents, open_corpus
 from jaxchat.errors import JaxchatError
 from jaxchat.log import progress, say
 from jaxchat.paths import RunDir, read_json, write_json
@@ -191,14 +191,14 @@ def exam_overlap(config: Config, run: RunDir, train_documents: int | None) -> di
 
 def _documents(config: Config) -> Iterator[str]:
     limit = config.eval.overlap_documents
-    documents = iterate_documents(config.data.source, "train", config.data.val_fraction)
+    documents = iterate_documents(config.data, "train")
     return itertools.islice(documents, limit if limit >= 0 else None)
 
 
 def _inputs(config: Config, exams: dict[str, Exam]) -> dict[str, Any]:
     """What the result depends on."""
     digests = {name: hashlib.sha256(exam.keys.tobytes()).hexdigest() for name, exam in exams.items()}
-    source = [fingerprint(config.data.source), config.data.val_fraction, config.eval.overlap_documents]
+    source = [fingerprint(open_corpus(config.data)), config.data.val_fraction, config.eval.overlap_documents]
     return {"format": FORMAT, "source": source, "exams": digests}
 
 

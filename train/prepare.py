@@ -5,91 +5,173 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxchat.config import Config
-from jaxchat.data.corpus import fingerprint, iterate_documents
+from jaxchat.data.corpus import Part, Unit, open_corpus, split_limit
+from jaxchat.data.duplicates import Distinct
 from jaxchat.data.packing import PackStats, pack_documents
 from jaxchat.data.rows import Rows, finish_rows, write_rows
-from jaxchat.data.tokenize import read_documents, read_manifest, write_shards
+from jaxchat.data.spread import spread, workers_for
+from jaxchat.data.tokenize import SPLITS, Job, read_documents, tokenize_unit
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.paths import RunDir
 from jaxchat.text.tokenizer import Tokenizer
 
-FACTS = ("documents", "duplicates", "tokens", "bytes", "chars", "cuts", "fill", "tokenizer", "rows", "sha256")
+FACTS = (
+    "documents", "duplicates", "tokens", "bytes", "chars", "cuts", "fill", "documents_per_row",
+    "tokenizer", "rows", "sha256", "sources",
+)  # fmt: skip
+LEFT_OUT = {
+    "empty": "documents without text left out",
+    "binary": "documents with NUL characters left out",
+    "giants": "giant documents cut into several",
+}
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
-    """Write `data/tokens` and `data/rows`; facts: documents, tokens, rows, fill of each split, digest.
+    """Write `data/tokens` and `data/rows`; facts: documents, tokens, rows, fill of each split and source, digest.
 
     What an interrupted run has finished, of the same source and with the same settings, is kept.
     """
-    for key, value in (("pack_docs", config.data.pack_docs), ("shard_tokens", config.data.shard_tokens)):
-        if value < 1:
-            raise UsageError(f"data.{key}: must be at least 1, not {value}")
+    for key in ("pack_docs", "shard_tokens"):
+        if getattr(config.data, key) < 1:
+            raise UsageError(f"data.{key}: must be at least 1, not {getattr(config.data, key)}")
     tokenizer = Tokenizer.load(run.tokenizer)
-    facts: dict[str, Any] = {split: _split(config, run, tokenizer, split) for split in ("train", "val")}
+    parts = open_corpus(config.data)
+    jobs = _jobs(config, run, parts, tokenizer)
+    manifests = _tokens(config, run, jobs)
+    facts: dict[str, Any] = {split: _rows(config, run, parts, jobs, manifests, tokenizer, split) for split in SPLITS}
     checksums = json.dumps([facts[split]["sha256"] for split in facts], sort_keys=True)
     return facts | {"digest": hashlib.sha256(checksums.encode()).hexdigest()}
 
 
-def _split(config: Config, run: RunDir, tokenizer: Tokenizer, split: str) -> dict[str, Any]:
+def _jobs(config: Config, run: RunDir, parts: Sequence[Part], tokenizer: Tokenizer) -> list[Job]:
+    """One for every unit of every part, in order."""
+    jobs: list[Job] = []
+
+    def add(unit: Unit, limit: float) -> None:
+        origin = _digest([unit.content(), limit, config.data.shard_tokens, tokenizer.digest])
+        folder = (run.data / "tokens" / f"{len(jobs):05d}").resolve()
+        jobs.append(Job(unit, limit, str(run.tokenizer.resolve()), str(folder), config.data.shard_tokens, origin))
+
+    for part in parts:
+        limit = split_limit(part, config.data.val_fraction)
+        for unit in part.units:
+            add(unit, limit)
+    return jobs
+
+
+def _tokens(config: Config, run: RunDir, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """The manifests of all units, tokenized now or by an interrupted run."""
+    folder, names = run.data / "tokens", {job.directory.rpartition("/")[2] for job in jobs}
+    for stale in folder.iterdir() if folder.is_dir() else ():
+        if stale.name not in names:
+            shutil.rmtree(stale, ignore_errors=True)
+    workers = workers_for(config.data.workers, len(jobs))
+    manifests = []
+    with progress("tokenize", len(jobs) if workers > 1 else None) as bar:
+        if workers == 1 and config.data.engine == "local":
+            done = 0
+            for job in jobs:
+                manifests.append(tokenize_unit(job, True, lambda count: bar.update(f"{done + count:,} tokens")))  # noqa: B023
+                done += manifests[-1]["splits"]["train"]["tokens"]
+        else:
+            for manifest in spread(tokenize_unit, jobs, config.data.engine, workers):
+                manifests.append(manifest)
+                bar.advance()
+    left_out = sum((Counter(manifest["left_out"]) for manifest in manifests), Counter[str]())
+    for kind, count in left_out.items():
+        say(f"  {count:,} {LEFT_OUT[kind]}", style="yellow")
+    return manifests
+
+
+def _rows(
+    config: Config,
+    run: RunDir,
+    parts: Sequence[Part],
+    jobs: Sequence[Job],
+    manifests: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    split: str,
+) -> dict[str, Any]:
+    """Pack the rows of one split, source after source; facts."""
     data, row_len = config.data, config.model.seq_len + 1
-    origin = [fingerprint(data.source), split, data.val_fraction, data.dedup, data.shard_tokens, tokenizer.digest]
-    manifest = _tokens(config, tokenizer, run.data / "tokens" / split, split, _digest(origin))
-    if split == "train" and manifest["tokens"] < row_len:
+    tokens = sum(manifest["splits"][split]["tokens"] for manifest in manifests)
+    if split == "train" and tokens < row_len:
         raise DataError(
-            f"{data.source}: {manifest['tokens']} tokens to train on are too few for one row of {row_len}; "
+            f"{data.source}: {tokens} tokens to train on are too few for one row of {row_len}; "
             "add text, or lower model.seq_len"
         )
-    target, origin = run.data / "rows" / split, [*origin, row_len, data.pack_docs]
-    meta = _finished_rows(target, _digest(origin))
+    target = run.data / "rows" / split
+    origin = _digest([[job.origin for job in jobs], split, data.dedup, row_len, data.pack_docs])
+    meta = _finished_rows(target, origin)
     done = meta is not None
     if meta is None:
-        stats = PackStats()
+        packer = _Packer(config, parts, jobs, tokenizer, split)
         with progress(f"pack {split}", None) as bar:
-            documents = read_documents(run.data / "tokens" / split, tokenizer.digest)
-            rows = pack_documents(documents, row_len, tokenizer.bos, data.pack_docs, stats)
-            rows = bar.track(rows)
-            count = write_rows(target, rows, row_len, tokenizer.bos, tokenizer.vocab_size)
-        facts = {name: manifest[name] for name in ("documents", "duplicates", "tokens", "bytes", "chars", "tokenizer")}
-        facts |= {"cuts": stats.cuts, "fill": stats.fill, "origin": _digest(origin)}
+            count = write_rows(target, bar.track(packer.rows()), row_len, tokenizer.bos, tokenizer.vocab_size)
+        read = {key: sum(manifest["splits"][split][key] for manifest in manifests) for key in ("bytes", "chars")}
+        facts = read | packer.facts() | {"tokenizer": tokenizer.digest, "origin": origin}
         meta = finish_rows(target, facts, row_len, count, tokenizer.vocab_size)
+    if meta["duplicates"]:
+        what = "left out" if data.dedup else "kept (data.dedup=true leaves them out)"
+        say(f"  {split}: {meta['duplicates']:,} documents had come before, letter for letter; {what}")
     say(
-        f"  {split}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, "
-        f"{meta['rows']:,} rows of {row_len}, {meta['fill']:.2%} filled" + (" (done before)" if done else "")
+        f"  {split}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {meta['rows']:,} rows of {row_len}, "
+        f"{meta['fill']:.2%} filled, {meta['cuts']:,} cuts, {meta['documents_per_row']:.3g} documents a row"
+        + (" (done before)" if done else "")
     )
+    for source in meta["sources"] if len(parts) > 1 else ():
+        say(f"    {source['weight']:.1%} of the tokens from {source['source']}: {source['rows']:,} rows")
     return {key: meta[key] for key in FACTS}
 
 
-def _tokens(config: Config, tokenizer: Tokenizer, directory: Path, split: str, origin: str) -> dict[str, Any]:
-    """The manifest of the split's token shards, written now or by an interrupted run."""
-    data = config.data
-    with contextlib.suppress(DataError):  # no manifest, or one that is out of date
-        manifest = read_manifest(directory)
-        if manifest["origin"] == origin:
-            say(f"  {split}: tokenized before, {manifest['tokens']:,} tokens")
-            return manifest
-    documents = iterate_documents(data.source, split, data.val_fraction)
-    with progress(f"tokenize {split}", None) as bar:
-        manifest = write_shards(
-            documents,
-            tokenizer,
-            directory,
-            data.shard_tokens,
-            lambda count: bar.update(f"{count:,} tokens"),
-            origin,
-            data.dedup,
-        )
-    if count := manifest["duplicates"]:
-        what = "left out" if data.dedup else "kept (data.dedup=true leaves them out)"
-        say(f"  {split}: {count:,} documents had come before, letter for letter; {what}")
-    return manifest
+class _Packer:
+    """Rows of one split, and what they are counted to hold."""
+
+    def __init__(self, config: Config, parts: Sequence[Part], jobs: Sequence[Job], tokenizer: Tokenizer, split: str):
+        self._config, self._parts, self._tokenizer, self._split = config, parts, tokenizer, split
+        self._jobs = iter(jobs)
+        self._stats, self._distinct = PackStats(), Distinct(config.data.dedup)
+        self._sources: list[dict[str, Any]] = []
+
+    def rows(self) -> Iterator[np.ndarray]:
+        data, stats, row_len = self._config.data, self._stats, self._config.model.seq_len + 1
+        for part in self._parts:
+            before = stats.rows, stats.tokens
+            documents = self._documents([next(self._jobs) for _ in part.units])
+            yield from pack_documents(documents, row_len, self._tokenizer.bos, data.pack_docs, stats)
+            rows, tokens = stats.rows - before[0], stats.tokens - before[1]
+            self._sources.append({"source": part.source, "weight": part.weight, "rows": rows, "tokens": tokens})
+
+    def _documents(self, jobs: Sequence[Job]) -> Iterator[np.ndarray]:
+        for job in jobs:
+            found = read_documents(Path(job.directory), self._split, self._tokenizer.digest)
+            yield from self._distinct.documents(found)
+
+    def facts(self) -> dict[str, Any]:
+        """Once all rows are taken."""
+        stats, distinct = self._stats, self._distinct
+        return {
+            "documents": distinct.kept,
+            "tokens": distinct.kept_tokens,
+            "duplicates": distinct.found,
+            "fill": stats.fill,
+            "cuts": stats.cuts,
+            "documents_per_row": (stats.documents + stats.cuts) / max(1, stats.rows),
+            "sources": self._sources,
+        }
 
 
-def _finished_rows(directory: Path, origin: str) -> dict[str, Any] | None:
+def _finished_rows(directory: Any, origin: str) -> dict[str, Any] | None:
     """The meta of whole, undamaged rows of that origin."""
     with contextlib.suppress(DataError):
         meta = Rows(directory).meta
@@ -99,4 +181,4 @@ def _finished_rows(directory: Path, origin: str) -> dict[str, Any] | None:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value).encode("utf-8", "surrogatepass")).hexdigest()

@@ -8,6 +8,7 @@ import jax
 
 from jaxchat import hosts
 from jaxchat.config import Config
+from jaxchat.data.batches import epoch_rows
 from jaxchat.data.rows import Rows
 from jaxchat.engine import Engine
 from jaxchat.log import say
@@ -29,7 +30,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     say(
         f"  {count.total:,} parameters ({count.scaling:,} in products), {config.model.depth} layers of width "
         f"{config.model.width}; {tokens:,} tokens in {train.steps:,} steps, "
-        f"{tokens / max(1, len(rows) * config.model.seq_len):.2f} epochs"
+        f"{tokens / max(1, epoch_rows(rows) * config.model.seq_len):.2f} epochs"
     )
 
     def sample(state: TrainState, step: int) -> None:
@@ -57,7 +58,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         "parameters": count.total,
         "scaling_parameters": count.scaling,
         "tokens": tokens,
-        "epochs": tokens / max(1, len(rows) * config.model.seq_len),
+        "epochs": tokens / max(1, epoch_rows(rows) * config.model.seq_len),
         "flops_per_token": flops_per_token(config.model),
         "flops": flops_per_token(config.model) * tokens,
         "tokens_per_second": tokens / max(facts["seconds"], 1e-9),

@@ -28,6 +28,10 @@ from train.machine import commit, hardware, peak_rss, versions
 FREE_KEYS = (
     "mesh.",
     "serve.",
+    "data.engine",
+    "data.workers",
+    "data.cache_dir",
+    "data.mirror",
     "train.device_batch_rows",
     "train.checkpoint_every",
     "train.keep_last",
@@ -67,14 +71,7 @@ class Stage:
 
 
 STAGES = (
-    Stage(
-        "tokenizer",
-        tokenizer.run,
-        ("tokenizer.", "data.source", "data.val_fraction", "model.vocab_size"),
-        (),
-        ("tokenizer/tokenizer.json",),
-        True,
-    ),
+    Stage("tokenizer", tokenizer.run, tokenizer.READS, (), ("tokenizer/tokenizer.json",), True),
     Stage(
         "prepare",
         prepare.run,

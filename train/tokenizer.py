@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.config import Config
-from jaxchat.data.corpus import iterate_documents
+from jaxchat.data.corpus import interleaved, iterate_documents, open_corpus
 from jaxchat.errors import UsageError
 from jaxchat.log import progress, say
 from jaxchat.paths import RunDir
 from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
 
+READS = ("tokenizer.", "data.source", "data.val_fraction", "data.text_bytes", "data.encoding", "model.vocab_size")
 SAMPLE_DOCUMENTS = 2000  # of the held-out text, to measure the compression
 
 
@@ -30,13 +31,13 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         for key, value in (("train_chars", options.train_chars), ("doc_chars", options.doc_chars)):
             if value < 1:
                 raise UsageError(f"tokenizer.{key}: must be at least 1, not {value}")
-        documents = iterate_documents(data.source, "train", data.val_fraction)
+        documents = interleaved(open_corpus(data), "train", data.val_fraction)
         with progress("tokenizer", None) as bar:
             tokenizer = train_tokenizer(
                 bar.track(documents), config.model.vocab_size, options.train_chars, options.doc_chars
             )
     tokenizer.save(run.tokenizer)
-    sample = list(itertools.islice(iterate_documents(data.source, "val", data.val_fraction), SAMPLE_DOCUMENTS))
+    sample = list(itertools.islice(iterate_documents(data, "val"), SAMPLE_DOCUMENTS))
     tokens = sum(len(ids) for ids in tokenizer.encode_batch(sample))
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in sample)
     facts = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import bisect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -20,12 +22,14 @@ LAST_STEP = 2**40  # never reached
 class Batches:
     """Batches `{"inputs", "targets": int32, "weights": float32}`, each (A, B, T): A micro-batches of B rows.
 
-    Rows come in a global shuffle by `seed`, another one every epoch, without end.
+    Rows come in a global shuffle by `seed`, another one every epoch, without end; of a mixture as `Mixture` says.
     """
 
     def __init__(self, rows: Rows, batch_rows: int, grad_accum: int, seed: int, shuffle: bool = True):
         # the order is of row numbers, so that a batch is read with one indexing instead of row by row
-        numbers = grain.MapDataset.range(len(rows)).seed(seed % 2**32)
+        sources = rows.meta.get("sources", ())
+        self._mixture = Mixture(sources, seed) if len(sources) > 1 else None
+        numbers = grain.MapDataset.range(epoch_rows(rows)).seed(seed % 2**32)
         self._numbers = (numbers.shuffle() if shuffle else numbers).repeat()
         self._rows = rows
         self._shape = (grad_accum, batch_rows, rows.meta["row_len"] - 1)
@@ -38,7 +42,10 @@ class Batches:
         """Those rows of every micro-batch of one step."""
         grad_accum, batch_rows, _ = self._shape
         first = step * grad_accum * batch_rows
-        picked = [self._numbers[int(first + a * batch_rows + b)] for a in range(grad_accum) for b in columns]
+        places = [int(first + a * batch_rows + b) for a in range(grad_accum) for b in columns]
+        picked = [self._numbers[place] for place in places]
+        if self._mixture:
+            picked = [self._mixture.row(place, number) for place, number in zip(places, picked, strict=True)]
         arrays = zip(("inputs", "targets", "weights"), self._rows.shifted(np.array(picked)), strict=True)
         return {name: array.reshape(grad_accum, len(columns), -1) for name, array in arrays}
 
@@ -52,6 +59,40 @@ class Batches:
         steps = grain.MapDataset.range(start, LAST_STEP).map(lambda step: self._load(step, columns))
         for batch in iter(steps.to_iter_dataset(options)):
             yield batch if sharding is None else place(batch, sharding, self._shape, columns)
+
+
+def epoch_rows(rows: Rows) -> int:
+    """Rows of one pass: all of them, or, of a mixture, as many as it takes for every row of every source to come."""
+    sources = rows.meta.get("sources", ())
+    return Mixture(sources, 0).size if len(sources) > 1 else len(rows)
+
+
+class Mixture:
+    """Rows of several sources, each with its share of every epoch; one permutation of numbers, one integer of position.
+
+    The source that has the most rows for its share is read once an epoch, the others as often as their shares ask:
+    number n of the epoch's `size` stands for a source, and for a place in an endless sequence of that source's rows,
+    which goes through all of them, in another order each time, before one comes again.
+    """
+
+    def __init__(self, sources: Sequence[Mapping[str, Any]], seed: int):
+        longest = max(source["rows"] / source["weight"] for source in sources)
+        counts = [max(1, round(longest * source["weight"])) if source["rows"] else 0 for source in sources]
+        self.size = sum(counts)
+        self._ends = list(itertools.accumulate(counts))
+        self._counts = counts
+        self._firsts = [0, *itertools.accumulate(source["rows"] for source in sources)]
+        self._rows: dict[int, Any] = {
+            i: grain.MapDataset.range(source["rows"]).seed((seed + 1 + i) % 2**32).shuffle().repeat()
+            for i, source in enumerate(sources)
+            if counts[i]
+        }
+
+    def row(self, place: int, number: int) -> int:
+        """The row at a place of the whole order, which the permutation of its epoch made `number`."""
+        i = bisect.bisect_right(self._ends, number)
+        within = number - (self._ends[i] - self._counts[i])
+        return self._firsts[i] + self._rows[i][place // self.size * self._counts[i] + within]
 
 
 def own_columns(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray:

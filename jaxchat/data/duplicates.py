@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -38,22 +37,24 @@ class Seen:
 
 
 class Distinct:
-    """Iterates over documents, counting in `found` those that came before, and leaving them out where `drop`.
+    """Counts in `found` the documents that came before, letter for letter, and leaves them out where `drop`.
 
     Two documents are the same where 64 bits of their SHA-256 are: among 100 million different ones that is wrong once
     in some thousand corpora.
     """
 
-    def __init__(self, documents: Iterable[str], drop: bool):
-        self._documents, self._drop, self.found = documents, drop, 0
-
-    def __iter__(self) -> Iterator[str]:
-        seen = Seen()
+    def __init__(self, drop: bool):
+        self._seen, self._drop = Seen(), drop
         self.found = 0
-        for document in self._documents:
-            digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
-            if seen.add(int.from_bytes(digest[:8], "big")):
+        self.kept, self.kept_tokens = 0, 0
+
+    def documents(self, hashed: Iterable[tuple[np.ndarray, int]]) -> Iterator[np.ndarray]:
+        """The token arrays of (tokens, hash); may be called for one source after the other."""
+        for tokens, number in hashed:
+            if self._seen.add(number):
                 self.found += 1
                 if self._drop:
                     continue
-            yield document
+            self.kept += 1
+            self.kept_tokens += len(tokens)
+            yield tokens

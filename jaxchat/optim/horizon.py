@@ -13,6 +13,7 @@ from jaxchat.toml import flatten
 
 REFERENCE_BATCH = 2**19  # tokens a step: where nanochat tuned its rates, at depth 12
 SMALL_BATCH_POWER = 0.125  # of the rate below that batch; see `rate_scale`
+BYTES_PER_TOKEN = 5  # of text: 4.6 to 4.8 with 32,768 tokens on web text, less with fewer; the rest is reserve
 ADAMW = {"weight_decay": 0.1, "warmup_steps": 200, "warmdown_ratio": 1.0, "final_lr": 0.1, "grad_clip": 1.0}
 
 
@@ -34,6 +35,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.rotary_base": (1, INFINITE),
     "model.qk_scale": (0, INFINITE),
     "data.val_fraction": (0, 0.9),
+    "data.text_bytes": (0, INFINITE),
+    "data.workers": (1, INFINITE),
     "train.steps": (1, INFINITE),
     "train.token_ratio": (1e-6, INFINITE),
     "train.batch_tokens": (1, INFINITE),
@@ -100,6 +103,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "serve.drain_seconds": (0, 86_400),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
+    "data.engine": ("local", "ray"),
     "train.compute_dtype": ("auto", "float32", "bfloat16", "float16"),
     "train.matmul": ("plain", "fp8"),
     "train.remat": ("none", "names", "dots", "full"),
@@ -135,7 +139,10 @@ def resolve(config: Config) -> Config:
     optim = _resolve_optim(config, model, train.batch_tokens, train.steps * train.batch_tokens)
     sft = fill(config.sft, {"batch_tokens": train.batch_tokens})
     _check_batch("sft.batch_tokens", sft.batch_tokens, model.seq_len)
-    return dataclasses.replace(config, model=model, train=train, optim=optim, sft=sft)
+    data = config.data
+    if "hf:" in data.source:  # of files at hand everything is read
+        data = fill(data, {"text_bytes": train.steps * train.batch_tokens * BYTES_PER_TOKEN})
+    return dataclasses.replace(config, model=model, data=data, train=train, optim=optim, sft=sft)
 
 
 def _check_batch(key: str, tokens: int, seq_len: int) -> None:
@@ -197,6 +204,7 @@ def derivations(given: Config, resolved: Config) -> dict[str, str]:
         "model.n_heads": "width / head width",
         "model.n_kv_heads": "as many as query heads",
         "model.window_short": "a quarter of the context, up to a multiple of 128",
+        "data.text_bytes": f"tokens of the horizon x {BYTES_PER_TOKEN}",
         "train.batch_tokens": "2^19 (tokens / tokens of d12)^0.383, a power of two; 2^19 for classic",
         "train.steps": "token_ratio x scaling parameters / batch_tokens",
         "optim.lr_scale": "(batch / 2^19)^(1/2), below 2^19 tokens ^(1/8)",

@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import http.client
 import json
-import re
 import shutil
 import tempfile
 import urllib.error
@@ -19,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from jaxchat.data.hub import Hub
 from jaxchat.errors import DataError
-from jaxchat.log import progress, say
-from jaxchat.paths import locked, read_json, sha256_file, write_json
+from jaxchat.log import progress
+from jaxchat.paths import locked, sha256_file, write_json
 
 TIMEOUT = 30.0  # seconds without an answer from a server
 PIECE = 1 << 20  # bytes read at once
@@ -81,9 +81,10 @@ class TaskFiles:
             raise MissingData(_advice(patterns, source, self.data_dir, ""))
         try:
             if isinstance(source, HubFiles):
-                return _from_hub(source, self.cache / source.repo.replace("/", "--") / source.revision)
+                hub = Hub(source.repo, source.revision, self.cache)
+                return [hub.get(name) for name in source.files]
             folder = _from_archive(source, self.cache / PurePosixPath(source.url).stem)
-        except (OSError, ValueError, zipfile.BadZipFile, http.client.HTTPException) as error:
+        except (OSError, ValueError, DataError, zipfile.BadZipFile, http.client.HTTPException) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise MissingData(_advice(patterns, source, self.data_dir, first)) from None
         if found := _first_match(folder, patterns):
@@ -176,53 +177,6 @@ def _advice(patterns: Sequence[str], source: HubFiles | Archive | None, data_dir
     elif source:
         text += f"; unpack {source.url}"
     return f"{text} and {where}" + (f" (the download failed: {why})" if why else "")
-
-
-def _from_hub(source: HubFiles, folder: Path) -> list[Path]:
-    """Download what `folder` lacks; every file is compared with the size and the SHA-256 that the hub names."""
-    paths = [folder / name for name in source.files]
-    marks = [path.with_name(f"{path.name}.verified.json") for path in paths]
-    if not all(path.is_file() and mark.is_file() for path, mark in zip(paths, marks, strict=True)):
-        with locked(folder.with_name(f"{folder.name}.lock")):
-            try:
-                commit = _commit(source, folder)
-                for name, path, mark in zip(source.files, paths, marks, strict=True):
-                    if not (path.is_file() and mark.is_file()):
-                        write_json(mark, _fetch_file(source.repo, commit, name, folder) | {"commit": commit})
-            except OSError:
-                raise
-            except Exception as error:  # beside the hub's own errors those of its HTTP library, which changed before
-                raise ValueError(str(error) or type(error).__name__) from None
-    return paths
-
-
-def _commit(source: HubFiles, folder: Path) -> str:
-    """The commit to take all files from, the same one if an earlier download was cut off."""
-    from huggingface_hub import HfApi
-
-    if re.fullmatch("[0-9a-f]{40}", source.revision):
-        return source.revision
-    kept = folder / "commit.json"
-    if not kept.is_file():
-        write_json(kept, HfApi().dataset_info(source.repo, revision=source.revision).sha)
-    return read_json(kept)
-
-
-def _fetch_file(repo: str, commit: str, name: str, folder: Path) -> dict[str, Any]:
-    """One file, resumed where an earlier try stopped; `ValueError` if it is not the one that the hub names."""
-    from huggingface_hub import HfApi, hf_hub_download
-
-    say(f"  downloading {repo} {name}")
-    found = HfApi().get_paths_info(repo, [name], revision=commit, repo_type="dataset")
-    if not found:
-        raise ValueError(f"commit {commit[:8]} has no {name}")
-    path = Path(hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=folder))
-    size, lfs = found[0].size, found[0].lfs  # type: ignore[union-attr]
-    digest = sha256_file(path)
-    if path.stat().st_size != size or (lfs is not None and digest != lfs.sha256):
-        path.unlink()
-        raise ValueError(f"{name}: came damaged; it was thrown away, try again")
-    return {"sha256": digest, "size": size, "compared_with": "sha256" if lfs else "size"}
 
 
 def _from_archive(source: Archive, folder: Path) -> Path:

@@ -15,6 +15,7 @@ from jaxchat.tasks.files import NO_FILES, TaskFiles
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.humaneval import HumanEval
 from jaxchat.tasks.identity import Identity
+from jaxchat.tasks.lottery import Lottery
 from jaxchat.tasks.mmlu import MMLU
 from jaxchat.tasks.smoltalk import SmolTalk
 from jaxchat.tasks.spelling_bee import SpellingBee
@@ -33,6 +34,7 @@ TASKS: dict[str, Callable[[TaskFiles], Task]] = {
     "humaneval": HumanEval,
     "spelling_bee": lambda files: SpellingBee(),
     "arithmetic": lambda files: Arithmetic(),
+    "lottery": lambda files: Lottery(),
 }
 
 

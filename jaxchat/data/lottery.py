@@ -1,0 +1,138 @@
+"""Sessions of a lottery machine: what goes in, what comes out, and the working between; every one can be checked.
+
+A ticket costs 1,000 and holds six different numbers from 1 to 45. Prizes go by how many of them were drawn; five and
+the bonus number are a rank of their own. The yield is the sum of prizes over the price of the tickets, in per cent,
+rounded to one decimal, halves up. Rules and prizes are those of a well-known programming exercise on Korea's lottery.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+PRICE = 1_000
+NUMBERS, DRAWN = 45, 6
+MOST_TICKETS = 5
+# rank -> prize, smallest first; the rank stands in the output as written here
+PRIZES = {
+    "3": 5_000,
+    "4": 50_000,
+    "5": 1_500_000,
+    "5+bonus": 30_000_000,
+    "6": 2_000_000_000,
+}
+FIELDS = ("tickets", *PRIZES, "yield")
+DOCUMENTS = 20_000  # of `synthetic:lottery` without a count
+HELD_OUT_ONE_IN = 10  # outcomes (tickets and how many of each rank)
+
+# how many of a ticket's numbers are drawn: chance alone would make nearly all of them 0 or 1, and nothing to learn
+HITS = ("0", "1", "2", "3", "4", "5", "5+bonus", "6")
+HIT_WEIGHTS = (3, 3, 3, 4, 4, 3, 3, 3)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One customer: tickets as drawn (not sorted), the six winning numbers and the bonus number."""
+
+    tickets: tuple[tuple[int, ...], ...]
+    winning: tuple[int, ...]
+    bonus: int
+
+    @property
+    def amount(self) -> int:
+        return PRICE * len(self.tickets)
+
+    def rank(self, ticket: tuple[int, ...]) -> str:
+        """A key of `PRIZES`, or "" where the ticket wins nothing."""
+        hits = len(set(ticket) & set(self.winning))
+        found = "5+bonus" if hits == 5 and self.bonus in ticket else str(hits)
+        return found if found in PRIZES else ""
+
+    def fields(self) -> dict[str, str]:
+        """What the machine must say, by the names of `FIELDS`."""
+        ranks = [self.rank(ticket) for ticket in self.tickets]
+        counts = {rank: ranks.count(rank) for rank in PRIZES}
+        prize = sum(PRIZES[rank] * count for rank, count in counts.items())
+        tenths = (2 * 1_000 * prize + self.amount) // (2 * self.amount)  # whole numbers: no float rounds 0.05 down
+        written = {rank: str(count) for rank, count in counts.items()}
+        return {"tickets": str(len(self.tickets)), **written, "yield": f"{tenths // 10:,}.{tenths % 10}%"}
+
+    def outcome(self) -> str:
+        """Number of tickets and how many of each rank: all that the yield depends on."""
+        return " ".join(value for name, value in self.fields().items() if name != "yield")
+
+    def question(self) -> str:
+        """What goes in: amount, tickets, winning numbers, bonus number."""
+        lines = [f"paid {self.amount:,}", *(_numbers(ticket) for ticket in self.tickets)]
+        return "\n".join([*lines, f"drawn {_numbers(self.winning)}", f"bonus {self.bonus}"])
+
+    def answer(self, working: bool = True) -> str:
+        """What comes out; with the working, every ticket again: + drawn, * bonus number, - neither, and the hits."""
+        fields = self.fields()
+        lines = [f"tickets: {fields['tickets']}"]
+        for ticket in self.tickets if working else ():
+            marks = "".join(f"{n}{'+' if n in self.winning else '*' if n == self.bonus else '-'}" for n in ticket)
+            lines.append(f"{marks} {self._hits(ticket)}")
+        lines += [f"{rank}: {fields[rank]}" for rank in PRIZES]
+        return "\n".join([*lines, f"yield: {fields['yield']}"])
+
+    def _hits(self, ticket: tuple[int, ...]) -> str:
+        hits = len(set(ticket) & set(self.winning))
+        return "5+bonus" if hits == 5 and self.bonus in ticket else str(hits)
+
+
+def read_answer(text: str) -> dict[str, str]:
+    """The fields found in a machine's answer; the last one where a field stands twice, "" where it is missing."""
+    found = dict.fromkeys(FIELDS, "")
+    for line in text.splitlines():
+        if match := re.fullmatch(r"\s*([\w+]+):\s*(\S+)\s*", line):
+            found |= {match[1]: match[2]} if match[1] in found else {}
+    return found
+
+
+def random_session(rng: random.Random, held_out: bool | None = None) -> Session:
+    """A session of 1 to `MOST_TICKETS` tickets; `held_out`: only of outcomes that are (not) kept for the exam."""
+    while True:
+        drawn = rng.sample(range(1, NUMBERS + 1), DRAWN + 1)
+        winning, bonus = tuple(drawn[:-1]), drawn[-1]
+        hits = rng.choices(HITS, HIT_WEIGHTS, k=rng.randint(1, MOST_TICKETS))
+        session = Session(tuple(_ticket(rng, winning, bonus, h) for h in hits), winning, bonus)
+        if held_out is None or is_held_out(session) == held_out:
+            return session
+
+
+def is_held_out(session: Session) -> bool:
+    """True for outcomes that no training session has. Those of a single ticket are all trained: there are only six."""
+    digest = hashlib.sha256(session.outcome().encode()).digest()
+    return len(session.tickets) > 1 and digest[0] * HELD_OUT_ONE_IN < 256
+
+
+def sessions(count: int, seed: int) -> Iterator[Session]:
+    """`count` training sessions, always the same for the same seed."""
+    rng = random.Random(f"lottery {seed}")
+    for _ in range(count):
+        yield random_session(rng, held_out=False)
+
+
+def documents(count: int, seed: int = 0) -> Iterator[str]:
+    """Sessions as pretraining text: what goes in, an empty line, what comes out."""
+    for session in sessions(count, seed):
+        yield f"{session.question()}\n\n{session.answer()}"
+
+
+def _ticket(rng: random.Random, winning: tuple[int, ...], bonus: int, hits: str) -> tuple[int, ...]:
+    others = [n for n in range(1, NUMBERS + 1) if n not in winning and n != bonus]
+    count = int(hits[0])
+    numbers = rng.sample(winning, count)
+    with_bonus = hits == "5+bonus" or (count < 5 and rng.random() < 0.15)
+    numbers += [bonus] if with_bonus else []
+    numbers += rng.sample(others, DRAWN - len(numbers))
+    rng.shuffle(numbers)
+    return tuple(numbers)
+
+
+def _numbers(numbers: tuple[int, ...]) -> str:
+    return " ".join(map(str, numbers))

@@ -1,0 +1,147 @@
+"""A real HTTP server on loopback that speaks the hub's routes for one data set, and misbehaves where told to."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import re
+import threading
+import time
+import urllib.parse
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeHub:
+    """`files`: path -> bytes. `faults`: path (or "api") -> what the next requests for it get, one after another:
+
+    "429" (with `retry_after`), "500", "404", "drop" (half of the body, then silence and a closed connection), "wrong"
+    (bytes flipped), "slow" (a piece every `pause` seconds), "ok".
+    """
+
+    def __init__(self, files, repo="someone/texts"):
+        self.files, self.repo, self.faults, self.asked = dict(files), repo, {}, []
+        self.retry_after, self.pause, self.small, self.lie = 0, 0.05, set(), False
+        self._server, self.gone = None, False
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self):
+        hub = self
+
+        class Handler(_Handler):
+            pass
+
+        Handler.hub = hub
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Gone: the next request finds nobody."""
+        self.gone = True
+        self._server.shutdown()
+        self._server.server_close()
+
+    def digest(self, name):
+        return "f" * 64 if self.lie else hashlib.sha256(self.files[name]).hexdigest()
+
+    def tree(self):
+        entries = [{"type": "directory", "path": "folder", "oid": "0" * 40}]
+        for name, content in self.files.items():
+            entry = {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+            if name not in self.small:  # small files lie in git itself and have no digest of their own
+                entry["lfs"] = {"oid": self.digest(name), "size": len(content), "pointerSize": 130}
+            entries.append(entry)
+        return entries
+
+    def gets(self, name):
+        """(method, range) of the requests for a file's content."""
+        return [(method, reach) for method, path, reach in self.asked if path.endswith(f"/{name}") and method == "GET"]
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.answer()
+
+    do_HEAD = do_GET
+
+    def answer(self):
+        if self.hub.gone:  # a connection from before
+            self.close_connection = True
+            return self.connection.close()
+        path = urllib.parse.unquote(self.path.split("?")[0])
+        self.hub.asked.append((self.command, path, self.headers.get("Range")))
+        if path.startswith("/api/"):
+            return self.api(path)
+        match = re.fullmatch(rf"/datasets/{self.hub.repo}/resolve/{COMMIT}/(.+)", path)
+        if match is None or match[1] not in self.hub.files:
+            return self.send(b"", 404, X_Error_Code="EntryNotFound")
+        return self.file(match[1])
+
+    def fault(self, name):
+        waiting = self.hub.faults.get(name)
+        return waiting.pop(0) if waiting else "ok"
+
+    def api(self, path):
+        if (fault := self.fault("api")) != "ok":
+            return self.send(b"{}", int(fault), Retry_After=str(self.hub.retry_after))
+        if path.startswith(f"/api/datasets/{self.hub.repo}/revision/"):
+            revision = path.rsplit("/", 1)[1]
+            if revision not in ("main", "v1", COMMIT):
+                return self.send(b"{}", 404, X_Error_Code="RevisionNotFound")
+            return self.json({"id": self.hub.repo, "sha": COMMIT})
+        if path == f"/api/datasets/{self.hub.repo}/tree/{COMMIT}":
+            return self.json(self.hub.tree())
+        return self.send(b"{}", 404, X_Error_Code="RepoNotFound")
+
+    def file(self, name):
+        content = self.hub.files[name]
+        headers = {"X_Repo_Commit": COMMIT, "ETag": f'"{self.hub.digest(name)}"', "Accept_Ranges": "bytes"}
+        if self.command == "HEAD":
+            return self.send(content, **headers)
+        fault = self.fault(name)
+        if fault.isdigit():
+            return self.send(b"", int(fault), Retry_After=str(self.hub.retry_after))
+        if fault == "wrong":
+            content = bytes(b ^ 1 for b in content)
+        code, start = 200, 0
+        if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+            code, start = 206, int(found[1])
+            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        return self.send(content[start:], code, fault, **headers)
+
+    def json(self, value):
+        self.send(json.dumps(value).encode(), Content_Type="application/json")
+
+    def send(self, body, code=200, fault="ok", **headers):
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault == "drop":
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.close()
+        elif fault == "slow":
+            for i in range(0, len(body), max(1, len(body) // 8)):
+                self.wfile.write(body[i : i + max(1, len(body) // 8)])
+                self.wfile.flush()
+                time.sleep(self.hub.pause)
+        else:
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
