@@ -49,7 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tiers", action="store_true", help="list the tiers with hardware, time and cost")
     parser.add_argument("--config", metavar="FILE", help="repeat a run from its saved config.toml")
     parser.add_argument("--run-dir", metavar="DIR", help="default runs/<tier>; alone, the run's own config is taken")
-    parser.add_argument("--data", metavar="SOURCE", help="pretraining text: files:GLOB or chitchat")
+    parser.add_argument("--data", metavar="SOURCE", help="pretraining text: files:GLOB, hf:REPO, chitchat ...")
+    parser.add_argument("--cache-dir", metavar="DIR", help="downloads that all runs share (default ~/.cache/jaxchat)")
     parser.add_argument("--stages", metavar="A,B", help="only these stages")
     parser.add_argument("--from", dest="start", metavar="STAGE", help="this stage and those after it")
     parser.add_argument("--set", action="append", default=[], metavar="K=V", help="any config key; may be repeated")
@@ -97,19 +98,22 @@ def prepare_plan(target: str) -> None:
 def resolve_arguments(args: argparse.Namespace) -> tuple[Config, RunDir, dict[str, str]]:
     """(resolved configuration, run directory, why each derived key has its value)."""
     from jaxchat.optim.horizon import derivations, resolve
+    from train.sizing import sized
 
     given = given_config(args)
-    config = resolve(given)
+    config = resolve(sized(given))
     return config, RunDir(args.run_dir or Path("runs") / config.tier), derivations(given, config)
 
 
 def given_config(args: argparse.Namespace, default: str = "nano") -> Config:
     """What the tier's file and the arguments say, nothing derived yet."""
     source: str | Path = args.config or args.tier or default
-    if args.run_dir and not args.tier and not args.config and RunDir(args.run_dir).config.exists():
-        source = RunDir(args.run_dir).config
+    own = RunDir(args.run_dir or Path("runs") / (args.tier or default)).config
+    talking = args.chat or args.serve  # to what is finished, whatever became of its text since
+    if not args.config and own.exists() and (talking or (args.run_dir and not args.tier)):
+        source = own
     overrides = list(args.set)
-    for key, value in (("data.source", args.data), ("serve.host", args.host)):
+    for key, value in (("data.source", args.data), ("data.cache_dir", args.cache_dir), ("serve.host", args.host)):
         if value is not None:
             overrides.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
     for key, value in (("seed", args.seed), ("serve.port", args.port)):

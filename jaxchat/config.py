@@ -49,6 +49,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TokenizerConfig:
     path: str = ""  # an existing tokenizer.json; empty: train one
+    normalize: str = "none"  # of a trained one: "none" | "nfc" (letters and their marks composed into one character)
     train_chars: int = 2_000_000_000  # characters of the training text that BPE sees
     doc_chars: int = 10_000  # of one document at most, so that a few giants do not decide the merges
 
@@ -60,6 +61,7 @@ class DataConfig:
     mirror: str = ""  # a folder that holds the hub's files
     cache_dir: str = "~/.cache/jaxchat"  # downloads, shared by all runs
     encoding: str = "auto"  # of text files: "auto" (by byte order mark, else UTF-8) | Python's name of one
+    size_model: bool = False  # fit what is -1 of model and steps to the amount of text (`train/sizing.py`)
     val_fraction: float = 0.01  # of documents, chosen by a hash of their text
     dedup: bool = False  # leave out documents that came before, letter for letter
     shard_tokens: int = 100_000_000  # tokens in one token shard, at most
@@ -113,6 +115,7 @@ class SftConfig:
     warmdown_ratio: float = 0.5
     batch_tokens: int = -1
     eval_every: int = 0
+    identity: str = ""  # an identity.toml: who the model is (`tasks/persona.py`); empty: jaxchat
     exam_cases: int = 0  # questions of each chat exam at every evaluation
 
 
@@ -142,6 +145,10 @@ class EvalConfig:
     rows: int = 2048  # held-out rows at most for the final bits per byte
     batch_rows: int = 32  # engine slots and rows per scoring batch
     sample_tokens: int = 64
+    sample_prompts: int = 5  # openings of held-out texts that a base model continues
+    chat_prompts: tuple[str, ...] = ()  # questions in a chat model's samples; empty: English ones
+    sample_temperatures: tuple[float, ...] = (0.0, 0.8)
+    copied: bool = False  # search the training text for the longest passage that the base model repeats
     samples: int = 0  # drawn answers to each written question, for pass@1 to pass@k; 0: only the one at temperature 0
     temperature: float = 0.8  # of those
     overlap_documents: int = 100_000  # training documents searched for the exams' text; -1: all, 0: none
@@ -164,6 +171,7 @@ class TasksConfig:
 class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
+    language: str = "auto"  # of the page: "auto" (the browser's) | "en" | "ko"
     api_keys: tuple[str, ...] = ()  # whoever brings none of them is refused; empty: everybody is served
     slots: int = 8  # answers made at once
     weights: str = "auto"  # auto, float32, bfloat16 or int8

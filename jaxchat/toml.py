@@ -108,11 +108,11 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
     if isinstance(hint, types.UnionType):
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     if typing.get_origin(hint) is tuple:
-        if isinstance(value, str):  # --set serve.api_keys=one
-            value = [value]
-        if isinstance(value, list) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-        raise UsageError(f"{key}: needs a list of strings, not {value!r}")
+        item = typing.get_args(hint)[0]
+        values = value if isinstance(value, list) else [value]  # --set serve.api_keys=one
+        if any(type(v) is not item and not (item is float and type(v) is int) for v in values):
+            raise UsageError(f"{key}: needs a list of {'strings' if item is str else 'numbers'}, not {value!r}")
+        return tuple(_convert(key, item, v) for v in values)
     if hint is float and type(value) is int:
         value = float(value)
     if type(value) is not hint:

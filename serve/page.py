@@ -22,7 +22,7 @@ from serve.fitting import fitting_request
 from serve.limits import Keys, Rates, key_name
 from serve.page_card import model_card
 from serve.page_view import BREAK, Messages, TokenSpans, show, spoken, turn, turns_before
-from serve.texts import EXAMPLES, LOGIN, TEXTS
+from serve.texts import EXAMPLES, LOGIN, texts
 from serve.worker import Unavailable, Worker
 
 t = I18nData  # a text by its name, in the language of the browser
@@ -59,10 +59,9 @@ THEME = gr.themes.Base(
     button_secondary_border_color="#7c8997", button_secondary_border_color_dark="#667585",
     button_primary_text_color="#ffffff", button_primary_text_color_dark="#0b1512",
     button_border_width="1px", block_border_width="0px", block_shadow="none", block_shadow_dark="none",
-    slider_color="#0f766e", slider_color_dark="#4fb8ad",
     checkbox_background_color_selected="#0f766e", checkbox_background_color_selected_dark="#2b8f86",
     checkbox_border_color="#7c8997", checkbox_border_color_dark="#667585",
-    error_text_color="#b42318", error_text_color_dark="#f79a90",
+    error_text_color="#b42318", error_text_color_dark="#f79a90", slider_color="#0f766e", slider_color_dark="#4fb8ad",
 )  # fmt: skip
 
 
@@ -87,6 +86,7 @@ def mounted_page(
         return names.get(request.username or "") or (request.client.host if request.client else "")
 
     guard: dict[str, Any] = {"auth": login, "auth_message": LOGIN} if keys else {}
+    found = texts(config.serve.language)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     return gr.mount_gradio_app(
         app,
@@ -94,7 +94,7 @@ def mounted_page(
         path="",
         server_name=config.serve.host,
         server_port=config.serve.port,
-        i18n=gr.I18n(**{language: words | markup(run, config, words) for language, words in TEXTS.items()}),
+        i18n=gr.I18n(**{name: words | markup(run, config, words) for name, words in found.items()}),
         theme=THEME,
         css=CSS,
         head=HEAD,
@@ -130,7 +130,7 @@ def build_page(
             new = gr.Button(t("new_chat"), elem_id="new", size="sm", scale=0)
         with gr.Row(elem_id="main"):
             with gr.Column(scale=3, min_width=300, elem_id="talk"):
-                chatbot, box, status = chat_column()
+                chatbot, box, status = chat_column(config.eval.chat_prompts or EXAMPLES)
             with gr.Column(scale=1, min_width=250, elem_id="side"):
                 settings = settings_column(config)
 
@@ -172,7 +172,7 @@ def build_page(
     return page
 
 
-def chat_column() -> tuple[gr.Chatbot, gr.Textbox, gr.HTML]:
+def chat_column(examples: Sequence[str] = EXAMPLES) -> tuple[gr.Chatbot, gr.Textbox, gr.HTML]:
     """The conversation, what is typed, and a small line below."""
     chatbot = gr.Chatbot(
         elem_id="chat",
@@ -184,7 +184,7 @@ def chat_column() -> tuple[gr.Chatbot, gr.Textbox, gr.HTML]:
         min_height="14rem",
         editable="user",
         placeholder=t("greeting"),  # type: ignore[arg-type]
-        examples=[{"text": text} for text in EXAMPLES],
+        examples=[{"text": text} for text in examples],
     )
     box = gr.Textbox(
         label=t("placeholder"), placeholder=t("placeholder"), show_label=False, container=False, max_lines=6,

@@ -78,3 +78,9 @@ TEXTS = {
 }
 EXAMPLES = ["hello", "who are you?", "Tom has 12 apples and buys 30 more. How many?", "what do you like to do?"]
 LOGIN = "Any name will do; the password is an API key. 이름은 아무것이나, 비밀번호는 API 키입니다."
+
+
+def texts(language: str) -> dict[str, dict[str, str]]:
+    """The page's words by the language of the browser: in that language, or all in the one of `serve.language`."""
+    fixed = TEXTS.get(language)
+    return {name: fixed or words for name, words in TEXTS.items()}

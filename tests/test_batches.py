@@ -119,7 +119,7 @@ SOURCES = (
     {"rows": 30, "weight": 0.5},
     {"rows": 5, "weight": 0.25},
     {"rows": 15, "weight": 0.25},
-    {"rows": 0, "weight": 0},
+    {"rows": 0, "weight": 0.2},
 )
 
 

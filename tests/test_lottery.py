@@ -68,7 +68,8 @@ def test_what_goes_in_and_what_comes_out():
     session = Session((TICKETS["5+bonus"], TICKETS["3"]), WINNING, BONUS)
     assert session.question() == "paid 2,000\n7 1 2 3 4 5\n1 2 3 14 15 7\ndrawn 1 2 3 4 5 6\nbonus 7"
     assert session.answer() == (
-        "tickets: 2\n7*1+2+3+4+5+ 5+bonus\n1+2+3+14-15-7* 3\n3: 1\n4: 0\n5: 0\n5+bonus: 1\n6: 0\nyield: 1,500,250.0%"
+        "tickets: 2\n7*1+2+3+4+5+ 5+bonus\n1+2+3+14-15-7* 3\n3: 1\n4: 0\n5: 0\n5+bonus: 1\n6: 0\nprize: 30,005,000\n"
+        "yield: 1,500,250.0%"
     )
     for working in (True, False):
         assert read_answer(session.answer(working)) == session.fields()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from jaxchat.checkpoint import params_sha256, trained_params
 from jaxchat.config import Config
+from jaxchat.data.corpus import iterate_documents
 from jaxchat.data.rows import Rows
 from jaxchat.errors import DataError
 from jaxchat.log import say
@@ -19,15 +21,17 @@ from jaxchat.model import gpt
 from jaxchat.paths import RunDir, atomic_write, read_json, write_json
 from jaxchat.tasks.base import ChoiceTask, Task, WrittenTask
 from jaxchat.tasks.core import CORE_TASKS, Core
-from jaxchat.tasks.files import MissingData, TaskFiles
+from jaxchat.tasks.files import MissingData, TaskFiles, identity_digest, listing
 from jaxchat.tasks.humaneval import open_sandbox
 from jaxchat.tasks.registry import TASKS, get_task
 from jaxchat.text.tokenizer import Tokenizer
+from train.copying import LONG, copied_passages
 from train.exams import Model, Scores, capped, core_summary, digest
 from train.report_exams import exam_table, standing
-from train.samples import CHAT_PROMPTS, held_out_openings, samples
+from train.samples import CHAT_PROMPTS, held_out_openings, samples, written
 
 STAGES = ("base", "sft", "rl")
+COPY_TEXTS = 20  # written to see what is by heart
 AUTO = "auto"
 GENERATED = ("word_problems", "identity")  # "auto": these, and the following where their data is at hand
 WITH_DATA = ("core", "mmlu", "arc_easy", "arc_challenge", "gsm8k", "humaneval")
@@ -78,6 +82,11 @@ def check(config: Config) -> None:
             open_sandbox("strict")
 
 
+def looks(config: Config) -> str:
+    """What the exams find outside the run: the mirror's files, the identity file."""
+    return listing(config.tasks.data_dir) + identity_digest(config)
+
+
 def exam_tasks(config: Config) -> Iterator[tuple[Task, bool]]:
     """The tasks of `eval.exams`, and of each whether it is left out silently where its data is not at hand."""
     seen: set[str] = set()
@@ -86,7 +95,7 @@ def exam_tasks(config: Config) -> Iterator[tuple[Task, bool]]:
         for name in names:
             if name not in seen:
                 seen.add(name)
-                files = TaskFiles(config.tasks.data_dir, entry != AUTO, sandbox=config.tasks.sandbox)
+                files = TaskFiles.of(config, download=entry != AUTO)
                 yield get_task(name, files), entry == AUTO
 
 
@@ -132,12 +141,30 @@ class Examiner:
             except DataError as error:
                 if not (optional and isinstance(error, MissingData)):
                     self._not_run(task.name, str(error))
+        if self.stage == "base" and self.config.eval.copied:
+            self._copied()
         tasks = self._record["tasks"]
         if (mean := chat_core(tasks)) is not None:
             self._record["chatcore"] = mean
             say(f"  {self.stage:<5} ChatCORE {mean:.4f}")
         write_json(self._path, self._record)
         return tasks
+
+    def _copied(self) -> None:
+        """Passages that the model's own texts share with the training text."""
+        found = self._kept.get("copied")
+        if found is None:
+            rows = Rows(self.model.run.data / "rows" / "val", verify=False)
+            texts = written(self.model.engine, held_out_openings(rows, self.model.tokenizer, COPY_TEXTS))
+            documents = iterate_documents(self.config.data, "train")
+            limit = self.config.eval.overlap_documents
+            found = copied_passages(texts, itertools.islice(documents, limit if limit >= 0 else None))
+        self._record["copied"] = found
+        say(
+            f"  {self.stage:<5} {'copied':<14} the longest passage by heart has {found['longest']:,} characters; "
+            f"{found['share']:.1%} of {found['texts']} texts is in passages of {LONG} bytes and more"
+        )
+        self._write()
 
     def _chat_exam(self, task: Task) -> None:
         if not isinstance(task, WrittenTask | ChoiceTask):
@@ -217,7 +244,15 @@ class Examiner:
 
     def _inputs(self) -> dict[str, Any]:
         """What the scores depend on, beside the questions."""
-        free = ("sample_tokens", "exams", "overlap_documents")
+        free = (
+            "sample_tokens",
+            "sample_prompts",
+            "sample_temperatures",
+            "chat_prompts",
+            "copied",
+            "exams",
+            "overlap_documents",
+        )
         settings = {k: v for k, v in dataclasses.asdict(self.config.eval).items() if k not in free}
         return settings | {"params_sha256": params_sha256(self.model.params), "tokenizer": self.model.tokenizer.digest}
 
@@ -227,13 +262,14 @@ def write_samples(model: Model, before: Any) -> None:
     run, stage, config = model.run, model.stage, model.config
     chat = stage != "base"
     if chat:
-        prompts = list(CHAT_PROMPTS)
+        prompts = list(config.eval.chat_prompts or CHAT_PROMPTS)
     else:
-        prompts = held_out_openings(Rows(run.data / "rows" / "val", verify=False), model.tokenizer)
+        rows = Rows(run.data / "rows" / "val", verify=False)
+        prompts = held_out_openings(rows, model.tokenizer, config.eval.sample_prompts)
     tokens = min(config.eval.sample_tokens, config.model.seq_len // 2)
     text = [f"# Samples: {stage}", "", "Temperature in bold; tool calls in brackets.", ""]
     for title, engine in (("Before", model.engine_of(before)), ("After", model.engine)):
-        text += [f"## {title}", "", samples(engine, prompts, chat, tokens)]
+        text += [f"## {title}", "", samples(engine, prompts, chat, tokens, config.eval.sample_temperatures)]
     atomic_write(run.stage(stage) / "samples.md", "\n".join(text))
 
 

@@ -221,7 +221,7 @@ def _exams(config: Config, names: Sequence[str], hashes: Hashes) -> tuple[dict[s
     for name in names:
         label = name.removeprefix(CORE_PREFIX)
         task = "core" if label != name else name
-        files = TaskFiles(config.tasks.data_dir, download=task in config.eval.exams)
+        files = TaskFiles.of(config, download=task in config.eval.exams)
         try:
             found = get_task(task, files)
             exams[name] = exam_of(_texts(found, label), hashes)

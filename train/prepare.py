@@ -29,6 +29,7 @@ FACTS = (
     "documents", "duplicates", "tokens", "bytes", "chars", "cuts", "fill", "documents_per_row",
     "tokenizer", "rows", "sha256", "sources",
 )  # fmt: skip
+OUTPUTS = ("data/rows/train/meta.json", "data/rows/val/meta.json")
 LEFT_OUT = {
     "empty": "documents without text left out",
     "binary": "documents with NUL characters left out",

@@ -19,6 +19,8 @@ from jaxchat.text.tokenizer import Tokenizer
 from train.loop import Job, fit
 from train.samples import held_out_openings, samples
 
+MANY_EPOCHS = 4  # up to which repeated text is nearly worth as much as new text (2305.16264)
+
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Train the base model in `base/`; facts: sizes, tokens, scores, seconds, `params_sha256`."""
@@ -27,18 +29,28 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     rows, val_rows = (Rows(run.data / "rows" / split, tokenizer.digest, check) for split in ("train", "val"))
     count, train = count_parameters(config.model), config.train
     tokens = train.steps * train.batch_tokens
+    epochs = tokens / max(1, epoch_rows(rows) * config.model.seq_len)
     say(
         f"  {count.total:,} parameters ({count.scaling:,} in products), {config.model.depth} layers of width "
         f"{config.model.width}; {tokens:,} tokens in {train.steps:,} steps, "
-        f"{tokens / max(1, epoch_rows(rows) * config.model.seq_len):.2f} epochs"
+        f"{epochs:.2f} epochs"
     )
+
+    if epochs > MANY_EPOCHS:
+        say(f"  {epochs:.1f} passes over the same text: it will partly be learned by heart", style="yellow")
 
     def sample(state: TrainState, step: int) -> None:
         params = jax.tree.map(hosts.gathered, state.params)
 
         def write() -> None:
             engine = Engine(config.model, params, tokenizer, slots=8)
-            text = samples(engine, held_out_openings(val_rows, tokenizer, 3), False, config.eval.sample_tokens)
+            text = samples(
+                engine,
+                held_out_openings(val_rows, tokenizer, min(3, config.eval.sample_prompts)),
+                False,
+                config.eval.sample_tokens,
+                config.eval.sample_temperatures,
+            )
             atomic_write(run.stage("base") / "samples" / f"step_{step:06d}.md", f"# Step {step}\n\n{text}")
 
         hosts.on_first(write)
@@ -58,7 +70,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         "parameters": count.total,
         "scaling_parameters": count.scaling,
         "tokens": tokens,
-        "epochs": tokens / max(1, epoch_rows(rows) * config.model.seq_len),
+        "epochs": epochs,
         "flops_per_token": flops_per_token(config.model),
         "flops": flops_per_token(config.model) * tokens,
         "tokens_per_second": tokens / max(facts["seconds"], 1e-9),

@@ -22,6 +22,7 @@ from train.report_blocks import (
     Tiles,
     Turn,
 )
+from train.report_data import data_blocks
 from train.report_exams import STAGE_TITLES, Card, exam_blocks, taken
 
 TILE_EXAMS = {"mmlu": "MMLU", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "gsm8k": "GSM8K",
@@ -33,7 +34,7 @@ def card_blocks(card: Card, samples: dict[str, str]) -> list[Block]:
     """The whole card; `samples` holds the text of each stage's `samples.md`, empty where there is none."""
     sections = (
         _headline(card), exam_blocks(card), _samples(samples), _curves(card), _learning(card), _training(card),
-        _data(card), _time(card), _machine(card), _config(card),
+        data_blocks(card), _time(card), _machine(card), _config(card),
     )  # fmt: skip
     return [block for section in sections for block in section]
 
@@ -172,38 +173,6 @@ def _speed(speed: dict[str, Any]) -> str:
     return (
         f"{speed['tokens_per_second']:,.0f} tokens/s{mfu}, {step} (medians); "
         f"{speed['mean_tokens_per_second']:,.0f} tokens/s with the first step of {speed['first_step_seconds']:.3g} s"
-    )
-
-
-def _data(card: Card) -> list[Block]:
-    data = card["data"]
-    rows: list[Sequence[Line]] = [["source", Mono(str(data["source"]))]]
-    for split, title in (("train", "training text"), ("val", "held-out text")):
-        if split in data:
-            d = data[split]
-            again = f" ({d['duplicates']:,} duplicates found)" if d.get("duplicates") else ""
-            rows += [
-                [title, f"{d['documents']:,} documents{again}, {d['bytes']:,} bytes, {d['tokens']:,} tokens"],
-                [
-                    f"{title}, packed",
-                    f"{d['rows']:,} rows, {d['fill']:.2%} filled, {d['cuts']:,} cuts, nothing dropped, nothing twice",
-                ],
-            ]
-    if card["corpus_share"] is not None:
-        epochs = card["pretrain"]["epochs"]
-        rows.append(["training text used", f"{card['corpus_share']:.1%} ({epochs:.2f} epochs)"])
-    if t := card["tokenizer"]:
-        how = "trained on the training text" if t["trained"] else "taken as it was"
-        size = f"{t['vocab_size']:,} tokens, {t['bytes_per_token']:.2f} bytes per token on held-out text, {how}"
-        rows.append(["tokenizer", size])
-        rows += [[f"the same text in {o['name']}'s tokens", _other(o)] for o in card["other_tokenizers"]]
-    return [Heading("Data"), Table(["", ""], rows)]
-
-
-def _other(other: dict[str, Any]) -> str:
-    return (
-        f"{other['vocab_size']:,} tokens, {other['bytes_per_token']:.2f} bytes per token; "
-        f"ours needs {other['ours_per_token']:.2f} tokens for one of its"
     )
 
 

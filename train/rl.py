@@ -88,7 +88,7 @@ def check(config: Config) -> None:
 
 def environment(config: Config) -> WrittenTask:
     """The task to learn from. `UsageError` if it has no questions for training, `DataError` if they are missing."""
-    task = get_task(config.rl.environment, TaskFiles(config.tasks.data_dir, download=True))
+    task = get_task(config.rl.environment, TaskFiles.of(config, download=True))
     if not isinstance(task, WrittenTask) or not task.train_examples(config.seed):
         raise UsageError(f"rl.environment: {task.name} has no questions for training; take one that has, as gsm8k")
     return task

@@ -23,7 +23,13 @@ CHAT_PROMPTS = (
 PROMPT_TOKENS = 8  # of a held-out text
 
 
-def samples(engine: Engine, prompts: Sequence[str], chat: bool, max_tokens: int = 64) -> str:
+def samples(
+    engine: Engine,
+    prompts: Sequence[str],
+    chat: bool,
+    max_tokens: int = 64,
+    temperatures: Sequence[float] = TEMPERATURES,
+) -> str:
     """Markdown with every prompt's continuations (`chat`: answers), one per temperature; always the same.
 
     Prompts that are longer than the context are left out.
@@ -32,15 +38,23 @@ def samples(engine: Engine, prompts: Sequence[str], chat: bool, max_tokens: int 
     requests = [
         _request(engine, prompt, chat, max_tokens=max_tokens, temperature=temperature, seed=SEED + i)
         for i, prompt in enumerate(prompts)
-        for temperature in TEMPERATURES
+        for temperature in temperatures
     ]
     results = iter(engine.generate(requests))
     lines: list[str] = []
     for prompt in prompts:
         lines += [quote(prompt), ""]
-        lines += [f"- **{temperature:g}**: {_shown(next(results))}" for temperature in TEMPERATURES]
+        lines += [f"- **{temperature:g}**: {_shown(next(results))}" for temperature in temperatures]
         lines.append("")
     return "\n".join(lines)
+
+
+def written(engine: Engine, openings: Sequence[str], temperature: float = 0.8) -> list[str]:
+    """What a base model goes on with after each opening, to the end of its context; always the same."""
+    requests = [
+        engine.text_request(text, temperature=temperature, seed=SEED + i, stop=()) for i, text in enumerate(openings)
+    ]
+    return [result.text for result in engine.generate(requests)]
 
 
 def held_out_openings(rows: Rows, tokenizer: Tokenizer, count: int = 5) -> list[str]:

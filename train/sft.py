@@ -17,7 +17,8 @@ from jaxchat import hosts
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Config
 from jaxchat.data.corpus import document_hash
-from jaxchat.data.dialogues import chatterbot_pairs, chitchat_dialogues
+from jaxchat.data.dialogues import chatterbot_pairs, chitchat_dialogues, file_conversations
+from jaxchat.data.files import find_files
 from jaxchat.data.packing import PackStats, pack_conversations
 from jaxchat.data.rows import Rows, finish_rows, write_rows
 from jaxchat.errors import DataError, UsageError
@@ -36,7 +37,8 @@ from train.spot_check import spot_checks
 
 Conversation = list[Message]
 Piece = tuple[np.ndarray, np.ndarray]  # ids and mask of one conversation
-INSTALLED = ("chitchat", "chatterbot")  # conversations of packages; everything else is a task
+CHATTERBOT = {"chatterbot": "english", "chatterbot_korean": "korean"}
+NO_TASKS = ("chitchat", *CHATTERBOT)  # conversations of packages; everything else is a task, or files
 CHITCHAT_VAL = 200  # dialogues held out of chitchat, at most
 
 
@@ -80,19 +82,21 @@ def check(config: Config) -> None:
         evaluate.check(config)
     names = [parse_mixture_entry(entry)[0] for entry in config.sft.mixture]
     for name in names:
-        if name not in INSTALLED:
+        if name.startswith("files:"):
+            find_files(name)
+        elif name not in NO_TASKS:
             task = get_task(name)
             if type(task).train_conversations is Task.train_conversations:
                 raise UsageError(f"sft.mixture: {name} is an exam alone, it has nothing to train on")
         if names.count(name) > 1:
             raise UsageError(f"sft.mixture: {name} stands there twice; give it one count")
     for name in names:
-        if name not in INSTALLED:
+        if name not in NO_TASKS and not name.startswith("files:"):
             get_task(name, _files(config)).fetch()
 
 
 def _files(config: Config) -> TaskFiles:
-    return TaskFiles(config.tasks.data_dir, download=True)
+    return TaskFiles.of(config, download=True)
 
 
 def sft_config(config: Config, rows: int) -> Config:
@@ -129,11 +133,13 @@ def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
                 for conversation in itertools.islice(chitchat_dialogues(split, fraction), limit):
                     yield entry, split == "val", conversation
             continue
-        found: Iterable[Conversation] = (
-            itertools.islice(chatterbot_pairs(), count)
-            if name == "chatterbot"
-            else get_task(name, files).train_conversations(count, config.seed)
-        )
+        found: Iterable[Conversation]
+        if name in CHATTERBOT:
+            found = itertools.islice(chatterbot_pairs(CHATTERBOT[name]), count)
+        elif name.startswith("files:"):
+            found = itertools.islice(file_conversations(name, config.data.encoding), count)
+        else:
+            found = get_task(name, files).train_conversations(count, config.seed)
         for conversation in found:
             yield entry, document_hash(json.dumps(conversation)) < fraction, conversation
 

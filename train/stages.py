@@ -19,7 +19,7 @@ from jaxchat.config import Config, load_config
 from jaxchat.errors import UsageError
 from jaxchat.log import say
 from jaxchat.paths import RunDir, atomic_write, read_json, write_json
-from jaxchat.tasks.files import listing
+from jaxchat.tasks.files import identity_digest
 from jaxchat.toml import flatten, to_toml
 from train import evaluate, prepare, pretrain, report, rl, sft, tokenizer
 from train.machine import commit, hardware, peak_rss, versions
@@ -35,8 +35,7 @@ FREE_KEYS = (
     "train.device_batch_rows",
     "train.checkpoint_every",
     "train.keep_last",
-    "train.eval_every",
-    "train.eval_rows",
+    "train.eval_",
     "train.sample_every",
     "train.loss_chunk",
     "train.remat",
@@ -44,9 +43,7 @@ FREE_KEYS = (
     "train.max_bad_steps",
     "sft.eval_every",
     "sft.exam_cases",
-    "rl.eval_every",
-    "rl.eval_prompts",
-    "rl.eval_samples",
+    "rl.eval_",
     "rl.checkpoint_every",
     "rl.slots",
 )
@@ -72,14 +69,7 @@ class Stage:
 
 STAGES = (
     Stage("tokenizer", tokenizer.run, tokenizer.READS, (), ("tokenizer/tokenizer.json",), True),
-    Stage(
-        "prepare",
-        prepare.run,
-        ("data.", "model.seq_len"),
-        ("tokenizer",),
-        ("data/rows/train/meta.json", "data/rows/val/meta.json"),
-        True,
-    ),
+    Stage("prepare", prepare.run, ("data.", "model.seq_len"), ("tokenizer",), prepare.OUTPUTS, True),
     Stage(
         "pretrain",
         pretrain.run,
@@ -89,7 +79,18 @@ STAGES = (
         True,
         joint=True,
     ),
-    Stage("sft", sft.run, ("seed", "sft."), ("pretrain",), ("sft/<step>",), True, check=sft.check, joint=True),
+    Stage(
+        "sft",
+        sft.run,
+        ("seed", "sft."),
+        ("pretrain",),
+        ("sft/<step>",),
+        True,
+        check=sft.check,
+        looks=identity_digest,
+        wanted=lambda config: bool(config.sft.mixture),
+        joint=True,
+    ),
     Stage(
         "rl",
         rl.run,
@@ -98,7 +99,7 @@ STAGES = (
         ("rl/<step>",),
         True,
         check=rl.check,
-        wanted=lambda config: bool(config.rl.environment),
+        wanted=lambda config: bool(config.rl.environment and config.sft.mixture),
         joint=True,
     ),
     Stage(
@@ -110,7 +111,7 @@ STAGES = (
         False,
         uses=("sft", "rl"),
         check=evaluate.check,
-        looks=lambda config: listing(config.tasks.data_dir),
+        looks=evaluate.looks,
     ),
     Stage("report", report.run, (), ("eval",), ("report.md", "report.json"), False),
 )
@@ -212,8 +213,8 @@ def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[
 
 
 def _among(names: Sequence[str], key: str) -> bool:
-    """Whether a key is one of the names, or below one that ends with a dot."""
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
+    """Whether a key is one of the names, or begins with one that ends with a dot or an underscore."""
+    return any(key == name or (name.endswith((".", "_")) and key.startswith(name)) for name in names)
 
 
 def _refuse_changes(stage: Stage, record: dict[str, Any], inputs: dict[str, Any], run: RunDir) -> None:

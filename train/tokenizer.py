@@ -34,7 +34,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         documents = interleaved(open_corpus(data), "train", data.val_fraction)
         with progress("tokenizer", None) as bar:
             tokenizer = train_tokenizer(
-                bar.track(documents), config.model.vocab_size, options.train_chars, options.doc_chars
+                bar.track(documents), config.model.vocab_size, options.train_chars, options.doc_chars, options.normalize
             )
     tokenizer.save(run.tokenizer)
     sample = list(itertools.islice(iterate_documents(data, "val"), SAMPLE_DOCUMENTS))

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.data.corpus import chitchat_conversations, chitchat_document, document_hash, split_limit
-from jaxchat.errors import DataError
+from jaxchat.data.files import find_files, kind_of, read_records
+from jaxchat.errors import DataError, UsageError
+from jaxchat.text.chat import normalize
 
 MAX_TURNS = 6  # of one chitchat dialogue; a longer one is cut into several
 # What other programs say about themselves in chatterbot-corpus contradicts who our model is (`tasks/identity.py`).
@@ -26,6 +28,10 @@ I_AM_A_MACHINE = re.compile(
     r"|processor|circuits?|android|cyborg|artificial intelligence|power supply|memory banks?|database|man in a mask)\b"
     r"|\b((chat)?bots?|robots?|software|computers?|machines?)\b.*\b(i|i'm|me|my|we|our)\b",
     re.I | re.S,
+)
+KOREAN_BOT = re.compile(
+    r"로봇|챗봇|소프트웨어|프로그램|컴퓨터|기계|인공 ?지능|A\.?I\.?\b|메모리|RAM|2진수|누가.*(만들|개발|학습)|만든 사람"
+    r"|(너|넌|당신|네|니)(은|는|의)? ?(누구|이름)|이름이|누구(야|니|세요|예요)|사람(이야|이니|이에요|인가요)"
 )
 
 Message = dict[str, Any]
@@ -75,7 +81,24 @@ def chatterbot_pairs(language: str = "english") -> Iterator[list[Message]]:
             yield [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
 
 
+def file_conversations(source: str, encoding: str = "auto") -> Iterator[list[Message]]:
+    """Conversations of one's own, `files:GLOB` of jsonl: {"messages": [{"role", "content"}, ...]} a line.
+
+    `DataError` names the file and line of what is not in the form of `text/chat.py`.
+    """
+    for path in find_files(source):
+        if kind_of(path) != ".jsonl":
+            raise DataError(f"sft.mixture: {path}: conversations are read from jsonl files, a line each")
+        for where, record in read_records(path, encoding):
+            messages = record.get("messages") if isinstance(record, dict) else None
+            try:
+                normalize(messages)  # type: ignore[arg-type]
+            except UsageError as error:
+                raise DataError(f"{where}: {error}") from None
+            yield [{"role": m["role"], "content": m["content"]} for m in messages]  # type: ignore[union-attr]
+
+
 def is_other_bot(question: str, answer: str) -> bool:
     """Whether a pair is about who answers, or has the one who answers speak as a machine."""
-    named = any(OTHER_BOT_NAMES.search(text) for text in (question, answer))
+    named = any(OTHER_BOT_NAMES.search(text) or KOREAN_BOT.search(text) for text in (question, answer))
     return bool(named or WHO_ARE_YOU.search(question) or WHO_ARE_YOU.search(answer) or I_AM_A_MACHINE.search(answer))

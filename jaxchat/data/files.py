@@ -8,6 +8,7 @@ A jsonl line and a parquet row are a document each. A text file becomes several 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import glob
 import gzip
 import io
@@ -97,7 +98,7 @@ def read_file(path: Path, encoding: str = "auto", counts: Counter[str] | None = 
     that were "empty" (nothing but spaces) or "binary" (with NUL characters), which are left out, and of "giants".
     """
     counts = Counter() if counts is None else counts
-    try:
+    with _named_faults(path, encoding):
         for document in _documents(path, encoding):
             if not document.strip():
                 counts["empty"] += 1
@@ -108,6 +109,13 @@ def read_file(path: Path, encoding: str = "auto", counts: Counter[str] | None = 
             else:
                 counts["giants"] += 1
                 yield from _paragraphs(io.StringIO(document), LARGEST_DOCUMENT // 4)
+
+
+@contextlib.contextmanager
+def _named_faults(path: Path, encoding: str) -> Iterator[None]:
+    """What goes wrong while a file is read, as a `DataError` that names it."""
+    try:
+        yield
     except UnicodeError as error:
         raise DataError(f"{path}: {_wrong_encoding(path, encoding, error)}") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -119,8 +127,7 @@ def _documents(path: Path, encoding: str) -> Iterator[str]:
     if kind_of(path) == ".parquet":
         yield from _parquet(path)
     elif kind_of(path) == ".jsonl":
-        with _open(path, encoding) as file:
-            yield from _jsonl(file, path)
+        yield from (_record_text(record, where) for where, record in _records(path, encoding))
     else:
         with _open(path, encoding) as file:
             yield from _paragraphs(_text_lines(file, path), TEXT_DOCUMENT_CHARS)
@@ -197,15 +204,22 @@ def _paragraphs(lines: Iterable[str], goal: int) -> Iterator[str]:
         yield "".join(kept).strip("\n")
 
 
-def _jsonl(file: IO[str], path: Path) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also numbers of too many digits, and too deep nesting
-            raise DataError(f"{path}:{number}: not JSON ({getattr(error, 'msg', error)})") from None
-        yield _record_text(record, f"{path}:{number}")
+def read_records(path: Path, encoding: str = "auto") -> Iterator[tuple[str, Any]]:
+    """(file:line, value) of every line of a jsonl file that is not empty; `DataError` as `read_file`."""
+    with _named_faults(path, encoding):
+        yield from _records(path, encoding)
+
+
+def _records(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
+    with _open(path, encoding) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:  # also numbers of too many digits, and too deep nesting
+                raise DataError(f"{path}:{number}: not JSON ({getattr(error, 'msg', error)})") from None
+            yield f"{path}:{number}", record
 
 
 def _record_text(record: Any, where: str) -> str:

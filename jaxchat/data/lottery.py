@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 PRICE = 1_000
 NUMBERS, DRAWN = 45, 6
-MOST_TICKETS = 5
+MOST_TICKETS = 8
 # rank -> prize, smallest first; the rank stands in the output as written here
 PRIZES = {
     "3": 5_000,
@@ -26,6 +26,7 @@ PRIZES = {
 }
 FIELDS = ("tickets", *PRIZES, "yield")
 DOCUMENTS = 20_000  # of `synthetic:lottery` without a count
+SKEW = 0.5  # of training: few tickets are where a model first finds out how to compare numbers
 HELD_OUT_ONE_IN = 10  # outcomes (tickets and how many of each rank)
 
 # how many of a ticket's numbers are drawn: chance alone would make nearly all of them 0 or 1, and nothing to learn
@@ -45,6 +46,10 @@ class Session:
     def amount(self) -> int:
         return PRICE * len(self.tickets)
 
+    @property
+    def prize(self) -> int:
+        return sum(PRIZES.get(self.rank(ticket), 0) for ticket in self.tickets)
+
     def rank(self, ticket: tuple[int, ...]) -> str:
         """A key of `PRIZES`, or "" where the ticket wins nothing."""
         hits = len(set(ticket) & set(self.winning))
@@ -54,10 +59,9 @@ class Session:
     def fields(self) -> dict[str, str]:
         """What the machine must say, by the names of `FIELDS`."""
         ranks = [self.rank(ticket) for ticket in self.tickets]
-        counts = {rank: ranks.count(rank) for rank in PRIZES}
-        prize = sum(PRIZES[rank] * count for rank, count in counts.items())
-        tenths = (2 * 1_000 * prize + self.amount) // (2 * self.amount)  # whole numbers: no float rounds 0.05 down
-        written = {rank: str(count) for rank, count in counts.items()}
+        # in whole numbers: no float rounds 0.05 down
+        tenths = (2 * 1_000 * self.prize + self.amount) // (2 * self.amount)
+        written = {rank: str(ranks.count(rank)) for rank in PRIZES}
         return {"tickets": str(len(self.tickets)), **written, "yield": f"{tenths // 10:,}.{tenths % 10}%"}
 
     def outcome(self) -> str:
@@ -70,13 +74,15 @@ class Session:
         return "\n".join([*lines, f"drawn {_numbers(self.winning)}", f"bonus {self.bonus}"])
 
     def answer(self, working: bool = True) -> str:
-        """What comes out; with the working, every ticket again: + drawn, * bonus number, - neither, and the hits."""
+        """What comes out; with the working: every ticket again (+ drawn, * bonus number, - neither, and the hits), and
+        the sum of the prizes."""
         fields = self.fields()
         lines = [f"tickets: {fields['tickets']}"]
         for ticket in self.tickets if working else ():
             marks = "".join(f"{n}{'+' if n in self.winning else '*' if n == self.bonus else '-'}" for n in ticket)
             lines.append(f"{marks} {self._hits(ticket)}")
         lines += [f"{rank}: {fields[rank]}" for rank in PRIZES]
+        lines += [f"prize: {self.prize:,}"] if working else []
         return "\n".join([*lines, f"yield: {fields['yield']}"])
 
     def _hits(self, ticket: tuple[int, ...]) -> str:
@@ -93,12 +99,15 @@ def read_answer(text: str) -> dict[str, str]:
     return found
 
 
-def random_session(rng: random.Random, held_out: bool | None = None) -> Session:
-    """A session of 1 to `MOST_TICKETS` tickets; `held_out`: only of outcomes that are (not) kept for the exam."""
+def random_session(rng: random.Random, held_out: bool | None = None, skew: float = 0.0) -> Session:
+    """A session of 1 to `MOST_TICKETS` tickets, n of them with a chance that goes like n to the power of -`skew`;
+    `held_out`: only of outcomes that are (True) or are not (False) kept for the exam."""
+    sizes = range(1, MOST_TICKETS + 1)
     while True:
         drawn = rng.sample(range(1, NUMBERS + 1), DRAWN + 1)
         winning, bonus = tuple(drawn[:-1]), drawn[-1]
-        hits = rng.choices(HITS, HIT_WEIGHTS, k=rng.randint(1, MOST_TICKETS))
+        (count,) = rng.choices(sizes, [n**-skew for n in sizes])
+        hits = rng.choices(HITS, HIT_WEIGHTS, k=count)
         session = Session(tuple(_ticket(rng, winning, bonus, h) for h in hits), winning, bonus)
         if held_out is None or is_held_out(session) == held_out:
             return session
@@ -114,7 +123,7 @@ def sessions(count: int, seed: int) -> Iterator[Session]:
     """`count` training sessions, always the same for the same seed."""
     rng = random.Random(f"lottery {seed}")
     for _ in range(count):
-        yield random_session(rng, held_out=False)
+        yield random_session(rng, held_out=False, skew=SKEW)
 
 
 def documents(count: int, seed: int = 0) -> Iterator[str]:

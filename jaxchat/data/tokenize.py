@@ -191,7 +191,7 @@ def _add_batch(
     part: _Part, batch: list[str], limit: float, tokenizer: Tokenizer, manifest: dict[str, Any], alone: bool
 ) -> None:
     """Encode and write a batch of documents, and count it in the manifest."""
-    encoded = tokenizer.encode_batch(batch) if alone else [tokenizer.encode(text) for text in batch]
+    encoded = tokenizer.encode_batch(batch) if alone else [tokenizer.encode_batch([text])[0] for text in batch]
     digests = [text_digest(text) for text in batch]
     for split in SPLITS:
         chosen = [i for i, d in enumerate(digests) if (hash_fraction(d) < limit) == (split == "val")]

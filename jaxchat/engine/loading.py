@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from jaxchat.checkpoint import trained_params
-from jaxchat.config import ModelConfig, ServeConfig, load_config
+from jaxchat.config import MeshConfig, ModelConfig, ServeConfig, load_config
 from jaxchat.errors import DataError
+from jaxchat.mesh import make_mesh
 from jaxchat.paths import RunDir
 from jaxchat.recipes import resolve_model
 from jaxchat.text.tokenizer import Tokenizer
@@ -35,3 +39,9 @@ def load_run(run: RunDir, stage: str | None) -> tuple[ModelConfig, dict[str, Any
     config = load_config(run.config)
     params = trained_params(run, stage or found[0])
     return resolve_model(config.model), params, Tokenizer.load(run.tokenizer), config.serve
+
+
+def mesh_for(slots: int) -> Mesh | None:
+    """All devices of this process, where there are several and each of them gets a slot."""
+    devices = jax.local_devices()
+    return make_mesh(MeshConfig(), devices) if 1 < len(devices) <= slots else None

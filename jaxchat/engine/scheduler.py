@@ -19,21 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxchat.config import MeshConfig, ModelConfig
+from jaxchat.config import ModelConfig
 from jaxchat.engine import slots as device
 from jaxchat.engine.admission import Admission, SharedPrompt
 from jaxchat.engine.decode import TOP, Made
 from jaxchat.engine.likelihood import score
-from jaxchat.engine.loading import load_run
+from jaxchat.engine.loading import load_run, mesh_for, trained_stages
 from jaxchat.engine.outcome import take_in
 from jaxchat.engine.programs import Programs, power_of_two
 from jaxchat.engine.request import Event, Handle, Request, Result, Token
 from jaxchat.engine.turn import Turn
 from jaxchat.engine.waiting import Waiting
 from jaxchat.errors import DataError, UsageError
-from jaxchat.mesh import make_mesh
 from jaxchat.paths import RunDir
-from jaxchat.text.chat import render_prompt
+from jaxchat.text.chat import continued, render_prompt
 from jaxchat.text.tokenizer import ASSISTANT_END, BOS, PYTHON_END, USER_START, Tokenizer
 
 WEIGHTS = {"auto": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": None}  # `serve.weights`
@@ -61,6 +60,7 @@ class Engine:
       mesh: devices that share the slots, each with whole weights of its own; None: one device.
       weights: "auto" (as `dtype`), "float32", "bfloat16" or "int8", see `cache.serving_params`.
       reuse: a prompt that begins with what an idle slot holds goes on from there.
+      chats: False of a base model, which does not answer but continues what was said.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Engine:
         mesh: Mesh | None = None,
         weights: str = "auto",
         reuse: bool = True,
+        chats: bool = True,
     ):
         on_cpu = jax.default_backend() == "cpu"
         devices = mesh.size if mesh else 1
@@ -86,7 +87,7 @@ class Engine:
         if tokenizer.vocab_size > config.vocab_size:
             sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
             raise DataError(f"{sizes}: they are not from the same run")
-        self.config, self.tokenizer, self.weights = config, tokenizer, weights
+        self.config, self.tokenizer, self.weights, self.chats = config, tokenizer, weights, chats
         self.ends = tuple(tokenizer.special[name] for name in (ASSISTANT_END, USER_START, BOS))  # of any answer
         self.slots, self.capacity, self.chunk = slots, capacity or config.seq_len, chunk
         if weights not in WEIGHTS:
@@ -103,11 +104,10 @@ class Engine:
     @classmethod
     def from_pretrained(cls, run_dir: str | Path, stage: str | None = None, **options: Any) -> Engine:
         """The model of a run directory: the furthest trained stage, or the one named. `DataError` if there is none."""
+        stage = stage or trained_stages(RunDir(run_dir))[0]
         config, params, tokenizer, serve = load_run(RunDir(run_dir), stage)
-        given: dict[str, Any] = {"slots": serve.slots, "weights": serve.weights} | options
-        devices = jax.local_devices()
-        if len(devices) > 1 and given["slots"] >= len(devices) and "mesh" not in given:
-            given["mesh"] = make_mesh(MeshConfig(), devices)
+        given: dict[str, Any] = {"slots": serve.slots, "weights": serve.weights, "chats": stage != "base"} | options
+        given.setdefault("mesh", mesh_for(given["slots"]))
         return cls(config, params, tokenizer, **given)
 
     def load(self, params: dict[str, Any]) -> None:
@@ -116,10 +116,10 @@ class Engine:
         self._programs.load(params, self.weights)
         self._admission.held.clear()  # what other weights made
 
-    # Requests
-
     def chat_request(self, messages: Sequence[dict[str, Any]], **settings: Any) -> Request:
         """Answer a conversation that ends with a user message; `settings` are fields of `Request`."""
+        if not self.chats:
+            return self.text_request(continued(messages), **settings)
         given: dict[str, Any] = {"stop": self.ends} | settings
         return Request(render_prompt(self.tokenizer, list(messages)), **given)
 

@@ -13,6 +13,7 @@ from jaxchat.toml import flatten
 
 REFERENCE_BATCH = 2**19  # tokens a step: where nanochat tuned its rates, at depth 12
 SMALL_BATCH_POWER = 0.125  # of the rate below that batch; see `rate_scale`
+SIZED = "fitted to the amount of text"
 BYTES_PER_TOKEN = 5  # of text: 4.6 to 4.8 with 32,768 tokens on web text, less with fewer; the rest is reserve
 ADAMW = {"weight_decay": 0.1, "warmup_steps": 200, "warmdown_ratio": 1.0, "final_lr": 0.1, "grad_clip": 1.0}
 
@@ -86,6 +87,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "eval.rows": (1, INFINITE),
     "eval.batch_rows": (1, INFINITE),
     "eval.sample_tokens": (1, INFINITE),
+    "eval.sample_prompts": (0, INFINITE),
     "eval.samples": (0, 1024),
     "eval.temperature": (1e-3, 10),
     "eval.overlap_documents": (-1, INFINITE),
@@ -103,12 +105,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "serve.drain_seconds": (0, 86_400),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
+    "tokenizer.normalize": ("none", "nfc"),
     "data.engine": ("local", "ray"),
     "train.compute_dtype": ("auto", "float32", "bfloat16", "float16"),
     "train.matmul": ("plain", "fp8"),
     "train.remat": ("none", "names", "dots", "full"),
     "optim.kind": ("muon", "adamw"),
     "tasks.sandbox": ("auto", "strict"),
+    "serve.language": ("auto", "en", "ko"),
 }
 MAY_BE_DERIVED = {key for key, value in flatten(Config()).items() if is_derived(value)}
 
@@ -204,9 +208,12 @@ def derivations(given: Config, resolved: Config) -> dict[str, str]:
         "model.n_heads": "width / head width",
         "model.n_kv_heads": "as many as query heads",
         "model.window_short": "a quarter of the context, up to a multiple of 128",
+        "model.depth": SIZED,
+        "model.vocab_size": SIZED,
+        "model.seq_len": SIZED,
         "data.text_bytes": f"tokens of the horizon x {BYTES_PER_TOKEN}",
         "train.batch_tokens": "2^19 (tokens / tokens of d12)^0.383, a power of two; 2^19 for classic",
-        "train.steps": "token_ratio x scaling parameters / batch_tokens",
+        "train.steps": SIZED if given.data.size_model else "token_ratio x scaling parameters / batch_tokens",
         "optim.lr_scale": "(batch / 2^19)^(1/2), below 2^19 tokens ^(1/8)",
         "optim.weight_decay": f"{recipe}; rate x decay x steps as at d12",
         "sft.batch_tokens": "as in pretraining",

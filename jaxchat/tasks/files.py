@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from jaxchat.config import CONFIG_DIR, Config
 from jaxchat.data.hub import Hub
 from jaxchat.errors import DataError
 from jaxchat.log import progress
@@ -58,13 +59,23 @@ class Archive:
 class TaskFiles:
     """`data_dir`: a local mirror, "" for none; `download`: whether what it lacks may be fetched.
 
-    `sandbox`: as `tasks.sandbox`, for tasks that run a model's code.
+    `sandbox`: as `tasks.sandbox`, for tasks that run a model's code; `identity`: as `sft.identity`.
     """
 
     data_dir: str = ""
     download: bool = False
     cache: Path = field(default_factory=lambda: Path("~/.cache/jaxchat/tasks").expanduser())
     sandbox: str = "auto"
+    identity: str = ""
+
+    @classmethod
+    def of(cls, config: Config, download: bool) -> TaskFiles:
+        """As the configuration says; a relative `sft.identity` is looked for here and beside the tiers."""
+        identity = config.sft.identity
+        if identity and not Path(identity).expanduser().exists() and (CONFIG_DIR.parent / identity).exists():
+            identity = str(CONFIG_DIR.parent / identity)
+        cache = Path(config.data.cache_dir).expanduser() / "tasks"
+        return cls(config.tasks.data_dir, download, cache, config.tasks.sandbox, identity)
 
     def find(self, patterns: Sequence[str], source: HubFiles | Archive | None = None) -> list[Path]:
         """The files of the first of `patterns` (globs inside the mirror) that matches any, sorted; else the source's.
@@ -103,6 +114,12 @@ def listing(data_dir: str) -> str:
     found = sorted((str(path.relative_to(root)), path.stat()) for path in root.rglob("*") if path.is_file())
     lines = "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in found)
     return hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def identity_digest(config: Config) -> str:
+    """SHA-256 of the file of `sft.identity`; "" without one."""
+    path = TaskFiles.of(config, download=False).identity
+    return sha256_file(path) if path and Path(path).is_file() else ""
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -10,33 +10,18 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from jaxchat.tasks.base import DEFAULT_COUNT, Conversation, Example, WrittenTask, assistant, user
+from jaxchat.tasks.persona import Persona, Topic, topics_of
+from jaxchat.tasks.persona_texts import CLOSINGS, OPENINGS, SMALL_TALK_KO
 
+NAME = "jaxchat"
 EXAM_SEED = 20_260_202
 EXAM_COMBINATIONS = 6  # per topic, of trained cores
 EXAM_PARAPHRASES = 2  # per exam core
 HELD_OUT_ONE_IN = 8
 SMALL_TALK_SHARE = 0.35  # of conversations that open with a greeting or small talk
 
-
-@dataclass(frozen=True)
-class Topic:
-    """Questions with one meaning. An answer is right if it holds all of `required` and none of `forbidden`."""
-
-    questions: tuple[str, ...]  # trained
-    exam_questions: tuple[str, ...]  # never trained
-    answers: tuple[str, ...]
-    required: tuple[str, ...]
-    forbidden: tuple[str, ...] = ()
-
-
-OPENINGS = (
-    "", "", "", "hi, ", "hello, ", "hello! ", "hey, ", "so, ", "ok, ", "and ", "excuse me, ", "by the way, ",
-    "one question: ", "i wonder, ", "sorry, ", "well, ",
-)  # fmt: skip
-CLOSINGS = ("?", "?", "", "??", " then?", " anyway?")
 
 TOPICS: dict[str, Topic] = {
     "name": Topic(
@@ -165,8 +150,15 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 class Identity(WrittenTask):
+    """`persona`: of an `identity.toml`; None: the one above."""
+
     name = "identity"
     max_tokens = 48
+
+    def __init__(self, persona: Persona | None = None):
+        self.topics = topics_of(persona) if persona else TOPICS
+        self._who = persona.name if persona else NAME
+        self._languages = list(dict.fromkeys(topic.language for topic in self.topics.values()))
 
     def train_conversations(self, count: int | None, seed: int) -> list[Conversation]:
         rng = random.Random(f"{self.name} {seed}")
@@ -175,47 +167,53 @@ class Identity(WrittenTask):
     def examples(self) -> Sequence[Example]:
         rng = random.Random(EXAM_SEED)
         examples = []
-        for name, topic in TOPICS.items():
+        for name, topic in self.topics.items():
             questions: dict[str, None] = {}  # an ordered set
             for core in topic.exam_questions:
                 for _ in range(EXAM_PARAPHRASES):
-                    questions[_spoken(rng, core)] = None
+                    questions[_spoken(rng, core, topic.language)] = None
             wanted = len(questions) + EXAM_COMBINATIONS
             while len(questions) < wanted:
-                question = _spoken(rng, rng.choice(topic.questions))
+                question = _spoken(rng, rng.choice(topic.questions), topic.language)
                 if is_held_out(question):
                     questions[question] = None
             examples += [Example([user(q)], name, {"topic": name}) for q in questions]
         return examples
 
     def grade(self, example: Example, answer: str) -> bool:
-        """All required words and no forbidden one, upper and lower case alike; whole words for short ones."""
-        topic = TOPICS[example.expected]
+        """All required words and no forbidden one, upper and lower case alike; whole words for short ones, but in
+        Korean, which puts particles behind them."""
+        topic = self.topics[example.expected]
         text = answer.lower()
         words = set("".join(c if c.isalnum() else " " for c in text).split())
-        present = [w in words if w.isalnum() else w in text for w in topic.required]
+        whole = topic.language != "ko"
+        present = [w in words if whole and w.isalnum() else w in text for w in topic.required]
         return all(present) and not any(w in text for w in topic.forbidden)
 
     def _conversation(self, rng: random.Random) -> Conversation:
+        language = self._languages[0] if len(self._languages) == 1 else rng.choice(self._languages)
+        names = [name for name, topic in self.topics.items() if topic.language == language]
         messages: Conversation = []
         if rng.random() < SMALL_TALK_SHARE:
-            messages += small_talk(rng)
+            messages += small_talk(rng, language, self._who)
             if rng.random() < 0.5:
                 return messages
         for _ in range(1 if rng.random() < 0.7 else 2):
-            topic = TOPICS[rng.choice(list(TOPICS))]
-            question = _spoken(rng, rng.choice(topic.questions))
+            topic = self.topics[rng.choice(names)]
+            question = _spoken(rng, rng.choice(topic.questions), topic.language)
             while is_held_out(question):
-                question = _spoken(rng, rng.choice(topic.questions))
+                question = _spoken(rng, rng.choice(topic.questions), topic.language)
             messages += [user(question), assistant(rng.choice(topic.answers))]
         return messages
 
 
-def small_talk(rng: random.Random) -> Conversation:
+def small_talk(rng: random.Random, language: str = "en", name: str = NAME) -> Conversation:
     """One greeting, thanks or the like and its answer; greetings are the most frequent."""
-    said, answers = SMALL_TALK[0] if rng.random() < 0.4 else rng.choice(SMALL_TALK[1:])
+    pairs = SMALL_TALK_KO if language == "ko" else SMALL_TALK
+    said, answers = pairs[0] if rng.random() < 0.4 else rng.choice(pairs[1:])
     text = rng.choice(said)
-    return [user(text[0].upper() + text[1:] if rng.random() < 0.5 else text), assistant(rng.choice(answers))]
+    text = text[0].upper() + text[1:] if rng.random() < 0.5 else text
+    return [user(text.replace(NAME, name)), assistant(rng.choice(answers).replace(NAME, name))]
 
 
 def is_held_out(question: str) -> bool:
@@ -223,6 +221,6 @@ def is_held_out(question: str) -> bool:
     return hashlib.sha256(question.lower().encode()).digest()[0] < 256 // HELD_OUT_ONE_IN
 
 
-def _spoken(rng: random.Random, core: str) -> str:
-    text = rng.choice(OPENINGS) + core + rng.choice(CLOSINGS)
+def _spoken(rng: random.Random, core: str, language: str = "en") -> str:
+    text = rng.choice(OPENINGS[language]) + core + rng.choice(CLOSINGS[language])
     return text[0].upper() + text[1:] if rng.random() < 0.5 else text

@@ -18,7 +18,7 @@ class Lottery(WrittenTask):
     them half have an outcome (tickets, and how many of each rank) that no training session has."""
 
     name = "lottery"
-    max_tokens = 160
+    max_tokens = 240
 
     def train_conversations(self, count: int | None, seed: int) -> Iterator[Conversation]:
         for session in sessions(count or DEFAULT_COUNT, seed):
@@ -31,8 +31,11 @@ class Lottery(WrittenTask):
         rng = random.Random(EXAM_SEED)
         found = [random_session(rng, held_out=bool(i % 2)) for i in range(EXAM_SIZE)]
         return [
-            Example([user(s.question())], s.fields(), {"outcome": "new" if is_held_out(s) else "trained"})
+            Example(
+                [user(s.question())], s.fields(), {"outcome": "new" if is_held_out(s) else "trained"} | {"tickets": n}
+            )
             for s in found
+            for n in [str(len(s.tickets))]
         ]
 
     def grade(self, example: Example, answer: str) -> bool:

@@ -17,14 +17,15 @@ from jaxchat.tasks.humaneval import HumanEval
 from jaxchat.tasks.identity import Identity
 from jaxchat.tasks.lottery import Lottery
 from jaxchat.tasks.mmlu import MMLU
+from jaxchat.tasks.persona import Persona, load_persona
 from jaxchat.tasks.smoltalk import SmolTalk
 from jaxchat.tasks.spelling_bee import SpellingBee
 from jaxchat.tasks.word_problems import WordProblems
 
 # name -> the task, made from where its data lies; nothing is read before its examples are asked for
 TASKS: dict[str, Callable[[TaskFiles], Task]] = {
-    "word_problems": lambda files: WordProblems(),
-    "identity": lambda files: Identity(),
+    "word_problems": lambda files: WordProblems(persona_of(files).name),
+    "identity": lambda files: Identity(persona_of(files) if files.identity else None),
     "core": Core,
     "mmlu": MMLU,
     "arc_easy": lambda files: Arc("arc_easy", files),
@@ -36,6 +37,11 @@ TASKS: dict[str, Callable[[TaskFiles], Task]] = {
     "arithmetic": lambda files: Arithmetic(),
     "lottery": lambda files: Lottery(),
 }
+
+
+def persona_of(files: TaskFiles) -> Persona:
+    """Who the model is."""
+    return load_persona(files.identity) if files.identity else Persona()
 
 
 def get_task(name: str, files: TaskFiles = NO_FILES) -> Task:
@@ -50,9 +56,9 @@ def get_task(name: str, files: TaskFiles = NO_FILES) -> Task:
 def parse_mixture_entry(entry: str) -> tuple[str, int | None, int]:
     """(name, count, epochs) of "NAME", "NAME:COUNT", "NAME*EPOCHS" or "NAME:COUNT*EPOCHS".
 
-    No count means all of a data set. `UsageError` for anything else.
+    No count means all of a data set. NAME may be files:GLOB. `UsageError` for anything else.
     """
-    match = re.fullmatch(r"\s*([^:*]+?)\s*(?::\s*(\d+)\s*)?(?:\*\s*(\d+)\s*)?", entry)
+    match = re.fullmatch(r"\s*(files:.+?|[^:*]+?)\s*(?::\s*(\d+)\s*)?(?:\*\s*(\d+)\s*)?", entry)
     if match is None or 0 in (int(match[2] or 1), int(match[3] or 1)):
         raise UsageError(
             f"sft.mixture: {entry!r}: write NAME, NAME:COUNT, NAME*EPOCHS or NAME:COUNT*EPOCHS, "

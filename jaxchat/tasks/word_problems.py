@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 from jaxchat.tasks.base import DEFAULT_COUNT, Conversation, Example, Message, WrittenTask, assistant, user
-from jaxchat.tasks.identity import small_talk
+from jaxchat.tasks.identity import NAME, small_talk
 from jaxchat.tools.calculator import calculate
 
 EXAM_SIZE = 256
@@ -124,10 +124,13 @@ def is_held_out(a: int, b: int) -> bool:
 
 
 class WordProblems(WrittenTask):
-    """Numbers from 2 to 99 (a dividend up to 480), results whole and not negative."""
+    """Numbers from 2 to 99 (a dividend up to 480), results whole and not negative. `who`: the name in greetings."""
 
     name = "word_problems"
     max_tokens = 48
+
+    def __init__(self, who: str = NAME):
+        self._who = who
 
     def train_conversations(self, count: int | None, seed: int) -> list[Conversation]:
         rng = random.Random(f"{self.name} {seed}")
@@ -147,7 +150,7 @@ class WordProblems(WrittenTask):
         return bool(numbers) and numbers[-1].replace(",", "") == example.expected
 
     def _conversation(self, rng: random.Random) -> Conversation:
-        messages: Conversation = small_talk(rng) if rng.random() < GREETING_SHARE else []
+        messages: Conversation = small_talk(rng, name=self._who) if rng.random() < GREETING_SHARE else []
         for _ in range(1 if rng.random() < 0.8 else 2):
             _, question, expression, sentence, result = _problem(rng, held_out=False)
             messages += [user(question), solution(expression, result, sentence)]

@@ -62,6 +62,13 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     return ids + [tokenizer.special[ASSISTANT_START]]
 
 
+def continued(messages: Sequence[Message]) -> str:
+    """A conversation as one text, for a base model to go on with: every content behind the one before."""
+    checked = normalize(messages)
+    contents = [[{"text": m["content"]}] if m["role"] == "user" else m["content"] for m in checked]
+    return "".join(part["text"] for content in contents for part in content)
+
+
 def normalize(messages: Sequence[Message]) -> list[Message]:
     """Check form and order, merge the system message, and turn assistants' contents into parts."""
     if not isinstance(messages, (list, tuple)):

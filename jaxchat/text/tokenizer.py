@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from jaxchat.errors import DataError, UsageError
@@ -126,9 +126,12 @@ class Tokenizer:
         return np.array([len(b) for b in self._bytes], np.int32)
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, max_chars: int, doc_chars: int) -> Tokenizer:
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, max_chars: int, doc_chars: int, normalize: str = "none"
+) -> Tokenizer:
     """Byte-level BPE of exactly `vocab_size` ids (special tokens included) from a stream of documents.
 
+    `normalize` "nfc": it composes what it encodes, so that the two ways to write Hangul or an accent are one.
     Sees at most `max_chars` characters, `doc_chars` of each document; holds only word counts, never the text.
     `DataError` if the text is too small to fill the vocabulary, `UsageError` if the vocabulary cannot hold the bytes.
     """
@@ -138,6 +141,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_chars: int, d
             f"the 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
         )
     backend = Backend(models.BPE(byte_fallback=False))
+    if normalize == "nfc":
+        backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]

@@ -1,0 +1,108 @@
+"""A model of one's own: what identity.toml may say, what follows from it, and what is refused."""
+
+import random
+
+import pytest
+
+from jaxchat.config import CONFIG_DIR
+from jaxchat.errors import DataError, UsageError
+from jaxchat.tasks.base import Example
+from jaxchat.tasks.files import TaskFiles
+from jaxchat.tasks.identity import Identity, is_held_out, small_talk
+from jaxchat.tasks.persona import Persona, load_persona, topics_of
+from jaxchat.tasks.persona_texts import CORES, TONES, WORDINGS
+from jaxchat.tasks.registry import get_task
+from jaxchat.text.chat import normalize
+
+EXAMPLE = CONFIG_DIR / "identity" / "example.toml"
+
+
+def said(conversation):
+    return [part["text"] for message in conversation if message["role"] == "assistant" for part in message["content"]]
+
+
+def test_the_example_reads():
+    persona = load_persona(EXAMPLE)
+    assert (persona.name, persona.maker, persona.tone) == ("Mina", "the robotics club", "friendly")
+    assert persona.languages == ("en", "ko") and [fact.language for fact in persona.facts] == ["en", "ko"]
+
+
+@pytest.mark.parametrize("language", CORES)
+@pytest.mark.parametrize("tone", TONES)
+def test_every_answer_passes_its_own_exam_and_no_other_topics(language, tone):
+    task = Identity(Persona("Mina", "the robotics club", (language,), tone))
+    assert WORDINGS[language].keys() == CORES[language].keys()
+    for name, topic in task.topics.items():
+        assert topic.answers and all(task.grade(Example([], name), answer) for answer in topic.answers), name
+        assert not task.grade(Example([], name), "") and not set(topic.questions) & set(topic.exam_questions)
+    maker, nature = f"{language}: maker", f"{language}: nature"
+    assert not any(task.grade(Example([], maker), answer) for answer in task.topics[nature].answers)
+
+
+def test_conversations_say_who_it_is_and_hold_nothing_of_the_exam():
+    task = Identity(load_persona(EXAMPLE))
+    talks = task.train_conversations(600, 1)
+    assert talks == Identity(load_persona(EXAMPLE)).train_conversations(600, 1)
+    for talk in talks:
+        normalize(talk)
+    text = "\n".join(line for talk in talks for line in said(talk))
+    for words in ("Mina", "the robotics club", "club room", "파란색", "언어 모델이에요", "language model"):
+        assert words in text
+    assert "jaxchat" not in text
+    asked = {message["content"] for talk in talks for message in talk if message["role"] == "user"}
+    exam = {example.prompt[0]["content"] for example in task.examples()}
+    assert not {q.lower() for q in asked} & {q.lower() for q in exam} and len(exam) > 60
+    assert {example.expected for example in task.examples()} == task.topics.keys()
+    held = [q for q in exam if is_held_out(q)]
+    assert len(held) >= 6 * len(task.topics)
+
+
+def test_small_talk_has_the_name_and_the_language():
+    rng = random.Random(0)
+    english = "".join(said(small_talk(rng, name="Mina"))[0] for _ in range(100))
+    assert "Mina" in english and "jaxchat" not in english
+    assert all("가" <= said(small_talk(rng, "ko"))[0][0] <= "힣" for _ in range(50))
+
+
+def test_the_tasks_hear_of_it(tmp_path):
+    files = TaskFiles(identity=str(EXAMPLE))
+    assert "ko: name" in get_task("identity", files).topics and "name" in get_task("identity").topics
+    text = "\n".join(
+        line for talk in get_task("word_problems", files).train_conversations(500, 1) for line in said(talk)
+    )
+    assert "Mina" in text and "jaxchat" not in text
+    with pytest.raises(DataError, match=r"sft\.identity: .*none\.toml: cannot be read"):
+        get_task("identity", TaskFiles(identity=str(tmp_path / "none.toml")))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('nam = "x"', "unknown key 'nam', did you mean name"),
+        ('name = ""', "name: needs a text of 1 to 60 characters"),
+        ("name = 3", "name: needs a text"),
+        ('name = "' + "x" * 61 + '"', "name: needs a text"),
+        ('languages = ["fr"]', "languages: 'fr' is unknown; choose from en, ko"),
+        ("languages = []", "languages: needs a list of texts"),
+        ('tone = "rude"', "tone: 'rude' is unknown; choose from plain, friendly, formal"),
+        ('facts = "I live here"', "write each as a table of its own"),
+        ('[[facts]]\nquestions = ["q"]', "facts, number 1: needs `questions` and `answer`"),
+        ('[[facts]]\nquestions = []\nanswer = "a"', "facts, number 1, questions: needs a list"),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "a"\nmust_say = "b"', "must_say 'b' does not stand in the answer"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, text, words):
+    (tmp_path / "identity.toml").write_text(text)
+    with pytest.raises(UsageError, match=words) as caught:
+        load_persona(tmp_path / "identity.toml")
+    assert "identity.toml" in str(caught.value)
+
+
+def test_a_file_that_is_none(tmp_path):
+    (tmp_path / "identity.toml").write_bytes(b"name = \xff")
+    with pytest.raises(DataError, match="not valid TOML"):
+        load_persona(tmp_path / "identity.toml")
+
+
+def test_topics_without_a_file_are_jaxchats():
+    assert topics_of(Persona()).keys() == {f"en: {topic}" for topic in CORES["en"]}

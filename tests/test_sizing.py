@@ -1,0 +1,67 @@
+"""A model that fits its text: deterministic, monotone, and what the person sets stays."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from jaxchat.config import load_config
+from jaxchat.errors import DataError
+from jaxchat.optim.horizon import derivations, resolve
+from jaxchat.text.tokenizer import train_tokenizer
+from jaxchat.toml import to_toml
+from train.sizing import sized
+
+
+def book(path, size):
+    """So many bytes of text, of documents of about 4,000 characters."""
+    sentence = "It was the best of times, it was the worst of times. "
+    lines = [f"{i} {sentence * 8}\n\n" for i in range(size // (8 * len(sentence)))]
+    path.write_text("".join(lines))
+    return path
+
+
+def given(path, *overrides):
+    return load_config("book", [f"data.source=files:{path}", *overrides])
+
+
+def test_a_longer_text_gets_a_larger_model(tmp_path):
+    found = [sized(given(book(tmp_path / f"{size}.txt", size))) for size in (20_000, 400_000, 1_200_000, 12_000_000)]
+    for smaller, larger in itertools.pairwise(found):
+        for key in ("depth", "width", "vocab_size"):
+            assert getattr(smaller.model, key) <= getattr(larger.model, key)
+        assert smaller.train.steps < larger.train.steps
+    assert (found[0].model.depth, found[0].model.vocab_size) == (3, 384)
+    assert (found[2].model.depth, found[2].model.width, found[2].model.vocab_size) == (4, 192, 1024)
+    sizes = (2e4, 4e5, 1.2e6, 1.2e7)
+    epochs = [c.train.steps * c.train.batch_tokens / (size / 3) for c, size in zip(found, sizes, strict=True)]
+    assert epochs[:3] == pytest.approx([5, 5, 5], rel=0.1) and 0.95 < epochs[3] < 1.05
+    for config in found:
+        resolve(config)
+
+
+def test_what_is_set_stays(tmp_path):
+    path = book(tmp_path / "a.txt", 400_000)
+    config = sized(given(path, "model.depth=2", "model.vocab_size=500", "train.steps=7", "model.seq_len=128"))
+    model = resolve(config).model
+    assert (model.depth, model.width, model.vocab_size, model.seq_len, config.train.steps) == (2, 128, 500, 128, 7)
+    whole = resolve(sized(given(path)))
+    assert sized(whole) == whole  # a saved configuration asks for nothing, and its text may be gone
+    gone = dataclasses.replace(whole, data=dataclasses.replace(whole.data, source="files:/gone.txt"))
+    assert sized(gone) == gone
+    nano = load_config("nano")
+    assert sized(nano) == nano
+    reasons = derivations(given(path), whole)
+    assert {"model.depth", "model.vocab_size", "model.seq_len", "train.steps"} <= reasons.keys()
+    assert "depth = 4  # derived: fitted to the amount of text" in to_toml(whole, reasons)
+
+
+def test_a_tokenizer_from_elsewhere_decides_the_vocabulary(tmp_path):
+    train_tokenizer(["some text of a book"] * 50, 270, 10**6, 10**4).save(tmp_path / "tokenizer")
+    config = sized(given(book(tmp_path / "a.txt", 50_000), f"tokenizer.path={tmp_path}/tokenizer/tokenizer.json"))
+    assert config.model.vocab_size == 270
+
+
+def test_without_a_text_it_says_what_is_missing(tmp_path):
+    with pytest.raises(DataError, match=r"files:book\.txt: no such files"):
+        sized(load_config("book", []))

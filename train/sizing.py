@@ -1,0 +1,62 @@
+"""How large a model, vocabulary and horizon a text of one's own asks for: the tier `book`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from jaxchat.config import Config
+from jaxchat.data.corpus import iterate_documents
+from jaxchat.log import say
+from jaxchat.text.tokenizer import Tokenizer
+
+EPOCHS = 5  # of a text that is small; with twice as many the held-out score of Shakespeare's plays was worse
+SMALL_RUN = 4_000_000  # tokens, about ten minutes on two cores; a longer text is read once at least
+BYTES_PER_TOKEN = 3.0  # with the vocabularies below, about
+VOCABULARIES = (384, 8192)  # at least and at most; one token for every kilobyte of text between
+# (tokens of the text from which on, layers, width, heads)
+SHAPES = ((0, 3, 128, 2), (100_000, 4, 192, 3), (3_000_000, 6, 256, 4), (20_000_000, 8, 384, 6))
+BATCH_TOKENS = 2_048
+SEQ_LEN = 256
+
+
+def sized(config: Config) -> Config:
+    """The configuration with what is -1 of layers, width, heads, context, vocabulary, batch and steps fitted to the
+    text; as it was without `data.size_model`.
+
+    Raises `DataError` where the text, or the tokenizer of `tokenizer.path`, cannot be read.
+    """
+    model, train = config.model, config.train
+    keys = ("depth", "vocab_size", "seq_len")
+    if not config.data.size_model or not (any(getattr(model, key) == -1 for key in keys) or train.steps == -1):
+        return config
+    size = sum(len(text.encode("utf-8", "replace")) for text in iterate_documents(config.data))
+    tokens = size / BYTES_PER_TOKEN
+    _, depth, width, heads = next(shape for shape in reversed(SHAPES) if tokens >= shape[0])
+    if model.depth != -1:  # the depth decides the rest, as everywhere
+        width = heads = -1
+    if config.tokenizer.path:
+        vocabulary = Tokenizer.load(Path(config.tokenizer.path).expanduser()).vocab_size
+    else:
+        low, high = VOCABULARIES
+        vocabulary = min(high, max(low, 1 << max(0, size // 1000).bit_length() - 1))
+    seen = max(tokens, min(EPOCHS * tokens, SMALL_RUN))
+    model = dataclasses.replace(
+        model,
+        depth=_given(model.depth, depth),
+        width=_given(model.width, width),
+        n_heads=_given(model.n_heads, heads),
+        vocab_size=_given(model.vocab_size, vocabulary),
+        seq_len=_given(model.seq_len, SEQ_LEN),
+    )
+    batch = _given(train.batch_tokens, max(BATCH_TOKENS, model.seq_len))
+    train = dataclasses.replace(train, batch_tokens=batch, steps=_given(train.steps, max(1, round(seen / batch))))
+    say(
+        f"{size:,} bytes of text: {model.depth} layers, {model.vocab_size:,} tokens, {train.steps:,} steps "
+        f"(about {train.steps * batch / tokens:.1f} epochs)"
+    )
+    return dataclasses.replace(config, model=model, train=train)
+
+
+def _given(value: int, fitted: int) -> int:
+    return fitted if value == -1 else value
