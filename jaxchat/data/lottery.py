@@ -26,7 +26,7 @@ PRIZES = {
 }
 FIELDS = ("tickets", *PRIZES, "yield")
 DOCUMENTS = 20_000  # of `synthetic:lottery` without a count
-SKEW = 0.5  # of training: few tickets are where a model first finds out how to compare numbers
+SKEW = 1.0  # of training: few tickets are where a model first finds out how to compare numbers
 HELD_OUT_ONE_IN = 10  # outcomes (tickets and how many of each rank)
 
 # how many of a ticket's numbers are drawn: chance alone would make nearly all of them 0 or 1, and nothing to learn
