@@ -9,6 +9,7 @@ from jaxchat.errors import UsageError
 from jaxchat.optim.horizon import derivations, resolve
 from jaxchat.recipes import is_derived, resolve_model
 from jaxchat.toml import flatten, to_toml
+from train.sizing import sized
 
 TIERS = [path.stem for path in tier_files()]
 
@@ -17,18 +18,26 @@ def test_the_tiers_of_the_foundation_exist():
     assert {"nano", "d12", "d20", "d26", "d32"} <= set(TIERS)
 
 
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """A text, for the tier that fits its model to one."""
+    path = tmp_path_factory.mktemp("book") / "book.txt"
+    path.write_text("It was the best of times. " * 20_000)
+    return [f"data.source=files:{path}"]
+
+
 @pytest.mark.parametrize("tier", TIERS)
-def test_every_tier_resolves_with_nothing_left_to_derive(tier):
-    config = resolve(load_config(tier))
+def test_every_tier_resolves_with_nothing_left_to_derive(tier, book):
+    config = resolve(sized(load_config(tier, book if tier == "book" else [])))
     left = [k for k, v in flatten(config).items() if k.startswith(("model.", "optim.", "train.")) and is_derived(v)]
     device_decides = {"model.attention", "train.compute_dtype", "train.loss_chunk", "train.scan_unroll"}
     assert set(left) <= device_decides
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_saved_configuration_repeats_the_run(tier, tmp_path):
-    given = load_config(tier)
-    config = resolve(given)
+def test_saved_configuration_repeats_the_run(tier, tmp_path, book):
+    given = load_config(tier, book if tier == "book" else [])
+    config = resolve(sized(given))
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config, derivations(given, config)), encoding="utf-8")
     again = load_config(path)

@@ -1,9 +1,11 @@
 """Dialogues for SFT: form, the split of the corpus, and no other bot speaking of itself."""
 
+import json
+
 import pytest
 
 from jaxchat.data.corpus import iterate_documents
-from jaxchat.data.dialogues import MAX_TURNS, chatterbot_pairs, chitchat_dialogues, is_other_bot
+from jaxchat.data.dialogues import MAX_TURNS, chatterbot_pairs, chitchat_dialogues, file_conversations, is_other_bot
 from jaxchat.errors import DataError
 from jaxchat.text.chat import normalize
 
@@ -57,6 +59,9 @@ def test_chatterbot_pairs_are_questions_and_answers_each_once():
         ("You are jealous", "Normally, as a bot i don't have feelings."),
         ("Are you hungry?", "My processor requires very little power."),
         ("hi", "My name is Bob."),
+        ("너는 어디에서 왔니?", "나는 모든 소프트웨어의 고향에서 왔다."),
+        ("네 이름은 뭐니?", "철수야."),
+        ("넌 누가 만들었어?", "어떤 사람이."),
     ],
 )
 def test_other_bots_are_known(question, answer):
@@ -67,6 +72,7 @@ def test_other_bots_are_known(question, answer):
     ("question", "answer"),
     [
         ("How are you?", "I am doing well."),
+        ("오늘 기분은 어때?", "아주 좋아요. 당신은 어때요?"),
         ("I am working on a project", "What are you working on?"),
         ("What is a computer?", "A computer is an electronic device which takes information in digital form."),
         ("can you write a callback?", "```\ngreet('Alice', print)\n```"),
@@ -82,3 +88,30 @@ def test_every_language_can_be_read():
     assert all(len(pair) == 2 for language in ("french", "japanese", "spanish") for pair in chatterbot_pairs(language))
     with pytest.raises(DataError, match=r"no language 'klingon'; it has bengali, .*korean"):
         list(chatterbot_pairs("klingon"))
+
+
+def test_conversations_of_ones_own(tmp_path):
+    talks = [
+        [{"role": "user", "content": "안녕"}, {"role": "assistant", "content": "반가워요!"}],
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "Hi."},
+        ],
+    ]
+    lines = "".join(json.dumps({"id": 1, "messages": [m | {"weight": 1} for m in talk]}) + "\n\n" for talk in talks)
+    (tmp_path / "a.jsonl").write_text(lines)
+    assert list(file_conversations(f"files:{tmp_path}")) == talks
+    bad = {
+        '{"text": "no conversation"}': "messages: must be a list",
+        '{"messages": [{"role": "assistant", "content": "first"}]}': "role 'assistant' where 'user' is due",
+        "[]": "messages: must be a list",
+        "{": "not JSON",
+    }
+    for text, words in bad.items():
+        (tmp_path / "a.jsonl").write_text(lines + text)
+        with pytest.raises(DataError, match=rf"a\.jsonl:5: .*{words}"):
+            list(file_conversations(f"files:{tmp_path}/a.jsonl"))
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(DataError, match=r"b\.txt: conversations are read from jsonl"):
+        list(file_conversations(f"files:{tmp_path}/b.txt"))

@@ -11,7 +11,7 @@ from jaxchat.checkpoint import Checkpoints, params_sha256
 from jaxchat.config import Config, ModelConfig
 from jaxchat.engine import Engine, Request
 from jaxchat.engine.loading import load_run
-from jaxchat.errors import DataError
+from jaxchat.errors import DataError, UsageError
 from jaxchat.model import gpt
 from jaxchat.paths import RunDir, write_json
 from jaxchat.recipes import resolve_model
@@ -50,6 +50,20 @@ def test_an_engine_from_a_run_is_that_model(run):
     request = Request(tokenizer.encode("some text"), max_tokens=12, temperature=1.0, seed=5)
     found = Engine.from_pretrained(run.root).generate([request])[0].tokens
     assert found == Engine(config, params, tokenizer, slots=1).generate([request])[0].tokens and len(found) == 12
+
+
+def test_a_base_model_continues_what_is_said(run):
+    base, chat = (Engine.from_pretrained(run.root, stage, slots=1) for stage in ("base", None))
+    talk = [
+        {"role": "user", "content": "some "},
+        {"role": "assistant", "content": "text"},
+        {"role": "user", "content": " to"},
+    ]
+    assert not base.chats and chat.chats
+    assert base.chat_request(talk).tokens == base.text_request("some text to").tokens != chat.chat_request(talk).tokens
+    assert base.chat(talk, max_tokens=5) == base.generate([base.text_request("some text to", max_tokens=5)])[0].text
+    with pytest.raises(UsageError, match="role 'assistant' where 'user' is due"):
+        base.chat_request(talk[1:])
 
 
 def test_other_parameters_than_the_stage_recorded_are_refused(run, tmp_path):

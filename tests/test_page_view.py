@@ -14,7 +14,7 @@ from jaxchat.paths import RunDir
 from serve.page import next_turn, undo
 from serve.page_card import model_card
 from serve.page_view import BREAK, TokenSpans, show, spoken, turn
-from serve.texts import TEXTS
+from serve.texts import TEXTS, texts
 
 PARTS = [{"type": "python", "text": "12+30"}, {"type": "python_output", "text": "42"}, {"type": "text", "text": "So."}]
 TALK = [*turn("a", [{"type": "text", "text": "A"}]), *turn("b", PARTS), *turn("c")]
@@ -147,3 +147,8 @@ def test_the_model_card_tells_size_time_and_scores(tmp_path):
     own.eval("sft").write_text("[]")
     own.stages.write_text("{")
     assert "학습 시간" not in model_card(own, config(), TEXTS["ko"])
+
+
+def test_a_tier_may_fix_the_pages_language():
+    assert texts("auto") == TEXTS
+    assert texts("ko") == {"en": TEXTS["ko"], "ko": TEXTS["ko"]} and texts("en")["ko"] == TEXTS["en"]

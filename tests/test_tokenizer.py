@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -317,3 +318,23 @@ def test_a_stage_that_cannot_do_it_leaves_nothing(tmp_path, sample, options, err
     with pytest.raises(error, match=words):
         stage.run(Config(model=ModelConfig(vocab_size=9000), data=source, tokenizer=options), RunDir(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_two_ways_to_write_hangul_are_one():
+    """A syllable as one character, or as its letters (as file names of macOS have it)."""
+    text = "한국어 문장과 café"
+    apart = unicodedata.normalize("NFD", text)
+    plain, composing = (
+        train_tokenizer([text, apart] * 20, 268, 10**6, 10**4, normalize) for normalize in ("none", "nfc")
+    )
+    assert composing.encode(apart) == composing.encode(text) and composing.decode(composing.encode(apart)) == text
+    assert plain.decode(plain.encode(apart)) == apart and len(plain.encode(apart)) > len(plain.encode(text))
+    assert plain.digest != composing.digest
+
+
+def test_a_tokenizer_that_composes_is_read_again(tmp_path):
+    tokenizer = train_tokenizer(["한국어 문장"] * 20, 270, 10**6, 10**4, "nfc")
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.digest == tokenizer.digest
+    assert again.encode(unicodedata.normalize("NFD", "한국어")) == tokenizer.encode("한국어")

@@ -89,6 +89,8 @@ def test_registry_names_tasks_and_reads_mixture_entries():
     assert parse_mixture_entry("identity:500") == ("identity", 500, 1)
     assert parse_mixture_entry("chitchat") == ("chitchat", None, 1)
     assert parse_mixture_entry("mmlu*3") == ("mmlu", None, 3)
+    assert parse_mixture_entry("files:my talks/*.jsonl") == ("files:my talks/*.jsonl", None, 1)
+    assert parse_mixture_entry("files:a.jsonl:50*2") == ("files:a.jsonl", 50, 2)
     assert parse_mixture_entry(" identity : 50 * 2 ") == ("identity", 50, 2)
     with pytest.raises(UsageError, match="did you mean identity"):
         get_task("identiti")

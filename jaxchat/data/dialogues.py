@@ -29,6 +29,7 @@ I_AM_A_MACHINE = re.compile(
     r"|\b((chat)?bots?|robots?|software|computers?|machines?)\b.*\b(i|i'm|me|my|we|our)\b",
     re.I | re.S,
 )
+HANGUL = re.compile("[가-힣]")
 KOREAN_BOT = re.compile(
     r"로봇|챗봇|소프트웨어|프로그램|컴퓨터|기계|인공 ?지능|A\.?I\.?\b|메모리|RAM|2진수|누가.*(만들|개발|학습)|만든 사람"
     r"|(너|넌|당신|네|니)(은|는|의)? ?(누구|이름)|이름이|누구(야|니|세요|예요)|사람(이야|이니|이에요|인가요)"
@@ -100,5 +101,7 @@ def file_conversations(source: str, encoding: str = "auto") -> Iterator[list[Mes
 
 def is_other_bot(question: str, answer: str) -> bool:
     """Whether a pair is about who answers, or has the one who answers speak as a machine."""
-    named = any(OTHER_BOT_NAMES.search(text) or KOREAN_BOT.search(text) for text in (question, answer))
+    if HANGUL.search(question + answer):
+        return bool(KOREAN_BOT.search(question) or KOREAN_BOT.search(answer))
+    named = any(OTHER_BOT_NAMES.search(text) for text in (question, answer))
     return bool(named or WHO_ARE_YOU.search(question) or WHO_ARE_YOU.search(answer) or I_AM_A_MACHINE.search(answer))
