@@ -110,12 +110,12 @@ class OptimConfig:
 @dataclass(frozen=True)
 class SftConfig:
     mixture: tuple[str, ...] = ("chitchat", "chatterbot", "identity:500", "word_problems:20000")
+    identity: str = ""  # an identity.toml: who the model is (`tasks/persona.py`); empty: jaxchat
     epochs: float = 1.0
     lr_ratio: float = 0.8  # first rate over pretraining's
     warmdown_ratio: float = 0.5
     batch_tokens: int = -1
     eval_every: int = 0
-    identity: str = ""  # an identity.toml: who the model is (`tasks/persona.py`); empty: jaxchat
     exam_cases: int = 0  # questions of each chat exam at every evaluation
 
 
@@ -146,8 +146,8 @@ class EvalConfig:
     batch_rows: int = 32  # engine slots and rows per scoring batch
     sample_tokens: int = 64
     sample_prompts: int = 5  # openings of held-out texts that a base model continues
-    chat_prompts: tuple[str, ...] = ()  # questions in a chat model's samples; empty: English ones
     sample_temperatures: tuple[float, ...] = (0.0, 0.8)
+    chat_prompts: tuple[str, ...] = ()  # questions in a chat model's samples; empty: English ones
     copied: bool = False  # search the training text for the longest passage that the base model repeats
     samples: int = 0  # drawn answers to each written question, for pass@1 to pass@k; 0: only the one at temperature 0
     temperature: float = 0.8  # of those

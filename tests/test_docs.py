@@ -46,7 +46,10 @@ def test_there_are_commands_to_check():
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_every_command_parses_and_its_keys_exist(path):
+def test_every_command_parses_and_its_keys_exist(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 20_000)
+    (tmp_path / "소설.txt").write_bytes("옛날에 한 사람이 살았습니다. ".encode("cp949") * 2_000)
     for command in commands(path):
         args = launch.make_parser().parse_args(shlex.split(command)[2:])
         args.config = args.run_dir = None  # a run that this machine may have or not

@@ -32,6 +32,7 @@ LONGEST_WAIT = 120.0  # seconds, also where the hub asks for more
 FINAL = (400, 401, 403, 404, 410, 416, 451)  # HTTP answers that another try does not change
 FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # it is our disk, not the hub
 COMPRESSION = 3.0  # characters of text in a byte of a compressed text file, about
+KINDS = (".parquet", ".jsonl", ".txt", ".md")
 MARGIN = 1.05  # files hold somewhat more or less than the first
 
 
@@ -43,7 +44,7 @@ class Damaged(Exception):
 class HubSource:
     repo: str
     revision: str = "main"
-    pattern: str = "*"
+    pattern: str = ""  # "": all files of the kind that holds the text, parquet before jsonl before plain text
 
 
 def parse(source: str) -> HubSource:
@@ -51,7 +52,7 @@ def parse(source: str) -> HubSource:
     match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([^:@\s]+))?(?::(.+))?", source)
     if match is None:
         raise UsageError(f"data.source: {source!r}; write hf:OWNER/NAME, hf:OWNER/NAME@REVISION:PATTERN")
-    return HubSource(match[1], match[2] or "main", match[3] or "*")
+    return HubSource(match[1], match[2] or "main", match[3] or "")
 
 
 def fetch(source: str, text_bytes: int, cache: Path, mirror: str = "", endpoint: str | None = None) -> list[Path]:
@@ -89,10 +90,13 @@ def _matching(listing: Sequence[dict[str, Any]], wanted: HubSource, where: str =
     """Those of a readable kind that the pattern names, sorted."""
     readable = [f for f in listing if kind_of(Path(f["path"])) in SUFFIXES and Path(f["path"]).name != "README.md"]
     found = [f for f in readable if fnmatch.fnmatchcase(f["path"], wanted.pattern)]
+    if not wanted.pattern:  # many data sets lie there in two forms
+        kinds = [[f for f in readable if kind_of(Path(f["path"])) == kind] for kind in KINDS]
+        found = next((files for files in kinds if files), [])
     if not found:
         names = ", ".join(f["path"] for f in readable[:3]) or "none at all"
         raise DataError(
-            f"hf:{wanted.repo}: no file matches {wanted.pattern!r}{' in ' + where if where else ''}; "
+            f"hf:{wanted.repo}: no file matches {wanted.pattern or '*'!r}{' in ' + where if where else ''}; "
             f"of {len(readable)} files of a known kind the first: {names}"
         )
     return sorted(found, key=lambda f: f["path"])
@@ -130,7 +134,6 @@ def _announce(hub: Hub, files: Sequence[dict[str, Any]], count: int, text_bytes:
     reason = f" for {text_bytes / 1e9:.3g} GB of text" if text_bytes else ""
     line = f"  {hub.repo} at {hub.commit[:8]}: {count:,} of {len(files):,} files{reason}"
     if not missing:
-        say(f"{line}, all here already")
         return
     speed = f", about {sum(missing) / hub.speed / 60:.1f} minutes" if hub.speed else ""
     say(f"{line}; {len(missing):,} to download, {sum(missing) / 1e9:.3g} GB{speed}")
@@ -252,7 +255,8 @@ class Hub:
                 failure = error
             if isinstance(failure, OSError) and failure.errno in FULL_OR_CLOSED:
                 raise DataError(f"{self.folder}: {failure.strerror}; what was complete is kept")
-            if _status(failure) in FINAL or attempt + 1 == TRIES:
+            offline = type(failure).__name__ == "OfflineModeIsEnabled"  # HF_HUB_OFFLINE
+            if offline or _status(failure) in FINAL or attempt + 1 == TRIES:
                 break
             wait = min(LONGEST_WAIT, max(_asked_wait(failure), FIRST_WAIT * 2**attempt * random.uniform(0.8, 1.2)))
             if wait >= 1:
