@@ -84,7 +84,7 @@ def test_korean_from_the_tokenizer_to_the_page(tmp_path):
 
 
 def test_lotto(tmp_path):
-    settings = [*SMALL, "model.seq_len=320", "train.batch_tokens=640", "sft.batch_tokens=640", "eval.max_per_task=2"]
+    settings = [*SMALL, "model.seq_len=384", "train.batch_tokens=768", "sft.batch_tokens=768", "eval.max_per_task=2"]
     launched(
         "lotto",
         tmp_path,
