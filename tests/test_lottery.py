@@ -5,11 +5,14 @@ import random
 
 import pytest
 
+from jaxchat.config import load_config
 from jaxchat.data import lottery
 from jaxchat.data.lottery import FIELDS, Session, documents, is_held_out, random_session, read_answer, sessions
+from jaxchat.tasks.base import assistant, user
 from jaxchat.tasks.lottery import Lottery
 from jaxchat.tasks.registry import get_task
-from jaxchat.text.chat import normalize
+from jaxchat.text.chat import normalize, render, render_prompt
+from jaxchat.text.tokenizer import train_tokenizer
 
 WINNING, BONUS = (1, 2, 3, 4, 5, 6), 7
 TICKETS = {
@@ -114,3 +117,15 @@ def test_the_exam_grades_every_field():
     assert not task.grade(example, "") and not any(task.readings(example, "").values())
     assert all(task.grade(e, "\n".join(f"{k}: {v}" for k, v in e.expected.items())) for e in task.examples())
     assert len(task.train_examples(1)) == 8192
+
+
+def test_the_longest_session_fits_the_tiers_context():
+    """Cut answers once cost the model every session of eight tickets."""
+    config = load_config("lotto")
+    tokenizer = train_tokenizer(documents(3000), config.model.vocab_size, 10**9, 10**6)
+    rng, task = random.Random(5), Lottery()
+    most = [s for s in (random_session(rng) for _ in range(2000)) if len(s.tickets) == lottery.MOST_TICKETS]
+    talks = [render(tokenizer, [user(s.question()), assistant(s.answer())])[0] for s in most]
+    prompts = [render_prompt(tokenizer, [user(s.question())]) for s in most]
+    assert max(map(len, talks)) <= config.model.seq_len
+    assert max(len(talk) - len(prompt) for talk, prompt in zip(talks, prompts, strict=True)) <= task.max_tokens

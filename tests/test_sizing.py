@@ -35,7 +35,7 @@ def test_a_longer_text_gets_a_larger_model(tmp_path):
     assert (found[2].model.depth, found[2].model.width, found[2].model.vocab_size) == (4, 192, 1024)
     sizes = (2e4, 4e5, 1.2e6, 1.2e7)
     epochs = [c.train.steps * c.train.batch_tokens / (size / 3) for c, size in zip(found, sizes, strict=True)]
-    assert epochs[:3] == pytest.approx([5, 5, 5], rel=0.1) and 0.95 < epochs[3] < 1.05
+    assert epochs[:3] == pytest.approx([4, 4, 4], rel=0.1) and 0.95 < epochs[3] < 1.05
     for config in found:
         resolve(config)
 

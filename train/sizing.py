@@ -10,7 +10,7 @@ from jaxchat.data.corpus import iterate_documents
 from jaxchat.log import say
 from jaxchat.text.tokenizer import Tokenizer
 
-EPOCHS = 5  # of a text that is small; with twice as many the held-out score of Shakespeare's plays was worse
+EPOCHS = 4  # of a text that is small: then the held-out score of Shakespeare's plays was best (docs/book.md)
 SMALL_RUN = 4_000_000  # tokens, about ten minutes on two cores; a longer text is read once at least
 BYTES_PER_TOKEN = 3.0  # with the vocabularies below, about
 VOCABULARIES = (384, 8192)  # at least and at most; one token for every kilobyte of text between
