@@ -108,7 +108,7 @@ def read_file(path: Path, encoding: str = "auto", counts: Counter[str] | None = 
                 yield document
             else:
                 counts["giants"] += 1
-                yield from _paragraphs(io.StringIO(document), LARGEST_DOCUMENT // 4)
+                yield from _paragraphs(_lines_of(document, LARGEST_DOCUMENT // 4), LARGEST_DOCUMENT // 4)
 
 
 @contextlib.contextmanager
@@ -187,19 +187,27 @@ def _text_lines(file: IO[str], path: Path) -> Iterator[str]:
         yield line
 
 
+def _lines_of(document: str, longest: int) -> Iterator[str]:
+    """Lines of a text, or pieces of them; `io.StringIO` would need four bytes a character."""
+    start = 0
+    while start < len(document):
+        end = document.find("\n", start, start + longest) + 1 or min(start + longest, len(document))
+        yield document[start:end]
+        start = end
+
+
 def _paragraphs(lines: Iterable[str], goal: int) -> Iterator[str]:
     """Documents of about `goal` characters that end with a paragraph; where none ends in time, with a line; and then
-    anywhere."""
+    anywhere. No line may be longer than `goal`."""
     kept: list[str] = []
     size = 0
     for line in lines:
-        for piece in (line,) if len(line) <= goal else (line[i : i + goal] for i in range(0, len(line), goal)):
-            kept.append(piece)
-            size += len(piece)
-            line_ends, paragraph_ends = piece.endswith("\n"), not piece.strip()
-            if size >= (goal if paragraph_ends else 2 * goal if line_ends else 4 * goal):
-                yield "".join(kept).strip("\n")
-                kept, size = [], 0
+        kept.append(line)
+        size += len(line)
+        line_ends, paragraph_ends = line.endswith("\n"), not line.strip()
+        if size >= (goal if paragraph_ends else 2 * goal if line_ends else 4 * goal):
+            yield "".join(kept).strip("\n")
+            kept, size = [], 0
     if kept:
         yield "".join(kept).strip("\n")
 
