@@ -54,7 +54,8 @@ class FakeHub:
     def tree(self):
         entries = [{"type": "directory", "path": "folder", "oid": "0" * 40}]
         for name, content in self.files.items():
-            entry = {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            entry = {"type": "file", "path": name, "size": len(content), "oid": blob}
             if name not in self.small:  # small files lie in git itself and have no digest of their own
                 entry["lfs"] = {"oid": self.digest(name), "size": len(content), "pointerSize": 130}
             entries.append(entry)

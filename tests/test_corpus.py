@@ -341,3 +341,25 @@ def test_the_lottery_is_a_source():
     for wrong in ("synthetic:", "synthetic:poems", "synthetic:lottery:", "synthetic:lottery:0", "synthetic:lottery:-3"):
         with pytest.raises(UsageError, match="generators: synthetic:lottery"):
             list(iterate_documents(wrong))
+
+
+def test_a_mixture_holds_out_of_all_sources_what_it_holds_out_of_one(tmp_path):
+    """A small source has to hold out more than its fraction, and shares documents with a large one."""
+    texts = [f"document number {i}" for i in range(400)]
+    (tmp_path / "big.jsonl").write_text(jsonl(*({"text": text} for text in texts)))
+    high = sorted(texts, key=document_hash)[200:203]  # none of them would be held out of the large one
+    (tmp_path / "small.jsonl").write_text(jsonl(*({"text": text} for text in high)))
+    source = f"0.5 files:{tmp_path}/big.jsonl + 0.5 files:{tmp_path}/small.jsonl"
+    train, val = (set(iterate_documents(source, split, 0.01)) for split in ("train", "val"))
+    assert not train & val and high[0] in val and set(high[1:]) <= train
+    low = sorted(texts, key=document_hash)[:2]
+    (tmp_path / "small.jsonl").write_text(jsonl(*({"text": text} for text in low)))
+    with pytest.raises(DataError, match=r"small\.jsonl: all of its few documents would be held out"):
+        list(iterate_documents(source, "train", 0.2))
+
+
+@pytest.mark.parametrize("name", ["rot13", "hex", "base64"])
+def test_a_codec_that_is_no_encoding_is_refused(tmp_path, name):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UsageError, match=rf"data\.encoding: '{name}' is unknown"):
+        list(iterate_documents(DataConfig(source=f"files:{tmp_path}", encoding=name)))

@@ -15,7 +15,7 @@ import pytest
 from fake_hub import COMMIT, FakeHub
 
 from jaxchat.config import DataConfig
-from jaxchat.data import corpus, hub
+from jaxchat.data import corpus, hub, hub_files
 from jaxchat.data.corpus import iterate_documents
 from jaxchat.data.hub import fetch, parse, text_size
 from jaxchat.errors import DataError, UsageError
@@ -36,7 +36,7 @@ FILES = {f"data/{i:03d}.parquet": shard(i) for i in range(6)} | {"README.md": b"
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(hub, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(hub_files, "FIRST_WAIT", 0.01)
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # what is on the disk is whole pieces
     with FakeHub(FILES) as server:
         yield server
@@ -101,7 +101,9 @@ def test_the_wait_that_the_hub_asks_for_is_kept(server, tmp_path):
 
 @pytest.mark.parametrize("fault", ["500", "wrong", "drop"])
 def test_what_does_not_pass_is_told_with_what_to_do(server, tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(hub, "TRIES", 1 if fault == "drop" else 3)  # a dropped one the client tries again by itself
+    monkeypatch.setattr(
+        hub_files, "TRIES", 1 if fault == "drop" else 3
+    )  # a dropped one the client tries again by itself
     server.faults["data/002.parquet"] = [fault] * 99
     with pytest.raises(DataError) as caught:
         fetch(SOURCE, 0, tmp_path, endpoint=server.url)
@@ -204,11 +206,42 @@ def test_a_source_is_read():
 
 
 def test_of_two_forms_of_the_same_text_one_is_taken(tmp_path):
+    folder = tmp_path / "some" / "one"
     for name in ("a.txt", "data/b.jsonl", "data/c.parquet", "README.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(FILES["data/000.parquet"] if name.endswith("parquet") else b"text")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(FILES["data/000.parquet"] if name.endswith("parquet") else b"text")
     for name in ("c.parquet", "b.jsonl", "a.txt"):
         assert names(fetch("hf:some/one", 0, tmp_path, str(tmp_path))) == [name]
         next(tmp_path.rglob(name)).unlink()
     with pytest.raises(DataError, match="of 0 files of a known kind the first: none at all"):
         fetch("hf:some/one", 0, tmp_path, str(tmp_path))
+    with pytest.raises(DataError, match=r"data\.mirror: .*some/other is not there; put the files of hf:some/other"):
+        fetch("hf:some/other", 0, tmp_path, str(tmp_path))  # never another repository's files
+
+
+def test_files_without_text_are_told_from_the_first(server, tmp_path):
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"content": ["text"] * 50}), sink)
+    server.files["data/000.parquet"] = sink.getvalue()
+    with pytest.raises(DataError, match=r"000\.parquet: no column `text` \(it has content\)"):
+        fetch(SOURCE, 10_000, tmp_path, endpoint=server.url)
+    assert not server.gets("001.parquet")
+
+
+def test_small_files_are_compared_with_gits_hash(server, tmp_path):
+    server.small = {"data/000.parquet"}
+    server.faults["data/000.parquet"] = ["wrong"]
+    (path,) = fetch("hf:someone/texts:data/000*", 0, tmp_path, endpoint=server.url)
+    assert path.read_bytes() == FILES["data/000.parquet"] and len(server.gets("000.parquet")) == 2
+    path.write_bytes(path.read_bytes()[:-1])  # shortened since
+    (path,) = fetch("hf:someone/texts:data/000*", 0, tmp_path, endpoint=server.url)
+    assert path.read_bytes() == FILES["data/000.parquet"]
+
+
+def test_one_that_is_gone_stops_the_slow_ones(server, tmp_path):
+    server.pause = 3.0
+    server.faults = {f"data/{i:03d}.parquet": ["slow"] for i in (2, 3, 4)} | {"data/001.parquet": ["404"]}
+    begin = time.monotonic()
+    with pytest.raises(DataError, match=r"001\.parquet cannot be had"):
+        fetch(SOURCE, 0, tmp_path, endpoint=server.url)
+    assert time.monotonic() - begin < 12  # eight pieces of three seconds would be 24

@@ -3,6 +3,7 @@
 import itertools
 import random
 import time
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -207,3 +208,18 @@ def test_an_end_that_the_user_typed_is_no_end():
     ids[3] = END  # not learned: not the end of an answer
     ((cut, _),) = pack_conversations([(ids, mask)], 25, END, PackStats())
     assert len(cut) == 25
+
+
+def test_what_waits_does_not_keep_its_shard_in_memory():
+    """Documents come as views of whole shards."""
+    shards = []
+
+    def documents():
+        for i in range(30):
+            shard = np.full(5_000, 7, np.uint16)
+            shards.append(weakref.ref(shard))
+            yield from (shard[k : k + 40 + i] for k in range(0, 4_000, 400))
+
+    rows = pack_documents(documents(), 64, 1, 10_000, PackStats())
+    next(rows)
+    assert sum(shard() is not None for shard in shards) <= 1 and list(rows)

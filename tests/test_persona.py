@@ -9,7 +9,7 @@ from jaxchat.errors import DataError, UsageError
 from jaxchat.tasks.base import Example
 from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.identity import Identity, is_held_out, small_talk
-from jaxchat.tasks.persona import Persona, load_persona, topics_of
+from jaxchat.tasks.persona import Fact, Persona, load_persona, topics_of
 from jaxchat.tasks.persona_texts import CORES, TONES, WORDINGS
 from jaxchat.tasks.registry import get_task
 from jaxchat.text.chat import normalize
@@ -89,6 +89,11 @@ def test_the_tasks_hear_of_it(tmp_path):
         ('[[facts]]\nquestions = ["q"]', "facts, number 1: needs `questions` and `answer`"),
         ('[[facts]]\nquestions = []\nanswer = "a"', "facts, number 1, questions: needs a list"),
         ('[[facts]]\nquestions = ["q"]\nanswer = "a"\nmust_say = "b"', "must_say 'b' does not stand in the answer"),
+        ('[[facts]]\nquestions = ["?"]\nanswer = "a"', "a question without words"),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "a"\nlanguage = "fr"', "language: 'fr' is unknown"),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "a"\nlanguage = ["en"]', "language: .* is unknown"),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "' + "a" * 200 + '"', "the answer has 200 characters; at most 160"),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "' + "a" * 100 + '"', "name the words that the exam looks for"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, text, words):
@@ -106,3 +111,11 @@ def test_a_file_that_is_none(tmp_path):
 
 def test_topics_without_a_file_are_jaxchats():
     assert topics_of(Persona()).keys() == {f"en: {topic}" for topic in CORES["en"]}
+
+
+def test_a_fact_with_one_question_has_an_exam_that_ends():
+    """One Korean question has 72 wordings at most, and often not six that are held out."""
+    for number in range(12):
+        facts = (Fact((f"무슨 색을 {number}번 좋아해",), "파란색이요.", "파란색", "ko"),)
+        exam = Identity(Persona(languages=("ko",), facts=facts)).examples()
+        assert all(is_held_out(e.prompt[0]["content"]) for e in exam if e.expected == "fact 1")

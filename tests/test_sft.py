@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxchat.config import load_config
+from jaxchat.config import Config, DataConfig, SftConfig, load_config
+from jaxchat.data.corpus import iterate_documents
+from jaxchat.data.dialogues import spoken
 from jaxchat.data.packing import PackStats, pack_conversations
 from jaxchat.data.rows import Rows
 from jaxchat.errors import DataError, UsageError
@@ -189,3 +191,15 @@ def test_rows_without_targets_at_a_batch_of_one_short_row_do_no_harm(tmp_path, t
     losses = [json.loads(line)["loss"] for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 6 and losses.count(0.0) == 3 and all(np.isfinite(loss) for loss in losses)
     assert facts["bad_steps"] == 0
+
+
+def test_conversations_of_files_are_held_out_where_pretraining_holds_them_out(tmp_path):
+    roles = ("user", "assistant")
+    talks = [[{"role": role, "content": f"{role} says {i}"} for role in roles] for i in range(200)]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    source = f"files:{path}"
+    config = Config(data=DataConfig(source=source, val_fraction=0.1), sft=SftConfig(mixture=(source,)))
+    found = list(sft.mixture(config))
+    held = {spoken(talk) for _, held_out, talk in found if held_out}
+    assert len(found) == 200 and held == set(iterate_documents(config.data, "val")) and 5 < len(held) < 50

@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from jaxchat.config import load_config
-from jaxchat.errors import DataError
+from jaxchat.errors import DataError, UsageError
 from jaxchat.optim.horizon import derivations, resolve
 from jaxchat.text.tokenizer import train_tokenizer
 from jaxchat.toml import to_toml
@@ -65,3 +65,15 @@ def test_a_tokenizer_from_elsewhere_decides_the_vocabulary(tmp_path):
 def test_without_a_text_it_says_what_is_missing(tmp_path):
     with pytest.raises(DataError, match=r"files:book\.txt: no such files"):
         sized(load_config("book", []))
+
+
+def test_a_few_lines_are_a_text_too(tmp_path):
+    (tmp_path / "a.txt").write_text("One line.\n\n" * 3 + "Another one.\n\n" * 400)
+    assert sized(given(tmp_path / "a.txt")).model.vocab_size == 384
+    (tmp_path / "b.txt").write_text("tiny")
+    assert sized(given(tmp_path / "b.txt")).train.steps == 1
+
+
+def test_of_the_hub_it_must_be_told_how_much():
+    with pytest.raises(UsageError, match=r"data\.size_model: how much of the hub's text\? Set data\.text_bytes"):
+        sized(load_config("book", ["data.source=hf:a/b"]))

@@ -202,9 +202,9 @@ def test_an_archive_is_taken_over_https_only_and_compared(web, tmp_path, monkeyp
 FETCH = """
 import sys
 from pathlib import Path
-from jaxchat.data import hub
+from jaxchat.data import hub_files
 from jaxchat.tasks.files import HubFiles, MissingData, TaskFiles
-hub.FIRST_WAIT = 0.01
+hub_files.FIRST_WAIT = 0.01
 source = HubFiles("someone/questions", sys.argv[2], ("all/test.jsonl", "all/more.jsonl"))
 try:
     for path in TaskFiles(download=True, cache=Path(sys.argv[1])).find(("nothing",), source):
@@ -246,7 +246,7 @@ def test_the_hubs_files_come_once_and_are_compared_with_its_digests(hub, tmp_pat
     ]  # fmt: skip
     mark = json.loads(next(tmp_path.rglob("test.jsonl.verified.json")).read_text())
     assert mark == {"sha256": SHA["all/test.jsonl"], "size": 14000, "compared_with": "sha256", "commit": COMMIT}
-    assert json.loads(next(tmp_path.rglob("more.jsonl.verified.json")).read_text())["compared_with"] == "size"
+    assert json.loads(next(tmp_path.rglob("more.jsonl.verified.json")).read_text())["compared_with"] == "git"
     hub.close()
     assert said(start_fetch(hub, tmp_path)) == ["14000", "14000"]  # nothing is asked any more
 

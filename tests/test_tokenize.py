@@ -142,7 +142,7 @@ def test_what_does_not_belong_to_it_is_not_gone_on_with(job, tmp_path, monkeypat
 
 def test_a_batch_is_bounded_in_characters_too(job, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize, "BATCH_CHARS", 1_000)
-    sizes = [sum(map(len, batch)) for batch in tokenize._batches(iter(TEXTS))]
+    sizes = [sum(map(len, batch)) for batch in tokenize.batches_of(iter(TEXTS))]
     assert max(sizes) < 1_200 and sum(sizes) == sum(map(len, TEXTS))
 
 

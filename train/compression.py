@@ -14,10 +14,12 @@ from tokenizers import Tokenizer as Backend
 
 from jaxchat.config import Config
 from jaxchat.data.corpus import iterate_documents
+from jaxchat.data.tokenize import batches_of
 from jaxchat.errors import DataError
 from jaxchat.log import say
 from jaxchat.paths import RunDir
 from jaxchat.text.tokenizer import Tokenizer
+from train.tokenizer import first_documents
 
 DOCUMENTS = 2000  # of the held-out text, as in stage tokenizer
 HUB_CACHE = Path("~/.cache/huggingface/hub")
@@ -42,8 +44,8 @@ def other_tokenizers(config: Config, run: RunDir, cache: Path = HUB_CACHE) -> li
         return []
     try:
         documents = iterate_documents(config.data, "val")
-        texts = list(itertools.islice(documents, DOCUMENTS))
-        ours = sum(map(len, Tokenizer.load(run.tokenizer).encode_batch(texts)))
+        texts, tokenizer = first_documents(documents, DOCUMENTS), Tokenizer.load(run.tokenizer)
+        ours = sum(len(ids) for batch in batches_of(iter(texts)) for ids in tokenizer.encode_batch(batch))
     except DataError as error:
         say(f"  other tokenizers: {error}", style="yellow")
         return []

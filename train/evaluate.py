@@ -152,17 +152,18 @@ class Examiner:
 
     def _copied(self) -> None:
         """Passages that the model's own texts share with the training text."""
+        limit = self.config.eval.overlap_documents
         found = self._kept.get("copied")
-        if found is None:
+        if found is None or found["most"] != limit:
             rows = Rows(self.model.run.data / "rows" / "val", verify=False)
             texts = written(self.model.engine, held_out_openings(rows, self.model.tokenizer, COPY_TEXTS))
             documents = iterate_documents(self.config.data, "train")
-            limit = self.config.eval.overlap_documents
-            found = copied_passages(texts, itertools.islice(documents, limit if limit >= 0 else None))
+            found = copied_passages(texts, itertools.islice(documents, limit if limit >= 0 else None)) | {"most": limit}
         self._record["copied"] = found
         say(
             f"  {self.stage:<5} {'copied':<14} the longest passage by heart has {found['longest']:,} characters; "
-            f"{found['share']:.1%} of {found['texts']} texts is in passages of {LONG} bytes and more"
+            f"{found['share']:.1%} of {found['texts']} texts is in passages of {LONG} bytes and more "
+            f"({found['documents']:,} documents searched)"
         )
         self._write()
 

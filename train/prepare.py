@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
@@ -14,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from jaxchat.config import Config
-from jaxchat.data.corpus import Part, Unit, open_corpus, split_limit
+from jaxchat.data.corpus import Part, open_corpus, split_limit
 from jaxchat.data.duplicates import Distinct
 from jaxchat.data.packing import PackStats, pack_documents
 from jaxchat.data.rows import Rows, finish_rows, write_rows
-from jaxchat.data.spread import spread, workers_for
+from jaxchat.data.spread import cores, spread, workers_for
 from jaxchat.data.tokenize import SPLITS, Job, read_documents, tokenize_unit
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
@@ -58,15 +59,11 @@ def _jobs(config: Config, run: RunDir, parts: Sequence[Part], tokenizer: Tokeniz
     """One for every unit of every part, in order."""
     jobs: list[Job] = []
 
-    def add(unit: Unit, limit: float) -> None:
+    limit = split_limit(parts, config.data.val_fraction)
+    for unit in (unit for part in parts for unit in part.units):
         origin = _digest([unit.content(), limit, config.data.shard_tokens, tokenizer.digest])
         folder = (run.data / "tokens" / f"{len(jobs):05d}").resolve()
         jobs.append(Job(unit, limit, str(run.tokenizer.resolve()), str(folder), config.data.shard_tokens, origin))
-
-    for part in parts:
-        limit = split_limit(part, config.data.val_fraction)
-        for unit in part.units:
-            add(unit, limit)
     return jobs
 
 
@@ -85,7 +82,9 @@ def _tokens(config: Config, run: RunDir, jobs: Sequence[Job]) -> list[dict[str, 
                 manifests.append(tokenize_unit(job, True, lambda count: bar.update(f"{done + count:,} tokens")))  # noqa: B023
                 done += manifests[-1]["splits"]["train"]["tokens"]
         else:
-            for manifest in spread(tokenize_unit, jobs, config.data.engine, workers):
+            alone = config.data.engine == "local" and 2 * workers <= cores()  # few files: each is encoded by several
+            work = functools.partial(tokenize_unit, alone=alone)
+            for manifest in spread(work, jobs, config.data.engine, workers):
                 manifests.append(manifest)
                 bar.advance()
     left_out = sum((Counter(manifest["left_out"]) for manifest in manifests), Counter[str]())

@@ -33,10 +33,11 @@ def data_blocks(card: Card) -> list[Block]:
         epochs = card["pretrain"]["epochs"]
         rows.append(["training text used", f"{card['corpus_share']:.1%} ({epochs:.2f} epochs)"])
     if found := card["copied"]:
+        searched = f"{found['documents']:,} documents searched"
         share = (
             f"{found['share']:.1%} of {found['texts']} texts that BASE wrote stands there in passages of {LONG} bytes"
         )
-        rows.append(["by heart", f"{share} and more; the longest has {found['longest']:,} characters"])
+        rows.append(["by heart", f"{share} and more; the longest has {found['longest']:,} characters; {searched}"])
         rows += [["that passage", Mono(found["passage"][:PASSAGE])]] if found["passage"] else []
     if t := card["tokenizer"]:
         how = "trained on the training text" if t["trained"] else "taken as it was"

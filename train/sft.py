@@ -16,8 +16,8 @@ import numpy as np
 from jaxchat import hosts
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import Config
-from jaxchat.data.corpus import document_hash
-from jaxchat.data.dialogues import chatterbot_pairs, chitchat_dialogues, file_conversations
+from jaxchat.data.corpus import document_hash, limit_of_hashes
+from jaxchat.data.dialogues import chatterbot_pairs, chitchat_dialogues, file_conversations, spoken
 from jaxchat.data.files import find_files
 from jaxchat.data.packing import PackStats, pack_conversations
 from jaxchat.data.rows import Rows, finish_rows, write_rows
@@ -122,7 +122,8 @@ def sft_config(config: Config, rows: int) -> Config:
 def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
     """(entry of the mixture, held out, conversation), one at a time: a data set need not fit into memory as text.
 
-    A conversation is held out by a hash of its text, as documents are; chitchat's are those of its held-out documents.
+    A conversation is held out by a hash of its text, as documents are; chitchat's are those of its held-out documents,
+    and those of files are held out where pretraining on the same files holds them out.
     Raises `UsageError` for an unknown name and `DataError` for data that is missing or damaged.
     """
     fraction, files = config.data.val_fraction, _files(config)
@@ -134,10 +135,14 @@ def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
                     yield entry, split == "val", conversation
             continue
         found: Iterable[Conversation]
+        if name.startswith("files:"):
+            conversations = list(itertools.islice(file_conversations(name, config.data.encoding), count))
+            hashes = [document_hash(spoken(conversation)) for conversation in conversations]
+            below = limit_of_hashes(hashes, fraction) if len(set(hashes)) > 1 else fraction
+            yield from ((entry, h < below, c) for h, c in zip(hashes, conversations, strict=True))
+            continue
         if name in CHATTERBOT:
             found = itertools.islice(chatterbot_pairs(CHATTERBOT[name]), count)
-        elif name.startswith("files:"):
-            found = itertools.islice(file_conversations(name, config.data.encoding), count)
         else:
             found = get_task(name, files).train_conversations(count, config.seed)
         for conversation in found:

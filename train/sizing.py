@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxchat.config import Config
 from jaxchat.data.corpus import iterate_documents
+from jaxchat.errors import UsageError
 from jaxchat.log import say
 from jaxchat.text.tokenizer import Tokenizer
 
@@ -30,6 +31,10 @@ def sized(config: Config) -> Config:
     keys = ("depth", "vocab_size", "seq_len")
     if not config.data.size_model or not (any(getattr(model, key) == -1 for key in keys) or train.steps == -1):
         return config
+    if "hf:" in config.data.source and config.data.text_bytes < 1:
+        raise UsageError(
+            "data.size_model: how much of the hub's text? Set data.text_bytes, as --set data.text_bytes=20000000"
+        )
     size = sum(len(text.encode("utf-8", "replace")) for text in iterate_documents(config.data))
     tokens = size / BYTES_PER_TOKEN
     _, depth, width, heads = next(shape for shape in reversed(SHAPES) if tokens >= shape[0])
@@ -39,7 +44,7 @@ def sized(config: Config) -> Config:
         vocabulary = Tokenizer.load(Path(config.tokenizer.path).expanduser()).vocab_size
     else:
         low, high = VOCABULARIES
-        vocabulary = min(high, max(low, 1 << max(0, size // 1000).bit_length() - 1))
+        vocabulary = min(high, max(low, 1 << (max(1, size // 1000).bit_length() - 1)))
     seen = max(tokens, min(EPOCHS * tokens, SMALL_RUN))
     model = dataclasses.replace(
         model,

@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jaxchat.config import Config
 from jaxchat.data.corpus import interleaved, iterate_documents, open_corpus
+from jaxchat.data.tokenize import batches_of
 from jaxchat.errors import UsageError
 from jaxchat.log import progress, say
 from jaxchat.paths import RunDir
 from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
 
 READS = ("tokenizer.", "data.source", "data.val_fraction", "data.text_bytes", "data.encoding", "model.vocab_size")
-SAMPLE_DOCUMENTS = 2000  # of the held-out text, to measure the compression
+SAMPLE_DOCUMENTS, SAMPLE_CHARS = 2000, 8_000_000  # of the held-out text at most, to measure the compression
+
+
+def first_documents(documents: Iterable[str], count: int) -> list[str]:
+    """The first ones, no more than `SAMPLE_CHARS` characters of them; at least one, if there is any."""
+    found, size = [], 0
+    for document in itertools.islice(documents, count):
+        found.append(document)
+        size += len(document)
+        if size >= SAMPLE_CHARS:
+            break
+    return found
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Write `tokenizer/`; facts: vocabulary, bytes per token on held-out text, digest."""
     data, options = config.data, config.tokenizer
     if options.path:
+        if options.normalize != "none":
+            raise UsageError(
+                "tokenizer.normalize: is for a tokenizer that is trained; set it to none with tokenizer.path"
+            )
         tokenizer = Tokenizer.load(Path(options.path).expanduser())
         if tokenizer.vocab_size > config.model.vocab_size:
             raise UsageError(
@@ -37,8 +54,8 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
                 bar.track(documents), config.model.vocab_size, options.train_chars, options.doc_chars, options.normalize
             )
     tokenizer.save(run.tokenizer)
-    sample = list(itertools.islice(iterate_documents(data, "val"), SAMPLE_DOCUMENTS))
-    tokens = sum(len(ids) for ids in tokenizer.encode_batch(sample))
+    sample = first_documents(iterate_documents(data, "val"), SAMPLE_DOCUMENTS)
+    tokens = sum(len(ids) for batch in batches_of(iter(sample)) for ids in tokenizer.encode_batch(batch))
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in sample)
     facts = {
         "vocab_size": tokenizer.vocab_size,

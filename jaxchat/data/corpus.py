@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,9 +76,9 @@ class Part:
         if document is None:
             raise DataError(f"{self.source}: {len(self.units)} file(s), but no text in them")
 
-    def split(self, split: str, val_fraction: float) -> Iterator[str]:
-        limit = split_limit(self, val_fraction)
-        return (text for text in self.documents() if (hash_fraction(text_digest(text)) < limit) == (split == "val"))
+    def split(self, split: str, limit: float) -> Iterator[str]:
+        """Those below (`split` "val") or not below (any other) a limit of `split_limit`."""
+        return (text for text in self.documents() if (document_hash(text) < limit) == (split == "val"))
 
 
 def parse(source: str) -> list[tuple[str, float]]:
@@ -113,13 +114,14 @@ def open_corpus(data: DataConfig) -> list[Part]:
 
 def _units(source: str, share: float, data: DataConfig) -> tuple[Unit, ...]:
     if source.startswith("hf:"):
-        wanted = round(max(data.text_bytes, 0) * share)
+        wanted = max(1, round(data.text_bytes * share)) if data.text_bytes > 0 else 0
         files = hub.fetch(source, wanted, Path(data.cache_dir).expanduser() / "data", data.mirror)
     elif source.startswith("files:"):
         files = find_files(source)
     else:
         return (Unit(source),)
-    return tuple(Unit(source, str(file), data.encoding) for file in files)
+    # workers of a cluster have another working directory
+    return tuple(Unit(source, os.path.abspath(file), data.encoding) for file in files)
 
 
 def iterate_documents(source: str | DataConfig, split: str = "all", val_fraction: float = 0.01) -> Iterator[str]:
@@ -132,13 +134,16 @@ def iterate_documents(source: str | DataConfig, split: str = "all", val_fraction
     Raises `DataError` that names what is missing, empty, unreadable or damaged.
     """
     data = source if isinstance(source, DataConfig) else DataConfig(source=source, val_fraction=val_fraction)
-    for part in open_corpus(data):
-        yield from part.documents() if split == "all" else part.split(split, data.val_fraction)
+    parts = open_corpus(data)
+    limit = 0.0 if split == "all" else split_limit(parts, data.val_fraction)
+    for part in parts:
+        yield from part.documents() if split == "all" else part.split(split, limit)
 
 
 def interleaved(parts: Sequence[Part], split: str, val_fraction: float) -> Iterator[str]:
     """Documents of all parts at once, each part with its share of the characters, as long as it lasts."""
-    left = {i: part.split(split, val_fraction) for i, part in enumerate(parts)}
+    limit = split_limit(parts, val_fraction)
+    left = {i: part.split(split, limit) for i, part in enumerate(parts)}
     taken = dict.fromkeys(left, 0.0)
     while left:
         i = min(left, key=lambda i: taken[i])
@@ -171,24 +176,41 @@ def document_hash(text: str) -> float:
     return hash_fraction(text_digest(text))
 
 
-def split_limit(part: Part | str, val_fraction: float) -> float:
+def split_limit(parts: Sequence[Part] | str, val_fraction: float) -> float:
     """The hash below which a document is held out: `val_fraction`, unless that leaves one of the splits empty.
 
     Then the document of smallest hash is held out, or the one of largest hash is kept to train on. Reads no further
-    than needed. `DataError` if there are no two different documents, `UsageError` if the fraction is none.
+    than needed. One limit for all parts of a mixture, the largest: what one holds out no other trains on.
+    `DataError` if a part has no two different documents, or none to train on; `UsageError` if the fraction is none.
     """
-    if isinstance(part, str):
-        (part,) = open_corpus(DataConfig(source=part, val_fraction=val_fraction))
+    if isinstance(parts, str):
+        parts = open_corpus(DataConfig(source=parts, val_fraction=val_fraction))
+    limits = [_limit_of(part, val_fraction) for part in parts]
+    few = [part.source for part, limit in zip(parts, limits, strict=True) if limit < min(val_fraction, max(limits))]
+    if few:
+        raise DataError(f"{few[0]}: all of its few documents would be held out; add text, or leave the source out")
+    return max(limits)
+
+
+def _limit_of(part: Part, val_fraction: float) -> float:
+    hashes = (document_hash(document) for document in part.documents())
+    try:
+        return limit_of_hashes(hashes, val_fraction)
+    except ValueError:
+        raise DataError(
+            f"{part.source}: only one document; at least 2 different ones are needed, one to train on and one held out"
+        ) from None
+
+
+def limit_of_hashes(hashes: Iterable[float], val_fraction: float) -> float:
+    """See `split_limit`; `ValueError` if all are the same."""
     smallest, largest = 1.0, -1.0
-    for document in part.documents():
-        value = document_hash(document)
+    for value in hashes:
         smallest, largest = min(smallest, value), max(largest, value)
         if smallest < val_fraction <= largest:
             return val_fraction
     if smallest >= largest:
-        raise DataError(
-            f"{part.source}: only one document; at least 2 different ones are needed, one to train on and one held out"
-        )
+        raise ValueError("no two different hashes")
     return smallest + 2**-48 if smallest >= val_fraction else largest
 
 

@@ -99,6 +99,12 @@ def file_conversations(source: str, encoding: str = "auto") -> Iterator[list[Mes
             yield [{"role": m["role"], "content": m["content"]} for m in messages]  # type: ignore[union-attr]
 
 
+def spoken(conversation: list[Message]) -> str:
+    """A conversation as pretraining reads it from a file: a message a line, without roles."""
+    contents = (m["content"] for m in conversation)
+    return "\n".join(c if isinstance(c, str) else "".join(part["text"] for part in c) for c in contents)
+
+
 def is_other_bot(question: str, answer: str) -> bool:
     """Whether a pair is about who answers, or has the one who answers speak as a machine."""
     if HANGUL.search(question + answer):

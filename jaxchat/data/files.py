@@ -86,7 +86,7 @@ def kind_of(path: Path) -> str:
 def check_encoding(name: str) -> None:
     """`UsageError` if `data.encoding` is none that Python knows."""
     try:
-        codecs.lookup("utf-8" if name == "auto" else name)
+        "".encode("utf-8" if name == "auto" else name)  # knows from text encodings what is none, such as rot13
     except LookupError:
         raise UsageError(f"data.encoding: {name!r} is unknown; take auto, or one such as cp949 or utf-16") from None
 

@@ -6,38 +6,22 @@ verified is used again without asking anybody; a download that was cut off goes 
 
 from __future__ import annotations
 
-import concurrent.futures
-import errno
 import fnmatch
-import os
-import random
 import re
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxchat.data.files import COMPRESSED, SUFFIXES, kind_of
+from jaxchat.data.hub_files import Hub
 from jaxchat.errors import DataError, UsageError
-from jaxchat.log import progress, say
-from jaxchat.paths import locked, read_json, sha256_file, write_json
+from jaxchat.log import say
 
-T = TypeVar("T")
-PARALLEL = 4  # downloads at once
-TRIES = 6  # of one request
-FIRST_WAIT = 1.0  # seconds before the second try; doubled each time
-LONGEST_WAIT = 120.0  # seconds, also where the hub asks for more
-FINAL = (400, 401, 403, 404, 410, 416, 451)  # HTTP answers that another try does not change
-FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # it is our disk, not the hub
 COMPRESSION = 3.0  # characters of text in a byte of a compressed text file, about
 KINDS = (".parquet", ".jsonl", ".txt", ".md")
 MARGIN = 1.05  # files hold somewhat more or less than the first
-
-
-class Damaged(Exception):
-    """What came is not what the hub says it is."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +42,40 @@ def parse(source: str) -> HubSource:
 def fetch(source: str, text_bytes: int, cache: Path, mirror: str = "", endpoint: str | None = None) -> list[Path]:
     """Paths of the first files, in the order of their names, that hold `text_bytes` of text (0: of all files).
 
-    From `mirror`, a folder that holds `OWNER/NAME/` or is that folder itself, or from the hub into `cache`. `DataError`
-    says what is missing or cannot be had, and where to put it by hand.
+    From `mirror`, a folder that holds `OWNER/NAME/` or is itself the one called NAME, or from the hub into `cache`.
+    `DataError` says what is missing or cannot be had, and where to put it by hand.
     """
     wanted = parse(source)
     if mirror:
         return _from_mirror(wanted, text_bytes, Path(mirror).expanduser())
     hub = Hub(wanted.repo, wanted.revision, cache, endpoint)
     files = _matching(hub.listing(), wanted)
+    _check_room(hub, files[:1])
+    if not hub.has(files[0]["path"]):
+        size = f"{files[0]['size'] / 1e9:.3g} GB"
+        what = f"the first of {len(files):,} files, {size}, to see how much text it holds"
+        say(f"  {hub.repo} at {hub.commit[:8]}: {what}")
     first = hub.get(files[0]["path"])
     if not text_bytes:
         count = len(files)
     else:
         ratio = text_size(first) / max(1, files[0]["size"])
+        if not ratio:
+            raise DataError(f"{first}: no text in it")
         count = _enough([f["size"] * ratio for f in files], text_bytes)
     _announce(hub, files, count, text_bytes)
     return [first, *hub.get_all(files[1:count])]
 
 
 def _from_mirror(wanted: HubSource, text_bytes: int, mirror: Path) -> list[Path]:
-    folder = next((p for p in (mirror / wanted.repo, mirror / wanted.repo.replace("/", "--")) if p.is_dir()), mirror)
-    if not folder.is_dir():
+    if not mirror.is_dir():
         raise DataError(f"data.mirror: {mirror} is no folder")
+    name = wanted.repo.partition("/")[2]
+    folders = [mirror / wanted.repo, mirror / wanted.repo.replace("/", "--")]
+    folders += [mirror] if mirror.resolve().name in (name, wanted.repo.replace("/", "--")) else []
+    folder = next((p for p in folders if p.is_dir()), None)
+    if folder is None:
+        raise DataError(f"data.mirror: {folders[0]} is not there; put the files of hf:{wanted.repo} into it")
     names = sorted(str(p.relative_to(folder).as_posix()) for p in folder.rglob("*") if p.is_file())
     files = _matching([{"path": name} for name in names], wanted, f"data.mirror {folder}")
     paths = [folder / f["path"] for f in files]
@@ -122,14 +118,18 @@ def text_size(path: Path) -> int:
             meta = pq.read_metadata(path)
             groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
             columns = [group.column(j) for group in groups for j in range(group.num_columns)]
-            return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
+            text = [c.total_uncompressed_size for c in columns if c.path_in_schema == "text"]
+            if columns and not text:
+                names = ", ".join(dict.fromkeys(c.path_in_schema for c in columns))
+                raise DataError(f"{path}: no column `text` (it has {names})")
+            return sum(text)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
     return round(path.stat().st_size * (COMPRESSION if path.suffix.lower() in COMPRESSED else 1))
 
 
 def _announce(hub: Hub, files: Sequence[dict[str, Any]], count: int, text_bytes: int) -> None:
-    """Say what will be downloaded and how long that takes; `DataError` where the disk has no room for it."""
+    """Say what will be downloaded and how long that takes, at the speed of the first file."""
     missing = [f["size"] for f in files[:count] if not hub.has(f["path"])]
     reason = f" for {text_bytes / 1e9:.3g} GB of text" if text_bytes else ""
     line = f"  {hub.repo} at {hub.commit[:8]}: {count:,} of {len(files):,} files{reason}"
@@ -137,158 +137,15 @@ def _announce(hub: Hub, files: Sequence[dict[str, Any]], count: int, text_bytes:
         return
     speed = f", about {sum(missing) / hub.speed / 60:.1f} minutes" if hub.speed else ""
     say(f"{line}; {len(missing):,} to download, {sum(missing) / 1e9:.3g} GB{speed}")
+    _check_room(hub, files[:count])
+
+
+def _check_room(hub: Hub, files: Sequence[dict[str, Any]]) -> None:
+    """`DataError` where the disk has no room for what is missing."""
+    missing = sum(f["size"] for f in files if not hub.has(f["path"]))
     free = shutil.disk_usage(hub.folder).free
-    if sum(missing) > free:
+    if missing > free:
         raise DataError(
-            f"{hub.folder}: {free / 1e9:.3g} GB are free, {sum(missing) / 1e9:.3g} GB are needed; choose another "
+            f"{hub.folder}: {free / 1e9:.3g} GB are free, {missing / 1e9:.3g} GB are needed; choose another "
             "--cache-dir, or lower data.text_bytes"
         )
-
-
-class Hub:
-    """One data set repository at one commit, and the folder where its files are kept.
-
-    Of a branch the commit that is first seen is kept, so that a run that goes on reads what it began with.
-    """
-
-    def __init__(self, repo: str, revision: str, cache: Path, endpoint: str | None = None):
-        from huggingface_hub import HfApi
-
-        self.repo, self.revision, self._endpoint = repo, revision, endpoint
-        self._api = HfApi(endpoint=endpoint)
-        self.folder = cache / repo.replace("/", "--") / re.sub(r"[^\w.-]", "--", revision)
-        self.speed = 0.0  # bytes a second of the last download
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.commit = revision if re.fullmatch("[0-9a-f]{40}", revision) else self._kept("commit.json", self._newest)
-
-    def _newest(self) -> str:
-        return self._api.dataset_info(self.repo, revision=self.revision).sha or ""
-
-    def listing(self) -> list[dict[str, Any]]:
-        """Path, size and SHA-256 ("" of small files, which have none) of every file of the commit."""
-        return self._kept("listing.json", self._list)
-
-    def _list(self) -> list[dict[str, Any]]:
-        tree = self._api.list_repo_tree(self.repo, revision=self.commit, repo_type="dataset", recursive=True)
-        files: list[Any] = [entry for entry in tree if hasattr(entry, "size")]  # the others are folders
-        inside = [f for f in files if ".." not in f.path.split("/") and not f.path.startswith("/")]
-        return [{"path": f.path, "size": f.size, "sha256": f.lfs.sha256 if f.lfs else ""} for f in inside]
-
-    def _kept(self, name: str, ask: Callable[[], T]) -> T:
-        path = self.folder / name
-        with locked(self.folder / ".lock"):
-            if not path.is_file():
-                write_json(path, self._persistently(ask, self.repo))
-        return read_json(path)
-
-    def has(self, name: str) -> bool:
-        """Whether the file is here, whole and compared with what the hub says of it."""
-        path = self.folder / name
-        return path.is_file() and self._mark(path).is_file()
-
-    @staticmethod
-    def _mark(path: Path) -> Path:
-        return path.with_name(f"{path.name}.verified.json")
-
-    def get_all(self, files: Sequence[dict[str, Any]]) -> list[Path]:
-        """Several at once; the first that fails stops the others, and what was complete is kept."""
-        missing = [f for f in files if not self.has(f["path"])]
-        if missing:
-            with progress(f"downloading {self.repo}", sum(f["size"] for f in missing)) as bar:
-                pool = concurrent.futures.ThreadPoolExecutor(PARALLEL)
-                try:
-                    jobs = {pool.submit(self.get, f["path"]): f for f in missing}
-                    for done in concurrent.futures.as_completed(jobs):
-                        done.result()
-                        bar.advance(jobs[done]["size"])
-                finally:
-                    pool.shutdown(cancel_futures=True)
-        return [self.folder / f["path"] for f in files]
-
-    def get(self, name: str) -> Path:
-        """One file, downloaded if it is not here; `DataError` where it cannot be had, or never comes whole."""
-        path = self.folder / name
-        if not self.has(name):
-            entry = next((f for f in self.listing() if f["path"] == name), None)
-            if entry is None:
-                raise DataError(f"hf:{self.repo}: commit {self.commit[:8]} has no {name}")
-            with locked(path.with_name(f".{path.name}.lock")):
-                if not self.has(name):
-                    begin = time.perf_counter()
-                    facts = self._persistently(lambda: self._download(entry, path), name)
-                    self.speed = entry["size"] / max(1e-3, time.perf_counter() - begin)
-                    write_json(self._mark(path), facts)
-        return path
-
-    def _download(self, entry: dict[str, Any], path: Path) -> dict[str, Any]:
-        """Into a file aside, from where that ends; the library's own download begins anew in every process."""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils import build_hf_headers, disable_progress_bars
-
-        disable_progress_bars()
-        where = {"repo_type": "dataset", "revision": self.commit, "endpoint": self._endpoint}
-        part, size = path.with_name(f".{path.name}.part"), entry["size"]
-        with open(part, "ab") as file:
-            if file.tell() > size:
-                file.truncate(0)
-            url = hf_hub_url(self.repo, entry["path"], **where)
-            http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size)
-        digest = sha256_file(part)
-        if part.stat().st_size != size or (entry["sha256"] and digest != entry["sha256"]):
-            part.unlink()
-            raise Damaged(f"{entry['path']}: came damaged, and was thrown away")
-        os.replace(part, path)
-        compared = "sha256" if entry["sha256"] else "size"
-        return {"sha256": digest, "size": size, "compared_with": compared, "commit": self.commit}
-
-    def _persistently(self, ask: Callable[[], T], what: str) -> T:
-        """Ask until an answer comes: waits grow, or are what the hub asks for; `DataError` after `TRIES`."""
-        from huggingface_hub.utils import logging
-
-        logging.set_verbosity_error()
-        failure: Exception
-        for attempt in range(TRIES):
-            try:
-                return ask()
-            except Exception as error:  # beside the hub's own errors those of its HTTP library, which changed before
-                failure = error
-            if isinstance(failure, OSError) and failure.errno in FULL_OR_CLOSED:
-                raise DataError(f"{self.folder}: {failure.strerror}; what was complete is kept")
-            offline = type(failure).__name__ == "OfflineModeIsEnabled"  # HF_HUB_OFFLINE
-            if offline or _status(failure) in FINAL or attempt + 1 == TRIES:
-                break
-            wait = min(LONGEST_WAIT, max(_asked_wait(failure), FIRST_WAIT * 2**attempt * random.uniform(0.8, 1.2)))
-            if wait >= 1:
-                say(f"  {what}: {_line(failure)}; again in {wait:.0f} s", style="yellow")
-            time.sleep(wait)
-        raise DataError(
-            f"hf:{self.repo}: {what} cannot be had ({_line(failure)}). The same command goes on where it stopped; or "
-            f"put the files of commit {self.commit[:8] if hasattr(self, 'commit') else self.revision} into a folder "
-            "and set data.mirror to it"
-        )
-
-
-def _response(error: BaseException | None) -> Any:
-    """The HTTP answer behind an error of the hub's client."""
-    while error is not None:
-        if getattr(error, "response", None) is not None:
-            return error.response  # type: ignore[attr-defined]
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(_response(error), "status_code", None)
-
-
-def _asked_wait(error: BaseException) -> float:
-    """Seconds that the answer asks to wait for."""
-    asked = getattr(_response(error), "headers", {}).get("Retry-After", "")
-    return float(asked) if asked.isdigit() else 0.0
-
-
-def _line(error: BaseException) -> str:
-    status = _status(error)
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"HTTP {status}" if status else text[:200]

@@ -75,7 +75,7 @@ def pack_documents(
             stats.cuts += len(full)
             for piece in full:
                 yield _count(stats, piece)
-            pool.add(last)
+            pool.add(last.copy())  # a view would keep the whole shard in memory for as long as the piece waits
         fitting = _next_piece(pool, free, row_len, bos, stats)
         if fitting is not None:
             row.append(fitting)

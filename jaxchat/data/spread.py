@@ -7,6 +7,7 @@ import concurrent.futures
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +23,14 @@ ENGINES = ("local", "ray")
 ORPHAN_POLL = 0.5  # seconds between a worker's looks at whether its parent is still there
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def workers_for(wanted: int, jobs: int) -> int:
     """Processes to start: `wanted`, or (-1) one a core, but none without a job."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(jobs, wanted if wanted > 0 else cores))
+    return max(1, min(jobs, wanted if wanted > 0 else cores()))
 
 
 def spread(work: Callable[[J], R], jobs: Sequence[J], engine: str, workers: int) -> Iterator[R]:
@@ -61,7 +66,8 @@ def _stop(pool: concurrent.futures.ProcessPoolExecutor) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """A worker whose parent was killed ends too, instead of writing beside the next run."""
+    """A worker whose parent was killed ends too, instead of writing beside the next run; Ctrl-C is the parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -82,18 +88,22 @@ def _over_ray(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterat
         root = str(Path(__file__).resolve().parents[2])
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": {"PYTHONPATH": root}})
     try:
-        task = ray.remote(max_retries=3)(work)
+        task: Any = ray.remote(max_retries=3)(_called)
         at_once = max(workers, 2 * int(ray.cluster_resources().get("CPU", 1)))  # submitted, so that nobody waits
         waiting: collections.deque[Any] = collections.deque()
         for job in jobs:
             if len(waiting) >= at_once:
                 yield _result(ray, waiting.popleft())
-            waiting.append(task.remote(job))
+            waiting.append(task.remote(work, job))
         while waiting:
             yield _result(ray, waiting.popleft())
     finally:
         if started:
             ray.shutdown()
+
+
+def _called(work: Callable[[J], R], job: J) -> R:
+    return work(job)  # Ray takes plain functions alone, no partial ones
 
 
 def _result(ray: Any, reference: Any) -> Any:

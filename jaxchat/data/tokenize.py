@@ -132,7 +132,7 @@ def tokenize_unit(
         aside.unlink()
     dtype, counts = np.dtype(manifest["dtype"]), Counter[str]()
     new = itertools.islice(job.unit.documents(counts), manifest["read"], None)
-    batches = _batches(new)
+    batches = batches_of(new)
     while batch := next(batches, None):
         part = _Part(len(manifest["parts"]), directory, dtype)
         try:
@@ -173,7 +173,7 @@ def _same(path: Path, wanted: dict[str, Any], directory: Path) -> dict[str, Any]
     return None
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+def batches_of(documents: Iterator[str]) -> Iterator[list[str]]:
     """Documents in lists of bounded size."""
     batch: list[str] = []
     size = 0

@@ -88,6 +88,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "eval.batch_rows": (1, INFINITE),
     "eval.sample_tokens": (1, INFINITE),
     "eval.sample_prompts": (0, INFINITE),
+    "eval.sample_temperatures": (0, 10),
     "eval.samples": (0, 1024),
     "eval.temperature": (1e-3, 10),
     "eval.overlap_documents": (-1, INFINITE),
@@ -122,9 +123,12 @@ def check_ranges(config: Config) -> None:
     for key, value in flatten(config).items():
         low, high = RANGES.get(key, (-INFINITE, INFINITE))
         derived = key in MAY_BE_DERIVED and is_derived(value)
-        if isinstance(value, (int, float)) and not derived and not low <= value <= high:
-            bound = f"at least {low:g}" if value < low else f"at most {high:g}"
-            raise UsageError(f"{key}: must be {bound}, not {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not derived and not low <= number <= high:
+                bound = f"at least {low:g}" if number < low else f"at most {high:g}"
+                raise UsageError(f"{key}: must be {bound}, not {number}")
+    if not config.eval.sample_temperatures:
+        raise UsageError("eval.sample_temperatures: needs at least one number")
     for key, choices in CHOICES.items():
         if flatten(config)[key] not in choices:
             raise UsageError(f"{key}: {flatten(config)[key]!r} is unknown; choose from {', '.join(choices)}")

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxchat.config import CONFIG_DIR, Config
-from jaxchat.data.hub import Hub
+from jaxchat.data.hub_files import Hub
 from jaxchat.errors import DataError
 from jaxchat.log import progress
 from jaxchat.paths import locked, sha256_file, write_json

@@ -153,10 +153,12 @@ class Identity(WrittenTask):
     """`persona`: of an `identity.toml`; None: the one above."""
 
     name = "identity"
-    max_tokens = 48
+    max_tokens = 48  # of the answers above; facts may be longer
 
     def __init__(self, persona: Persona | None = None):
         self.topics = topics_of(persona) if persona else TOPICS
+        if persona and persona.facts:
+            self.max_tokens = 96
         self._who = persona.name if persona else NAME
         self._languages = list(dict.fromkeys(topic.language for topic in self.topics.values()))
 
@@ -172,7 +174,7 @@ class Identity(WrittenTask):
             for core in topic.exam_questions:
                 for _ in range(EXAM_PARAPHRASES):
                     questions[_spoken(rng, core, topic.language)] = None
-            wanted = len(questions) + EXAM_COMBINATIONS
+            wanted = len(questions) + min(EXAM_COMBINATIONS, len(_held_out_wordings(topic) - questions.keys()))
             while len(questions) < wanted:
                 question = _spoken(rng, rng.choice(topic.questions), topic.language)
                 if is_held_out(question):
@@ -219,6 +221,17 @@ def small_talk(rng: random.Random, language: str = "en", name: str = NAME) -> Co
 def is_held_out(question: str) -> bool:
     """True for the wordings of trained cores that belong to the exam alone; letter case does not matter."""
     return hashlib.sha256(question.lower().encode()).digest()[0] < 256 // HELD_OUT_ONE_IN
+
+
+def _held_out_wordings(topic: Topic) -> set[str]:
+    """Every question of a topic's trained cores that belongs to the exam, as `_spoken` may say it."""
+    texts = {
+        opening + core + closing
+        for opening in OPENINGS[topic.language]
+        for core in topic.questions
+        for closing in CLOSINGS[topic.language]
+    }
+    return {t for text in texts if is_held_out(text) for t in (text, text[0].upper() + text[1:])}
 
 
 def _spoken(rng: random.Random, core: str, language: str = "en") -> str:

@@ -26,6 +26,7 @@ from jaxchat.toml import nearest
 
 LANGUAGES = ("en", "ko")
 LONGEST = 60  # characters of a name or a maker
+LONGEST_ANSWER = 160  # characters; the exam gives it 96 tokens
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,21 @@ def _fact(path: Any, number: int, table: Any) -> Fact:
     if not isinstance(table, dict) or not {"questions", "answer"} <= table.keys() or table.keys() - known:
         raise UsageError(f"{path}: {where}: needs `questions` and `answer`; may have `must_say` and `language`")
     (answer,) = _texts(path, table["answer"], f"{where}, answer")
-    questions = tuple(q.rstrip("?") for q in _texts(path, table["questions"], f"{where}, questions"))
+    questions = tuple(q.rstrip("?! ") for q in _texts(path, table["questions"], f"{where}, questions"))
+    if not all(questions):
+        raise UsageError(f"{path}: {where}: a question without words")
+    if len(answer) > LONGEST_ANSWER:
+        raise UsageError(f"{path}: {where}: the answer has {len(answer)} characters; at most {LONGEST_ANSWER}")
+    if len(answer) > LONGEST and "must_say" not in table:
+        raise UsageError(f"{path}: {where}: name the words that the exam looks for, must_say")
     (must_say,) = _texts(path, table.get("must_say", answer), f"{where}, must_say")
     if must_say.lower() not in answer.lower():
         raise UsageError(f"{path}: {where}: must_say {must_say!r} does not stand in the answer")
     korean = any("가" <= c <= "힣" for c in answer)
-    return Fact(questions, answer, must_say, table.get("language", "ko" if korean else "en"))
+    language = table.get("language", "ko" if korean else "en")
+    if language not in LANGUAGES:
+        raise UsageError(f"{path}: {where}: language: {language!r} is unknown; choose from {', '.join(LANGUAGES)}")
+    return Fact(questions, answer, must_say, language)
 
 
 def topics_of(persona: Persona) -> dict[str, Topic]:
