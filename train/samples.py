@@ -60,7 +60,7 @@ def written(engine: Engine, openings: Sequence[str], temperature: float = 0.8) -
 def held_out_openings(rows: Rows, tokenizer: Tokenizer, count: int = 5) -> list[str]:
     """First words of held-out texts, in whatever language they are."""
     openings = [tokenizer.decode(rows[i][0][1 : 1 + PROMPT_TOKENS].tolist()) for i in range(min(count, len(rows)))]
-    return [text.rstrip("\ufffd ") for text in openings]
+    return [text.lstrip("\ufffd").rstrip("\ufffd ") for text in openings]  # a piece may begin inside a character
 
 
 def _request(engine: Engine, prompt: str, chat: bool, **settings: Any) -> Request:
