@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import tempfile
 import time
@@ -55,6 +54,13 @@ def files_of(source: str, megabytes: float, folder: Path) -> list[Path]:
     return paths
 
 
+def _with_peak(job: Job) -> tuple[dict[str, Any], int]:
+    """The unit's manifest, and the largest memory of the process so far (Linux; 0 elsewhere)."""
+    manifest, status = tokenize_unit(job), Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return manifest, next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
 def tokenized(paths: list[Path], tokenizer: Path, folder: Path, workers: int) -> dict[str, Any]:
     """Seconds and tokens of stage prepare's first half, and the largest of its processes."""
     jobs = [
@@ -62,11 +68,10 @@ def tokenized(paths: list[Path], tokenizer: Path, folder: Path, workers: int) ->
         for path in paths
     ]
     begin = time.perf_counter()
-    found = list(spread(tokenize_unit, jobs, "local", workers))
+    found = list(spread(_with_peak, jobs, "local", workers))
     seconds = time.perf_counter() - begin
-    sizes = [split for manifest in found for split in manifest["splits"].values()]
-    size = sum(s["bytes"] for s in sizes)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    size = sum(split["bytes"] for manifest, _ in found for split in manifest["splits"].values())
+    peak = max(peak for _, peak in found)
     return {"workers": workers, "seconds": seconds, "mb_per_second": size / 1e6 / seconds, "peak_process_bytes": peak}
 
 

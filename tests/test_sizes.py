@@ -19,7 +19,8 @@ from jaxchat.model.sizes import (
 from jaxchat.optim.horizon import resolve
 from jaxchat.recipes import resolve_model
 
-MODELS = [resolve(load_config(path.stem)).model for path in tier_files()]
+TIERS = [load_config(path.stem) for path in tier_files()]
+MODELS = [resolve(config).model for config in TIERS if not config.data.size_model]  # that one's is its text's
 MODELS += [dataclasses.replace(resolve(load_config("nano", ["model.recipe=classic"])).model, tie_embeddings=True)]
 MODELS += [resolve_model(ModelConfig(depth=5, width=64, n_heads=4, n_kv_heads=2, vocab_size=100, seq_len=64))]
 

@@ -114,7 +114,8 @@ def _deepest_that_fits(
 
 
 def _deepest_tier(target: Target, usd: float | None, hours: float | None) -> str | None:
-    tiers = [resolve(load_config(path.stem)) for path in tier_files()]
+    given = [load_config(path.stem) for path in tier_files()]
+    tiers = [resolve(config) for config in given if not config.data.size_model]  # that one's depth is its text's
     fitting = [c for c in tiers if _allows(c, target, usd, hours)]
     return max(fitting, key=lambda c: c.model.depth).tier if fitting else None
 
