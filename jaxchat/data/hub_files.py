@@ -22,6 +22,7 @@ from jaxchat.paths import locked, read_json, sha256_file, write_json
 T = TypeVar("T")
 PARALLEL = 4  # downloads at once
 TRIES = 6  # of one request
+SILENT_TRIES = 2  # of one that nobody answers: the client itself tries several times before it says so
 FIRST_WAIT = 1.0  # seconds before the second try; doubled each time
 LONGEST_WAIT = 120.0  # seconds, also where the hub asks for more
 FINAL = (400, 401, 403, 404, 410, 416, 451)  # HTTP answers that another try does not change
@@ -182,7 +183,9 @@ class Hub:
             if isinstance(failure, OSError) and failure.errno in FULL_OR_CLOSED:
                 raise DataError(f"{self.folder}: {failure.strerror}; what was complete is kept")
             offline = type(failure).__name__ == "OfflineModeIsEnabled"  # HF_HUB_OFFLINE
-            if offline or _status(failure) in FINAL or attempt + 1 == TRIES:
+            silent = _status(failure) is None and not isinstance(failure, Damaged)
+            tries = SILENT_TRIES if silent else TRIES
+            if offline or _status(failure) in FINAL or attempt + 1 >= tries:
                 break
             wait = min(LONGEST_WAIT, max(_asked_wait(failure), FIRST_WAIT * 2**attempt * random.uniform(0.8, 1.2)))
             if wait >= 1:
