@@ -45,7 +45,7 @@ def other_tokenizers(config: Config, run: RunDir, cache: Path = HUB_CACHE) -> li
     try:
         documents = iterate_documents(config.data, "val")
         texts, tokenizer = first_documents(documents, DOCUMENTS), Tokenizer.load(run.tokenizer)
-        ours = sum(len(ids) for batch in batches_of(iter(texts)) for ids in tokenizer.encode_batch(batch))
+        ours = sum(len(ids) for batch in batches_of(texts) for ids in tokenizer.encode_batch(batch))
     except DataError as error:
         say(f"  other tokenizers: {error}", style="yellow")
         return []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from jaxchat.config import Config
 from jaxchat.data.corpus import fingerprint, iterate_documents, open_corpus
+from jaxchat.data.tokenize import batches_of
 from jaxchat.errors import JaxchatError
 from jaxchat.log import progress, say
 from jaxchat.paths import RunDir, read_json, write_json
@@ -137,24 +139,11 @@ class Searched:
 def search(exams: dict[str, Exam], documents: Iterable[str], hashes: Hashes) -> tuple[dict[str, dict[str, Any]], int]:
     """Scores of every exam, and how many documents were read."""
     searched, read = Searched(np.concatenate([exam.keys for exam in exams.values()])), 0
-    for batch in _batches(documents):
+    for batch in batches_of(documents, sys.maxsize, BATCH_CHARS):
         read += len(batch)
         if len(searched.keys):
             searched.look_up(grams(map(words, batch), hashes)[0])
     return {name: exam.scores(searched.of(exam)) for name, exam in exams.items()}, read
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def exam_overlap(config: Config, run: RunDir, train_documents: int | None) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             )
     tokenizer.save(run.tokenizer)
     sample = first_documents(iterate_documents(data, "val"), SAMPLE_DOCUMENTS)
-    tokens = sum(len(ids) for batch in batches_of(iter(sample)) for ids in tokenizer.encode_batch(batch))
+    tokens = sum(len(ids) for batch in batches_of(sample) for ids in tokenizer.encode_batch(batch))
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in sample)
     facts = {
         "vocab_size": tokenizer.vocab_size,

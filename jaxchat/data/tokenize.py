@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,14 +173,15 @@ def _same(path: Path, wanted: dict[str, Any], directory: Path) -> dict[str, Any]
     return None
 
 
-def batches_of(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Documents in lists of bounded size."""
+def batches_of(documents: Iterable[str], count: int | None = None, chars: int | None = None) -> Iterator[list[str]]:
+    """Documents in lists of at most `count`, and no longer than the one that reaches `chars` characters."""
+    count, chars = count or BATCH_DOCUMENTS, chars or BATCH_CHARS
     batch: list[str] = []
     size = 0
     for document in documents:
         batch.append(document)
         size += len(document)
-        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARS:
+        if len(batch) == count or size >= chars:
             yield batch
             batch, size = [], 0
     if batch:
