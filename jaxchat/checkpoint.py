@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxchat import hosts
 from jaxchat.errors import DataError
 from jaxchat.log import quiet_libraries
-from jaxchat.paths import RunDir, read_json
+from jaxchat.paths import RECORD_FORMAT, RunDir, read_json, require_format
 from jaxchat.state import TrainState
 
 FORMAT = 1
@@ -40,16 +41,21 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Copy the state out and write it in the background; a save that is still running is waited for."""
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),  # type: ignore[call-arg]
-            opt_state=ocp.args.StandardSave(state.opt_state),  # type: ignore[call-arg]
-            meta=ocp.args.JsonSave(meta | {"format": FORMAT, "step": step}),  # type: ignore[call-arg]
-        )
+        items = {
+            "params": ocp.args.StandardSave(state.params),  # type: ignore[call-arg]
+            "opt_state": ocp.args.StandardSave(state.opt_state),  # type: ignore[call-arg]
+            "meta": ocp.args.JsonSave(meta | {"format": FORMAT, "step": step}),  # type: ignore[call-arg]
+        }
+        if state.opt_state is None:  # a model from elsewhere
+            del items["opt_state"]
         with quiet_libraries():
-            self._manager.save(step, args=args, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, laid out like `like` (arrays or shapes with shardings), and its facts."""
+        """The newest checkpoint, laid out like `like` (arrays or shapes with shardings), and its facts.
+
+        One that came from elsewhere without an optimizer keeps the one of `like`.
+        """
         step = self.latest()
         if step is None:
             raise DataError(f"{self.directory}: no complete checkpoint")
@@ -57,20 +63,24 @@ class Checkpoints:
         def abstract(tree: Any) -> Any:
             return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
 
-        args = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract(like.params)),  # type: ignore[call-arg]
-            opt_state=ocp.args.StandardRestore(abstract(like.opt_state)),  # type: ignore[call-arg]
-            meta=ocp.args.JsonRestore(),
-        )
         try:
             with quiet_libraries():
-                found = self._manager.restore(step, args=args)
+                found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+                meta = dict(found["meta"])
+                require_format(meta, FORMAT, self.directory / str(step))
+                wanted = {"params": ocp.args.StandardRestore(abstract(like.params))}  # type: ignore[call-arg]
+                if "imported" not in meta:
+                    wanted["opt_state"] = ocp.args.StandardRestore(abstract(like.opt_state))  # type: ignore[call-arg]
+                found = self._manager.restore(step, args=ocp.args.Composite(**wanted))
+        except DataError:
+            raise
         except Exception as error:  # Orbax and TensorStore raise all kinds
             if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
                 raise  # the device is full, the checkpoint is not to blame
             raise DataError(f"{self.directory / str(step)}: cannot be restored ({_first_line(error)})") from error
         step_array = jax.device_put(np.int32(step), like.step.sharding)
-        return TrainState(found["params"], found["opt_state"], step_array), dict(found["meta"])
+        optimizer = like.opt_state if "imported" in meta else found["opt_state"]
+        return TrainState(found["params"], optimizer, step_array), meta
 
     def wait(self) -> None:
         """Until the running save is durable."""
@@ -102,21 +112,40 @@ def restore_params(directory: str | Path) -> tuple[Any, dict[str, Any]]:
         json_handler = ocp.JsonCheckpointHandler()
         with contextlib.closing(ocp.Checkpointer(json_handler, multiprocessing_options=alone)) as reader:
             meta = reader.restore(path / "meta")
+            require_format(meta, FORMAT, path)
+    except DataError:
+        raise
     except Exception as error:  # Orbax and TensorStore raise all kinds
         raise DataError(f"{path}: cannot be read ({_first_line(error)})") from error
     return params, meta
 
 
+def save_params(directory: str | Path, step: int, params: Any, meta: dict[str, Any]) -> None:
+    """A checkpoint of parameters alone, for a model from elsewhere; `meta` must hold "imported"."""
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(step, TrainState(params, None, jnp.int32(step)), meta)
+    checkpoints.wait()
+    checkpoints.close()
+
+
 def trained_params(run: RunDir, stage: str) -> Any:
     """What a stage has made, as host arrays; `DataError` where they are not what it recorded when it was done."""
     params, _ = restore_params(run.stage(stage))
-    record = read_json(run.stages).get(RECORDS.get(stage, stage), {}) if run.stages.exists() else {}
+    record = recorded(run, stage)
     if record.get("status") == "done" and record.get("params_sha256", "") not in ("", params_sha256(params)):
         raise DataError(
             f"{run.stage(stage)}: its newest checkpoint is damaged (the SHA-256 of its parameters is not the recorded "
             "one); restore the folder from a copy, or delete it and run the stage again"
         )
     return params
+
+
+def recorded(run: RunDir, stage: str) -> dict[str, Any]:
+    """What `stages.json` says of a trained stage; nothing where there is no such file."""
+    name = RECORDS.get(stage, stage)
+    record = read_json(run.stages).get(name, {}) if run.stages.exists() else {}
+    require_format(record, RECORD_FORMAT, f"{run.stages}, {name}")
+    return dict(record)
 
 
 def params_sha256(params: Any) -> str:

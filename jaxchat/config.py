@@ -192,7 +192,14 @@ class ServeConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    formats: tuple[str, ...] = ("orbax", "hf")  # folders of `export/`; empty: no export
+    dtype: str = "auto"  # of the weights there: "auto" (as trained) | "float32" | "bfloat16"
+
+
+@dataclass(frozen=True)
 class Config:
+    format: int = 1  # of this file
     tier: str = "nano"
     seed: int = 42
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -206,6 +213,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
 
 def load_config(tier: str | Path = "nano", overrides: typing.Sequence[str] = ()) -> Config:
@@ -226,6 +234,8 @@ def load_config(tier: str | Path = "nano", overrides: typing.Sequence[str] = ())
         if not equals:
             raise UsageError(f"--set {override}: write it as key=value, for example --set model.depth=10")
         insert(table, key.strip(), parse_value(key.strip(), text.strip()))
+    if table.get("format", 1) != Config.format:
+        raise UsageError(f"{path}: has format {table['format']!r}, and this version reads format {Config.format}")
     config = build(Config, table)
     return config if "tier" in table else dataclasses.replace(config, tier=path.stem)
 

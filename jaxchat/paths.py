@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxchat.errors import DataError, UsageError
 
+RECORD_FORMAT = 1  # of an entry of `stages.json`
 LOCK_POLL = 0.2  # seconds between looks at a lock that another process has
 
 
@@ -46,6 +47,10 @@ class RunDir:
     @property
     def plots(self) -> Path:
         return self.root / "plots"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
 
     def stage(self, name: str) -> Path:
         """Directory of a trained stage: `base`, `sft`, `rl`."""
@@ -149,6 +154,14 @@ def read_json(path: str | Path) -> Any:
         raise DataError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); delete it to have it made again") from None
+
+
+def require_format(found: Any, known: int, source: object) -> None:
+    """`DataError` where another version wrote a file in a form that this one does not read; no number stands for 1."""
+    number = found.get("format", 1) if isinstance(found, dict) else 1
+    if number != known:
+        advice = "update jaxchat" if isinstance(number, int) and number > known else "make it again"
+        raise DataError(f"{source}: has format {number!r}, and this version reads format {known}; {advice}")
 
 
 def sha256_file(path: str | Path) -> str:

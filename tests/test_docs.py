@@ -18,7 +18,8 @@ from jaxchat.optim.groups import GROUPS
 from jaxchat.recipes import RECIPES
 from jaxchat.toml import flatten
 from train.plan import parse_target
-from train.stages import FREE_KEYS, select
+from train.stage import FREE_KEYS
+from train.stages import select
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

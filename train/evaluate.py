@@ -31,6 +31,7 @@ from train.report_exams import exam_table, standing
 from train.samples import CHAT_PROMPTS, held_out_openings, samples, written
 
 STAGES = ("base", "sft", "rl")
+FORMAT = 1  # of `eval/<stage>.json`
 COPY_TEXTS = 20  # written to see what is by heart
 AUTO = "auto"
 GENERATED = ("word_problems", "identity")  # "auto": these, and the following where their data is at hand
@@ -115,10 +116,11 @@ class Examiner:
         self._path = model.run.eval(model.stage)
         inputs = self._inputs()
         record = read_json(self._path) if self._path.exists() else {}
-        if record.get("inputs") != inputs:
+        if record.get("inputs") != inputs or record.get("format", 1) != FORMAT:
             record = {"tasks": {}, "core_tasks": {}, "inputs": inputs}
         self._kept: dict[str, Any] = record  # what an earlier evaluation found
         self._record: dict[str, Any] = {
+            "format": FORMAT,
             "tasks": {},
             "core": None,
             "core_partial": None,

@@ -24,6 +24,7 @@ from train.report_text import card_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_KEYS = ("recipe", "depth", "width", "n_heads", "n_kv_heads", "head_width", "seq_len", "vocab_size")
+FORMAT = 1  # of `report.json`
 CURVE_POINTS = 500  # of one curve in report.json, at most; metrics.jsonl has them all
 PRIVATE = ("serve.",)  # a card is there to be shown around; these keys hold addresses and API keys
 RL_CURVES = ("reward", "right", "length", "endless", "kl")  # and pass@k
@@ -51,12 +52,14 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
 
 def collect(config: Config, run: RunDir, metrics: dict[str, Steps]) -> dict[str, Any]:
     """Every number of the card, from `stages.json`, the metrics and the exams; parts that do not exist are left out."""
-    records = {name: r for name, r in read_json(run.stages).items() if r["status"] == "done" and name != "report"}
+    done = {name: r for name, r in read_json(run.stages).items() if r["status"] == "done"}
+    records = {name: r for name, r in done.items() if name not in ("report", "export") and "imported" not in r}
     exams = {stage: read_json(run.eval(stage)) for stage in STAGE_TITLES if run.eval(stage).exists()}
     facts = {name: record["facts"] for name, record in records.items()}
     seconds = {name: wall_clock(record) for name, record in records.items()}
     pretrain = facts.get("pretrain", {})
     return {
+        "format": FORMAT,
         "tier": config.tier,
         "date": max((record["end"] for record in records.values()), default=None),
         "machines": _alike(records, "hardware"),
@@ -67,6 +70,7 @@ def collect(config: Config, run: RunDir, metrics: dict[str, Steps]) -> dict[str,
         "config": {key: value for key, value in flatten(config).items() if not key.startswith(PRIVATE)},
         "model": {key: getattr(config.model, key) for key in MODEL_KEYS},
         "optimizer": {key: getattr(config.optim, key) for key in ("kind", "lr_scale", "matrix_lr", "weight_decay")},
+        "imported": next((r["imported"] for r in done.values() if "imported" in r), None),
         "tokenizer": facts.get("tokenizer", {}),
         "data": {"source": config.data.source} | facts.get("prepare", {}),
         "corpus_share": min(1.0, pretrain["epochs"]) if pretrain else None,

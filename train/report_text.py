@@ -41,6 +41,15 @@ def card_blocks(card: Card, samples: dict[str, str]) -> list[Block]:
 
 def _headline(card: Card) -> list[Block]:
     train, model = card["pretrain"], card["model"]
+    if origin := card.get("imported"):
+        return [
+            Paragraph(
+                [
+                    f"The weights were imported from {origin['from']} ({origin['format']}). What they were trained on "
+                    "is not known here: they may have seen the held-out text and the exams."
+                ]
+            )
+        ]
     if not train:
         return []
     base = card["exams"].get("base", {}).get("bits_per_byte")

@@ -10,61 +10,21 @@ import datetime
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from jaxchat import hosts
 from jaxchat.config import Config, load_config
 from jaxchat.errors import UsageError
 from jaxchat.log import say
-from jaxchat.paths import RunDir, atomic_write, read_json, write_json
+from jaxchat.paths import RECORD_FORMAT, RunDir, atomic_write, write_json
 from jaxchat.tasks.files import identity_digest
 from jaxchat.toml import flatten, to_toml
-from train import evaluate, prepare, pretrain, report, rl, sft, tokenizer
+from train import evaluate, export, prepare, pretrain, report, rl, sft, tokenizer
 from train.machine import commit, hardware, peak_rss, versions
+from train.stage import Stage, complete, load_records, made, refuse_changes, stage_inputs
 
-# Keys that change how fast or how often, never what is computed (beyond float rounding).
-FREE_KEYS = (
-    "mesh.",
-    "serve.",
-    "data.engine",
-    "data.workers",
-    "data.cache_dir",
-    "data.mirror",
-    "train.device_batch_rows",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.eval_",
-    "train.sample_every",
-    "train.loss_chunk",
-    "train.remat",
-    "train.scan_unroll",
-    "train.max_bad_steps",
-    "sft.eval_every",
-    "sft.exam_cases",
-    "rl.eval_",
-    "rl.checkpoint_every",
-    "rl.slots",
-)
 SHARED_SECONDS = 60.0  # until what process 0 wrote must be seen by the others
-
-
-@dataclass(frozen=True)
-class Stage:
-    """`run(config, run_dir)` returns facts for the record, `digest` among them; `outputs` must exist when done."""
-
-    name: str
-    run: Callable[[Config, RunDir], dict[str, Any]]
-    reads: tuple[str, ...]  # configuration keys, or prefixes that end in a dot
-    needs: tuple[str, ...]  # stages whose digests are inputs
-    outputs: tuple[str, ...]  # paths inside the run directory; <step> stands for a complete checkpoint
-    trained: bool  # refuses changed inputs instead of running again
-    uses: tuple[str, ...] = ()  # stages whose digests are inputs where they are done, but which need not be
-    check: Callable[[Config], None] = lambda config: None  # of settings, before anything runs
-    wanted: Callable[[Config], bool] = lambda config: True  # False: this configuration goes without it
-    looks: Callable[[Config], str] = lambda config: ""  # what it finds outside the run, an input too
-    joint: bool = False  # by all processes together; the others by process 0, while the rest waits
 
 
 STAGES = (
@@ -114,6 +74,17 @@ STAGES = (
         looks=evaluate.looks,
     ),
     Stage("report", report.run, (), ("eval",), ("report.md", "report.json"), False),
+    Stage(
+        "export",
+        export.run,
+        ("export.",),
+        ("pretrain",),
+        ("export",),
+        False,
+        uses=("sft", "rl", "report"),
+        check=export.check,
+        wanted=lambda config: bool(config.export.formats),
+    ),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 
@@ -156,9 +127,11 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
         for stage in stages:
             inputs = stage_inputs(stage, config, records)
             record = records.get(stage.name)
-            if record and stage.trained and (record["status"] == "done" or any(_made(stage, run))):
-                _refuse_changes(stage, record, inputs, run)
-            if record and record["status"] == "done" and record["inputs"] == inputs and _complete(stage, run):
+            if record and "imported" in record:  # its weights came from elsewhere: only what they are must agree
+                inputs = {key: inputs[key] for key in record["inputs"]}
+            if record and stage.trained and (record["status"] == "done" or any(made(stage, run))):
+                refuse_changes(stage, record, inputs, run)
+            if record and record["status"] == "done" and record["inputs"] == inputs and complete(stage, run):
                 say(f"{stage.name:<10} done ({record['seconds']:.0f} s), nothing to do")
                 continue
             _save_config(config, run, reasons)
@@ -189,65 +162,12 @@ def _save_config(config: Config, run: RunDir, reasons: dict[str, str]) -> None:
         atomic_write(run.config, to_toml(config, reasons))
 
 
-def load_records(run: RunDir) -> dict[str, Any]:
-    """`stages.json`, or nothing for a new run."""
-    return read_json(run.stages) if run.stages.exists() else {}
-
-
-def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[str, Any]:
-    """Configuration keys and digests that decide what the stage produces."""
-    inputs: dict[str, Any] = {}
-    for key, value in flatten(config).items():
-        if _among(stage.reads, key) and not _among(FREE_KEYS, key):
-            inputs[key] = value
-    inputs |= {f"{stage.name}.files": found} if (found := stage.looks(config)) else {}
-    for need in stage.needs:
-        done = records.get(need, {})
-        if done.get("status") != "done":
-            raise UsageError(f"stage {stage.name}: needs stage {need} first; run --stages {need},{stage.name}")
-        inputs[f"{need}.digest"] = done["facts"]["digest"]
-    for use in stage.uses:
-        if records.get(use, {}).get("status") == "done":
-            inputs[f"{use}.digest"] = records[use]["facts"]["digest"]
-    return json.loads(json.dumps(inputs))
-
-
-def _among(names: Sequence[str], key: str) -> bool:
-    """Whether a key is one of the names, or begins with one that ends with a dot or an underscore."""
-    return any(key == name or (name.endswith((".", "_")) and key.startswith(name)) for name in names)
-
-
-def _refuse_changes(stage: Stage, record: dict[str, Any], inputs: dict[str, Any], run: RunDir) -> None:
-    given = {key: value for key, value in record["inputs"].items() if not _among(FREE_KEYS, key)}
-    before = json.loads(json.dumps(flatten(Config()))) | given  # a setting that is new since then had its default
-    changed = [k for k in sorted(given.keys() | inputs.keys()) if before.get(k) != inputs.get(k)]
-    if text := ", ".join(f"{k} ({before.get(k)!r} -> {inputs.get(k)!r})" for k in changed):
-        advice = "take them back, or choose another --run-dir"
-        raise UsageError(f"stage {stage.name}: {run.root} was made with other settings: {text}; {advice}")
-
-
-def _complete(stage: Stage, run: RunDir) -> bool:
-    missing = [path for path, made in zip(stage.outputs, _made(stage, run), strict=True) if not made]
-    if missing:
-        say(f"{stage.name:<10} recorded as done, but {', '.join(missing)} is missing: running it again")
-    return not missing
-
-
-def _made(stage: Stage, run: RunDir) -> list[bool]:
-    """For each output, whether it is there."""
-    found = []
-    for path in stage.outputs:
-        folder = run.root / path.removesuffix("/<step>")
-        steps = path.endswith("/<step>")
-        found.append(any(p.name.isdigit() for p in folder.glob("*")) if steps else folder.exists())
-    return found
-
-
 def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any], inputs: dict[str, Any]) -> None:
     previous = records.get(stage.name, {})
     begin = time.perf_counter()
     resumed = previous.get("status") == "running" and previous.get("inputs") == inputs
     record: dict[str, Any] = {
+        "format": RECORD_FORMAT,
         "status": "running",
         "start": previous["start"] if resumed else _now(),
         "end": None,
@@ -285,7 +205,7 @@ def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any],
 
 def _keep_or_forget(stage: Stage, run: RunDir, records: dict[str, Any]) -> None:
     """After a failure: a stage that has made nothing leaves no record, so that a mended command is not refused."""
-    if not any(_made(stage, run)):
+    if not any(made(stage, run)):
         del records[stage.name]
     if records:
         write_json(run.stages, records)

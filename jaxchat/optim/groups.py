@@ -80,6 +80,8 @@ def _unscaled(config: Config, compute_dtype: jnp.dtype | type, mesh: Mesh | None
         return optax.chain(clip, adamw(c.lr_scale * c.adamw_lr, (0.9, 0.95), c.weight_decay))
     modern = config.model.recipe == "modern"
     by_width = c.lr_scale * (config.model.width / 768) ** -0.5  # these three were tuned at d12's width
+    # a tied table also makes the logits, which the rate of an embedding, 50 times as high, drives into their cap
+    table_lr = c.unembedding_lr if config.model.tie_embeddings else c.embedding_lr
     matrix = muon(
         momentum=schedules.muon_momentum(steps, c.momentum_warmup_steps, c.warmdown_ratio) if modern else 0.95,
         weight_decay=schedules.cosine_to_zero(steps, c.weight_decay),
@@ -90,7 +92,7 @@ def _unscaled(config: Config, compute_dtype: jnp.dtype | type, mesh: Mesh | None
     groups = {
         "matrix": optax.chain(matrix, scaled(c.lr_scale * c.matrix_lr)),
         "unembedding": adamw(by_width * c.unembedding_lr, (0.8, 0.96), 0.01 if modern else 0.0),
-        "embedding": adamw(by_width * c.embedding_lr, (0.8, 0.995), 0.001 if modern else 0.0),
+        "embedding": adamw(by_width * table_lr, (0.8, 0.995), 0.001 if modern else 0.0),
         "value_embedding": adamw(by_width * c.embedding_lr / 2, (0.8, 0.995), 0.01),
         "residual": adamw(c.lr_scale * c.scalar_lr * 0.01, (0.8, 0.95), 0.05, SCALAR_EPS),
         "x0": adamw(c.lr_scale * c.scalar_lr, (0.96, 0.95), 0.0, SCALAR_EPS),

@@ -116,7 +116,13 @@ def _parts(message: Message, index: int) -> list[dict[str, str]]:
         return [{"type": "text", "text": content}]
     if not isinstance(content, list):
         raise UsageError(f"messages[{index}]: content must be text or a list of parts, not {type(content).__name__}")
-    return _checked_parts(content, index)
+    merged: list[dict[str, str]] = []
+    for part in _checked_parts(content, index):
+        if merged and part["type"] == merged[-1]["type"] == "text":  # one text, however it came in pieces
+            merged[-1] = part | {"text": merged[-1]["text"] + part["text"]}
+        else:
+            merged.append(part)
+    return merged
 
 
 def _checked_parts(parts: list[Any], index: int) -> list[dict[str, str]]:

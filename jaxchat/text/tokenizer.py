@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from jaxchat.errors import DataError, UsageError
-from jaxchat.paths import atomic_write, write_json
+from jaxchat.paths import atomic_write, read_json, require_format, write_json
 
 BOS = "<|bos|>"
 USER_START, USER_END = "<|user_start|>", "<|user_end|>"
@@ -69,34 +69,45 @@ class Tokenizer:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file}: cannot be read as a tokenizer ({error})") from None
+        if path.is_dir() and (meta := path / "meta.json").exists():
+            require_format(read_json(meta), FORMAT, meta)
+        return cls.parse(text, file)
+
+    @classmethod
+    def parse(cls, text: str, source: object) -> Tokenizer:
+        """From the content of a `tokenizer.json`; `DataError` names `source` where it cannot be used here."""
         try:
             backend = Backend.from_str(text)
         except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{file}: not a tokenizer.json of Hugging Face's format ({error})") from None
+            raise DataError(f"{source}: not a tokenizer.json of Hugging Face's format ({error})") from None
         if not isinstance(backend.model, models.BPE) or "ByteLevel" not in str(json.loads(text).get("decoder")):
-            raise DataError(f"{file}: only byte-level BPE tokenizers can encode every text; this is another kind")
+            raise DataError(f"{source}: only byte-level BPE tokenizers can encode every text; this is another kind")
         try:
             tokenizer = cls(backend)
         except DataError as error:
-            raise DataError(f"{file}: {error}") from None
+            raise DataError(f"{source}: {error}") from None
         lacking = 256 - len({token for token in tokenizer._bytes if len(token) == 1})
         if lacking:
-            raise DataError(f"{file}: {lacking} of the 256 bytes have no token, so it cannot encode every text")
+            raise DataError(f"{source}: {lacking} of the 256 bytes have no token, so it cannot encode every text")
         if any(tokenizer.decode(tokenizer.encode(text)) != text for text in (PROBE, " " + PROBE)):
-            raise DataError(f"{file}: does not give a text back as it was (it adds, drops or changes characters)")
+            raise DataError(f"{source}: does not give a text back as it was (it adds, drops or changes characters)")
         return tokenizer
+
+    def to_json(self) -> str:
+        """The content of `tokenizer.json`, in Hugging Face's format."""
+        return str(self._backend.to_str(pretty=True))
 
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer.json` (Hugging Face's format) and `meta.json`."""
         directory = Path(directory)
-        atomic_write(directory / "tokenizer.json", self._backend.to_str(pretty=True))
+        atomic_write(directory / "tokenizer.json", self.to_json())
         meta = {"format": FORMAT, "vocab_size": self.vocab_size, "digest": self.digest, "special_tokens": self.special}
         write_json(directory / "meta.json", meta)
 
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of what decides the encoding; equal for equal tokenizers, whatever the file's layout."""
-        content = json.loads(self._backend.to_str())
+        content = json.loads(self.to_json())
         deciding = {key: content[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
@@ -183,13 +194,18 @@ def _clean(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _byte_table(backend: Backend, size: int, special: set[int]) -> list[bytes]:
-    """Undo the printable alphabet of byte-level BPE (GPT-2's): one character stands for one byte."""
+def byte_alphabet() -> dict[str, int]:
+    """The printable alphabet of byte-level BPE (GPT-2's): which byte a character stands for."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = {chr(b): b for b in printable}
     for n, byte in enumerate(b for b in range(256) if b not in printable):
         alphabet[chr(256 + n)] = byte
-    table = []
+    return alphabet
+
+
+def _byte_table(backend: Backend, size: int, special: set[int]) -> list[bytes]:
+    """The bytes of every id."""
+    alphabet, table = byte_alphabet(), []
     for i in range(size):
         token = backend.id_to_token(i)
         if token is None or i in special:

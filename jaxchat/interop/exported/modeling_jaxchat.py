@@ -1,0 +1,246 @@
+"""jaxchat's GPT for Hugging Face's transformers, in torch. It stands beside the weights and needs nothing else of ours.
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+Axes: B batch, T new tokens, S tokens in all (cached ones first), H query heads, K kv heads, N head width, D width.
+
+A NanoChat (QK-norm behind rotary embeddings that turn by minus theta, relu squared, norms without weights, capped
+logits), and what it lacks: short windows, value embeddings (2410.17897), learned residual scalars, smear (a bit of the
+token before in every embedding), backout (the middle layer's output taken away at the end). The config says which.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+VE_GATE_CHANNELS = 12  # of a layer's normed input that gate its value embedding
+SMEAR_CHANNELS = 24  # of an embedding that gate its smear
+
+
+class JaxchatConfig(PreTrainedConfig):
+    """`layer_windows`: how many tokens before its own a layer sees; `value_embedding_layers`: which have a table."""
+
+    model_type = "jaxchat"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(
+        self,
+        vocab_size: int = 32768,
+        hidden_size: int = 768,
+        intermediate_size: int = 3072,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 6,
+        num_key_value_heads: int = 6,
+        head_dim: int = 128,
+        max_position_embeddings: int = 2048,
+        rms_norm_eps: float = 1.1920929e-7,
+        final_logit_softcapping: float = 15.0,
+        qk_scale: float = 1.2,
+        residual_scalars: bool = True,
+        smear: bool = True,
+        backout: bool = True,
+        layer_windows: list[int] | None = None,
+        value_embedding_layers: list[int] | None = None,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
+        for name, value in given.items():
+            setattr(self, name, value)
+        self.layer_windows = layer_windows or [max_position_embeddings] * num_hidden_layers
+        self.value_embedding_layers = value_embedding_layers or []
+        self.rope_theta = (kwargs.get("rope_parameters") or {}).get("rope_theta", 100_000.0)
+        super().__init__(**kwargs)
+
+
+def norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last axis without weights, computed in float32."""
+    y = x.float()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn x (B, heads, T, N) by minus theta, halves split; cos and sin (B, 1, T, N/2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: JaxchatConfig, layer: int):
+        super().__init__()
+        D, N = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.config, self.layer = config, layer
+        self.q_proj = nn.Linear(D, H * N, bias=False)
+        self.k_proj = nn.Linear(D, K * N, bias=False)
+        self.v_proj = nn.Linear(D, K * N, bias=False)
+        self.o_proj = nn.Linear(H * N, D, bias=False)
+        if layer in config.value_embedding_layers:
+            self.ve_gate = nn.Linear(VE_GATE_CHANNELS, K, bias=False)
+
+    def forward(
+        self,
+        h: torch.Tensor,
+        value: torch.Tensor | None,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """h (B, T, D) normed; value (B, T, K*N) the tokens' value embeddings; mask (B, 1, T, S), true where seen."""
+        c, (B, T, _) = self.config, h.shape
+        q, k, v = (p(h).view(B, T, -1, c.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if value is not None:
+            gate = 3 * torch.sigmoid(self.ve_gate(h[..., :VE_GATE_CHANNELS]))
+            v = v + gate[..., None] * value.view(v.shape)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k = (norm(rotate(x, *cos_sin), c.rms_norm_eps) * c.qk_scale for x in (q, k))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: JaxchatConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.relu(self.fc1(h)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: JaxchatConfig, layer: int):
+        super().__init__()
+        self.self_attn, self.mlp, self.eps = Attention(config, layer), MLP(config), config.rms_norm_eps
+
+    def forward(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        x = x + self.self_attn(norm(x, self.eps), *rest)
+        return x + self.mlp(norm(x, self.eps))
+
+
+class Trunk(nn.Module):
+    def __init__(self, config: JaxchatConfig):
+        super().__init__()
+        c, L = config, config.num_hidden_layers
+        self.config = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList([Block(c, i) for i in range(L)])
+        width = c.num_key_value_heads * c.head_dim
+        if c.value_embedding_layers:
+            tables = {str(i): nn.Embedding(c.vocab_size, width) for i in c.value_embedding_layers}
+            self.value_embeddings = nn.ModuleDict(tables)
+        if c.residual_scalars:
+            self.residual_scale = nn.Parameter(torch.ones(L))
+            self.x0_scale = nn.Parameter(torch.zeros(L))
+        if c.smear:
+            self.smear_gate = nn.Linear(SMEAR_CHANNELS, 1, bias=False)
+            self.smear_scale = nn.Parameter(torch.zeros(1))
+        if c.backout:
+            self.backout_scale = nn.Parameter(torch.zeros(1))
+
+    def forward(
+        self, ids: torch.Tensor, real: torch.Tensor, positions: torch.Tensor, cache: Cache | None
+    ) -> torch.Tensor:
+        """Last normed activations (B, T, D) of ids (B, T); real (B, S), false on padding; positions (B, T)."""
+        c, T, S = self.config, ids.shape[1], real.shape[1]
+        x = norm(self.embed_tokens(ids), c.rms_norm_eps)
+        if c.smear:
+            x = self.smeared(x, real, cache)
+        masks = {w: self.mask(real, T, S, w) for w in set(c.layer_windows)}
+        cos_sin = self.rotary(positions, x.dtype)
+        x0 = x
+        for i, layer in enumerate(self.layers):
+            if c.residual_scalars:
+                x = (self.residual_scale[i].float() * x.float() + self.x0_scale[i].float() * x0.float()).to(x.dtype)
+            value = self.value_embeddings[str(i)](ids) if i in c.value_embedding_layers else None
+            x = layer(x, value, cos_sin, masks[c.layer_windows[i]], cache)
+            if i == c.num_hidden_layers // 2:
+                middle = x
+        if c.backout:
+            x = (x.float() - self.backout_scale.float() * middle.float()).to(x.dtype)
+        return norm(x, c.rms_norm_eps)
+
+    def smeared(self, e: torch.Tensor, real: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        """Embeddings with the token before mixed in. It is kept as one more layer of the cache, so that whatever
+        cuts, repeats or reorders a cache does the same to it."""
+        before = torch.zeros_like(e[:, :1])
+        if cache is not None:
+            L = self.config.num_hidden_layers
+            while len(cache.layers) <= L:
+                cache.layers.append(DynamicLayer())
+            kept, _ = cache.update(e[:, None], e[:, None, :, :0], L)
+            if kept.shape[2] > e.shape[1]:
+                before = kept[:, 0, -e.shape[1] - 1, None]
+        T, S = e.shape[1], real.shape[1]
+        there = F.pad(real, (1, 0))[:, S - T : S]  # whether the token before is one
+        before = torch.cat([before, e[:, :-1]], dim=1) * there[..., None].to(e.dtype)
+        gate = self.smear_scale.float() * torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS])).float()
+        return (e.float() + gate * before.float()).to(e.dtype)
+
+    def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (B, 1, T, N/2); made here, since loading wipes tables that are not in the checkpoint."""
+        half = torch.arange(0, self.config.head_dim, 2, device=positions.device, dtype=torch.float32)
+        angle = positions[:, None, :, None].float() * self.config.rope_theta ** (-half / self.config.head_dim)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    @staticmethod
+    def mask(real: torch.Tensor, T: int, S: int, window: int) -> torch.Tensor:
+        """(B, 1, T, S): what a token sees, itself and `window` tokens before it; padding sees itself, not nothing."""
+        i = torch.arange(S - T, S, device=real.device)[:, None]
+        j = torch.arange(S, device=real.device)[None, :]
+        return (real[:, None, None, :] & (j <= i) & (i - j <= window)) | (i == j)
+
+
+class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = JaxchatConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _no_split_modules = ("Block",)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: JaxchatConfig):
+        super().__init__(config)
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V) float32, capped; with `labels` (B, T) the mean loss of every next token, -100 left out."""
+        if input_ids is None:
+            raise ValueError("give input_ids: value embeddings are looked up by token, so inputs_embeds cannot do")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and labels is None:
+            past_key_values = DynamicCache(config=self.config)
+        (B, T), past = input_ids.shape, past_key_values.get_seq_length() if past_key_values is not None else 0
+        if attention_mask is None:
+            attention_mask = torch.ones(B, past + T, device=input_ids.device)
+        real = attention_mask.bool()
+        if position_ids is None:
+            position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+        x = self.model(input_ids, real, position_ids, past_key_values)
+        z = self.lm_head(x[:, -logits_to_keep:]).float()
+        cap = self.config.final_logit_softcapping
+        z = cap * torch.tanh(z / cap)
+        loss = None if labels is None else F.cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=z, past_key_values=past_key_values if use_cache else None)

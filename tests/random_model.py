@@ -1,0 +1,60 @@
+"""Models with random weights, every extra of them in use, for what goes out and comes in."""
+
+import jax
+import numpy as np
+
+from jaxchat.config import ModelConfig
+from jaxchat.interop.trained import Trained, write_run
+from jaxchat.model import gpt
+from jaxchat.paths import RunDir
+from jaxchat.recipes import resolve_model
+from jaxchat.text.tokenizer import train_tokenizer
+
+TEXTS = ["hello world <|user_end|> 한국어 " * 30, "the quick brown fox 12 34 5" * 9]
+KINDS = {
+    "classic": {"recipe": "classic"},
+    "tied": {"recipe": "classic", "tie_embeddings": True, "mlp_factor": 3.5},
+    "modern": {"recipe": "modern", "window_short": 8},
+    "smear": {"recipe": "classic", "smear": True},
+}
+
+
+def tokenizer(normalize="none"):
+    return train_tokenizer(TEXTS, 293, 10**6, 10**5, normalize)  # no multiple of 64
+
+
+def config(kind, **more):
+    """Five layers, six heads over two kv heads, a width that is not theirs together where `head_width` says so."""
+    shapes = {"depth": 5, "seq_len": 128, "vocab_size": 293, "width": 96, "n_heads": 6, "n_kv_heads": 2}
+    return resolve_model(ModelConfig(**shapes | {"head_width": 16} | KINDS[kind] | more))
+
+
+def random_params(config, seed=0, dtype=np.float32):
+    """No parameter zero, activations of ordinary size."""
+    random = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if leaf.ndim < 2:
+            return random.uniform(0.3, 0.9, leaf.shape).astype(dtype)
+        scale = {"embedding": 1.0, "value_embedding": 0.5, "unembedding": 0.3}.get(name, leaf.shape[-2] ** -0.5)
+        return (scale * random.normal(size=leaf.shape)).astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, gpt.abstract_params(config)[0])
+
+
+def random_model(kind, stage="sft", dtype=np.float32, **more):
+    shape = config(kind, **more)
+    return Trained(shape, random_params(shape, dtype=dtype), tokenizer(), stage, "tiny")
+
+
+def random_run(root, kind, stage="sft", dtype=np.float32, **more):
+    """A run directory that holds `random_model`."""
+    write_run(random_model(kind, stage, dtype, **more), root, {"format": "test", "from": "random numbers"})
+    return RunDir(root)
+
+
+def logits_of(config, params, ids):
+    """(B, T, V) float32 of ids (B, T)."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+    return np.asarray(gpt.logits(config, params, gpt.hidden(config, params, ids)))

@@ -1,0 +1,499 @@
+"""Weights out and in without torch: Orbax and Hugging Face exports, imports, what is refused."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jinja2.sandbox
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_model import KINDS, config, logits_of, random_model, random_params, random_run, tokenizer
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer as Backend
+
+from jaxchat.checkpoint import params_sha256, restore_params, trained_params
+from jaxchat.engine import Engine
+from jaxchat.errors import DataError, UsageError
+from jaxchat.interop import huggingface
+from jaxchat.interop.__main__ import main, make_parser
+from jaxchat.interop.card import model_card
+from jaxchat.interop.huggingface import export_hf, import_hf, read_hf, write_hf
+from jaxchat.interop.names import assemble, leaves, places, tensor
+from jaxchat.interop.orbax_export import HOW, export_orbax, write_orbax
+from jaxchat.interop.tokenizer_files import MARK, read_tokenizer, tokenizer_files
+from jaxchat.interop.trained import load_trained
+from jaxchat.model.gpt import abstract_params
+from jaxchat.model.sizes import count_parameters
+from jaxchat.paths import read_json
+from jaxchat.text.chat import render, render_prompt
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def interop(*arguments):
+    """Exit code of `python -m jaxchat.interop`."""
+    return main(lambda: make_parser().parse_args([str(a) for a in arguments]))
+
+
+def digests(folder):
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def unpadded(path, leaf, vocab=293):
+    """A parameter without the rows that fill a table up to whole tiles."""
+    if path in ("embedding", "unembedding"):
+        return leaf[:vocab]
+    return leaf[:, :vocab] if path == "value_embedding" else leaf
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("format", ["hf", "nanochat"])
+def test_every_parameter_has_one_place_and_comes_back(kind, format):
+    model = random_model(kind)
+    found = places(model.config, format)
+    sizes = {path: np.prod(leaf.shape, dtype=int) for path, leaf in leaves(abstract_params(model.config)[0])}
+    for place in found.values():
+        sizes[place.path] -= np.prod(place.shape, dtype=int)
+    padding = {path: size for path, size in sizes.items() if size}
+    assert all(path.endswith("embedding") for path in padding), "all but the padded rows of tables are there"
+    tensors = {name: tensor(model.config, model.params, place) for name, place in found.items()}
+    assert {name: t.shape for name, t in tensors.items()} == {name: p.shape for name, p in found.items()}
+    shapes = {name: t.shape for name, t in tensors.items()}
+    back = assemble(model.config, format, shapes, tensors.__getitem__, "here")
+    again = {name: tensor(model.config, back, place) for name, place in found.items()}
+    assert all(np.array_equal(tensors[name], again[name]) for name in tensors)
+    assert params_sha256(abstract_like(back)) == params_sha256(abstract_like(model.params))
+
+
+def abstract_like(params):
+    """Names, shapes and dtypes alone."""
+    return {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves(params)}
+
+
+def test_kernels_are_transposed_for_torch():
+    model = random_model("classic")
+    q = tensor(model.config, model.params, places(model.config, "hf")["model.layers.3.self_attn.q_proj.weight"])
+    np.testing.assert_array_equal(q, model.params["blocks"]["q"][3].T)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_import_export_is_the_same_byte_for_byte(tmp_path, kind, dtype):
+    run = random_run(tmp_path / "run", kind, dtype=np.dtype(dtype))
+    facts = export_hf(run, tmp_path / "first")
+    assert facts["dtype"] == dtype
+    import_hf(tmp_path / "first", tmp_path / "again")
+    export_hf(type(run)(tmp_path / "again"), tmp_path / "second")
+    assert digests(tmp_path / "first") == digests(tmp_path / "second")
+    there, _ = restore_params(tmp_path / "run" / "sft")
+    here, _ = restore_params(tmp_path / "again" / "sft")
+    for (path, a), (_, b) in zip(leaves(there), leaves(here), strict=True):
+        assert a.dtype == b.dtype, path
+        assert np.array_equal(unpadded(path, a), unpadded(path, b)), path
+
+
+def test_shards_hold_the_same_and_dtypes_may_be_mixed(tmp_path, monkeypatch):
+    model = random_model("modern")
+    model.params["embedding"] = model.params["embedding"].astype(ml_dtypes.bfloat16)
+    write_hf(model, tmp_path / "one")
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 200_000)
+    write_hf(model, tmp_path / "many")
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    index = read_json(tmp_path / "many" / "model.safetensors.index.json")
+    assert len(files) > 3 and set(index["weight_map"].values()) == {f.name for f in files}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for f in files for t in load_file(f).values())
+    assert read_json(tmp_path / "many" / "config.json")["dtype"] == "float32"
+    one, many = read_hf(tmp_path / "one"), read_hf(tmp_path / "many")
+    assert params_sha256(one.params) == params_sha256(many.params)
+
+
+def test_the_stock_config_says_everything(tmp_path):
+    run = random_run(tmp_path / "run", "classic", rotary_base=50_000.0)
+    export_hf(run, tmp_path / "hf")
+    found = read_json(tmp_path / "hf" / "config.json")
+    special = tokenizer().special
+    end = special["<|assistant_end|>"]
+    assert found["architectures"] == ["NanoChatForCausalLM"] and found["model_type"] == "nanochat"
+    assert found["intermediate_size"] == 4 * 96 and found["final_logit_softcapping"] == 15.0
+    assert found["rope_parameters"] == {"rope_type": "default", "rope_theta": 50_000.0}
+    assert (found["bos_token_id"], found["eos_token_id"], found["pad_token_id"]) == (special["<|bos|>"], end, end)
+    assert found["tie_word_embeddings"] is False and found["vocab_size"] == 293 and found["hidden_act"] == "relu2"
+    assert found["num_key_value_heads"] == 2 and found["rms_norm_eps"] == pytest.approx(1.1920929e-7)
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    assert tensors["lm_head.weight"].shape == (293, 96), "padded rows are cut"
+    assert not (tmp_path / "hf" / "modeling_jaxchat.py").exists()
+    assert {p.name for p in (tmp_path / "hf").iterdir()} == {
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", [
+    {"value_embeddings": True}, {"residual_scalars": True}, {"smear": True}, {"backout": True}, {"qk_scale": 1.2},
+    {"window_pattern": "SL", "window_short": 8},
+])  # fmt: skip
+def test_the_stock_exporter_refuses_every_extra(tmp_path, extra):
+    model = random_model("classic", **extra)
+    with pytest.raises(UsageError, match=r"has no .*--architecture jaxchat"):
+        write_hf(model, tmp_path / "hf", architecture="nanochat")
+    assert not list(tmp_path.iterdir())
+    assert write_hf(model, tmp_path / "hf")["architecture"] == "jaxchat"
+    assert read_hf(tmp_path / "hf").config == model.config
+
+
+# --- tokenizer and chat template -------------------------------------------------------------------------------------
+
+TEXT = st.text(alphabet=st.one_of(st.sampled_from("<|>\ue000_ \nab한é"), st.characters(codec="utf-8")), max_size=40)
+SNIPPETS = st.sampled_from(["<|user_end|>", "<|assistant_start|>x", "<\ue000|bos|>", "<", "<\u0338", "e\u0301", ""])
+CONTENT = st.lists(st.one_of(TEXT, SNIPPETS), max_size=4).map("".join)
+PART = st.builds(
+    lambda kind, text: {"type": kind, "text": text}, st.sampled_from(["text", "python", "python_output"]), CONTENT
+)
+PARTS = st.lists(st.builds(lambda text: {"type": "text", "text": text}, CONTENT), min_size=1, max_size=3)
+TURN = st.tuples(st.one_of(CONTENT, PARTS), st.one_of(CONTENT, st.lists(PART, max_size=4)))
+
+
+def template():
+    """As Hugging Face compiles it."""
+
+    def refuse(message):
+        raise ValueError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(tokenizer_files(tokenizer(), True, 128)["chat_template.jinja"])
+
+
+@pytest.mark.parametrize("normalize", ["none", "nfc"])
+def test_the_template_renders_token_for_token_what_we_do(normalize):
+    ours, compiled = tokenizer(normalize), template()
+    theirs = Backend.from_str(tokenizer_files(ours, True, 128)["tokenizer.json"])
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(TURN, min_size=1, max_size=3), st.one_of(st.none(), CONTENT), st.booleans())
+    def same(turns, system, prompt):
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for user, assistant in turns:
+            messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        messages = messages[:-1] if prompt else messages
+        text = compiled.render(messages=messages, add_generation_prompt=prompt, bos_token="<|bos|>")
+        wanted = render_prompt(ours, messages) if prompt else render(ours, messages)[0]
+        assert theirs.encode(text, add_special_tokens=False).ids == wanted
+
+    same()
+
+
+def test_the_template_refuses_what_we_refuse():
+    compiled = template()
+    user = {"role": "user", "content": "hi"}
+    for messages in ([{"role": "system", "content": "x"}], [user, user], [{"role": "assistant", "content": "x"}],
+                     [{"role": "user", "content": [{"type": "python", "text": "1"}]}]):  # fmt: skip
+        with pytest.raises(ValueError):
+            compiled.render(messages=messages, bos_token="<|bos|>")
+        with pytest.raises(UsageError):
+            render(tokenizer(), messages)
+
+
+@pytest.mark.parametrize("normalize", ["none", "nfc"])
+def test_a_tokenizer_goes_out_and_comes_back(tmp_path, normalize):
+    ours = tokenizer(normalize)
+    for name, text in tokenizer_files(ours, True, 128).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    theirs = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode(f"a {MARK}|user_end|> b").ids == ours.encode("a <|user_end|> b")
+    assert theirs.encode("<|user_end|>").ids == [ours.special["<|user_end|>"]], "theirs finds specials in plain text"
+    assert read_tokenizer(tmp_path / "tokenizer.json").digest == ours.digest
+
+
+# --- what an import makes ------------------------------------------------------------------------------------------
+
+
+def test_an_imported_model_answers_as_the_one_that_went_out(tmp_path):
+    run = random_run(tmp_path / "run", "modern")
+    export_hf(run, tmp_path / "hf")
+    assert interop("import", "--format", "hf", "--from", tmp_path / "hf", "--out", tmp_path / "in") == 0
+    question = [{"role": "user", "content": "hello <|bos|>"}]
+    answers = [Engine.from_pretrained(str(tmp_path / name)).chat(question, temperature=0) for name in ("run", "in")]
+    assert answers[0] == answers[1]
+    records = read_json(tmp_path / "in" / "stages.json")
+    assert records["sft"]["imported"]["from"] == "hf" and records["pretrain"]["status"] == "done"
+
+
+def test_a_base_model_stays_one(tmp_path):
+    run = random_run(tmp_path / "run", "classic", stage="base")
+    export_hf(run, tmp_path / "hf")
+    assert import_hf(tmp_path / "hf", tmp_path / "in").stage == "base"
+    assert not (tmp_path / "in" / "sft").exists()
+    assert import_hf(tmp_path / "hf", tmp_path / "chat", stage="sft").chats
+
+
+def launch(*arguments):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, ROOT / "launch.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+
+
+def test_an_imported_model_is_examined_and_trains_on(tmp_path, corpus):
+    random_run(tmp_path / "in", "modern", stage="base")
+    before = params_sha256(trained_params(load(tmp_path / "in"), "base"))
+    found = launch(
+        "--run-dir", tmp_path / "in", "--data", f"files:{corpus}/*.txt", "--set", 'sft.mixture=["identity:40"]',
+        "--set", "sft.batch_tokens=1024", "--set", "train.device_batch_rows=8", "--set", "eval.rows=8",
+        "--set", "eval.max_per_task=2", "--set", "eval.overlap_documents=10",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert re.search(r"pretrain +done .* nothing to do", found.stderr)
+    assert params_sha256(trained_params(load(tmp_path / "in"), "base")) == before
+    assert params_sha256(trained_params(load(tmp_path / "in"), "sft")) != before
+    assert "imported from random numbers" in (tmp_path / "in" / "report.md").read_text(encoding="utf-8")
+    assert read_json(tmp_path / "in" / "eval" / "base.json")["tasks"]["bits_per_byte"]["metric"] > 0
+    assert {p.name for p in (tmp_path / "in" / "export").iterdir()} == {"orbax", "hf"}
+    again = launch("--run-dir", tmp_path / "in", "--set", "model.depth=6")
+    assert again.returncode == 2 and "model.depth (5 -> 6)" in again.stderr
+
+
+def load(root):
+    from jaxchat.paths import RunDir
+
+    return RunDir(root)
+
+
+# --- Orbax ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("kind", ["classic", "modern"])
+def test_the_five_printed_lines_run_without_us(tmp_path, kind, devices):
+    run = random_run(tmp_path / "run", kind)
+    export_orbax(run, tmp_path / "out", dtype="bfloat16")
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    assert len(code.strip().splitlines()) == 5
+    more = (
+        "\nimport sys, jax\nassert 'jaxchat' not in sys.modules and 'tokenizers' not in sys.modules"
+        f"\nassert jax.device_count() == {devices}, jax.devices()"
+        "\nassert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {'bfloat16'}"
+        "\nprint(model.check(), model.generate([1, 2, 3], 24))"
+        "\nfrom orbax.checkpoint.experimental import v1\nimport numpy as np"
+        "\nassert np.array_equal(v1.load(FOLDER / 'params')['blocks']['q'], params['blocks']['q'])"
+        "\nparams['blocks']['o'] = params['blocks']['o'] * 1.1\nprint(GPT(params).check())"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": ""}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, "-W", "ignore", "-c", code + more]
+    done = subprocess.run(command, cwd=tmp_path / "out", capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    _, good, bad = done.stdout.strip().splitlines()
+    difference, _, rest = good.partition(" ")
+    assert float(difference) < 1e-4 < float(bad), "the golden logits tell a wrong weight"
+    params, _ = restore_params(run.stage("sft"))
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), params)
+    written = [1, 2, 3, *json.loads(rest)]
+    logits = logits_of(load_trained(run).config, rounded, np.array([written]))[0]
+    assert len(written) == 27 and written[3:] == logits[2:-1].argmax(-1).tolist(), "it wrote what is likeliest"
+
+
+def test_the_card_says_what_the_model_is_and_scored():
+    report = {
+        "data": {"source": "files:a.txt"}, "pretrain": {"tokens": 1234567, "epochs": 2.5},
+        "exams": {"base": {"core": {"metric": 0.12345, "n": 22}}, "sft": {"gsm8k": {"metric": 0.5, "n": 8}}, "rl": {}},
+    }  # fmt: skip
+    model = dataclasses.replace(random_model("modern"), report=report)
+    text = model_card(model, "like this", "jax")
+    total = count_parameters(model.config).total
+    assert text.startswith("---\nlibrary_name: jax\n") and f"{total:,} parameters, a chat model" in text
+    assert "| base | core | 0.1235 | 22 |" in text and "| sft | gsm8k | 0.5000 | 8 |" in text
+    assert "1,234,567" in text and "2.50" in text and "like this" in text
+    assert model_card(dataclasses.replace(model, card="as it came"), "", "jax") == "as it came"
+    assert "## Exams" not in model_card(random_model("classic", stage="base"), "", "jax")
+
+
+@pytest.mark.parametrize("page", ["docs/interop.md", "docs/ko/interop.md"])
+def test_the_page_prints_the_same_lines_and_commands_that_parse(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert re.findall(r"```python\n(.*?)```", text, re.S)[0] in HOW
+    commands = re.findall(r"^    python -m jaxchat.interop (.*)$", text, re.M)
+    assert len(commands) == 4
+    for command in commands:
+        make_parser().parse_args(shlex.split(command))
+
+
+def test_checksums_cover_every_file_and_the_golden_logits_are_ours(tmp_path):
+    model = random_model("modern")
+    write_orbax(model, tmp_path / "out")
+    lines = (tmp_path / "out" / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    named = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    assert named == {name: d for name, d in digests(tmp_path / "out").items() if name != "SHA256SUMS"}
+    assert {
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "model.py",
+        "README.md",
+        "golden.npz",
+    } <= named.keys()
+    with np.load(tmp_path / "out" / "golden.npz") as golden:
+        ours = logits_of(model.config, model.params, golden["ids"])
+        assert golden["logits"].shape == (1, 64, 293)
+        assert np.abs(ours - golden["logits"]).max() < 1e-4
+    assert read_json(tmp_path / "out" / "config.json")["format"] == 1
+
+
+def test_the_export_stage_leaves_both_formats(finished):
+    card = (finished / "export" / "hf" / "README.md").read_text(encoding="utf-8")
+    report = read_json(finished / "report.json")
+    stage = next(s for s in ("rl", "sft", "base") if s in report["exams"])
+    assert f"{report['exams'][stage]['bits_per_byte']['metric']:.4f}" in card
+    model = read_hf(finished / "export" / "hf")
+    own, vocab = trained_params(load(finished), stage), model.config.vocab_size
+    assert model.config == load_trained(load(finished)).config
+    for (path, a), (_, b) in zip(leaves(own), leaves(model.params), strict=True):
+        assert np.array_equal(unpadded(path, a, vocab), unpadded(path, b, vocab)), path
+    assert (finished / "export" / "orbax" / "params").is_dir()
+
+
+# --- what is refused ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    write_hf(random_model("classic"), folder)
+    return folder
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    found = read_json(path) | changes
+    path.write_text(json.dumps({k: v for k, v in found.items() if v != "drop"}), encoding="utf-8")
+
+
+def with_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def index(folder, names):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}), encoding="utf-8")
+
+
+Q = "model.layers.2.self_attn.q_proj.weight"
+BROKEN = {
+    "another architecture": (lambda f: edit(f, model_type="llama"), "architecture 'llama'"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
+    "config no object": (lambda f: (f / "config.json").write_text("[]"), "architecture None"),
+    "depth a text": (lambda f: edit(f, num_hidden_layers="5"), "num_hidden_layers is '5'"),
+    "depth negative": (lambda f: edit(f, num_hidden_layers=-5), "num_hidden_layers is -5"),
+    "depth gone": (lambda f: edit(f, num_hidden_layers="drop"), "lacks num_hidden_layers"),
+    "more layers": (lambda f: edit(f, num_hidden_layers=6), "lacks model.layers.5"),
+    "fewer layers": (lambda f: edit(f, num_hidden_layers=4), "has, beside .* model.layers.4"),
+    "heads that cannot be": (lambda f: edit(f, num_key_value_heads=4), "does not divide"),
+    "other activation": (lambda f: edit(f, hidden_act="silu"), "hidden_act is 'silu'"),
+    "biases": (lambda f: edit(f, attention_bias=True), "attention_bias is True"),
+    "scaled rotary": (lambda f: edit(f, rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn'"),
+    "uncapped": (lambda f: edit(f, final_logit_softcapping=None), "final_logit_softcapping is null"),
+    "missing tensor": (lambda f: with_tensors(f, lambda t: t.pop(Q)), f"lacks {Q}"),
+    "extra tensor": (lambda f: with_tensors(f, lambda t: t.update(more=t[Q])), "has, beside .* more"),
+    "wrong shape": (lambda f: with_tensors(f, lambda t: t.update({Q: t[Q][:, :64].copy()})), r"q_proj.* \(96, 64\)"),
+    "whole numbers": (lambda f: with_tensors(f, lambda t: t.update({Q: t[Q].astype(np.int32)})), "is int32"),
+    "not finite": (lambda f: with_tensors(f, lambda t: t.update({Q: t[Q] * np.inf})), "NaN or Inf"),
+    "truncated": (cut, "model.safetensors: damaged"),
+    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04" * 250), "model.safetensors: damaged"),
+    "a pickle": (pickled, "pytorch_model.bin.*pickles"),
+    "index of a missing file": (lambda f: index(f, {Q: "model-2.safetensors"}), "model-2.safetensors: no such file"),
+    "index that leaves the folder": (lambda f: index(f, {Q: "../x.safetensors"}), "no weight_map of file names"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: cannot be read"),
+    "tokenizer no json": (lambda f: (f / "tokenizer.json").write_bytes(b"\xff{"), "tokenizer.json: not a tokenizer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_bad_folders_are_named_and_nothing_is_written(exported, tmp_path, capsys, fault):
+    shutil.copytree(exported, tmp_path / "bad")
+    change, message = BROKEN[fault]
+    change(tmp_path / "bad")
+    assert interop("import", "--format", "hf", "--from", tmp_path / "bad", "--out", tmp_path / "in" / "run") == 3
+    assert re.search(message, capsys.readouterr().err), fault
+    assert [p.name for p in tmp_path.iterdir()] == ["bad"] or not list((tmp_path / "in").iterdir())
+
+
+def test_bad_arguments(exported, tmp_path, capsys):
+    assert interop("export", "--format", "tar", "--run-dir", "x", "--out", "y") == 2
+    assert interop("import", "--format", "hf", "--from", tmp_path / "none", "--out", tmp_path / "in") == 3
+    assert interop("export", "--format", "hf", "--run-dir", tmp_path / "none", "--out", tmp_path / "out") == 3
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("x")
+    assert interop("import", "--format", "hf", "--from", exported, "--out", tmp_path / "full") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["precious"]
+    random_run(tmp_path / "run", "modern")
+    arguments = ("--run-dir", tmp_path / "run", "--format", "hf", "--out", tmp_path / "out")
+    assert interop("export", *arguments, "--architecture", "nanochat") == 2
+    assert interop("export", *arguments, "--stage", "rl") == 3
+    with pytest.raises(UsageError, match="dtype 'int4'"):
+        export_hf(load(tmp_path / "run"), tmp_path / "out", dtype="int4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_without_room_for_the_chat_is_refused(tmp_path):
+    model = random_model("classic", vocab_size=290)
+    write_hf(model, tmp_path / "hf")
+    with pytest.raises(DataError, match="293 tokens.* 290 rows"):
+        import_hf(tmp_path / "hf", tmp_path / "in")
+    assert not (tmp_path / "in").exists()
+
+
+def test_a_checkpoint_of_another_format_is_refused_by_name(tmp_path):
+    random_run(tmp_path / "run", "classic")
+    meta = next((tmp_path / "run" / "sft").glob("*/meta/metadata"))
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 99}))
+    with pytest.raises(DataError, match="format 99, and this version reads format 1; update jaxchat"):
+        restore_params(tmp_path / "run" / "sft")
+
+
+@pytest.mark.parametrize("file, code", [("stages.json", 3), ("tokenizer/meta.json", 3), ("config.toml", 2)])
+def test_every_file_of_a_run_of_another_format_is_refused_by_name(tmp_path, capsys, file, code):
+    random_run(tmp_path / "run", "classic")
+    path = tmp_path / "run" / file
+    text = path.read_text(encoding="utf-8")
+    assert '"format": 1' in text or "format = 1" in text
+    path.write_text(text.replace('"format": 1', '"format": 7').replace("format = 1", "format = 7"), encoding="utf-8")
+    out = tmp_path / "out"
+    assert interop("export", "--format", "hf", "--run-dir", tmp_path / "run", "--out", out) == code
+    assert re.search(rf"{re.escape(str(path))}.* format 7, and this version reads format 1", capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_random_models_use_every_parameter():
+    """What the parity tests stand on: no part of these models is without effect."""
+    for kind in KINDS:
+        shape = config(kind)
+        params = random_params(shape)
+        ids = np.random.default_rng(0).integers(0, 293, (1, 24))
+        plain = logits_of(shape, params, ids)
+        for path, leaf in leaves(params):
+            changed = jax.tree.map(np.copy, params)
+            inner = changed["blocks"] if path.startswith("blocks.") else changed
+            inner[path.split(".")[-1]] = leaf * np.float32(1.3) + np.float32(0.01)
+            assert np.abs(logits_of(shape, changed, ids) - plain).max() > 1e-4, (kind, path)

@@ -1,0 +1,316 @@
+"""Parity with transformers and with nanochat's files; skipped where torch or transformers is not installed."""
+
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="needs pip install -e '.[hf-check]'")
+pytest.importorskip("transformers", reason="needs pip install -e '.[hf-check]'")
+
+import torch
+from random_model import KINDS, TEXTS, config, logits_of, random_model, random_params, random_run, tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from jaxchat.checkpoint import params_sha256
+from jaxchat.engine import Engine, Request
+from jaxchat.errors import DataError, UsageError
+from jaxchat.interop.__main__ import main, make_parser
+from jaxchat.interop.huggingface import export_hf, write_hf
+from jaxchat.interop.names import places, tensor
+from jaxchat.interop.nanochat import import_nanochat, read_nanochat
+from jaxchat.interop.tiktoken_ranks import read_tiktoken
+from jaxchat.interop.trained import load_trained
+from jaxchat.paths import RunDir
+from jaxchat.text.chat import render_prompt
+from jaxchat.text.tokenizer import SPECIAL_TOKENS
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """(our model, the same loaded by transformers, its folder)."""
+    folder = tmp_path_factory.mktemp("export") / f"{request.param}-hf"
+    model = random_model(request.param)
+    write_hf(model, folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    return model, theirs.eval(), folder
+
+
+def ids_of(rows, length, seed=1):
+    return np.random.default_rng(seed).integers(0, 293, (rows, length))
+
+
+def test_the_stock_class_is_taken_where_it_can_be(pair):
+    stock = type(pair[1]).__module__.startswith("transformers.models.nanochat")
+    assert stock == (pair[0].config == config("classic") or pair[0].config == config("tied"))
+    assert pair[1].dtype == torch.float32
+
+
+def test_logits_agree(pair):
+    model, theirs, _ = pair
+    ids = ids_of(3, 100)
+    with torch.no_grad():
+        found = theirs(torch.tensor(ids), use_cache=False).logits.numpy()
+    assert np.abs(found - logits_of(model.config, model.params, ids)).max() < 1e-4
+
+
+def test_cached_equals_uncached_on_the_other_side(pair):
+    _, theirs, _ = pair
+    ids = torch.tensor(ids_of(2, 60))
+    with torch.no_grad():
+        whole = theirs(ids, use_cache=False).logits
+        for first in (1, 23):
+            cache, found = DynamicCache(config=theirs.config), []
+            for start, end in [(0, first), (first, first + 7), *((t, t + 1) for t in range(first + 7, 60))]:
+                found.append(theirs(ids[:, start:end], past_key_values=cache, use_cache=True).logits)
+            assert (torch.cat(found, 1) - whole).abs().max() < 1e-4
+
+
+def test_padding_on_the_left_changes_nothing(pair):
+    _, theirs, _ = pair
+    ids, pads = torch.tensor(ids_of(2, 30)), torch.full((2, 6), 5)
+    mask = torch.cat([torch.zeros(2, 6, dtype=torch.long), torch.ones(2, 30, dtype=torch.long)], 1)
+    with torch.no_grad():
+        alone = theirs(ids).logits
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        padded = theirs(torch.cat([pads, ids], 1), attention_mask=mask, position_ids=positions).logits[:, 6:]
+    assert (alone - padded).abs().max() < 1e-4
+
+
+def test_greedy_answers_are_identical(pair):
+    model, theirs, folder = pair
+    engine = Engine(model.config, model.params, model.tokenizer, slots=4)
+    ours, names = model.tokenizer, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    end = theirs.generation_config.eos_token_id
+    texts = ["hi", "a <|user_end|> <\ue000|bos|> 한국어", "1 2 3 4 5 6 7 8 9 0 the quick brown fox"]
+    for text in texts:
+        messages = [{"role": "user", "content": text}]
+        inputs = names.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        prompt = inputs["input_ids"][0].tolist()
+        assert prompt == render_prompt(ours, messages)
+        found = theirs.generate(**inputs, max_new_tokens=64, do_sample=False)[0].tolist()[len(prompt) :]
+        [result] = engine.generate([Request(prompt, max_tokens=64, stop=(end,), tools=False)])
+        stop = [] if result.stop_id is None else [result.stop_id]
+        assert found == result.tokens + stop and len(found) <= 64
+
+
+def test_beams_samples_and_batches_of_prompts_work(pair):
+    _, theirs, folder = pair
+    names = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, padding_side="left")
+    prompts = [[{"role": "user", "content": text}] for text in ("hi", "the quick brown fox jumps")]
+    inputs = names.apply_chat_template(
+        prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+    )
+    both = theirs.generate(**inputs, max_new_tokens=12, do_sample=False)
+    for i, messages in enumerate(prompts):
+        one = names.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        alone = theirs.generate(**one, max_new_tokens=12, do_sample=False)[0][one["input_ids"].shape[1] :]
+        assert torch.equal(both[i][inputs["input_ids"].shape[1] :][: len(alone)], alone)
+    assert len(theirs.generate(**inputs, max_new_tokens=5, num_beams=3)) == 2
+    assert len(theirs.generate(**inputs, max_new_tokens=5, do_sample=True, num_return_sequences=2)) == 4
+
+
+def test_beam_search_with_a_cache_is_the_one_without(pair):
+    _, theirs, _ = pair
+    ids = torch.tensor(ids_of(1, 9))
+    options = {"max_new_tokens": 10, "num_beams": 4, "do_sample": False, "eos_token_id": None}
+    with_cache, without = (theirs.generate(ids, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(with_cache, without), "beams that change places take their smear along"
+
+
+@pytest.mark.parametrize("page", ["docs/interop.md", "docs/ko/interop.md"])
+def test_the_lines_of_the_page_run(pair, page, capsys):
+    text = (Path(__file__).resolve().parent.parent / page).read_text(encoding="utf-8")
+    lines = re.findall(r"```python\n(.*?)```", text, re.S)[1]
+    exec(lines.replace('"export/hf"', repr(str(pair[2]))), {})
+    assert capsys.readouterr().out.startswith("<|bos|><|user_start|>Hello!<|user_end|><|assistant_start|>")
+
+
+def test_weights_in_bfloat16_load_as_they_are(tmp_path):
+    export_hf(random_run(tmp_path / "run", "modern"), tmp_path / "hf", dtype="bfloat16")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert found.dtype == torch.bfloat16
+    ids = torch.tensor(ids_of(1, 20))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        assert (found(ids).logits - whole(ids).logits).abs().mean() < 0.3
+
+
+def test_what_they_save_can_be_imported(pair, tmp_path):
+    model, theirs, folder = pair
+    theirs.save_pretrained(tmp_path / "saved", max_shard_size="500KB")
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path / "saved")
+    arguments = ["import", "--format", "hf", "--from", str(tmp_path / "saved"), "--out", str(tmp_path / "run")]
+    assert main(lambda: make_parser().parse_args(arguments)) == 0
+    found = load_trained(RunDir(tmp_path / "run")).params
+    assert np.array_equal(found["blocks"]["q"], model.params["blocks"]["q"])
+
+
+# --- nanochat's own files --------------------------------------------------------------------------------------------
+
+
+def write_nanochat(folder, kind, step=650, dtype="float32", change=lambda tensors: None, prefix="", **meta):
+    """What nanochat's checkpoint manager leaves, of random weights; returns our parameters."""
+    shape = config(kind, **({"window_short": -1} if kind == "modern" else {}))
+    params = random_params(shape)
+    padded = {name: tensor(shape, params, place) for name, place in places(shape, "nanochat").items()}
+    for name, array in padded.items():
+        if kind == "modern" and (name.endswith(("wte.weight", "lm_head.weight")) or "value_embeds" in name):
+            padded[name] = np.concatenate([array, np.zeros((320 - 293, array.shape[1]), np.float32)])
+    tensors = {prefix + name: torch.tensor(array) for name, array in padded.items()}
+    tensors = {
+        name: t.to(torch.bfloat16) if "wte" in name and dtype == "bfloat16" else t for name, t in tensors.items()
+    }
+    change(tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(tensors, folder / f"model_{step:06d}.pt")
+    given = {"sequence_len": 128, "vocab_size": 293, "n_layer": 5, "n_head": 6, "n_kv_head": 2, "n_embd": 96}
+    given |= {"window_pattern": "SSSL"} if kind == "modern" else {}
+    facts = {"step": step, "model_config": given | meta}
+    (folder / f"meta_{step:06d}.json").write_text(json.dumps(facts))
+    return params
+
+
+@pytest.fixture(scope="module")
+def encoding():
+    """A tiktoken.Encoding with the ranks of our test tokenizer, as nanochat makes one."""
+    tiktoken = pytest.importorskip("tiktoken", reason="needs pip install -e '.[hf-check]'")
+    ours = tokenizer()
+    count = ours.vocab_size - len(SPECIAL_TOKENS)
+    pattern = (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+        r"|\s*[\r\n]|\s+(?!\S)|\s+"
+    )
+    ranks = {ours.token_bytes(i): i for i in range(count)}
+    special = {name: count + i for i, name in enumerate(SPECIAL_TOKENS)}
+    return tiktoken.Encoding("rustbpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+@pytest.fixture
+def base_dir(tmp_path, encoding):
+    """nanochat's base directory, with its tokenizer."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["classic", "modern"])
+@pytest.mark.parametrize("folder, stage", [("base_checkpoints", "base"), ("chatsft_checkpoints", "sft"), ("d5", "sft")])
+def test_both_layouts_come_in(base_dir, kind, folder, stage):
+    source = base_dir / folder / "d5" if "_" in folder else base_dir / folder
+    write_nanochat(source, kind, step=3)
+    params = write_nanochat(source, kind, step=650, prefix="_orig_mod." if kind == "classic" else "")
+    model = import_nanochat(source, base_dir / "run", allow_pickle=True)
+    assert (model.stage, model.step, model.config.recipe) == (stage, 650, kind)
+    assert model.config == config(kind, **({"window_short": -1} if kind == "modern" else {}))
+    ids = ids_of(2, 50)
+    wanted, found = (logits_of(model.config, p, ids) for p in (params, model.params))
+    assert np.abs(wanted - found).max() < 1e-5
+    assert params_sha256(load_trained(RunDir(base_dir / "run")).params) == params_sha256(model.params)
+    if folder == "d5":
+        assert Engine.from_pretrained(str(base_dir / "run")).chat([{"role": "user", "content": "hi"}], max_tokens=5)
+
+
+def test_dtypes_are_kept(base_dir):
+    write_nanochat(base_dir / "d5", "modern", dtype="bfloat16")
+    model, _ = read_nanochat(base_dir / "d5", allow_pickle=True)
+    assert model.params["embedding"].dtype == "bfloat16" and model.params["blocks"]["q"].dtype == "float32"
+    assert params_sha256(model.params)
+
+
+def test_the_converted_tokenizer_is_the_same(base_dir, encoding):
+    found = read_tiktoken(base_dir / "tokenizer" / "tokenizer.pkl")
+    random = np.random.default_rng(0)
+    pool = "aA1  \n\r\t'sdmtlverRE.,!한국어漢字کلمه😀\u200d\u0301\u00a0\u3000\u2028\x85\x1cé<|bos|>thequick"
+    texts = ["".join(random.choice(list(pool), 40)) for _ in range(3000)]
+    texts += ["".join(map(chr, range(i, i + 500))) for i in (*range(0, 0xD800, 500), *range(0xE000, 0x30000, 500))]
+    texts = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in [*texts, *TEXTS]]
+    for text in texts:
+        assert found.encode(text) == encoding.encode_ordinary(text), repr(text)
+    assert all(found.special[name] == encoding.encode_single_token(name) for name in SPECIAL_TOKENS)
+
+
+def test_pickles_need_the_flag_and_run_nothing(base_dir, capsys):
+    write_nanochat(base_dir / "d5", "classic")
+    with pytest.raises(DataError, match="--allow-pickle"):
+        read_nanochat(base_dir / "d5")
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(base_dir / "owned"),)
+
+    (base_dir / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(DataError, match=r"mkdir, which no tokenizer needs"):
+        read_nanochat(base_dir / "d5", allow_pickle=True)
+    torch.save({"lm_head.weight": Evil()}, base_dir / "d5" / "model_000650.pt")
+    tokenizer().save(base_dir / "ours")
+    found = ["import", "--format", "nanochat", "--from", str(base_dir / "d5"), "--out", str(base_dir / "run"),
+             "--allow-pickle", "--tokenizer", str(base_dir / "ours" / "tokenizer.json")]  # fmt: skip
+    assert main(lambda: make_parser().parse_args(found)) == 3
+    assert "cannot be read as tensors" in capsys.readouterr().err
+    assert not (base_dir / "owned").exists() and not (base_dir / "run").exists()
+
+
+def drop(start):
+    return lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(start)]
+
+
+def gates(tensors):
+    for name in tensors:
+        if name.endswith("ve_gate.weight"):
+            tensors[name] = torch.zeros(2, 32)
+
+
+BROKEN = {
+    "before smear": ("modern", drop("smear"), "no smear_gate.weight, smear_lambda: written by nanochat between"),
+    "wider gates": ("modern", gates, "no gates of 12 channels"),
+    "a layer gone": ("classic", drop("transformer.h.4."), "lacks transformer.h.4.attn.c_k.weight"),
+    "a strange tensor": ("classic", lambda t: t.update(more=torch.zeros(2)), "has, beside .* more"),
+    "a wrong shape": ("classic", lambda t: t.update({"lm_head.weight": torch.zeros(293, 95)}), r"\(293, 95\)"),
+    "not finite": ("classic", lambda t: t["lm_head.weight"].fill_(torch.nan), "NaN or Inf"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_other_checkpoints_are_refused_by_name(base_dir, fault):
+    kind, change, message = BROKEN[fault]
+    write_nanochat(base_dir / "d5", kind, change=change)
+    with pytest.raises(DataError, match=message):
+        import_nanochat(base_dir / "d5", base_dir / "run", allow_pickle=True)
+    assert not (base_dir / "run").exists()
+
+
+def test_files_that_lack_something_are_named(base_dir):
+    with pytest.raises(DataError, match=r"no model_NNNNNN.pt there"):
+        read_nanochat(base_dir, allow_pickle=True)
+    write_nanochat(base_dir / "deep" / "d5", "classic", n_layer="5")
+    with pytest.raises(DataError, match=r"there are some in d5"):
+        read_nanochat(base_dir / "deep", allow_pickle=True)
+    with pytest.raises(DataError, match="its meta file has no model_config"):
+        read_nanochat(base_dir / "deep" / "d5", allow_pickle=True)
+    with pytest.raises(UsageError, match="stage 'x'"):
+        read_nanochat(base_dir / "deep" / "d5", stage="x", allow_pickle=True)
+    (base_dir / "deep" / "d5" / "meta_000650.json").unlink()
+    with pytest.raises(DataError, match="meta_000650.json: no such file"):
+        read_nanochat(base_dir / "deep" / "d5", allow_pickle=True)
+    (base_dir / "tokenizer" / "tokenizer.pkl").unlink()
+    write_nanochat(base_dir / "deep" / "d5", "classic")
+    with pytest.raises(DataError, match="--tokenizer"):
+        read_nanochat(base_dir / "deep" / "d5", allow_pickle=True)
+
+
+def test_an_imported_run_can_be_exported_again(base_dir):
+    write_nanochat(base_dir / "d5", "classic")
+    model = import_nanochat(base_dir / "d5", base_dir / "run", allow_pickle=True)
+    write_hf(model, base_dir / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(base_dir / "hf")
+    ids = ids_of(1, 40)
+    with torch.no_grad():
+        found = theirs(torch.tensor(ids)).logits.numpy()
+    assert np.abs(found - logits_of(model.config, model.params, ids)).max() < 1e-4
