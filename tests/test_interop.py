@@ -23,20 +23,26 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer as Backend
 
 from jaxchat.checkpoint import params_sha256, restore_params, trained_params
+from jaxchat.config import load_config, tier_files
 from jaxchat.engine import Engine
 from jaxchat.errors import DataError, UsageError
 from jaxchat.interop import huggingface
 from jaxchat.interop.__main__ import main, make_parser
 from jaxchat.interop.card import model_card
+from jaxchat.interop.exported.model import GPT
+from jaxchat.interop.hf_config import architecture_of, from_hf, to_hf
 from jaxchat.interop.huggingface import export_hf, import_hf, read_hf, write_hf
 from jaxchat.interop.names import assemble, leaves, places, tensor
 from jaxchat.interop.orbax_export import HOW, export_orbax, write_orbax
 from jaxchat.interop.tokenizer_files import MARK, read_tokenizer, tokenizer_files
 from jaxchat.interop.trained import load_trained
 from jaxchat.model.gpt import abstract_params
+from jaxchat.model.layout import value_layers, windows
 from jaxchat.model.sizes import count_parameters
+from jaxchat.optim.horizon import resolve
 from jaxchat.paths import read_json
 from jaxchat.text.chat import render, render_prompt
+from train.export import check
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -138,6 +144,18 @@ def test_the_stock_config_says_everything(tmp_path):
         "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("tier", [path.stem for path in tier_files()])
+@pytest.mark.parametrize("recipe", ["classic", "modern"])
+def test_every_tier_s_config_comes_back(tier, recipe):
+    own_size = ["model.depth=4"] if tier == "book" else []  # it takes its size from its text
+    shape = resolve(load_config(tier, [f"model.recipe={recipe}", *own_size])).model
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    found = to_hf(shape, architecture_of(shape), "float32", ids)
+    again = from_hf(json.loads(json.dumps(found)), "here")
+    assert again == dataclasses.replace(shape, attention="auto")
+    assert (found["model_type"] == "nanochat") == (recipe == "classic")
 
 
 @pytest.mark.parametrize("extra", [
@@ -322,7 +340,8 @@ def test_the_card_says_what_the_model_is_and_scored():
 @pytest.mark.parametrize("page", ["docs/interop.md", "docs/ko/interop.md"])
 def test_the_page_prints_the_same_lines_and_commands_that_parse(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert re.findall(r"```python\n(.*?)```", text, re.S)[0] in HOW
+    printed = re.findall(r"```python\n(.*?)```", text, re.S)[0]
+    assert printed.replace("\n\n", "\n") in HOW
     commands = re.findall(r"^    python -m jaxchat.interop (.*)$", text, re.M)
     assert len(commands) == 4
     for command in commands:
@@ -348,6 +367,25 @@ def test_checksums_cover_every_file_and_the_golden_logits_are_ours(tmp_path):
         assert golden["logits"].shape == (1, 64, 293)
         assert np.abs(ours - golden["logits"]).max() < 1e-4
     assert read_json(tmp_path / "out" / "config.json")["format"] == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_printed_model_is_ours(kind):
+    shape = config(kind)
+    params, ids = random_params(shape), np.random.default_rng(2).integers(0, 293, (2, 100))
+    facts = {"model": dataclasses.asdict(shape), "windows": windows(shape), "value_layers": value_layers(shape)}
+    found = np.asarray(GPT(params, facts | {"end_tokens": []})(ids))
+    assert np.abs(found - logits_of(shape, params, ids)).max() < 1e-4
+
+
+@pytest.mark.parametrize("change, message", [
+    ('export.formats=["orbax","gguf"]', "export.formats: 'gguf' is unknown; choose from orbax, hf"),
+    ("export.dtype=int8", "dtype 'int8' is unknown"),
+])  # fmt: skip
+def test_the_export_stage_knows_its_settings_before_any_work(change, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        check(load_config("nano", [change]))
+    check(load_config("nano", ["export.formats=[]"]))
 
 
 def test_the_export_stage_leaves_both_formats(finished):

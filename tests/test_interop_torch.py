@@ -20,6 +20,7 @@ from jaxchat.checkpoint import params_sha256
 from jaxchat.engine import Engine, Request
 from jaxchat.errors import DataError, UsageError
 from jaxchat.interop.__main__ import main, make_parser
+from jaxchat.interop.exported.modeling_jaxchat import JaxchatConfig, JaxchatForCausalLM
 from jaxchat.interop.huggingface import export_hf, write_hf
 from jaxchat.interop.names import places, tensor
 from jaxchat.interop.nanochat import import_nanochat, read_nanochat
@@ -130,6 +131,22 @@ def test_the_lines_of_the_page_run(pair, page, capsys):
     lines = re.findall(r"```python\n(.*?)```", text, re.S)[1]
     exec(lines.replace('"export/hf"', repr(str(pair[2]))), {})
     assert capsys.readouterr().out.startswith("<|bos|><|user_start|>Hello!<|user_end|><|assistant_start|>")
+
+
+def test_it_can_be_trained_there_and_wants_ids(tmp_path):
+    write_hf(random_model("modern"), tmp_path / "hf")
+    theirs = JaxchatForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = torch.tensor(ids_of(2, 20))
+    found = theirs(ids, labels=ids)
+    wanted = torch.nn.functional.cross_entropy(theirs(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert torch.allclose(found.loss, wanted)
+    found.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in theirs.parameters())
+    with pytest.raises(ValueError, match="give input_ids"):
+        theirs(inputs_embeds=torch.zeros(1, 2, 96))
+    small = JaxchatForCausalLM(JaxchatConfig(vocab_size=50, hidden_size=48, num_hidden_layers=2, num_attention_heads=2,
+                                             num_key_value_heads=1, head_dim=24, intermediate_size=96))  # fmt: skip
+    assert small(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 50)
 
 
 def test_weights_in_bfloat16_load_as_they_are(tmp_path):
