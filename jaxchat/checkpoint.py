@@ -99,8 +99,7 @@ def restore_params(directory: str | Path) -> tuple[Any, dict[str, Any]]:
         raise DataError(f"{directory}: no checkpoint; train it first")
     path = directory / str(steps[0])
     try:
-        # of several processes this one alone reads, so it must wait for no other
-        alone = ocp.options.MultiprocessingOptions(primary_host=hosts.index(), active_processes={hosts.index()})
+        alone = this_process()
         with (
             quiet_libraries(),
             contextlib.closing(ocp.StandardCheckpointer(multiprocessing_options=alone)) as reader,
@@ -118,6 +117,13 @@ def restore_params(directory: str | Path) -> tuple[Any, dict[str, Any]]:
     except Exception as error:  # Orbax and TensorStore raise all kinds
         raise DataError(f"{path}: cannot be read ({_first_line(error)})") from error
     return params, meta
+
+
+def this_process() -> ocp.options.MultiprocessingOptions:
+    """For Orbax: of several processes this one alone reads or writes, so it must wait for no other."""
+    return ocp.options.MultiprocessingOptions(
+        primary_host=hosts.index(), active_processes={hosts.index()}, barrier_sync_key_prefix=f"alone{hosts.index()}"
+    )
 
 
 def save_params(directory: str | Path, step: int, params: Any, meta: dict[str, Any]) -> None:

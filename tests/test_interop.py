@@ -149,7 +149,8 @@ def test_the_stock_config_says_everything(tmp_path):
 @pytest.mark.parametrize("tier", [path.stem for path in tier_files()])
 @pytest.mark.parametrize("recipe", ["classic", "modern"])
 def test_every_tier_s_config_comes_back(tier, recipe):
-    own_size = ["model.depth=4"] if tier == "book" else []  # it takes its size from its text
+    sizes = ["model.depth=4", "model.seq_len=256", "model.vocab_size=999", "train.steps=9"]
+    own_size = sizes if tier == "book" else []  # it takes them from its text
     shape = resolve(load_config(tier, [f"model.recipe={recipe}", *own_size])).model
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     found = to_hf(shape, architecture_of(shape), "float32", ids)
