@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import orbax.checkpoint as ocp
 
 from jaxchat import hosts
 from jaxchat.errors import DataError
-from jaxchat.log import quiet_libraries
-from jaxchat.paths import RECORD_FORMAT, RunDir, read_json, require_format
+from jaxchat.log import quiet_libraries, say
+from jaxchat.paths import CHECKSUMS, RECORD_FORMAT, RunDir, damage, read_json, require_format, write_checksums
 from jaxchat.state import TrainState
 
 FORMAT = 1
+TIMES = ("_CHECKPOINT_METADATA",)  # when Orbax began and ended; it is written once more at the very end
 RECORDS = {"base": "pretrain"}  # stages that `stages.json` has under another name than their folder
 
 
@@ -28,10 +31,14 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep_last: int = 2):
         self.directory = Path(directory).resolve()
+        self._saving: int | None = None
+        seal = ocp.AsyncOptions(post_finalization_callback=self._seal)
         with quiet_libraries():
             self._manager = ocp.CheckpointManager(
                 self.directory,
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, enable_async_checkpointing=True),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep_last, enable_async_checkpointing=True, async_options=seal
+                ),
                 item_names=("params", "opt_state", "meta"),
             )
 
@@ -48,17 +55,27 @@ class Checkpoints:
         }
         if state.opt_state is None:  # a model from elsewhere
             del items["opt_state"]
-        with quiet_libraries():
+        with quiet_libraries(), _full_disk(self.directory):
+            self._manager.wait_until_finished()
+            self._saving = step
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint, laid out like `like` (arrays or shapes with shardings), and its facts.
+    def _seal(self) -> None:
+        """Write the checksums of a checkpoint just before it gets its name, so that they are there when it is."""
+        if hosts.index() == 0:
+            for folder in self.directory.glob(f"{self._saving}*"):
+                if folder.is_dir() and not (folder / CHECKSUMS).exists():
+                    write_checksums(folder, TIMES)
 
+    def restore(self, like: TrainState, go_back: bool = True) -> tuple[TrainState, dict[str, Any]]:
+        """The newest whole checkpoint, laid out like `like` (arrays or shapes with shardings), and its facts.
+
+        One that is damaged is said and put aside, if there is another before it and it may `go_back`; else `DataError`.
         One that came from elsewhere without an optimizer keeps the one of `like`.
         """
-        step = self.latest()
-        if step is None:
-            raise DataError(f"{self.directory}: no complete checkpoint")
+        step = hosts.on_first(lambda: self._newest_whole(go_back))
+        with quiet_libraries():
+            self._manager.reload()
 
         def abstract(tree: Any) -> Any:
             return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
@@ -82,9 +99,34 @@ class Checkpoints:
         optimizer = like.opt_state if "imported" in meta else found["opt_state"]
         return TrainState(found["params"], optimizer, step_array), meta
 
+    def _newest_whole(self, go_back: bool) -> int:
+        """Its step; what is newer and damaged gets a name that is no step."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        faults = {}
+        for step in steps:
+            fault = damage(self.directory / str(step))
+            if fault is None:
+                for bad, reason in faults.items():
+                    say(f"  {self.directory / str(bad)}: {reason}; put aside, going on from {step}", style="yellow")
+                    shutil.rmtree(self.directory / f"damaged_{bad}", ignore_errors=True)
+                    os.replace(self.directory / str(bad), self.directory / f"damaged_{bad}")
+                return step
+            faults[step] = fault
+            if not go_back:
+                break
+        if not faults:
+            raise DataError(f"{self.directory}: no complete checkpoint")
+        step, fault = next(iter(faults.items()))
+        alone = ", and there is no whole one before it" if go_back else ""
+        raise DataError(
+            f"{self.directory / str(step)}: {fault}{alone}; restore the folder from a copy, or delete "
+            f"{self.directory} to train that stage from its start"
+        )
+
     def wait(self) -> None:
         """Until the running save is durable."""
-        self._manager.wait_until_finished()
+        with _full_disk(self.directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         with quiet_libraries():
@@ -98,6 +140,8 @@ def restore_params(directory: str | Path) -> tuple[Any, dict[str, Any]]:
     if not steps:
         raise DataError(f"{directory}: no checkpoint; train it first")
     path = directory / str(steps[0])
+    if fault := damage(path, ("params/", "meta/")):
+        raise DataError(f"{path}: {fault}; restore the folder from a copy, or delete it and run the stage again")
     try:
         alone = this_process()
         with (
@@ -172,6 +216,20 @@ def params_sha256(params: Any) -> str:
 def discard(directory: str | Path) -> None:
     """Remove a stage's checkpoints (before a run from scratch)."""
     shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _full_disk(directory: Path) -> Iterator[None]:
+    """A save that had no room, of whatever kind Orbax raises, as what it is."""
+    try:
+        yield
+    except Exception as error:
+        if not any(sign in str(error) for sign in ("No space left", "ENOSPC", "Disk quota exceeded")):
+            raise
+        raise DataError(
+            f"{directory}: no room on the disk for a checkpoint; the one before is whole. Make room, and the same "
+            "command goes on from it"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

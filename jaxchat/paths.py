@@ -8,13 +8,14 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxchat.errors import DataError, UsageError
 
 RECORD_FORMAT = 1  # of an entry of `stages.json`
+CHECKSUMS = "SHA256SUMS"
 LOCK_POLL = 0.2  # seconds between looks at a lock that another process has
 
 
@@ -167,3 +168,28 @@ def require_format(found: Any, known: int, source: object) -> None:
 def sha256_file(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path, but: Sequence[str] = ()) -> None:
+    """`SHA256SUMS` over every file of the folder `but` these, as `sha256sum --check` reads it."""
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name not in but)
+    atomic_write(folder / CHECKSUMS, "".join(f"{sha256_file(folder / f)}  {f}\n" for f in files))
+
+
+def damage(folder: Path, within: Sequence[str] = ("",)) -> str | None:
+    """The first file of a folder that is not what its `SHA256SUMS` says, and why; None where all are, or it has none.
+
+    `within`: only files whose names begin with one of these.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        return None
+    for line in (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if not name:
+            return f"{CHECKSUMS} is damaged"
+        if name.startswith(tuple(within)):
+            if not (folder / name).is_file():
+                return f"{name} is gone"
+            if sha256_file(folder / name) != digest:
+                return f"{name} is damaged (its SHA-256 is not the recorded one)"
+    return None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxchat.config import MeshConfig
-from jaxchat.data.batches import Batches, Mixture, epoch_rows, val_batches
+from jaxchat.data.batches import Batches, Mixture, batch_number, epoch_rows, val_batches
 from jaxchat.data.rows import Rows, finish_rows, write_rows
 from jaxchat.mesh import batch_sharding, make_mesh
 
@@ -155,3 +155,10 @@ def test_a_source_larger_than_its_share_goes_on_in_the_next_epoch():
     assert counts == [3] * 8 + [8] * 3
     passes = [n for n in seen if n >= 8]
     assert all(sorted(passes[i : i + 3]) == [8, 9, 10] for i in range(0, 24, 3))
+
+
+def test_batches_that_are_left_out_never_come():
+    left_out = [7, 2, 3, 0]
+    numbers = [batch_number(step, left_out) for step in range(10)]
+    assert numbers == [1, 4, 5, 6, 8, 9, 10, 11, 12, 13]
+    assert [batch_number(step, []) for step in range(3)] == [0, 1, 2]

@@ -1,5 +1,8 @@
 """Checkpoints: complete or not at all, restored anywhere, named by their content."""
 
+import dataclasses
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from jaxchat.errors import DataError
 from jaxchat.mesh import make_mesh
 from jaxchat.optim.groups import make_optimizer
 from jaxchat.optim.horizon import resolve
+from jaxchat.paths import damage
 from jaxchat.state import init_state
 
 TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=64",
@@ -60,15 +64,96 @@ def test_nothing_there_is_said(tmp_path, state):
     checkpoints.close()
 
 
-def test_missing_files_are_named(tmp_path, state):
-    checkpoints = Checkpoints(tmp_path / "base")
-    checkpoints.save(3, state, {})
+def saved(folder, state, *steps):
+    checkpoints = Checkpoints(folder, keep_last=9)
+    for step in steps:
+        checkpoints.save(step, dataclasses.replace(state, step=jnp.int32(step)), {"of": step})
     checkpoints.close()
-    for path in sorted((tmp_path / "base" / "3" / "params").rglob("*")):
-        if path.is_file():
-            path.unlink()
+    return folder
+
+
+def restored(folder, like, **options):
+    checkpoints = Checkpoints(folder)
+    try:
+        return checkpoints.restore(like, **options)
+    finally:
+        checkpoints.close()
+
+
+NO_CONTENT = ("SHA256SUMS", "commit_success.txt", "_CHECKPOINT_METADATA")
+
+
+def files_of(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in NO_CONTENT)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(bytes(data))
+
+
+DAMAGE = {
+    "a bit flipped": flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+def test_checksums_come_with_the_checkpoint_and_cover_it(tmp_path, state):
+    folder = saved(tmp_path / "base", state, 3) / "3"
+    named = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    assert {p.relative_to(folder).as_posix() for p in files_of(folder)} <= named
+    assert any(name.startswith("opt_state/") for name in named) and any(name.startswith("meta/") for name in named)
+    assert damage(folder) is None
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(tmp_path, state, how, capsys):
+    saved(tmp_path / "whole", state, 3, 6)
+    names = [p.relative_to(tmp_path / "whole") for p in files_of(tmp_path / "whole" / "6")]
+    for i, name in enumerate(names[:: max(1, len(names) // 6)]):
+        folder = tmp_path / f"run{i}"
+        shutil.copytree(tmp_path / "whole", folder)
+        DAMAGE[how](folder / name)
+        with pytest.raises(DataError, match=r"/6: .* (is gone|is damaged)"):
+            restored(folder, state, go_back=False)
+        found, meta = restored(folder, state)
+        assert meta["step"] == 3 and meta["of"] == 3 and int(found.step) == 3
+        assert "put aside, going on from 3" in capsys.readouterr().err
+        assert (folder / "damaged_6").is_dir() and not (folder / "6").exists()
+        saved(folder, state, 6)  # the same step can be saved again
+        assert restored(folder, state)[1]["step"] == 6
+
+
+def test_where_all_are_damaged_nothing_starts_anew_in_silence(tmp_path, state):
+    folder = saved(tmp_path / "base", state, 3, 6)
+    for step in (3, 6):
+        flip(files_of(folder / str(step) / "params")[-1])
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"/6: .*, and there is no whole one before it"):
+            restored(folder, state)
+    assert sorted(p.name for p in folder.iterdir()) == ["3", "6"]
+
+
+def test_reading_parameters_looks_at_their_files(tmp_path, state):
+    folder = saved(tmp_path / "base", state, 3)
+    flip(files_of(folder / "3" / "opt_state")[-1])
+    assert restore_params(folder)[1]["step"] == 3
+    flip(files_of(folder / "3" / "params")[-1])
+    with pytest.raises(DataError, match="is damaged"):
+        restore_params(folder)
+
+
+def test_missing_files_are_named(tmp_path, state):
+    folder = saved(tmp_path / "base", state, 3)
+    for path in files_of(folder / "3" / "params"):
+        path.unlink()
+    with pytest.raises(DataError, match="is gone"):
+        restore_params(folder)
+    (folder / "3" / "SHA256SUMS").unlink()  # as older versions left it
     with pytest.raises(DataError, match="cannot be read"):
-        restore_params(tmp_path / "base")
+        restore_params(folder)
 
 
 def test_sha256_is_of_names_shapes_dtypes_and_bytes():

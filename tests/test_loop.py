@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxchat.config import load_config
+from jaxchat.data.batches import Batches
 from jaxchat.data.rows import Rows, finish_rows, write_rows
 from jaxchat.errors import DivergedError, UsageError
 from jaxchat.log import read_metrics
@@ -75,6 +76,51 @@ def test_a_run_that_diverges_ends_with_its_own_error(rows, tmp_path):
     with pytest.raises(DivergedError, match="3 steps in a row"):
         fit(dataclasses.replace(broken, start=ruin))
     assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [None] * 3
+
+
+def poisoned(monkeypatch, numbers):
+    """Those batches make the loss NaN."""
+    load = Batches._load
+
+    def bad(self, number, columns):
+        batch = load(self, number, columns)
+        seen.append(number)
+        return batch | {"weights": batch["weights"] * np.nan} if number in numbers else batch
+
+    seen = []
+    monkeypatch.setattr(Batches, "_load", bad)
+    return seen
+
+
+def test_bad_batches_are_left_out_once(rows, tmp_path, monkeypatch, capsys):
+    seen = poisoned(monkeypatch, {8, 9, 10})
+    facts = fit(job(rows, tmp_path / "bad"))
+    assert facts["left_out"] == [8, 9, 10] and facts["bad_steps"] == 0
+    assert "steps 8 to 10: going back, their batches are left out" in capsys.readouterr().err
+    records = read_metrics(tmp_path / "bad" / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(12)) and all(r["loss"] for r in records)
+    assert {12, 13, 14} <= set(seen), "later steps take the next ones"
+    again = fit(job(rows, tmp_path / "bad"))
+    assert again["params_sha256"] == facts["params_sha256"] and again["left_out"] == [8, 9, 10]
+
+
+def test_what_a_checkpoint_has_skipped_already_is_not_left_out_twice(rows, tmp_path, monkeypatch):
+    seen = poisoned(monkeypatch, {6, 7, 8})
+    facts = fit(job(rows, tmp_path))
+    assert facts["left_out"] == [8] and facts["bad_steps"] == 2, "the checkpoint of step 8 had gone past the others"
+    assert set(range(13)) <= set(seen)
+
+
+def test_the_second_time_it_gives_up(rows, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {8, 9, 10, 11, 12, 13})
+    with pytest.raises(DivergedError, match=r"3 steps in a row were not finite \(step 10\)"):
+        fit(job(rows, tmp_path))
+
+
+def test_two_bad_batches_are_only_skipped(rows, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {6, 7})
+    facts = fit(job(rows, tmp_path))
+    assert facts["bad_steps"] == 2 and "left_out" not in facts
 
 
 def test_bits_per_byte_by_hand(rows):

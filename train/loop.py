@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,10 @@ from jax.sharding import Mesh
 from jaxchat import hosts
 from jaxchat.checkpoint import Checkpoints, params_sha256
 from jaxchat.config import Config
-from jaxchat.data.batches import Batches
 from jaxchat.data.rows import Rows
 from jaxchat.errors import DivergedError, InterruptedRun
 from jaxchat.log import MetricsFile, Task, console, progress, say
-from jaxchat.mesh import batch_devices, batch_sharding, make_mesh, micro_batch
+from jaxchat.mesh import batch_devices, make_mesh, micro_batch
 from jaxchat.model.sizes import flops_per_token, peak_flops
 from jaxchat.optim.groups import advance_schedules, make_optimizer, make_schedule
 from jaxchat.scores import make_eval_step
@@ -40,26 +37,14 @@ from jaxchat.state import (
     make_train_step,
 )
 from train.bpb import bits_per_byte
+from train.draws import Draw, rows_in_order
 from train.memory import explained
 from train.plots import loss_plot
+from train.signals import signals
 
 SAY_SECONDS = 30.0  # between lines of progress where there is no terminal to draw on
 Evaluator = Callable[[TrainState, int], Iterable[tuple[str, float]]]
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
-
-
-@dataclass
-class Draw:
-    """What one step trains on. `batch` None: there is nothing to learn, and the step makes no update.
-
-    `tokens`: how many the step adds to the count; `trained`: how many go through the update, for the MFU; `facts` go
-    into its record.
-    """
-
-    batch: Batch | None
-    tokens: int
-    trained: int
-    facts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -83,29 +68,48 @@ class Job:
     title: str = "train"
 
 
+class NotFinite(DivergedError):
+    """Too many steps in a row whose loss or gradient was not finite; `steps` says which."""
+
+    def __init__(self, message: str, steps: range):
+        super().__init__(message)
+        self.steps = steps
+
+
 @explained
 def fit(job: Job) -> dict[str, Any]:
-    """Train to the last step, resuming from the newest checkpoint; returns the stage's facts.
+    """Train to the last step, resuming from the newest whole checkpoint; returns the stage's facts.
 
-    Raises `InterruptedRun` after a signal (a checkpoint is saved) and `DivergedError` after too many bad steps.
+    Where too many steps in a row are not finite, it goes back to the newest checkpoint, once, and leaves their batches
+    out from then on. Raises `InterruptedRun` after a signal (a checkpoint is saved), `DivergedError` the second time.
     """
     mesh = make_mesh(job.config.mesh)
     config = check_kernels(job.config, mesh)
-    batch_rows, grad_accum = micro_batch(config, batch_devices(mesh))
+    shape = micro_batch(config, batch_devices(mesh))
     optimizer = make_optimizer(config, compute_dtype(config, mesh), mesh)
     checkpoints = Checkpoints(job.directory, config.train.keep_last)
+    step, eval_step = _steps(config, optimizer, mesh), make_eval_step(config, mesh)
+    bad: Sequence[int] = ()
     try:
-        done = 0
-        facts: dict[str, Any] = {"seconds": 0.0, "bad_steps": 0}
-        if checkpoints.latest() is not None:
-            state, facts = checkpoints.restore(abstract_state(config, optimizer, mesh))
-            done = facts["step"]
-            say(f"  resumed from step {done} of {config.train.steps}")
-        else:
-            state = job.start(init_state(config, optimizer, mesh))
-        run = _Run(job, make_eval_step(config, mesh), checkpoints, facts, batch_rows, mesh)
-        draw = job.draw or _rows_in_order(job, batch_rows, grad_accum, done, mesh)
-        state = run.loop(state, done, _steps(config, optimizer, mesh), draw)
+        while True:
+            state, facts = _newest(job, config, optimizer, checkpoints, mesh)
+            done = facts.get("step", 0)
+            left_out = facts.get("left_out") or [number for number in bad if number >= done]
+            facts |= {"left_out": left_out} if left_out else {}
+            run = _Run(job, eval_step, checkpoints, facts, shape[0], mesh)
+            draw = job.draw
+            if draw is None:
+                assert job.rows is not None, "a job has rows, or draws"
+                draw = rows_in_order(job.config, job.rows, shape, done, mesh, left_out)
+            try:
+                state = run.loop(state, done, step, draw)
+                break
+            except NotFinite as fault:
+                if left_out or job.draw:
+                    raise
+                bad = fault.steps
+                say(f"  steps {bad[0]} to {bad[-1]}: going back, their batches are left out", style="yellow")
+                checkpoints.wait()
         checkpoints.wait()
     finally:
         checkpoints.close()
@@ -114,14 +118,15 @@ def fit(job: Job) -> dict[str, Any]:
     return run.facts | {"params_sha256": params_sha256(state.params)}
 
 
-def _rows_in_order(
-    job: Job, batch_rows: int, grad_accum: int, done: int, mesh: Mesh
-) -> Callable[[TrainState, int], Draw]:
-    """Batches of the job's rows from step `done` on, read ahead; what is drawn does not depend on the state."""
-    assert job.rows is not None, "a job has rows, or draws"
-    batches = Batches(job.rows, batch_rows, grad_accum, job.config.seed).iterate(done, batch_sharding(mesh))
-    tokens = job.config.train.batch_tokens
-    return lambda state, step: Draw(next(batches), tokens, tokens)
+def _newest(
+    job: Job, config: Config, optimizer: optax.GradientTransformation, checkpoints: Checkpoints, mesh: Mesh
+) -> tuple[TrainState, dict[str, Any]]:
+    """State and facts of the newest whole checkpoint, or of a start."""
+    if checkpoints.latest() is None:
+        return job.start(init_state(config, optimizer, mesh)), {"seconds": 0.0, "bad_steps": 0}
+    state, facts = checkpoints.restore(abstract_state(config, optimizer, mesh))
+    say(f"  resumed from step {facts['step']} of {config.train.steps}")
+    return state, facts
 
 
 def _steps(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> Step:
@@ -164,7 +169,7 @@ class _Run:
     def loop(self, state: TrainState, done: int, step: Step, draw: Callable[[TrainState, int], Draw]) -> TrainState:
         train = self.job.config.train
         self.metrics.truncate_to(done)
-        with _signals(self), progress(self.job.title, train.steps, done) as bar:
+        with signals(self._ask), progress(self.job.title, train.steps, done) as bar:
             if done == 0 and self.job.score_start:
                 self.facts["start"] = self._scores(state, 0)
             if self._due(done):
@@ -192,6 +197,9 @@ class _Run:
                     self._leave_if_asked(count)
                     self.clock = time.perf_counter()
         return state
+
+    def _ask(self, number: int) -> None:
+        self.stop_signal = number
 
     def _due(self, count: int) -> bool:
         """Whether an evaluation follows after `count` steps."""
@@ -241,9 +249,11 @@ class _Run:
             return
         say(f"  step {index}: loss or gradient not finite, update skipped", style="yellow")
         if self.bad_in_a_row >= self.job.config.train.max_bad_steps:
-            raise DivergedError(
+            steps = range(index + 1 - self.bad_in_a_row, index + 1)
+            raise NotFinite(
                 f"{self.job.title}: {self.bad_in_a_row} steps in a row were not finite (step {index}); "
-                "start again with a lower optim.lr_scale in another --run-dir"
+                "start again with a lower optim.lr_scale in another --run-dir",
+                steps,
             )
 
     def _evaluate(self, state: TrainState, count: int) -> None:
@@ -278,22 +288,3 @@ class _Run:
         self.checkpoints.wait()
         name = signal.Signals(number).name
         raise InterruptedRun(f"{self.job.title}: stopped by {name} after step {count}, saved; the same command resumes")
-
-
-@contextlib.contextmanager
-def _signals(run: _Run) -> Iterator[None]:
-    """SIGTERM and SIGINT ask the loop to save and leave; a second SIGINT stops at once. Main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        run.stop_signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

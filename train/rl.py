@@ -29,7 +29,8 @@ from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.registry import get_task
 from jaxchat.text.chat import render_prompt
 from jaxchat.text.tokenizer import Tokenizer
-from train.loop import Draw, Job, fit
+from train.draws import Draw
+from train.loop import Job, fit
 from train.report_plots import rl_plot
 from train.rl_batch import advantages, build, longest, micro_batches, on_mesh, rewards, row_lengths
 from train.rl_rollouts import LENGTH_MULTIPLE, Answers, Rollouts, sample_seed

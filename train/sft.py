@@ -52,7 +52,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     def start(state: TrainState) -> TrainState:
         base = Checkpoints(run.stage("base"))
         try:
-            trained, _ = base.restore(state)
+            trained, _ = base.restore(state, go_back=False)
         finally:
             base.close()
         return TrainState(trained.params, carry_moments(trained.opt_state, state.opt_state), state.step)

@@ -49,16 +49,29 @@ class Batches:
         arrays = zip(("inputs", "targets", "weights"), self._rows.shifted(np.array(picked)), strict=True)
         return {name: array.reshape(grad_accum, len(columns), -1) for name, array in arrays}
 
-    def iterate(self, start: int, sharding: Sharding | None = None) -> Iterator[dict[str, Any]]:
+    def iterate(
+        self, start: int, sharding: Sharding | None = None, left_out: Sequence[int] = ()
+    ) -> Iterator[dict[str, Any]]:
         """Batches from step `start` on, read ahead in threads, placed on the mesh where a sharding is given.
 
+        Those of the numbers `left_out` never come; every later step takes the next one.
         A process reads the rows of its own devices only; which rows a batch has does not depend on that.
         """
         columns = np.arange(self._shape[1]) if sharding is None else own_columns(sharding, self._shape)
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCH)
-        steps = grain.MapDataset.range(start, LAST_STEP).map(lambda step: self._load(step, columns))
+        steps = grain.MapDataset.range(start, LAST_STEP).map(
+            lambda step: self._load(batch_number(step, left_out), columns)
+        )
         for batch in iter(steps.to_iter_dataset(options)):
             yield batch if sharding is None else place(batch, sharding, self._shape, columns)
+
+
+def batch_number(step: int, left_out: Sequence[int]) -> int:
+    """Which batch a step takes, where those of the numbers `left_out` never come."""
+    number = step
+    for missing in sorted(left_out):
+        number += missing <= number
+    return number
 
 
 def epoch_rows(rows: Rows) -> int:

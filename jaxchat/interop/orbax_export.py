@@ -16,13 +16,13 @@ import orbax.checkpoint as ocp
 from jaxchat.checkpoint import this_process
 from jaxchat.interop.card import model_card
 from jaxchat.interop.tokenizer_files import tokenizer_files
-from jaxchat.interop.trained import Trained, appearing, load_trained, write_checksums
+from jaxchat.interop.trained import Trained, appearing, load_trained
 from jaxchat.log import quiet_libraries
 from jaxchat.model.attention import attention
 from jaxchat.model.gpt import layer_params
 from jaxchat.model.layers import Params, block, embed, finish, logits, rotary, unembedding
 from jaxchat.model.layout import score_bound, value_layers, windows
-from jaxchat.paths import RunDir, atomic_write, write_json
+from jaxchat.paths import RunDir, atomic_write, write_checksums, write_json
 from jaxchat.text.tokenizer import ASSISTANT_END
 
 FORMAT = 1

@@ -22,7 +22,7 @@ from jaxchat.engine.loading import load_run, trained_stages
 from jaxchat.errors import DataError, UsageError
 from jaxchat.model.layers import Params
 from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RECORD_FORMAT, RunDir, atomic_write, read_json, sha256_file, sync_directory, write_json
+from jaxchat.paths import RECORD_FORMAT, RunDir, atomic_write, read_json, sync_directory, write_json
 from jaxchat.text.tokenizer import Tokenizer
 from jaxchat.toml import to_toml
 
@@ -105,12 +105,6 @@ def appearing(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-def write_checksums(folder: Path) -> None:
-    """`SHA256SUMS` over every file of the folder, as `sha256sum --check` reads it."""
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    atomic_write(folder / "SHA256SUMS", "".join(f"{sha256_file(folder / f)}  {f}\n" for f in files))
 
 
 def write_run(model: Trained, out: Path, origin: dict[str, Any]) -> None:
