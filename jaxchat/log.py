@@ -67,10 +67,10 @@ def progress(description: str, total: float | None, done: int = 0) -> Iterator[T
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hold back the INFO and WARNING lines of third-party loggers (absl through Orbax and Grain)."""
+    """Hold back the lines of third-party loggers (absl through Orbax and Grain); what fails raises, and we say it."""
     logger = logging.getLogger("absl")
     before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -42,7 +42,9 @@ from jaxchat.model.sizes import count_parameters
 from jaxchat.optim.horizon import resolve
 from jaxchat.paths import read_json
 from jaxchat.text.chat import render, render_prompt
-from train.export import check
+from jaxchat.text.tokenizer import Tokenizer
+from train.export import FORMATS, check
+from train.export import run as stage_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -184,7 +186,7 @@ PARTS = st.lists(st.builds(lambda text: {"type": "text", "text": text}, CONTENT)
 TURN = st.tuples(st.one_of(CONTENT, PARTS), st.one_of(CONTENT, st.lists(PART, max_size=4)))
 
 
-def template():
+def template(files=None):
     """As Hugging Face compiles it."""
 
     def refuse(message):
@@ -192,7 +194,7 @@ def template():
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
-    return environment.from_string(tokenizer_files(tokenizer(), True, 128)["chat_template.jinja"])
+    return environment.from_string((files or tokenizer_files(tokenizer(), True, 128))["chat_template.jinja"])
 
 
 @pytest.mark.parametrize("normalize", ["none", "nfc"])
@@ -225,13 +227,29 @@ def test_the_template_refuses_what_we_refuse():
             render(tokenizer(), messages)
 
 
+def test_tokenizers_from_elsewhere_are_guarded_too():
+    """Special tokens that begin with something else than "<", and flags that would eat what stands beside them."""
+    content = json.loads(tokenizer().to_json())
+    for token in content["added_tokens"]:
+        token |= {"normalized": True, "rstrip": True}
+    more = {"special": True, "single_word": False, "lstrip": True, "rstrip": False, "normalized": False}
+    content["added_tokens"].append({"id": 293, "content": "[INST]", **more})
+    ours = Tokenizer.parse(json.dumps(content), "here")
+    files = tokenizer_files(ours, True, 128)
+    theirs, compiled = Backend.from_str(files["tokenizer.json"]), template(files)
+    for text in ("a [INST] b", " [INST]<|user_end|>  c", "[\ue000INST] <\ue000|bos|>"):
+        messages = [{"role": "user", "content": text}]
+        rendered = compiled.render(messages=messages, add_generation_prompt=True, bos_token="<|bos|>")
+        assert theirs.encode(rendered, add_special_tokens=False).ids == render_prompt(ours, messages)
+
+
 @pytest.mark.parametrize("normalize", ["none", "nfc"])
 def test_a_tokenizer_goes_out_and_comes_back(tmp_path, normalize):
     ours = tokenizer(normalize)
     for name, text in tokenizer_files(ours, True, 128).items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     theirs = Backend.from_file(str(tmp_path / "tokenizer.json"))
-    assert theirs.encode(f"a {MARK}|user_end|> b").ids == ours.encode("a <|user_end|> b")
+    assert theirs.encode(f"a <{MARK}|user_end|> b").ids == ours.encode("a <|user_end|> b")
     assert theirs.encode("<|user_end|>").ids == [ours.special["<|user_end|>"]], "theirs finds specials in plain text"
     assert read_tokenizer(tmp_path / "tokenizer.json").digest == ours.digest
 
@@ -279,6 +297,11 @@ def test_an_imported_model_is_examined_and_trains_on(tmp_path, corpus):
     assert "imported from random numbers" in (tmp_path / "in" / "report.md").read_text(encoding="utf-8")
     assert read_json(tmp_path / "in" / "eval" / "base.json")["tasks"]["bits_per_byte"]["metric"] > 0
     assert {p.name for p in (tmp_path / "in" / "export").iterdir()} == {"orbax", "hf"}
+    for change in ("train.steps=1000", "model.attention=xla"):
+        again = launch("--run-dir", tmp_path / "in", "--set", change, "--stages", "pretrain")
+        refused = change.startswith("train")
+        assert again.returncode == (2 if refused else 0), again.stderr
+        assert ("imported weights there, which train.steps cannot change" in again.stderr) == refused
     again = launch("--run-dir", tmp_path / "in", "--set", "model.depth=6")
     assert again.returncode == 2 and "model.depth (5 -> 6)" in again.stderr
 
@@ -365,8 +388,10 @@ def test_checksums_cover_every_file_and_the_golden_logits_are_ours(tmp_path):
     } <= named.keys()
     with np.load(tmp_path / "out" / "golden.npz") as golden:
         ours = logits_of(model.config, model.params, golden["ids"])
-        assert golden["logits"].shape == (1, 64, 293)
-        assert np.abs(ours - golden["logits"]).max() < 1e-4
+        assert golden["ids"].shape == (1, 72) and golden["logits"].shape == (1, 64, 293), "longer than a short window"
+        assert np.abs(ours[:, -64:] - golden["logits"]).max() < 1e-4
+        other = dataclasses.replace(model.config, window_short=9)
+        assert np.abs(logits_of(other, model.params, golden["ids"])[:, -64:] - golden["logits"]).max() > 1e-3
     assert read_json(tmp_path / "out" / "config.json")["format"] == 1
 
 
@@ -462,6 +487,15 @@ BROKEN = {
     "a pickle": (pickled, "pytorch_model.bin.*pickles"),
     "index of a missing file": (lambda f: index(f, {Q: "model-2.safetensors"}), "model-2.safetensors: no such file"),
     "index that leaves the folder": (lambda f: index(f, {Q: "../x.safetensors"}), "no weight_map of file names"),
+    "depth beyond its tensors": (lambda f: edit(f, num_hidden_layers=20_000_000), "holds 32 tensors"),
+    "architecture a list": (lambda f: edit(f, model_type=[1]), r"architecture \[1\]"),
+    "width beyond floats": (lambda f: edit(f, intermediate_size=10**400), "values that cannot be"),
+    "eps beyond floats": (lambda f: edit(f, rms_norm_eps=10**400), "values that cannot be"),
+    "base not a number": (lambda f: edit(f, rope_parameters={"rope_theta": float("nan")}), "rotary_base"),
+    "deep json": (lambda f: (f / "config.json").write_text("[" * 100_000), "not valid JSON"),
+    "long number": (lambda f: (f / "config.json").write_text('{"a": ' + "9" * 9999 + "}"), "not valid JSON"),
+    "deep tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"a": ' * 100_000), "not a tokenizer"),
+    "odd normalizer": (lambda f: (f / "tokenizer.json").write_text('{"normalizer": {"normalizers": 5}}'), "not a tok"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: cannot be read"),
     "tokenizer no json": (lambda f: (f / "tokenizer.json").write_bytes(b"\xff{"), "tokenizer.json: not a tokenizer"),
 }  # fmt: skip
@@ -475,6 +509,46 @@ def test_bad_folders_are_named_and_nothing_is_written(exported, tmp_path, capsys
     assert interop("import", "--format", "hf", "--from", tmp_path / "bad", "--out", tmp_path / "in" / "run") == 3
     assert re.search(message, capsys.readouterr().err), fault
     assert [p.name for p in tmp_path.iterdir()] == ["bad"] or not list((tmp_path / "in").iterdir())
+
+
+def test_what_says_two_things_is_refused(tmp_path):
+    write_hf(random_model("modern"), tmp_path / "hf")
+    edit(tmp_path / "hf", layer_windows=[1] * 5)
+    with pytest.raises(DataError, match=r"layer_windows is \[1, 1, 1, 1, 1\]"):
+        read_hf(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("format", ["orbax", "hf"])
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, format):
+    random_run(tmp_path / "run", "classic")
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "from jaxchat.interop.__main__ import main, make_parser\n"
+        f"sys.exit(main(lambda: make_parser().parse_args(['export', '--run-dir', {str(tmp_path / 'run')!r}, "
+        f"'--format', {format!r}, '--out', {str(tmp_path / 'out')!r}])))"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    last = done.stderr.strip().splitlines()[-1]  # TensorStore's threads may complain above it
+    assert done.returncode == 3 and last.startswith("error: ") and "could not be written" in last, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_export_is_swapped_whole_and_leftovers_go(tmp_path, monkeypatch):
+    run = random_run(tmp_path / "run", "classic")
+    settings = load_config("nano", [])
+    for left in (".orbax.new", "..hf.new.abc", ".hf.old"):
+        (run.export / left).mkdir(parents=True)
+    assert stage_run(settings, run)["stage"] == "sft"
+    assert {p.name for p in run.export.iterdir()} == {"orbax", "hf"}
+    before = digests(run.export / "hf")
+    monkeypatch.setitem(FORMATS, "hf", lambda model, out: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stage_run(settings, run)
+    assert digests(run.export / "hf") == before, "the old one stays until the new one is whole"
+    stage_run(load_config("nano", ['export.formats=["orbax"]']), run)
+    assert {p.name for p in run.export.iterdir()} == {"orbax"}
 
 
 def test_bad_arguments(exported, tmp_path, capsys):

@@ -23,13 +23,17 @@ FORMATS: dict[str, Callable[[Trained, Path], dict[str, Any]]] = {"orbax": write_
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Write `export/<format>/` anew; facts: what each holds, digest."""
     model, facts = load_trained(run, dtype=config.export.dtype), {}
+    left = [run.export / name for name in FORMATS if name not in config.export.formats]
+    for path in [*run.export.glob(".*"), *left]:  # what was killed half way, and what another setting had made
+        shutil.rmtree(path, ignore_errors=True)
     for name in config.export.formats:
-        folder, aside = run.export / name, run.export / f".{name}.new"
-        shutil.rmtree(aside, ignore_errors=True)
-        facts[name] = FORMATS[name](model, aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
+        folder, new, old = (run.export / part for part in (name, f".{name}.new", f".{name}.old"))
+        facts[name] = FORMATS[name](model, new)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
         sync_directory(run.export)
+        shutil.rmtree(old, ignore_errors=True)
         say(f"  {folder}: {facts[name]['bytes'] / 1e6:,.0f} MB of {facts[name]['dtype']}")
     return facts | {"stage": model.stage, "digest": hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()}
 

@@ -67,7 +67,7 @@ def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[
     """Configuration keys and digests that decide what the stage produces."""
     inputs: dict[str, Any] = {}
     for key, value in flatten(config).items():
-        if _among(stage.reads, key) and not _among(FREE_KEYS, key):
+        if among(stage.reads, key) and not among(FREE_KEYS, key):
             inputs[key] = value
     inputs |= {f"{stage.name}.files": found} if (found := stage.looks(config)) else {}
     for need in stage.needs:
@@ -81,13 +81,13 @@ def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[
     return json.loads(json.dumps(inputs))
 
 
-def _among(names: Sequence[str], key: str) -> bool:
+def among(names: Sequence[str], key: str) -> bool:
     """Whether a key is one of the names, or begins with one that ends with a dot or an underscore."""
     return any(key == name or (name.endswith((".", "_")) and key.startswith(name)) for name in names)
 
 
 def refuse_changes(stage: Stage, record: dict[str, Any], inputs: dict[str, Any], run: RunDir) -> None:
-    given = {key: value for key, value in record["inputs"].items() if not _among(FREE_KEYS, key)}
+    given = {key: value for key, value in record["inputs"].items() if not among(FREE_KEYS, key)}
     before = json.loads(json.dumps(flatten(Config()))) | given  # a setting that is new since then had its default
     changed = [k for k in sorted(given.keys() | inputs.keys()) if before.get(k) != inputs.get(k)]
     if text := ", ".join(f"{k} ({before.get(k)!r} -> {inputs.get(k)!r})" for k in changed):

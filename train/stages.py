@@ -22,7 +22,7 @@ from jaxchat.tasks.files import identity_digest
 from jaxchat.toml import flatten, to_toml
 from train import evaluate, export, prepare, pretrain, report, rl, sft, tokenizer
 from train.machine import commit, hardware, peak_rss, versions
-from train.stage import Stage, complete, load_records, made, refuse_changes, stage_inputs
+from train.stage import FREE_KEYS, Stage, among, complete, load_records, made, refuse_changes, stage_inputs
 
 SHARED_SECONDS = 60.0  # until what process 0 wrote must be seen by the others
 
@@ -124,11 +124,13 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
         records = load_records(run)
         for stage in stages:
             stage.check(config)
+            if "imported" in records.get(stage.name, {}):
+                _refuse_training(stage, config, run)
         for stage in stages:
             inputs = stage_inputs(stage, config, records)
             record = records.get(stage.name)
             if record and "imported" in record:  # its weights came from elsewhere: only what they are must agree
-                inputs = {key: inputs[key] for key in record["inputs"]}
+                inputs = {key: inputs.get(key) for key in record["inputs"]}
             if record and stage.trained and (record["status"] == "done" or any(made(stage, run))):
                 refuse_changes(stage, record, inputs, run)
             if record and record["status"] == "done" and record["inputs"] == inputs and complete(stage, run):
@@ -137,6 +139,17 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
             _save_config(config, run, reasons)
             _run_one(stage, config, run, records, inputs)
     hosts.tell(None)
+
+
+def _refuse_training(stage: Stage, config: Config, run: RunDir) -> None:
+    """What an imported stage would have been trained with cannot change any more, and is not ignored in silence."""
+    before, now = flatten(load_config(run.config)), flatten(config)
+    own = ("train.steps", "train.token_ratio") if stage.name == "pretrain" else (f"{stage.name}.",)
+    if changed := [k for k in now if among(own, k) and not among(FREE_KEYS, k) and before.get(k) != now[k]]:
+        raise UsageError(
+            f"stage {stage.name}: {run.root} has imported weights there, which {', '.join(changed)} cannot change; "
+            "take it back, or import with --stage base to fine-tune them"
+        )
 
 
 def _follow(config: Config, run: RunDir) -> None:

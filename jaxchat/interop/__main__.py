@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from jaxchat.errors import InterruptedRun, JaxchatError, UsageError
+from jaxchat.errors import InterruptedRun, JaxchatError, OutOfMemoryError, UsageError
 from jaxchat.log import say
 from jaxchat.paths import RunDir
 
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(arguments: Callable[[], argparse.Namespace]) -> int:
     """Run the command that `arguments` gets; returns the exit code of the contract."""
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         run(arguments())
     except (JaxchatError, InterruptedRun) as error:
@@ -85,7 +87,16 @@ def main(arguments: Callable[[], argparse.Namespace]) -> int:
     except OSError as error:
         print(f"error: {error.filename or 'file system'}: {error.strerror or error}; nothing is left", file=sys.stderr)
         return 3
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("error: out of device memory; set JAX_PLATFORMS=cpu, an export needs no accelerator", file=sys.stderr)
+        return OutOfMemoryError.exit_code
     return 0
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+    raise InterruptedRun("stopped by SIGTERM, nothing is left")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def model_card(model: Trained, how: str, library: str) -> str:
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- jaxchat\n---",
         f"# {model.name}",
-        f"{total:,} parameters, {KINDS[model.stage]}, trained with jaxchat: {config.depth} layers of width "
+        f"{total:,} parameters, {KINDS[model.stage]}, {_origin(model)}: {config.depth} layers of width "
         f"{config.width}, {config.n_heads} heads of {config.head_width}, context {config.seq_len:,} tokens, vocabulary "
         f"{config.vocab_size:,}. Recipe `{config.recipe}`.",
         f"## Load it\n\n{how}",
@@ -33,6 +33,13 @@ def model_card(model: Trained, how: str, library: str) -> str:
         "before you rely on it."
     )
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _origin(model: Trained) -> str:
+    if model.imported is None:
+        return "trained with jaxchat"
+    there = f"imported into jaxchat from {model.imported.get('from')} ({model.imported.get('format')})"
+    return f"{there} and trained on" if model.trained_on else there
 
 
 def _training(report: dict[str, Any]) -> str:

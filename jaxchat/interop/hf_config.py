@@ -81,7 +81,14 @@ def to_hf(config: ModelConfig, architecture: str, dtype: str, ids: dict[str, Any
 
 def from_hf(found: Any, source: object) -> ModelConfig:
     """The resolved model of a `config.json`; `DataError` names `source` and what it says that cannot be run here."""
-    if not isinstance(found, dict) or found.get("model_type") not in ARCHITECTURES:
+    try:
+        return _from_hf(found, source)
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise DataError(f"{source}: holds values that cannot be ({error})") from None
+
+
+def _from_hf(found: Any, source: object) -> ModelConfig:
+    if not isinstance(found, dict) or str(found.get("model_type")) not in ARCHITECTURES:
         kind = found.get("model_type", found.get("architectures")) if isinstance(found, dict) else None
         raise DataError(f"{source}: is of the architecture {kind!r}; only nanochat and jaxchat can be read")
     stock = found["model_type"] == "nanochat"
@@ -109,6 +116,9 @@ def from_hf(found: Any, source: object) -> ModelConfig:
         config = resolve_model(ModelConfig(**values))
     except UsageError as error:
         raise DataError(f"{source}: {error}") from None
+    for key, own in (("layer_windows", windows(config)), ("value_embedding_layers", value_layers(config))):
+        if not stock and found.get(key) != own:
+            raise DataError(f"{source}: {key} is {found.get(key)!r}, where its other settings make it {own}")
     if mlp_width(config) != found.get("intermediate_size", mlp_width(config)) or mlp_width(config) < 1:
         raise DataError(f"{source}: intermediate_size is {found.get('intermediate_size')!r}, not {mlp_width(config)}")
     return config

@@ -30,7 +30,7 @@ CODE = Path(__file__).parent / "exported" / f"{MODULE}.py"
 HOW = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained("."{trust})
 model = AutoModelForCausalLM.from_pretrained("."{trust})
 {ask}
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))
@@ -86,7 +86,11 @@ def _write_tensors(model: Trained, folder: Path, dtype: str) -> int:
         arrays = {
             name: tensor(model.config, model.params, place).astype(dtype, copy=False) for name, place in shard.items()
         }
-        save_file(arrays, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(arrays, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise DataError(f"{folder / file}: could not be written ({error}); make room and try again") from None
+        (folder / file).chmod(0o644)  # the library leaves it to its owner alone
     if len(shards) > 1:
         where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})

@@ -102,6 +102,8 @@ def assemble(
     dtypes stay. `DataError` names `source` and what is missing, too many, of the wrong shape, no floating-point
     number or not finite.
     """
+    if config.depth > len(shapes):
+        raise DataError(f"{source}: its config says {config.depth} layers, and it holds {len(shapes)} tensors")
     wanted = places(config, format)
     _check_names(wanted, shapes, source)
     for name, place in wanted.items():

@@ -24,6 +24,7 @@ from jaxchat.recipes import resolve_model
 from jaxchat.text.tokenizer import Tokenizer
 
 FOLDERS = {"base": "base", "mid": "sft", "chatsft": "sft", "sft": "sft", "chatrl": "rl", "rl": "rl"}  # X_checkpoints
+SAFE_TORCH = (2, 10)  # before 2.6 weights_only runs code (CVE-2025-32434), before 2.10 it corrupts memory
 MODEL = re.compile(r"model_(\d+)\.pt")
 # what the present layout has beside the first one's, one name of each kind
 EXTRAS = ("resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda", "value_embeds.")
@@ -114,20 +115,27 @@ def _tensors(file: Path) -> dict[str, Any]:
     try:
         import torch
     except ImportError:
-        raise UsageError("to read nanochat's .pt files: pip install torch (the extra 'hf-check' has it)") from None
+        raise UsageError("to read nanochat's .pt files: pip install 'torch>=2.10' (or the extra 'hf-check')") from None
+    if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < SAFE_TORCH:
+        raise UsageError(f"torch {torch.__version__}: its weights_only loading is not safe yet; take 2.10 or newer")
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises all kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DataError(f"{file}: cannot be read as tensors ({first})") from None
-    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
-        raise DataError(f"{file}: holds other things than tensors by name")
+    plain = (torch.float32, torch.bfloat16, torch.float16)
+    if not isinstance(found, dict) or not all(
+        isinstance(t, torch.Tensor) and t.layout == torch.strided and t.device.type == "cpu" and t.dtype in plain
+        for t in found.values()
+    ):
+        raise DataError(f"{file}: holds other things than plain floating-point tensors by name")
     return {str(name).removeprefix("_orig_mod."): t for name, t in found.items()}
 
 
 def _array(tensor: Any) -> np.ndarray:
     import torch
 
+    tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes
 

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxchat.checkpoint import this_process
+from jaxchat.errors import DataError
 from jaxchat.interop.card import model_card
 from jaxchat.interop.tokenizer_files import tokenizer_files
 from jaxchat.interop.trained import Trained, appearing, load_trained
@@ -26,7 +27,7 @@ from jaxchat.paths import RunDir, atomic_write, write_checksums, write_json
 from jaxchat.text.tokenizer import ASSISTANT_END
 
 FORMAT = 1
-GOLDEN_TOKENS = 64
+GOLDEN_TOKENS = 64  # whose logits are kept
 CHUNK_BYTES = 2**26  # of a parameter that is compressed at once, which takes as much memory again
 CODE = Path(__file__).parent / "exported" / "model.py"
 HOW = """In this folder, with `jax`, `flax` and `orbax-checkpoint` installed:
@@ -60,26 +61,31 @@ def write_orbax(model: Trained, out: Path) -> dict[str, Any]:
                 atomic_write(folder / name, text)
         atomic_write(folder / CODE.name, CODE.read_text(encoding="utf-8"))
         atomic_write(folder / "README.md", model_card(dataclasses.replace(model, card=None), HOW, "jax"))
-        ids = np.random.default_rng(0).integers(
-            0, model.config.vocab_size, (1, min(GOLDEN_TOKENS, model.config.seq_len)), np.int32
-        )
+        seen = min(windows(model.config)) + GOLDEN_TOKENS  # long enough for every short window to end somewhere
+        length = min(seen, model.config.seq_len)
+        ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length), np.int32)
         with open(folder / "golden.npz", "wb") as file:
-            np.savez(file, ids=ids, logits=golden_logits(dataclasses.replace(model, params=params), ids))
+            found = golden_logits(dataclasses.replace(model, params=params), ids, GOLDEN_TOKENS)
+            np.savez(file, ids=ids, logits=found)
         write_checksums(folder)
     return {"dtype": dtype, "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params))}
 
 
 def _write_params(path: Path, params: Params) -> None:
     """What `StandardCheckpointer` would write, in pieces and without its copies: less than half the time and memory."""
-    numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy))
-    alone = this_process()
-    handler = ocp.PyTreeCheckpointHandler(
-        type_handler_registry=registry, save_concurrent_gb=1, use_ocdbt=False, multiprocessing_options=alone
-    )
-    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    alone, pieces = this_process(), jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    with quiet_libraries():
+        numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy))
+        handler = ocp.PyTreeCheckpointHandler(
+            type_handler_registry=registry, save_concurrent_gb=1, use_ocdbt=False, multiprocessing_options=alone
+        )
     with quiet_libraries(), contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as writer:
-        writer.save(path, args=ocp.args.PyTreeSave(params, save_args=pieces))  # type: ignore[call-arg]
+        try:
+            writer.save(path, args=ocp.args.PyTreeSave(params, save_args=pieces))  # type: ignore[call-arg]
+        except Exception as error:  # Orbax and TensorStore raise all kinds
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise DataError(f"{path}: could not be written ({first}); make room and try again") from error
 
 
 def _config(model: Trained, dtype: str) -> dict[str, Any]:
@@ -96,8 +102,11 @@ def _config(model: Trained, dtype: str) -> dict[str, Any]:
     }
 
 
-def golden_logits(model: Trained, ids: np.ndarray) -> np.ndarray:
-    """Logits (B, T, V) of ids (B, T) in float32, one layer at a time: a big model fits in memory once, not twice."""
+def golden_logits(model: Trained, ids: np.ndarray, last: int) -> np.ndarray:
+    """Logits (B, `last`, V) of the last positions of ids (B, T) in float32.
+
+    One layer at a time, so that a big model fits in memory once and not twice.
+    """
     c, tokens = model.config, jnp.asarray(ids)
 
     def float32(tree: Any) -> Any:
@@ -117,4 +126,4 @@ def golden_logits(model: Trained, ids: np.ndarray) -> np.ndarray:
             x = block(c, layer, x, x0, tokens, cos_sin, functools.partial(attend, window))
             middle = x if i == c.depth // 2 else middle
         table = float32({"unembedding": unembedding(model.params)})
-        return np.asarray(logits(c, table, finish(c, outer, x, middle)))
+        return np.asarray(logits(c, table, finish(c, outer, x, middle)[:, -last:]))

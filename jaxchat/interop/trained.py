@@ -8,6 +8,7 @@ import datetime
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class Trained:
     card: str | None = None  # the README.md that it came with
     report: dict[str, Any] | None = None  # `report.json` of the run that made it
     step: int = 0
+    imported: dict[str, Any] | None = None  # where its base came from, if it was not trained here
+    trained_on: bool = False  # whether its own stage was, then
 
     @property
     def chats(self) -> bool:
@@ -64,10 +67,11 @@ def load_trained(run: RunDir, stage: str | None = None, dtype: str = "auto") -> 
     stage = stage or trained_stages(run)[0]
     config, params, tokenizer, serve = load_run(run, stage)
     _cast(params, dtype)
-    imported = recorded(run, stage).get("imported")
+    imported, origin = (recorded(run, s).get("imported") for s in (stage, "base"))
     card = (run.root / CARD).read_text(encoding="utf-8") if imported and (run.root / CARD).exists() else None
     report = read_json(run.root / "report.json") if (run.root / "report.json").exists() and not card else None
-    return Trained(config, params, tokenizer, stage, serve.model_name or run.root.resolve().name, card, report)
+    name = serve.model_name or run.root.resolve().name
+    return Trained(config, params, tokenizer, stage, name, card, report, 0, origin, origin is not None and not imported)
 
 
 def check_dtype(name: str) -> None:
@@ -91,19 +95,27 @@ def appearing(out: Path) -> Iterator[Path]:
 
     `UsageError` where `out` is there already, and not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UsageError(f"{out}: exists already; choose another --out or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         yield aside
+        for path in aside.rglob("*"):
+            with open(path, "rb") if path.is_file() else contextlib.nullcontext() as file:
+                if file:
+                    os.fsync(file.fileno())
         aside.chmod(0o755)
         if out.exists():
             out.rmdir()
         os.replace(aside, out)
         sync_directory(out.parent)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        for _ in range(20):  # Orbax's threads may still be writing
+            shutil.rmtree(aside, ignore_errors=True)
+            if not aside.exists():
+                break
+            time.sleep(0.1)
         raise
 
 
@@ -118,14 +130,11 @@ def write_run(model: Trained, out: Path, origin: dict[str, Any]) -> None:
             f"{model.name}: its tokenizer has {model.tokenizer.vocab_size} tokens, the special ones of a chat "
             f"included, and its embedding {model.config.vocab_size} rows"
         )
-    config = resolve(
-        Config(
-            tier="imported",
-            model=model.config,
-            rl=RlConfig(environment=""),
-            serve=ServeConfig(model_name=model.name),
-        )
-    )
+    rl, serve = RlConfig(environment=""), ServeConfig(model_name=model.name)
+    try:
+        config = resolve(Config(tier="imported", model=model.config, rl=rl, serve=serve))
+    except UsageError as error:
+        raise DataError(f"{model.name}: {error}") from None
     with appearing(out) as aside:
         run = RunDir(aside)
         atomic_write(run.config, to_toml(config))
@@ -138,7 +147,8 @@ def write_run(model: Trained, out: Path, origin: dict[str, Any]) -> None:
         for stage in stages[1:]:
             shutil.copytree(run.stage("base"), run.stage(stage), copy_function=_link)
         digest = params_sha256(model.params)
-        shape = {f"model.{key}": value for key, value in dataclasses.asdict(model.config).items()}
+        shapes = dataclasses.asdict(model.config).items()
+        shape = {f"model.{key}": value for key, value in shapes if key != "attention"}
         facts = {"digest": digest, "params_sha256": digest}
         records = {"tokenizer": _record({}, {"digest": model.tokenizer.digest}, origin)}
         for stage in stages:

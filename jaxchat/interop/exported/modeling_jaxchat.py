@@ -206,7 +206,8 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = JaxchatConfig
     base_model_prefix = "model"
     _supports_sdpa = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ("Trunk",)  # the first embedding and the middle layer's output are used again at the end
+    accepts_loss_kwargs = False  # the loss is a plain mean over the batch, which a trainer then averages itself
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: JaxchatConfig):
@@ -214,6 +215,9 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> nn.Embedding:
+        raise ValueError("value embeddings have a row for every token, so the vocabulary cannot be resized")
 
     def forward(
         self,
@@ -223,15 +227,21 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V) float32, capped; with `labels` (B, T) the mean loss of every next token, -100 left out."""
+        """Logits (B, T, V) float32, capped; with `labels` (B, T) the mean loss of every next token, -100 left out.
+
+        `logits_to_keep`: of the last so many positions (0: all), or of those positions. Hidden states and attention
+        weights are not returned.
+        """
         if input_ids is None:
             raise ValueError("give input_ids: value embeddings are looked up by token, so inputs_embeds cannot do")
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and labels is None:
             past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and getattr(past_key_values, "is_compileable", False):
+            raise ValueError("only a cache that grows (DynamicCache) can be used, no static one")
         (B, T), past = input_ids.shape, past_key_values.get_seq_length() if past_key_values is not None else 0
         if attention_mask is None:
             attention_mask = torch.ones(B, past + T, device=input_ids.device)
@@ -239,7 +249,8 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
         x = self.model(input_ids, real, position_ids, past_key_values)
-        z = self.lm_head(x[:, -logits_to_keep:]).float()
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        z = self.lm_head(x[:, kept]).float()
         cap = self.config.final_logit_softcapping
         z = cap * torch.tanh(z / cap)
         loss = None if labels is None else F.cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
