@@ -102,7 +102,7 @@ class Checkpoints:
     def _newest_whole(self, go_back: bool) -> int:
         """Its step; what is newer and damaged gets a name that is no step."""
         steps = sorted(self._manager.all_steps(), reverse=True)
-        faults = {}
+        faults: dict[int, str] = {}
         for step in steps:
             fault = damage(self.directory / str(step))
             if fault is None:
