@@ -1,20 +1,25 @@
 """The training loop: micro-batches, divergence, and what a run of it leaves."""
 
 import dataclasses
+import os
+import signal
 
+import jax
 import numpy as np
 import pytest
 
-from jaxchat.config import load_config
+from jaxchat.config import MeshConfig, load_config
 from jaxchat.data.batches import Batches
 from jaxchat.data.rows import Rows, finish_rows, write_rows
 from jaxchat.errors import DivergedError, UsageError
 from jaxchat.log import read_metrics
-from jaxchat.mesh import micro_batch
+from jaxchat.mesh import make_mesh, micro_batch
 from jaxchat.optim.horizon import resolve
 from train.bpb import bits_per_byte
+from train.draws import rows_in_order
 from train.loop import Job, fit
 from train.pretrain import run as pretrain
+from train.signals import signals
 
 TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=64",
         "model.seq_len=16", "train.batch_tokens=64", "train.steps=12", "train.eval_every=5",
@@ -93,15 +98,15 @@ def poisoned(monkeypatch, numbers):
 
 
 def test_bad_batches_are_left_out_once(rows, tmp_path, monkeypatch, capsys):
-    seen = poisoned(monkeypatch, {8, 9, 10})
+    seen = poisoned(monkeypatch, {5, 6, 7})
     facts = fit(job(rows, tmp_path / "bad"))
-    assert facts["left_out"] == [8, 9, 10] and facts["bad_steps"] == 0
-    assert "steps 8 to 10: going back, their batches are left out" in capsys.readouterr().err
+    assert facts["left_out"] == [5, 6, 7] and facts["bad_steps"] == 0
+    assert "steps 5 to 7: going back, their batches are left out" in capsys.readouterr().err
     records = read_metrics(tmp_path / "bad" / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(12)) and all(r["loss"] for r in records)
     assert {12, 13, 14} <= set(seen), "later steps take the next ones"
     again = fit(job(rows, tmp_path / "bad"))
-    assert again["params_sha256"] == facts["params_sha256"] and again["left_out"] == [8, 9, 10]
+    assert again["params_sha256"] == facts["params_sha256"] and again["left_out"] == [5, 6, 7]
 
 
 def test_what_a_checkpoint_has_skipped_already_is_not_left_out_twice(rows, tmp_path, monkeypatch):
@@ -112,8 +117,8 @@ def test_what_a_checkpoint_has_skipped_already_is_not_left_out_twice(rows, tmp_p
 
 
 def test_the_second_time_it_gives_up(rows, tmp_path, monkeypatch):
-    poisoned(monkeypatch, {8, 9, 10, 11, 12, 13})
-    with pytest.raises(DivergedError, match=r"3 steps in a row were not finite \(step 10\)"):
+    poisoned(monkeypatch, {5, 6, 7, 8, 9, 10})
+    with pytest.raises(DivergedError, match=r"3 steps in a row were not finite \(step 7\)"):
         fit(job(rows, tmp_path))
 
 
@@ -123,6 +128,24 @@ def test_two_bad_batches_are_only_skipped(rows, tmp_path, monkeypatch):
     assert facts["bad_steps"] == 2 and "left_out" not in facts
 
 
+def test_what_is_drawn_is_the_rows_in_order_but_those_left_out(rows):
+    settings = resolve(load_config("nano", TINY))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    draw, batches = rows_in_order(settings, rows, (4, 1), 3, mesh, [4]), Batches(rows, 4, 1, settings.seed)
+    for number in (3, 5, 6):
+        drawn = draw(None, 0)
+        np.testing.assert_array_equal(drawn.batch["inputs"], batches.batch(number)["inputs"])
+        assert drawn.tokens == drawn.trained == 64
+
+
+def test_a_signal_is_told_and_the_handlers_come_back():
+    before, told = signal.getsignal(signal.SIGTERM), []
+    with signals(told.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the next Ctrl-C stops at once"
+    assert told == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is before
+
+
 def test_bits_per_byte_by_hand(rows):
     """A uniform model over 64 tokens of 2 bytes each: log2(64) / 2 bits a byte."""
 
@@ -130,11 +153,6 @@ def test_bits_per_byte_by_hand(rows):
         targets = batch["weights"].sum(axis=(0, 2))
         nats = targets * np.log(64)
         return {"nats": nats, "bytes": 2 * targets, "all_nats": nats.sum(), "targets": targets.sum()}
-
-    import jax
-
-    from jaxchat.config import MeshConfig
-    from jaxchat.mesh import make_mesh
 
     found = bits_per_byte(uniform, None, rows, np.full(64, 2), 8, 20, make_mesh(MeshConfig(), jax.devices()[:1]))
     assert found["bits_per_byte"] == pytest.approx(3.0) and found["interval"] == pytest.approx((3.0, 3.0))
