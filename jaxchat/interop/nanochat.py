@@ -45,7 +45,7 @@ def import_nanochat(
 
     `stage` "base", "sft" or "rl": what it is, by the folder's name where it is not given. `tokenizer`: a tokenizer.pkl
     or tokenizer.json, looked for beside the checkpoint and where nanochat keeps it. `DataError` names what cannot be
-    read, `UsageError` that these files are pickles and `allow_pickle` is off; then nothing is written.
+    read, also that these files are pickles and `allow_pickle` is off; then nothing is written.
     """
     model, file = read_nanochat(Path(source), stage, Path(tokenizer) if tokenizer else None, allow_pickle)
     write_run(model, Path(out), {"format": "nanochat", "from": model.name, "sha256": {file.name: sha256_file(file)}})
