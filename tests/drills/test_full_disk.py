@@ -41,9 +41,10 @@ def test_a_disk_that_fills_up(small_disk, corpus, finished):
         assert mount(small_disk, size, "remount")
         run_dir = small_disk / "run"
         code, _, err = finish(start(arguments(corpus, run_dir)), 600)
-        assert code == 3 and "Traceback" not in err, err
-        assert "No space left" in err or "no room on the disk" in err, err
-        seen[f"{size // 1024} KiB"] = err.strip().splitlines()[-1].replace(str(small_disk), "")[:110]
+        said = [line for line in err.splitlines() if line.startswith("error: ")]  # Orbax's threads add their own
+        assert code == 3 and len(said) == 1, err
+        assert "No space left" in said[0] or "no room on the disk" in said[0], err
+        seen[f"{size // 1024} KiB"] = said[0].replace(str(small_disk), "")[:110]
         assert mount(small_disk, whole * 4, "remount")
         code, _, err = finish(start(arguments(corpus, run_dir)), 600)
         assert code == 0, err
