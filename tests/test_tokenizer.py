@@ -15,7 +15,8 @@ from jaxchat.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from jaxchat.data.corpus import iterate_documents
 from jaxchat.errors import DataError, UsageError
 from jaxchat.paths import RunDir, read_json
-from jaxchat.text.tokenizer import BOS, SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from jaxchat.text.ranks import from_ranks
+from jaxchat.text.tokenizer import BOS, SPECIAL_TOKENS, SPLIT, Tokenizer, train_tokenizer
 from train import tokenizer as stage
 
 VOCAB = 700
@@ -338,3 +339,12 @@ def test_a_tokenizer_that_composes_is_read_again(tmp_path):
     again = Tokenizer.load(tmp_path)
     assert again.digest == tokenizer.digest
     assert again.encode(unicodedata.normalize("NFD", "한국어")) == tokenizer.encode("한국어")
+
+
+def test_ranks_alone_make_the_same_tokenizer(tokenizer, sample):
+    """Of every token only its bytes and its place in the order are told."""
+    ranks = {tokenizer.token_bytes(i): i for i in range(VOCAB - len(SPECIAL_TOKENS))}
+    again = from_ranks(ranks, SPLIT)
+    for text in [*HARD_TEXTS, *sample[:50]]:
+        assert again.encode(text).ids == tokenizer.encode(text)
+        assert again.decode(again.encode(text).ids) == text

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from jaxchat.config import Config
@@ -18,6 +16,7 @@ from jaxchat.data.tokenize import batches_of
 from jaxchat.errors import DataError
 from jaxchat.log import say
 from jaxchat.paths import RunDir
+from jaxchat.text.ranks import from_ranks
 from jaxchat.text.tokenizer import Tokenizer
 from train.tokenizer import first_documents
 
@@ -96,38 +95,4 @@ def load(path: Path) -> Backend:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(f"line {len(ranks) + 1} is no token with its rank") from None
-    return from_ranks(ranks)
-
-
-def from_ranks(ranks: dict[bytes, int]) -> Backend:
-    """Byte-level BPE of tokens in the order in which they were merged; their pairs follow from the ranks."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
-
-    def shown(token: bytes) -> str:
-        return "".join(alphabet[byte] for byte in token)
-
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            pair = _parts(token, rank, ranks)
-            if len(pair) == 2:
-                merges.append((shown(pair[0]), shown(pair[1])))
-    backend = Backend(models.BPE({shown(token): rank for token, rank in ranks.items()}, merges))
-    split = pre_tokenizers.Split(Regex(GPT4_SPLIT), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    return backend
-
-
-def _parts(token: bytes, limit: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """What the merges before `limit` make of a token's bytes: the two that were merged into it."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while True:
-        pairs = [(ranks.get(a + b, limit), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
-        rank, place = min(pairs, default=(limit, 0))
-        if rank >= limit:
-            return parts
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return from_ranks(ranks, GPT4_SPLIT)

@@ -6,18 +6,13 @@ pattern, ranks, special tokens) into an inert object.
 
 from __future__ import annotations
 
-import itertools
 import pickle
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
-
 from jaxchat.errors import DataError
-from jaxchat.text.tokenizer import Tokenizer, byte_alphabet
-
-Ranks = dict[bytes, int]
+from jaxchat.text.ranks import Ranks, from_ranks
+from jaxchat.text.tokenizer import Tokenizer
 
 
 class _Encoding:
@@ -61,43 +56,13 @@ def read_ranks(file: Path) -> tuple[str, Ranks, dict[str, int]]:
 
 
 def read_tiktoken(file: Path) -> Tokenizer:
-    """The tokenizer of a pickled `tiktoken.Encoding`, with the same ids for every text.
-
-    tiktoken merges the pair whose bytes have the lowest rank, so a token's two halves are what its own bytes come to
-    with lower ranks; and it takes a whole word that is a token without merging (`ignore_merges`).
-    """
+    """The tokenizer of a pickled `tiktoken.Encoding`, with the same ids for every text."""
     pattern, ranks, special = read_ranks(file)
-    printable = {byte: character for character, byte in byte_alphabet().items()}
-
-    def text(token: bytes) -> str:
-        return "".join(printable[byte] for byte in token)
-
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        halves = _merged(token, ranks, rank)
-        if len(token) > 1 and len(halves) == 2:
-            merges.append((text(halves[0]), text(halves[1])))
-    vocab = {text(token): rank for token, rank in ranks.items()}
     try:
-        backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
-        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        backend = from_ranks(ranks, pattern)
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{file}: cannot be made a tokenizer.json ({error})") from None
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(sorted(special, key=lambda name: special[name]))
     if any(backend.token_to_id(name) != i for name, i in special.items()):
         raise DataError(f"{file}: its special tokens do not follow its {len(ranks)} ranks one by one")
     return Tokenizer.parse(backend.to_str(), file)
-
-
-def _merged(token: bytes, ranks: Ranks, below: int) -> list[bytes]:
-    """What byte-pair merging with the ranks below makes of a token's bytes."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while True:
-        pairs = [(ranks.get(a + b, below), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
-        rank, i = min(pairs, default=(below, 0))
-        if rank >= below:
-            return parts
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]

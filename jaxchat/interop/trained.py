@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxchat.checkpoint import RECORDS, params_sha256, recorded, save_params
 from jaxchat.config import Config, ModelConfig, RlConfig, ServeConfig
+from jaxchat.engine.loading import STAGES as FURTHEST_FIRST
 from jaxchat.engine.loading import load_run, trained_stages
 from jaxchat.errors import DataError, UsageError
 from jaxchat.model.layers import Params
@@ -27,7 +28,7 @@ from jaxchat.paths import RECORD_FORMAT, RunDir, atomic_write, read_json, sync_d
 from jaxchat.text.tokenizer import Tokenizer
 from jaxchat.toml import to_toml
 
-STAGES = ("base", "sft", "rl")
+STAGES = tuple(reversed(FURTHEST_FIRST))
 CARD = "card.md"  # the model card that an imported model came with
 DTYPES = ("auto", "float32", "bfloat16")
 

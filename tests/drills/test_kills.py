@@ -22,7 +22,7 @@ def stage_of(run_dir):
     """What runs at this moment."""
     try:
         found = records(run_dir)
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return "start"
     return next((name for name, record in found.items() if record["status"] == "running"), "between")
 
