@@ -206,7 +206,7 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = JaxchatConfig
     base_model_prefix = "model"
     _supports_sdpa = True
-    _no_split_modules = ("Trunk",)  # the first embedding and the middle layer's output are used again at the end
+    _no_split_modules = ["Trunk"]  # noqa: RUF012 - the first embedding and the middle layer's output are used again at the end
     accepts_loss_kwargs = False  # the loss is a plain mean over the batch, which a trainer then averages itself
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
