@@ -37,6 +37,7 @@ EXTRAS = {
     "tpu": ("libtpu", "training on TPUs"),
     "plan-cuda": ("jax_plugins.xla_cuda13", "plans for NVIDIA GPUs that are not here"),
     "plan-tpu": ("libtpu", "plans for TPUs that are not here"),
+    "tensorboard": ("tensorboardX", "curves on TensorBoard"),
     "wandb": ("wandb", "curves on Weights & Biases"),
     "hf-check": ("transformers", "comparison with Hugging Face's implementation"),
     "lm-eval": ("lm_eval", "the exams of lm-evaluation-harness"),

@@ -41,6 +41,7 @@ from train.draws import Draw, rows_in_order
 from train.memory import explained
 from train.plots import loss_plot
 from train.signals import signals
+from train.trackers import trackers
 
 SAY_SECONDS = 30.0  # between lines of progress where there is no terminal to draw on
 Evaluator = Callable[[TrainState, int], Iterable[tuple[str, float]]]
@@ -169,7 +170,8 @@ class _Run:
     def loop(self, state: TrainState, done: int, step: Step, draw: Callable[[TrainState, int], Draw]) -> TrainState:
         train = self.job.config.train
         self.metrics.truncate_to(done)
-        with signals(self._ask), progress(self.job.title, train.steps, done) as bar:
+        curves = trackers(self.job.config, self.job.directory, done, write=self.metrics.write)
+        with signals(self._ask), curves as self.track, progress(self.job.title, train.steps, done) as bar:
             if done == 0 and self.job.score_start:
                 self.facts["start"] = self._scores(state, 0)
             if self._due(done):
@@ -230,6 +232,7 @@ class _Run:
             "mfu": mfu,
         }
         self.metrics.append(record | drawn.facts)
+        self.track(index, record | drawn.facts)
         self._check(index, bool(values["ok"]), bool(values["overflowed"]))
         bar.advance()
         speed = f"{rate:,.0f} tok/s" + (f"  MFU {mfu:.1%}" if mfu else "")
@@ -261,6 +264,7 @@ class _Run:
         if scores := self._scores(state, count):
             self.facts |= scores
             self.metrics.amend(scores)
+            self.track(count - 1, scores)  # of the step whose record has them
 
     def _scores(self, state: TrainState, count: int) -> dict[str, float]:
         """Held-out bits per byte and the job's own evaluators; not counted as training time."""

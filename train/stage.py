@@ -30,6 +30,8 @@ FREE_KEYS = (
     "train.remat",
     "train.scan_unroll",
     "train.max_bad_steps",
+    "train.tensorboard",
+    "train.wandb",
     "sft.eval_every",
     "sft.exam_cases",
     "rl.eval_",

@@ -23,6 +23,7 @@ from jaxchat.toml import flatten, to_toml
 from train import evaluate, export, prepare, pretrain, report, rl, sft, tokenizer
 from train.machine import commit, hardware, peak_rss, versions
 from train.stage import FREE_KEYS, Stage, among, complete, load_records, made, refuse_changes, stage_inputs
+from train.trackers import check_trackers
 
 SHARED_SECONDS = 60.0  # until what process 0 wrote must be seen by the others
 
@@ -37,6 +38,7 @@ STAGES = (
         ("prepare",),
         ("base/<step>",),
         True,
+        check=check_trackers,
         joint=True,
     ),
     Stage(

@@ -1,0 +1,82 @@
+"""Curves for TensorBoard and Weights & Biases: the real writers, read back."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_loop import job, rows  # noqa: F401 - a fixture
+
+from jaxchat.config import load_config
+from jaxchat.errors import InterruptedRun, UsageError
+from jaxchat.log import read_metrics
+from train import trackers
+from train.loop import fit
+
+
+def scalars(folder):
+    """{name: {step: value}} of the event files, in the order of writing; a later file's purge hides what it repeats."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    found = {}
+    for path in sorted(folder.rglob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:  # TFRecord: length, its checksum, the record, its checksum
+            (size,) = struct.unpack("<Q", data[:8])
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            if event.session_log.status == SessionLog.START:
+                found = {name: {s: v for s, v in one.items() if s < event.step} for name, one in found.items()}
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return found
+
+
+def test_both_are_off_by_default(rows, tmp_path):  # noqa: F811
+    fit(job(rows, tmp_path / "base"))
+    assert not (tmp_path / "tensorboard").exists() and not (tmp_path / "wandb").exists()
+
+
+def test_tensorboard_has_the_curves_also_after_a_resume(rows, tmp_path):  # noqa: F811
+    pytest.importorskip("tensorboardX")
+    on = "train.tensorboard=true"
+
+    def stop(state, step):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(InterruptedRun):
+        fit(job(rows, tmp_path / "base", on, sampler=stop))
+    fit(job(rows, tmp_path / "base", on))
+    records, seen = read_metrics(tmp_path / "base" / "metrics.jsonl"), scalars(tmp_path / "tensorboard" / "base")
+    assert [r["step"] for r in records] == list(seen["loss"]) == list(range(12))
+    assert np.allclose([r["loss"] for r in records], list(seen["loss"].values()))
+    assert seen["val_bpb"] == pytest.approx({r["step"]: r["val_bpb"] for r in records if "val_bpb" in r})
+    assert {"lr_mult", "grad_norm", "tokens_per_second"} <= seen.keys() and "step" not in seen
+
+
+def test_weights_and_biases_gets_the_same_run_after_a_resume(rows, tmp_path, monkeypatch):  # noqa: F811
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")  # its own way of working without its service
+    on = "train.wandb=mine"
+    fit(job(rows, tmp_path / "base", on, "train.steps=6"))
+    identity = (tmp_path / "wandb" / "base.id").read_text()
+    fit(job(rows, tmp_path / "base", on))
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2 and all(path.stem == f"run-{identity}" for path in files)
+    assert all(b"val_bpb" in path.read_bytes() and b"tokens_per_second" in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize(("key", "value"), [("tensorboard", "true"), ("wandb", "mine")])
+def test_what_is_not_installed_is_said_before_anything_runs(key, value, monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=rf"train\.{key}: .*pip install -e '\.\[{key}\]'"):
+        trackers.check_trackers(load_config("nano", [f"train.{key}={value}"]))
+    trackers.check_trackers(load_config("nano"))
+
+
+def test_neither_library_is_loaded_unless_asked():
+    code = "import json, sys, train.loop; print(json.dumps([m for m in ('wandb', 'tensorboardX') if m in sys.modules]))"
+    assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) == []
