@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jaxchat import hosts
 from jaxchat.errors import DataError
 from jaxchat.log import quiet_libraries, say
-from jaxchat.paths import CHECKSUMS, RECORD_FORMAT, RunDir, damage, read_json, require_format, write_checksums
+from jaxchat.paths import CHECKSUMS, RunDir, damage, require_format, write_checksums
 from jaxchat.state import TrainState
 
 FORMAT = 1
@@ -196,10 +196,7 @@ def trained_params(run: RunDir, stage: str) -> Any:
 
 def recorded(run: RunDir, stage: str) -> dict[str, Any]:
     """What `stages.json` says of a trained stage; nothing where there is no such file."""
-    name = RECORDS.get(stage, stage)
-    record = read_json(run.stages).get(name, {}) if run.stages.exists() else {}
-    require_format(record, RECORD_FORMAT, f"{run.stages}, {name}")
-    return dict(record)
+    return run.records().get(RECORDS.get(stage, stage), {})
 
 
 def params_sha256(params: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from jaxchat.errors import DataError, UsageError
 
 RECORD_FORMAT = 1  # of an entry of `stages.json`
+RECORD_FIELDS = {"status": str, "inputs": dict, "facts": dict, "seconds": float}
 CHECKSUMS = "SHA256SUMS"
 LOCK_POLL = 0.2  # seconds between looks at a lock that another process has
 
@@ -59,6 +60,19 @@ class RunDir:
 
     def eval(self, name: str) -> Path:
         return self.root / "eval" / f"{name}.json"
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The entries of `stages.json`, none for a new run; `DataError` where it is damaged or of another version."""
+        found = read_json(self.stages) if self.stages.exists() else {}
+        advice = "put it back from a copy, or choose another --run-dir"
+        if not isinstance(found, dict):
+            raise DataError(f"{self.stages}: damaged; {advice}")
+        for name, record in found.items():
+            require_format(record, RECORD_FORMAT, f"{self.stages}, {name}")
+            fields = record if isinstance(record, dict) else {}
+            if wrong := [key for key, kind in RECORD_FIELDS.items() if type(fields.get(key)) is not kind]:
+                raise DataError(f"{self.stages}: damaged, {name} has no sound {', '.join(wrong)}; {advice}")
+        return found
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -155,6 +169,25 @@ def read_json(path: str | Path) -> Any:
         raise DataError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers or depths beyond Python's limits
         raise DataError(f"{path}: not valid JSON ({error}); delete it to have it made again") from None
+
+
+def write_sealed(path: str | Path, value: dict[str, Any]) -> None:
+    """As `write_json`, with the SHA-256 of the object in it, for what other checksums and counts rest on."""
+    write_json(path, {**value, "seal": _seal(value)})
+
+
+def read_sealed(path: str | Path, known: int, advice: str) -> dict[str, Any]:
+    """The object that `write_sealed` wrote; `DataError` where it is another, or not of the format `known`."""
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("format") != known:
+        raise DataError(f"{path}: damaged, or of another version; {advice}")
+    if found.pop("seal", None) != _seal(found):
+        raise DataError(f"{path}: damaged (its seal does not fit); {advice}")
+    return found
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def require_format(found: Any, known: int, source: object) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from jaxchat.data.rows import Rows, finish_rows, write_rows
 from jaxchat.errors import DataError
+from jaxchat.paths import write_sealed
 
 PAD, VOCAB, ROW_LEN = 7, 300, 16
 
@@ -74,7 +75,10 @@ def test_a_failure_leaves_the_old_and_nothing_half_written(tmp_path):
 
 
 def change(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    """As another program would write it, its seal in order."""
+    before = json.loads(path.read_text())
+    del before["seal"]
+    write_sealed(path, before | values)
 
 
 def flip_a_bit(path):
@@ -96,7 +100,10 @@ def flip_a_bit(path):
         (lambda f: (f / "lengths.bin").write_bytes(b""), "lengths.bin: 0 bytes"),
         (lambda f: change(f / "meta.json", rows=49), "rows.bin: 1600 bytes, must be 1568"),
         (lambda f: change(f / "meta.json", dtype="uint32"), "rows.bin: 1600 bytes, must be 3200"),
-        (lambda f: change(f / "meta.json", dtype="float16"), "meta.json: damaged"),
+        (
+            lambda f: (f / "meta.json").write_text((f / "meta.json").read_text().replace("50", "49")),
+            "meta.json: damaged",
+        ),
         (lambda f: change(f / "meta.json", targets="weights.bin"), "weights.bin: missing"),
         (lambda f: change(f / "meta.json", format=1), "meta.json: damaged, or of another version"),
         (lambda f: change(f / "meta.json", tokenizer="u"), "made with another tokenizer"),

@@ -8,8 +8,9 @@ import pytest
 
 from jaxchat.data import tokenize
 from jaxchat.data.corpus import Unit, document_hash
-from jaxchat.data.tokenize import Job, read_documents, token_dtype, tokenize_unit
+from jaxchat.data.tokenize import Job, read_documents, read_manifest, token_dtype, tokenize_unit
 from jaxchat.errors import DataError
+from jaxchat.paths import write_sealed
 from jaxchat.text.tokenizer import train_tokenizer
 
 TEXTS = [f"Document {i}: " + "안녕 hello <|bos|> \ud800" * (i % 7) for i in range(1200)]
@@ -57,7 +58,7 @@ def test_every_document_comes_back(tokenizer, shards):
         hashes = [number for _, number in read_documents(folder, split, tokenizer.digest)]
         assert len(set(hashes)) == len(set(texts)) and all(n / 2**64 < LIMIT for n in hashes if split == "val")
     assert len(manifest["parts"]) == 3 and all(p["train"]["tokens"] >= 5_000 for p in manifest["parts"][:-1])
-    assert json.loads((folder / "manifest.json").read_text()) == manifest
+    assert read_manifest(folder) == manifest
     names = [f"{s}-{i:03d}.{end}" for s in ("train", "val") for i in range(3) for end in ("bin", "hash")]
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", *names]
 
@@ -156,7 +157,9 @@ def test_no_documents(job, tokenizer, tmp_path):
 
 def damage_manifest(folder, **changes):
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    before = json.loads(path.read_text())
+    del before["seal"]
+    write_sealed(path, before | changes)
 
 
 def flip_a_bit(path):
@@ -186,7 +189,7 @@ def cut(path):
         (lambda f: flip_a_bit(f / "train-001.bin"), "train-001.bin: damaged"),
         (lambda f: (f / "train-000.bin").write_bytes(b""), "train-000.bin: .*truncated"),
         (swap, "train-000.bin: "),
-        (lambda f: damage_manifest(f, dtype="uint32"), "manifest.json: dtype uint32 does not go"),
+        (lambda f: damage_manifest(f, dtype="uint32"), "train-000.bin: .*truncated"),
         (lambda f: damage_manifest(f, tokenizer="0" * 64), "made with another tokenizer; choose another --run-dir"),
         (lambda f: damage_manifest(f, format=0), "manifest.json: damaged, or of another version"),
         (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: damaged"),

@@ -21,7 +21,7 @@ from jaxchat.engine.scoring import Scorer, Span
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, read_metrics, say
 from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir, read_json
+from jaxchat.paths import RunDir
 from jaxchat.text.tokenizer import Tokenizer
 from jaxchat.toml import flatten
 from train.comparison_text import tables
@@ -74,8 +74,7 @@ def side(path: str) -> Side:
     examined = tuple(s for s in STAGE_TITLES if run.eval(s).is_file())
     if not trained and not examined:
         raise DataError(f"--compare: {path}: neither checkpoints nor exams; train it first: launch.py --run-dir {path}")
-    records = read_json(run.stages) if run.stages.is_file() else {}
-    done = {name: record for name, record in records.items() if record["status"] == "done"}
+    done = {name: record for name, record in run.records().items() if record["status"] == "done"}
     return Side(run, resolve(load_config(run.config)), done, trained, examined)
 
 

@@ -52,7 +52,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
 
 def collect(config: Config, run: RunDir, metrics: dict[str, Steps]) -> dict[str, Any]:
     """Every number of the card, from `stages.json`, the metrics and the exams; parts that do not exist are left out."""
-    done = {name: r for name, r in read_json(run.stages).items() if r["status"] == "done"}
+    done = {name: r for name, r in run.records().items() if r["status"] == "done"}
     records = {name: r for name, r in done.items() if name not in ("report", "export") and "imported" not in r}
     exams = {stage: read_json(run.eval(stage)) for stage in STAGE_TITLES if run.eval(stage).exists()}
     facts = {name: record["facts"] for name, record in records.items()}

@@ -10,7 +10,7 @@ from typing import Any
 from jaxchat.config import Config
 from jaxchat.errors import UsageError
 from jaxchat.log import say
-from jaxchat.paths import RECORD_FORMAT, RunDir, read_json, require_format
+from jaxchat.paths import RunDir
 from jaxchat.toml import flatten
 
 # Keys that change how fast or how often, never what is computed (beyond float rounding).
@@ -55,14 +55,6 @@ class Stage:
     wanted: Callable[[Config], bool] = lambda config: True  # False: this configuration goes without it
     looks: Callable[[Config], str] = lambda config: ""  # what it finds outside the run, an input too
     joint: bool = False  # by all processes together; the others by process 0, while the rest waits
-
-
-def load_records(run: RunDir) -> dict[str, Any]:
-    """`stages.json`, or nothing for a new run."""
-    records = read_json(run.stages) if run.stages.exists() else {}
-    for name, record in records.items():
-        require_format(record, RECORD_FORMAT, f"{run.stages}, {name}")
-    return records
 
 
 def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[str, Any]:

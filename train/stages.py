@@ -22,7 +22,7 @@ from jaxchat.tasks.files import identity_digest
 from jaxchat.toml import flatten, to_toml
 from train import evaluate, export, prepare, pretrain, report, rl, sft, tokenizer
 from train.machine import commit, hardware, peak_rss, versions
-from train.stage import FREE_KEYS, Stage, among, complete, load_records, made, refuse_changes, stage_inputs
+from train.stage import FREE_KEYS, Stage, among, complete, made, refuse_changes, stage_inputs
 from train.trackers import check_trackers
 
 SHARED_SECONDS = 60.0  # until what process 0 wrote must be seen by the others
@@ -123,7 +123,7 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
         _follow(config, run)
         return
     with run.lock():
-        records = load_records(run)
+        records = run.records()
         for stage in stages:
             stage.check(config)
             if "imported" in records.get(stage.name, {}):
@@ -161,7 +161,7 @@ def _follow(config: Config, run: RunDir) -> None:
         stage = STAGES[NAMES.index(name)]
         if stage.joint:
             end = time.monotonic() + SHARED_SECONDS
-            while load_records(run).get(name, {}).get("start") != start:  # network file systems show a file late
+            while run.records().get(name, {}).get("start") != start:  # network file systems show a file late
                 if time.monotonic() > end:
                     raise UsageError(
                         f"{run.root}: process {hosts.index()} does not see there what process 0 writes; "

@@ -18,10 +18,9 @@ import numpy as np
 
 from jaxchat.data.tokenize import token_dtype
 from jaxchat.errors import DataError
-from jaxchat.paths import read_json, sha256_file, sync_directory, write_json
+from jaxchat.paths import read_sealed, sha256_file, sync_directory, write_sealed
 
-FORMAT = 2
-META_KEYS = {"rows", "row_len", "dtype", "targets", "tokenizer", "sha256"}
+FORMAT = 3
 LENGTH = np.dtype("<u4")
 
 
@@ -74,7 +73,7 @@ def finish_rows(directory: Path, meta: dict[str, Any], row_len: int, count: int,
         "targets": targets,
         "sha256": {name: sha256_file(aside / name) for name in ("rows.bin", targets)},
     }
-    write_json(aside / "meta.json", meta)
+    write_sealed(aside / "meta.json", meta)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(aside, directory)
     sync_directory(directory.parent)
@@ -93,13 +92,8 @@ class Rows:
 
     def __init__(self, directory: str | Path, tokenizer_digest: str | None = None, verify: bool = True):
         self.directory = Path(directory)
-        path = self.directory / "meta.json"
-        self.meta = read_json(path)
         repair = f"delete {self.directory} and run its stage again"
-        if not isinstance(self.meta, dict) or self.meta.get("format") != FORMAT or not META_KEYS <= self.meta.keys():
-            raise DataError(f"{path}: damaged, or of another version; {repair}")
-        if self.meta["dtype"] not in ("uint16", "uint32") or self.meta["targets"] not in ("lengths.bin", "weights.bin"):
-            raise DataError(f"{path}: damaged (dtype {self.meta['dtype']}, targets {self.meta['targets']}); {repair}")
+        self.meta = read_sealed(self.directory / "meta.json", FORMAT, repair)
         if tokenizer_digest is not None and self.meta["tokenizer"] != tokenizer_digest:
             raise DataError(f"{self.directory}: made with another tokenizer; {repair}, or choose another --run-dir")
         count, row_len = self.meta["rows"], self.meta["row_len"]

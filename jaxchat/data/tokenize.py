@@ -23,14 +23,14 @@ import numpy as np
 
 from jaxchat.data.corpus import Unit, hash_fraction, text_digest
 from jaxchat.errors import DataError
-from jaxchat.paths import read_json, sha256_file, sync_directory, write_json
+from jaxchat.paths import read_sealed, sha256_file, sync_directory, write_sealed
 from jaxchat.text.tokenizer import Tokenizer
 
-FORMAT = 3
+FORMAT = 4
 SPLITS = ("train", "val")
 BATCH_DOCUMENTS, BATCH_CHARS = 512, 4_000_000  # encoded at once
 UNFINISHED, ASIDE = "unfinished.json", ".part-"
-SETTINGS = ("format", "origin", "tokenizer", "bos", "vocab_size", "dtype")
+SETTINGS = ("origin", "tokenizer", "bos", "vocab_size", "dtype")
 REPAIR = "delete the run's data folder and run stage prepare again"
 HASH = np.dtype("<u8")
 
@@ -145,9 +145,9 @@ def tokenize_unit(
         except BaseException:
             part.discard()
             raise
-        write_json(directory / UNFINISHED, manifest)
+        write_sealed(directory / UNFINISHED, manifest)
     manifest["left_out"] = dict(counts)
-    write_json(directory / UNFINISHED, manifest)
+    write_sealed(directory / UNFINISHED, manifest)
     os.replace(directory / UNFINISHED, directory / "manifest.json")  # one of both is there at any time, never both
     sync_directory(directory)
     return manifest
@@ -165,7 +165,7 @@ def _new_manifest(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
 def _same(path: Path, wanted: dict[str, Any], directory: Path) -> dict[str, Any] | None:
     """A manifest of the same origin and settings whose parts are all there; None where there is none."""
     with contextlib.suppress(DataError):
-        found = _checked(path)
+        found = read_sealed(path, FORMAT, REPAIR)
         if all(found[key] == wanted[key] for key in SETTINGS):
             for part, split in itertools.product(found["parts"], SPLITS):
                 read_shard(directory, part[split], found)
@@ -207,19 +207,9 @@ def _add_batch(
     manifest["read"] += len(batch)
 
 
-def _checked(path: Path) -> dict[str, Any]:
-    manifest = read_json(path)
-    keys = {*SETTINGS, "read", "left_out", "splits", "parts"}
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.keys() != keys:
-        raise DataError(f"{path}: damaged, or of another version; {REPAIR}")
-    if manifest["dtype"] != token_dtype(manifest["vocab_size"]).name:
-        raise DataError(f"{path}: dtype {manifest['dtype']} does not go with the vocabulary; {REPAIR}")
-    return manifest
-
-
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a unit's folder; `DataError` if it is missing, damaged or of another format."""
-    return _checked(directory / "manifest.json")
+    return read_sealed(directory / "manifest.json", FORMAT, REPAIR)
 
 
 def read_documents(directory: Path, split: str, tokenizer_digest: str) -> Iterator[tuple[np.ndarray, int]]:

@@ -57,6 +57,10 @@ class Tokenizer:
         self.special = {name: ids[name] for name in SPECIAL_TOKENS}
         self.bos = self.special[BOS]
         self.vocab_size = max(ids.values()) + 1
+        if self.vocab_size > 2 * len(ids):  # every id takes a row of the embedding
+            raise DataError(
+                f"the tokenizer has {len(ids):,} tokens, but ids up to {self.vocab_size - 1:,}; take another one"
+            )
         special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self._bytes = _byte_table(backend, self.vocab_size, special)
 
@@ -77,10 +81,13 @@ class Tokenizer:
     def parse(cls, text: str, source: object) -> Tokenizer:
         """From the content of a `tokenizer.json`; `DataError` names `source` where it cannot be used here."""
         try:
+            content = json.loads(text)  # by Python's rules too: the library's parser takes more than JSON
             backend = Backend.from_str(text)
-        except Exception as error:  # the library raises plain Exception
+        except BaseException as error:  # the library raises plain Exception, and Rust's panics are not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise DataError(f"{source}: not a tokenizer.json of Hugging Face's format ({error})") from None
-        if not isinstance(backend.model, models.BPE) or "ByteLevel" not in str(json.loads(text).get("decoder")):
+        if not isinstance(backend.model, models.BPE) or "ByteLevel" not in str(content.get("decoder")):
             raise DataError(f"{source}: only byte-level BPE tokenizers can encode every text; this is another kind")
         try:
             tokenizer = cls(backend)
