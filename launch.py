@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import signal
 import sys
@@ -197,19 +198,20 @@ def run(args: argparse.Namespace) -> None:
 
         serve(directory, config)
     else:
-        from train.stages import run_stages, select
+        from train.stages import run_stages, select, unfinished
+        from train.summary import summarize
 
         stages = select(args.stages, args.start)
         join_processes(args)
         say(f"jaxchat {config.tier} in {directory.root}")
         run_stages(config, directory, stages, reasons)
-        say(f"report card: {directory.report}" if directory.report.exists() else "")
-        say(f"talk to it:  python launch.py --run-dir {directory.root} --chat   (or --serve for the page)")
+        summarize(directory, unfinished(config, directory))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code of the contract."""
     signal.signal(signal.SIGTERM, _terminated)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where there is no home to write it says so at length
     try:
         run(make_parser().parse_args(argv))
         _leave()

@@ -67,14 +67,17 @@ def progress(description: str, total: float | None, done: int = 0) -> Iterator[T
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hold back the lines of third-party loggers (absl through Orbax and Grain); what fails raises, and we say it."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Hold back the lines of third-party loggers (absl through Orbax and Grain, and the asyncio that runs them); what
+    fails raises, and we say it."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 class MetricsFile:

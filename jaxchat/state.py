@@ -223,7 +223,8 @@ def make_train_step(
         return TrainState(params, opt_state, state.step + 1), {k: v.astype(jnp.float32) for k, v in metrics.items()}
 
     inputs, outputs = (shardings, batch_sharding(mesh)), (shardings, replicated(mesh))
-    return jax.jit(step, donate_argnums=0, in_shardings=inputs, out_shardings=outputs)
+    fixed = {"xla_gpu_deterministic_ops": True} if config.train.deterministic else None  # means nothing elsewhere
+    return jax.jit(step, donate_argnums=0, in_shardings=inputs, out_shardings=outputs, compiler_options=fixed)
 
 
 def _select(ok: jax.Array, float16: bool, new: Any, old: Any) -> Any:

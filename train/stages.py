@@ -112,6 +112,13 @@ def select(only: str | None, start: str | None) -> list[Stage]:
     return [stage for stage in STAGES if stage.name in wanted]
 
 
+def unfinished(config: Config, run: RunDir) -> list[str]:
+    """Stages of this configuration that are not done, in order."""
+    records = run.records()
+    wanted = [stage.name for stage in STAGES if stage.wanted(config)]
+    return [name for name in wanted if records.get(name, {}).get("status") != "done"]
+
+
 def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: dict[str, str]) -> None:
     """Run what is not done yet, in order; every stage's record is in `stages.json` from its start on.
 
