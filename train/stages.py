@@ -142,7 +142,8 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
                 inputs = {key: inputs.get(key) for key in record["inputs"]}
             if record and stage.trained and (record["status"] == "done" or any(made(stage, run))):
                 refuse_changes(stage, record, inputs, run)
-            if record and record["status"] == "done" and record["inputs"] == inputs and complete(stage, run):
+            same = stage.trained or (record and record["inputs"] == inputs)  # a trained one was refused if not
+            if record and record["status"] == "done" and same and complete(stage, run):
                 say(f"{stage.name:<10} done ({record['seconds']:.0f} s), nothing to do")
                 continue
             _save_config(config, run, reasons)
