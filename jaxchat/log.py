@@ -15,6 +15,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -29,6 +30,11 @@ console = Console(highlight=False, stderr=True, emoji=False)
 def say(text: str, style: str | None = None) -> None:
     """One line to the person; rich markup inside `text` is not interpreted."""
     console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def animated() -> bool:
+    """Whether there is a terminal that bars can be drawn on."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 class Task:
@@ -61,8 +67,19 @@ def progress(description: str, total: float | None, done: int = 0) -> Iterator[T
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not animated()) as bars:
         yield Task(bars, bars.add_task(description, total=total, completed=done, status=""))
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """A line for something that takes long and cannot be counted; on a terminal its seconds run below."""
+    say(text)
+    with Progress(
+        SpinnerColumn(), TimeElapsedColumn(), console=console, transient=True, disable=not animated()
+    ) as bars:
+        bars.add_task("", total=None)
+        yield
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxchat.config import Config, MeshConfig
+from jaxchat.log import waiting
 from jaxchat.mesh import make_mesh
 from jaxchat.model.backends import TOLERANCE, choose_backend, disagreement
 from jaxchat.model.sizes import peak_flops
@@ -38,6 +39,7 @@ EXTRAS = {
     "plan-cuda": ("jax_plugins.xla_cuda13", "plans for NVIDIA GPUs that are not here"),
     "plan-tpu": ("libtpu", "plans for TPUs that are not here"),
     "tensorboard": ("tensorboardX", "curves on TensorBoard"),
+    "docs": ("mkdocs", "the documents as a site"),
     "wandb": ("wandb", "curves on Weights & Biases"),
     "hf-check": ("transformers", "comparison with Hugging Face's implementation"),
     "lm-eval": ("lm_eval", "the exams of lm-evaluation-harness"),
@@ -50,7 +52,8 @@ GIB = 2**30
 
 def doctor(config: Config, place: Path, as_json: bool) -> dict[str, Any]:
     """Print what the machine can do for a run of `config` kept in `place`, and return it."""
-    result = examine(config, place)
+    with waiting("looking at this machine"):
+        result = examine(config, place)
     if as_json:
         print(json.dumps(result))
     else:

@@ -22,7 +22,7 @@ from jaxchat.checkpoint import Checkpoints, params_sha256
 from jaxchat.config import Config
 from jaxchat.data.rows import Rows
 from jaxchat.errors import DivergedError, InterruptedRun
-from jaxchat.log import MetricsFile, Task, console, progress, say
+from jaxchat.log import MetricsFile, Task, animated, progress, say
 from jaxchat.mesh import batch_devices, make_mesh, micro_batch
 from jaxchat.model.sizes import flops_per_token, peak_flops
 from jaxchat.optim.groups import advance_schedules, make_optimizer, make_schedule
@@ -238,7 +238,7 @@ class _Run:
         speed = f"{rate:,.0f} tok/s" + (f"  MFU {mfu:.1%}" if mfu else "")
         shown = {"loss": record["loss"], "bpb": self.facts.get("val_bpb"), "reward": drawn.facts.get("reward")}
         status = "".join(f"{name} {value:.3f}  " for name, value in shown.items() if value is not None) + speed
-        if not console.is_terminal and now - self.said > SAY_SECONDS:
+        if not animated() and now - self.said > SAY_SECONDS:
             self.said = now
             left = (config.train.steps - index - 1) * seconds
             say(f"  step {index + 1:,} of {config.train.steps:,}  {status}  {left:.0f} s left")

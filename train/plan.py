@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from jaxchat.config import Config
-from jaxchat.log import say
+from jaxchat.log import say, waiting
 from jaxchat.model.layout import padded_vocab
 from jaxchat.model.sizes import activation_bytes, count_parameters, decode_bytes_per_step, flops_per_token
 from train.plan_table import show
@@ -94,8 +94,9 @@ def compile_plan(config: Config, target: Target, search: bool = True) -> dict[st
     def compiled_with(n: int) -> compiled.Step:
         if n not in steps:
             times = rows * accumulate // n
-            say(f"compiling the step of {config.tier} for {target.text}: {n} rows a device x {times} micro-batches")
-            steps[n] = compiled.compile_step(config, mesh, n, times, read=True)
+            of = f"{n} rows a device x {times} micro-batches"
+            with waiting(f"compiling the step of {config.tier} for {target.text}: {of}"):
+                steps[n] = compiled.compile_step(config, mesh, n, times, read=True)
         return steps[n]
 
     step = compiled_with(rows)
@@ -110,8 +111,8 @@ def compile_plan(config: Config, target: Target, search: bool = True) -> dict[st
             extra["activation_bytes_per_row"] = compiled.activation_bytes_per_row(
                 config, mesh, rows, accumulate, memory
             )
-        say(f"compiling the decode step of {config.serve.slots} slots")
-        extra["decode"] = _decode(config, target, compiled.compile_decode(config, mesh, config.serve.slots))
+        with waiting(f"compiling the decode step of {config.serve.slots} slots"):
+            extra["decode"] = _decode(config, target, compiled.compile_decode(config, mesh, config.serve.slots))
     result = (
         _result(config, target, rows, accumulate)
         | _money(config, target, 0.0)
