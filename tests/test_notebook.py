@@ -1,4 +1,7 @@
-"""The notebooks: no outputs are kept, both languages have the same code, and it runs from top to bottom in little."""
+"""The notebooks: no outputs are kept, both languages have the same code, and it runs from top to bottom in little.
+
+python -m pytest tests/test_notebook.py -m slow -n0      the run, about a minute
+"""
 
 from pathlib import Path
 
@@ -32,6 +35,7 @@ def test_both_languages_have_the_same_code():
     assert len([c for c in text if "가" <= c <= "힣"]) > 300
 
 
+@pytest.mark.slow
 def test_it_runs_from_top_to_bottom(corpus, tmp_path):
     nbclient = pytest.importorskip("nbclient", reason="needs the extra dev")
     pytest.importorskip("ipykernel", reason="needs the extra dev")
