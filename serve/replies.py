@@ -172,7 +172,10 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def streamed(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The two forms of a 200: one object, or events."""
     parts = [{"$ref": f"#/components/schemas/{name}"} for name in (model.__name__, "ErrorBody")]
-    event = {"schema": {"anyOf": parts}}  # an error where the engine fails in the middle of an answer
+    # an error where the engine fails in the middle of an answer
+    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": parts}}
+    data = {"anyOf": [{"const": "[DONE]"}, text]}
+    event = {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
     return {
         200: {"description": "One object, or with `stream` server-sent events", "content": {"text/event-stream": event}}
     }
