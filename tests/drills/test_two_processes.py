@@ -7,6 +7,7 @@ lost, and the same two commands end with the same parameters bit for bit.
 import collections
 import json
 import random
+import signal
 import time
 
 import pytest
@@ -46,7 +47,11 @@ def test_one_of_two_is_killed(corpus, tmp_path):
             said = finish(two, PATIENCE)
             waited.append(time.monotonic() - begin)
             code, text = said[1 - victim]
-            assert code not in (0, -9) and ("error: " in text or "the same command goes on" in text), said
+            if code == 0:  # all was done already
+                break
+            own = "error: " in text or "the same command goes on" in text
+            aborted = victim == 0 and code == -signal.SIGABRT and "another task died" in text  # JAX, without its server
+            assert code not in (0, -9) and (own or aborted), said
             ends[code] += 1
             killed[f"{'first' if victim == 0 else 'second'}, {stage}"] += 1
         assert parameters(run_dir) == wanted
