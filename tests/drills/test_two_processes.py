@@ -50,7 +50,8 @@ def test_one_of_two_is_killed(corpus, tmp_path):
             if code == 0:  # all was done already
                 break
             own = "error: " in text or "the same command goes on" in text
-            aborted = victim == 0 and code == -signal.SIGABRT and "another task died" in text  # JAX, without its server
+            # where the survivor waits for nobody on a device, it is JAX's heartbeats that end it, with words of JAX's
+            aborted = code == -signal.SIGABRT and "another task died" in text
             assert code not in (0, -9) and (own or aborted), said
             ends[code] += 1
             killed[f"{'first' if victim == 0 else 'second'}, {stage}"] += 1
