@@ -205,7 +205,8 @@ def run(args: argparse.Namespace) -> None:
         join_processes(args)
         say(f"jaxchat {config.tier} in {directory.root}")
         run_stages(config, directory, stages, reasons)
-        summarize(directory, unfinished(config, directory))
+        if not console.quiet:
+            summarize(directory, unfinished(config, directory))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -86,7 +86,7 @@ class TrainConfig:
     remat: str = "none"  # "none" | "names" | "dots" | "full": what the backward pass computes again
     loss_chunk: int = -1  # tokens per chunk of the loss
     scan_unroll: int = -1  # groups of layers unrolled in the trunk's scan
-    max_bad_steps: int = 5  # consecutive non-finite steps that are skipped before the run stops
+    max_bad_steps: int = 5  # consecutive non-finite steps until the run goes back, once, or stops
     deterministic: bool = False  # on GPUs: only kernels that add in a fixed order, so that a repeated run has its bits
     tensorboard: bool = False  # curves for TensorBoard too, in the run's `tensorboard/`
     wandb: str = ""  # project on Weights & Biases that gets the curves too; empty: nothing leaves the machine

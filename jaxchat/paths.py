@@ -15,7 +15,7 @@ from typing import Any
 from jaxchat.errors import DataError, UsageError
 
 RECORD_FORMAT = 1  # of an entry of `stages.json`
-RECORD_FIELDS = {"status": str, "inputs": dict, "facts": dict, "seconds": float}
+RECORD_FIELDS = {"status": str, "start": str, "inputs": dict, "facts": dict, "seconds": int | float}
 CHECKSUMS = "SHA256SUMS"
 LOCK_POLL = 0.2  # seconds between looks at a lock that another process has
 
@@ -63,14 +63,20 @@ class RunDir:
 
     def records(self) -> dict[str, dict[str, Any]]:
         """The entries of `stages.json`, none for a new run; `DataError` where it is damaged or of another version."""
-        found = read_json(self.stages) if self.stages.exists() else {}
         advice = "put it back from a copy, or choose another --run-dir"
+        try:
+            found = json.loads(self.stages.read_bytes()) if self.stages.exists() else {}
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.stages}: damaged ({error}); {advice}") from None
         if not isinstance(found, dict):
             raise DataError(f"{self.stages}: damaged; {advice}")
         for name, record in found.items():
             require_format(record, RECORD_FORMAT, f"{self.stages}, {name}")
             fields = record if isinstance(record, dict) else {}
-            if wrong := [key for key, kind in RECORD_FIELDS.items() if type(fields.get(key)) is not kind]:
+            wrong = [key for key, kind in RECORD_FIELDS.items() if not isinstance(fields.get(key), kind)]
+            if not wrong and record["status"] == "done" and not isinstance(record["facts"].get("digest"), str):
+                wrong = ["facts.digest"]
+            if wrong:
                 raise DataError(f"{self.stages}: damaged, {name} has no sound {', '.join(wrong)}; {advice}")
         return found
 

@@ -189,7 +189,10 @@ def test_the_document_says_what_the_service_does(service):
         assert name in schemas
     post = document["paths"][CHAT]["post"]
     assert set(post["responses"]) == {"200", "400", "401", "404", "413", "429", "503"}
-    assert post["responses"]["200"]["content"].keys() == {"application/json", "text/event-stream"}
+    answers = post["responses"]["200"]["content"]
+    assert answers.keys() == {"application/json", "text/event-stream"}
+    event = answers["text/event-stream"]["itemSchema"]["properties"]["data"]["anyOf"]
+    assert event[0] == {"const": "[DONE]"} and "#/components/schemas/ChatChunk" in json.dumps(event[1])
     assert "security" not in text.replace("securitySchemes", "")  # no keys are set
     assert schemas["ChatRequest"]["required"] == ["messages"]
 

@@ -252,8 +252,10 @@ def test_no_damage_of_rows_or_shards_passes(written, tokenizer, tmp_path, data, 
         assert str(folder) in str(error)
 
 
-RECORD = {"format": 1, "status": "done", "inputs": {"seed": 42}, "facts": {"digest": "a"}, "seconds": 3.0}
-RECORDS = {"pretrain": RECORD}
+START = "2026-11-22T02:00:00+00:00"
+RECORD = {"format": 1, "status": "done", "start": START, "end": START, "seconds": 3.0, "inputs": {"seed": 42},
+          "facts": {"digest": "a"}}  # fmt: skip
+RECORDS = {"pretrain": RECORD, "sft": RECORD | {"status": "running", "facts": {}}}
 
 
 @fuzz
@@ -266,6 +268,7 @@ def test_any_records_are_read_or_refused(tmp_path, data):
         run.stages.write_text(json.dumps(changed(data.draw, RECORDS)))
     try:
         for record in run.records().values():
-            assert {"status", "inputs", "facts", "seconds"} <= record.keys()
+            assert record["start"].upper() and record["inputs"].keys() is not None and record["seconds"] + 0.5
+            assert record["status"] != "done" or record["facts"]["digest"].upper() is not None
     except JaxchatError as error:
         assert str(run.stages) in str(error)

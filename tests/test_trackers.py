@@ -35,11 +35,6 @@ def scalars(folder):
     return found
 
 
-def test_both_are_off_by_default(rows, tmp_path):  # noqa: F811
-    fit(job(rows, tmp_path / "base"))
-    assert not (tmp_path / "tensorboard").exists() and not (tmp_path / "wandb").exists()
-
-
 def test_tensorboard_has_the_curves_also_after_a_resume(rows, tmp_path):  # noqa: F811
     pytest.importorskip("tensorboardX")
     on = "train.tensorboard=true"
@@ -67,6 +62,40 @@ def test_weights_and_biases_gets_the_same_run_after_a_resume(rows, tmp_path, mon
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2 and all(path.stem == f"run-{identity}" for path in files)
     assert all(b"val_bpb" in path.read_bytes() and b"tokens_per_second" in path.read_bytes() for path in files)
+
+
+def test_nothing_of_a_curve_is_lost_to_a_kill(rows, tmp_path, monkeypatch):  # noqa: F811
+    """What was trained is in the file at once, so a process that is killed leaves no hole before its checkpoint."""
+    pytest.importorskip("tensorboardX")
+    job_of_six = job(rows, tmp_path / "base", "train.tensorboard=true", "train.steps=6")
+    with trackers.trackers(job_of_six.config, tmp_path / "base", 0, write=True) as log:
+        log(0, {"step": 0, "loss": 2.5, "mfu": None})
+        assert scalars(tmp_path / "tensorboard") == {"loss": {0: 2.5}}
+
+
+def test_training_goes_on_without_weights_and_biases(rows, tmp_path, monkeypatch, capsys):  # noqa: F811
+    wandb = pytest.importorskip("wandb")
+
+    class Broken:
+        def log(self, values):
+            raise wandb.errors.Error("gone")
+
+        def finish(self, exit_code):
+            raise OSError("gone")
+
+    on, none = "train.wandb=mine", job(rows, tmp_path / "plain")
+    wanted = fit(none)["params_sha256"]
+    assert {p.name for p in tmp_path.iterdir()} == {"plain"}, "both are off by default"
+    monkeypatch.setattr(trackers, "_wandb_run", lambda config, directory: Broken())
+    assert fit(job(rows, tmp_path / "log", on))["params_sha256"] == wanted
+
+    def refuses(config, directory):
+        raise RuntimeError("no network\nand more")
+
+    monkeypatch.setattr(trackers, "_wandb_run", refuses)
+    assert fit(job(rows, tmp_path / "start", on))["params_sha256"] == wanted
+    said = capsys.readouterr().err
+    assert said.count("the training goes on without it") == 2 and "no network;" in said
 
 
 @pytest.mark.parametrize(("key", "value"), [("tensorboard", "true"), ("wandb", "mine")])

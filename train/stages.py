@@ -113,10 +113,17 @@ def select(only: str | None, start: str | None) -> list[Stage]:
 
 
 def unfinished(config: Config, run: RunDir) -> list[str]:
-    """Stages of this configuration that are not done, in order."""
-    records = run.records()
-    wanted = [stage.name for stage in STAGES if stage.wanted(config)]
-    return [name for name in wanted if records.get(name, {}).get("status") != "done"]
+    """Stages of this configuration that are not done, or no longer fit what they were made from, in order."""
+    records, left = run.records(), list[str]()
+    for stage in STAGES:
+        record = records.get(stage.name, {})
+        done = record.get("status") == "done"
+        if done and not stage.trained:
+            stale = {*stage.needs, *stage.uses} & set(left)
+            done = not stale and record["inputs"] == stage_inputs(stage, config, records)
+        if not done and stage.wanted(config):
+            left.append(stage.name)
+    return left
 
 
 def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: dict[str, str]) -> None:
@@ -188,7 +195,8 @@ def _save_config(config: Config, run: RunDir, reasons: dict[str, str]) -> None:
 def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any], inputs: dict[str, Any]) -> None:
     previous = records.get(stage.name, {})
     begin = time.perf_counter()
-    resumed = previous.get("status") == "running" and previous.get("inputs") == inputs
+    same = stage.trained or previous.get("inputs") == inputs  # a trained one was refused if not
+    resumed = previous.get("status") == "running" and same
     record: dict[str, Any] = {
         "format": RECORD_FORMAT,
         "status": "running",

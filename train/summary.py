@@ -16,7 +16,8 @@ def summarize(run: RunDir, left: Sequence[str]) -> None:
     if run.report.exists() and "report" not in left:
         say(f"\n{headline(run.report.read_text(encoding='utf-8'))}\n")
         rows.append(("report card", f"{run.report}, as one page {run.root / 'report.html'}"))
-    if exports := sorted(str(path) for path in run.export.glob("*/")):
+    exports = sorted(str(path) for path in run.export.glob("[!.]*/"))
+    if exports and "export" not in left:
         rows.append(("for others", ", ".join(exports)))
     if run.records().get("pretrain", {}).get("status") == "done":
         rows += [("talk to it", f"{command} --chat"), ("on a page", f"{command} --serve")]

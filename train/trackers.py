@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,25 @@ def trackers(config: Config, directory: Path, done: int, write: bool) -> Iterato
 
 @contextlib.contextmanager
 def _tensorboard(directory: Path, done: int) -> Iterator[Log]:
-    """Event files in the run's `tensorboard/<stage>/`; steps after the checkpoint are hidden when they come again."""
-    from tensorboardX import SummaryWriter
+    """Event files in the run's `tensorboard/<stage>/`; steps after the checkpoint are hidden when they come again.
+
+    Written at once and by this thread: tensorboardX's own keeps steps for minutes, and blocks for ever on a full disk.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
 
     place = directory.parent / "tensorboard" / directory.name
-    writer = SummaryWriter(str(place), purge_step=done if place.exists() else None)
+    again = place.exists()
+    place.mkdir(parents=True, exist_ok=True)
+    writer = EventsWriter(str(place / "events"), f".{time.time_ns()}")
+    if again:
+        writer.write_event(Event(step=done, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
 
     def log(step: int, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            if name != "step":
-                writer.add_scalar(name, value, step)
+        found = [Summary.Value(tag=name, simple_value=value) for name, value in values.items() if name != "step"]
+        writer.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=found)))
+        writer.flush()
 
     try:
         yield log
@@ -70,32 +80,54 @@ def _tensorboard(directory: Path, done: int) -> Iterator[Log]:
 
 @contextlib.contextmanager
 def _wandb(config: Config, directory: Path) -> Iterator[Log]:
-    """A run of the project `train.wandb` for every stage, the same one after a resume. A service that cannot be reached
-    is said, and training goes on without it."""
+    """A run of the project `train.wandb` for every stage, the same one after a resume. Whatever goes wrong with it is
+    said once, and training goes on without it."""
+    run: Any = None
+    try:
+        run = _wandb_run(config, directory)
+    except Exception as error:  # of its service, its helper process, the network: it has many kinds
+        _without_wandb(error)
+
+    def log(step: int, values: Mapping[str, Any]) -> None:
+        nonlocal run
+        if run is not None:
+            try:
+                run.log({**values, "step": step})
+            except Exception as error:
+                run = None
+                _without_wandb(error)
+
+    ended = 1
+    try:
+        yield log
+        ended = 0
+    finally:
+        if run is not None:
+            with contextlib.suppress(Exception):
+                run.finish(exit_code=ended)
+
+
+def _wandb_run(config: Config, directory: Path) -> Any:
     import wandb
 
     run_dir, stage = directory.parent, directory.name
     kept = run_dir / "wandb" / f"{stage}.id"
     if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(kept, secrets.token_hex(8))
-    try:
-        run = wandb.init(
-            project=config.train.wandb,
-            id=kept.read_text(encoding="utf-8"),
-            name=f"{run_dir.resolve().name}/{stage}",
-            group=run_dir.resolve().name,
-            dir=str(run_dir),
-            config=flatten(config),
-            resume="allow",
-            settings=wandb.Settings(console="off", silent=True),
-        )
-    except wandb.Error as error:
-        say(f"  Weights & Biases: {error}; the training goes on without it", style="yellow")
-        yield lambda step, values: None
-        return
+    run = wandb.init(
+        project=config.train.wandb,
+        id=kept.read_text(encoding="utf-8"),
+        name=f"{run_dir.resolve().name}/{stage}",
+        group=run_dir.resolve().name,
+        dir=str(run_dir),
+        config=flatten(config),
+        resume="allow",
+        settings=wandb.Settings(console="off", silent=True),
+    )
     run.define_metric("*", step_metric="step")  # its own counter refuses the steps that come again after a resume
-    try:
-        yield lambda step, values: run.log({**values, "step": step})
-    finally:
-        run.finish()
+    return run
+
+
+def _without_wandb(error: Exception) -> None:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    say(f"  Weights & Biases: {reason}; the training goes on without it", style="yellow")
