@@ -236,7 +236,7 @@ def test_reinforcement_learning_has_its_column_curves_and_table(config, tmp_path
     run = make_run(tmp_path / "run")
     records = read_json(run.stages)
     facts = {"environment": "gsm8k", "steps": 30, "tokens": 3000, "start": {"pass@1": 0.0625, "kl": 0.0}}
-    records["rl"] = records["sft"] | {"facts": facts | {"params_sha256": "c" * 64}}
+    records["rl"] = records["sft"] | {"facts": facts | {"digest": "c" * 64, "params_sha256": "c" * 64}}
     write_json(run.stages, records)
     rl_metrics(run.stage("rl") / "metrics.jsonl")
     write_json(run.eval("rl"), {"tasks": {"gsm8k": EXAMS["sft"]["gsm8k"]}, "chatcore": 0.25, "core": None})

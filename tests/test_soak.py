@@ -61,7 +61,7 @@ async def ask(client, draw):
                 if time.monotonic() > begin + patience:
                     return "left"
             return answer.status_code
-    except httpx.ReadTimeout:
+    except (httpx.ReadTimeout, httpx.WriteTimeout):  # its own patience was at an end
         return "left"
 
 
