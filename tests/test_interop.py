@@ -282,6 +282,7 @@ def launch(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
+@pytest.mark.slow  # a minute; CI runs it
 def test_an_imported_model_is_examined_and_trains_on(tmp_path, corpus):
     random_run(tmp_path / "in", "modern", stage="base")
     before = params_sha256(trained_params(load(tmp_path / "in"), "base"))

@@ -70,11 +70,12 @@ def test_other_parameters_than_the_stage_recorded_are_refused(run, tmp_path):
     """One flipped bit, which Orbax restores without a word."""
     own = RunDir(shutil.copytree(run.root, tmp_path / "run"))
     sha = params_sha256(load_run(own, "base")[1])
-    write_json(own.stages, {"pretrain": {"status": "done", "params_sha256": sha}})
+    record = {"start": "", "seconds": 1.0, "inputs": {}, "facts": {"digest": sha}}
+    write_json(own.stages, {"pretrain": record | {"status": "done", "params_sha256": sha}})
     load_run(own, "base")
-    write_json(own.stages, {"pretrain": {"status": "running", "params_sha256": "of an earlier one"}})
+    write_json(own.stages, {"pretrain": record | {"status": "running", "params_sha256": "of an earlier one"}})
     load_run(own, "base")
-    write_json(own.stages, {"pretrain": {"status": "done", "params_sha256": sha[::-1]}})
+    write_json(own.stages, {"pretrain": record | {"status": "done", "params_sha256": sha[::-1]}})
     with pytest.raises(DataError, match=r"base: its newest checkpoint is damaged .*SHA-256"):
         load_run(own, "base")
     load_run(own, "sft")  # has no record

@@ -1,13 +1,18 @@
-"""Every small tier from its first stage to its last, at a hundredth of its size or less, on text that lies here."""
+"""Every small tier from its first stage to its last, at a hundredth of its size or less, on text that lies here.
+
+python -m pytest tests/test_tiers.py -m slow      three minutes; CI runs it
+"""
 
 import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from whole_run import finish, start
 
 from jaxchat.config import load_config
 
+pytestmark = pytest.mark.slow
 ENGLISH = "One day the {a} went to the {b}. It was very {c}. The {b} said hello, and they were friends. The end.\n\n"
 KOREAN = "옛날에 {a} 하나가 {b}에 갔어요. 아주 {c}. {b}는 인사했고, 둘은 친구가 되었어요. 끝.\n\n"
 WORDS = {
