@@ -64,7 +64,8 @@ class Checkpoints:
         """Write the checksums of a checkpoint just before it gets its name, so that they are there when it is."""
         if hosts.index() == 0:
             for folder in self.directory.glob(f"{self._saving}*"):
-                if folder.is_dir() and not (folder / CHECKSUMS).exists():
+                mine = folder.name == str(self._saving) or folder.name.startswith(f"{self._saving}.")  # being written
+                if mine and folder.is_dir() and not (folder / CHECKSUMS).exists():
                     write_checksums(folder, TIMES)
 
     def restore(self, like: TrainState, go_back: bool = True) -> tuple[TrainState, dict[str, Any]]:

@@ -122,6 +122,21 @@ def test_what_is_said_never_opens_or_closes_a_turn(tokenizer, contents):
     assert len(tokenizer.decode_bytes(ids)) >= sum(map(len, said)) - sum(text.count(b"?") for text in said)
 
 
+def test_what_is_sound_is_read(tokenizer, tmp_path):
+    """What the tests below bend is itself taken, so that a reader which refuses everything fails."""
+    (tmp_path / "mine.toml").write_text(to_toml(Config()), encoding="utf-8")
+    assert load_config(tmp_path / "mine.toml") == Config()
+    (tmp_path / "identity.toml").write_text(IDENTITY, encoding="utf-8")
+    assert load_persona(tmp_path / "identity.toml").name == "Mina"
+    (tmp_path / "text.jsonl").write_text("\n".join(LINES), encoding="utf-8")
+    assert [record for _, record in read_records(tmp_path / "text.jsonl")] == [json.loads(line) for line in LINES]
+    assert list(read_file(tmp_path / "text.jsonl", "auto", Counter())) == ["one", "hi\nho"]
+    assert Tokenizer.parse(tokenizer.to_json(), "mine").digest == tokenizer.digest
+    RunDir(tmp_path).stages.write_text(json.dumps(RECORDS))
+    assert RunDir(tmp_path).records() == RECORDS
+    assert render_prompt(tokenizer, SPOKEN["messages"][:1]) and render(tokenizer, SPOKEN["messages"])
+
+
 @fuzz
 @hypothesis.given(st.data())
 def test_any_settings_are_taken_or_refused(tmp_path, data):

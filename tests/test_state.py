@@ -149,6 +149,17 @@ def test_same_seed_same_parameters(tiny):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def test_fixed_kernels_are_taken_by_the_compiler_and_change_nothing_here(tiny):
+    """XLA refuses an option that it does not know; on a CPU this one means nothing."""
+    config, mesh, optimizer, step = tiny
+    fixed = dataclasses.replace(config, train=dataclasses.replace(config.train, deterministic=True))
+    states = [
+        one(init_state(config, optimizer, mesh), batch_of(config))[0]
+        for one in (step, make_train_step(fixed, optimizer, mesh))
+    ]
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *(state.params for state in states))))
+
+
 def test_moments_lie_split_with_their_masters(eight_devices):
     split = eight_devices["split"]
     assert len(split) >= 8 and all(split.values()), split

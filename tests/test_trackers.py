@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -14,8 +15,10 @@ from test_loop import job, rows  # noqa: F401 - a fixture
 from jaxchat.config import load_config
 from jaxchat.errors import InterruptedRun, UsageError
 from jaxchat.log import read_metrics
+from jaxchat.paths import RunDir
 from train import trackers
 from train.loop import fit
+from train.stages import run_stages, select
 
 
 def scalars(folder):
@@ -104,6 +107,16 @@ def test_what_is_not_installed_is_said_before_anything_runs(key, value, monkeypa
     with pytest.raises(UsageError, match=rf"train\.{key}: .*pip install -e '\.\[{key}\]'"):
         trackers.check_trackers(load_config("nano", [f"train.{key}={value}"]))
     trackers.check_trackers(load_config("nano"))
+
+
+def test_a_finished_run_needs_no_tracker_for_its_report(finished, tmp_path, monkeypatch):
+    run = RunDir(shutil.copytree(finished, tmp_path / "run"))
+    config = load_config(run.config, ["train.tensorboard=true"])
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    run_stages(config, run, select("report", None), {})
+    shutil.rmtree(run.stage("sft"))
+    with pytest.raises(UsageError, match="tensorboardX is not installed"):
+        run_stages(config, run, select("sft", None), {})
 
 
 def test_neither_library_is_loaded_unless_asked():

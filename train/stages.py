@@ -38,7 +38,6 @@ STAGES = (
         ("prepare",),
         ("base/<step>",),
         True,
-        check=check_trackers,
         joint=True,
     ),
     Stage(
@@ -142,6 +141,9 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
             stage.check(config)
             if "imported" in records.get(stage.name, {}):
                 _refuse_training(stage, config, run)
+        done = [s for s in stages if records.get(s.name, {}).get("status") == "done" and complete(s, run)]
+        if any(stage.joint and stage not in done for stage in stages):
+            check_trackers(config)
         for stage in stages:
             inputs = stage_inputs(stage, config, records)
             record = records.get(stage.name)
