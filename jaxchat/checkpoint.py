@@ -27,9 +27,9 @@ RECORDS = {"base": "pretrain"}  # stages that `stages.json` has under another na
 
 
 class Checkpoints:
-    """Checkpoints `<directory>/<step>/` of one training stage."""
+    """Checkpoints `<directory>/<step>/` of one training stage: the last, and those at multiples of `keep_every`."""
 
-    def __init__(self, directory: str | Path, keep_last: int = 2):
+    def __init__(self, directory: str | Path, keep_last: int = 2, keep_every: int = 0):
         self.directory = Path(directory).resolve()
         self._saving: int | None = None
         seal = ocp.AsyncOptions(post_finalization_callback=self._seal)
@@ -37,7 +37,10 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep_last, enable_async_checkpointing=True, async_options=seal
+                    max_to_keep=keep_last,
+                    keep_period=keep_every or None,
+                    enable_async_checkpointing=True,
+                    async_options=seal,
                 ),
                 item_names=("params", "opt_state", "meta"),
             )

@@ -78,6 +78,7 @@ class TrainConfig:
     device_batch_rows: int = 32  # rows per device and micro-batch; gradient accumulation makes up the rest
     checkpoint_every: int = 250  # steps
     keep_last: int = 2  # checkpoints kept
+    keep_every: int = 0  # steps: checkpoints at multiples of it are kept too; 0: none
     eval_every: int = 250  # steps; 0: only at the end
     eval_rows: int = 512  # held-out rows at most per evaluation
     sample_every: int = 0  # steps between samples during pretraining; 0: only before and after

@@ -44,6 +44,14 @@ def test_round_trip_of_everything(tmp_path, state):
     assert params_sha256(params) == params_sha256(state.params)
 
 
+def test_every_so_many_steps_one_is_kept_for_good(tmp_path, state):
+    for step in (3, 4, 6, 8, 9):  # a process each, as after as many stops
+        checkpoints = Checkpoints(tmp_path / "base", keep_last=1, keep_every=4)
+        checkpoints.save(step, state, {})
+        checkpoints.close()
+    assert sorted(int(p.name) for p in (tmp_path / "base").iterdir() if p.name.isdigit()) == [4, 8, 9]
+
+
 def test_an_unfinished_save_does_not_count(tmp_path, state):
     checkpoints = Checkpoints(tmp_path / "base")
     checkpoints.save(3, state, {})

@@ -88,7 +88,7 @@ def fit(job: Job) -> dict[str, Any]:
     config = check_kernels(job.config, mesh)
     shape = micro_batch(config, batch_devices(mesh))
     optimizer = make_optimizer(config, compute_dtype(config, mesh), mesh)
-    checkpoints = Checkpoints(job.directory, config.train.keep_last)
+    checkpoints = Checkpoints(job.directory, config.train.keep_last, config.train.keep_every)
     step, eval_step = _steps(config, optimizer, mesh), make_eval_step(config, mesh)
     bad: Sequence[int] = ()
     try:

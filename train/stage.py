@@ -24,6 +24,7 @@ FREE_KEYS = (
     "train.device_batch_rows",
     "train.checkpoint_every",
     "train.keep_last",
+    "train.keep_every",
     "train.eval_",
     "train.sample_every",
     "train.loss_chunk",

@@ -44,6 +44,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.device_batch_rows": (1, INFINITE),
     "train.checkpoint_every": (1, INFINITE),
     "train.keep_last": (1, INFINITE),
+    "train.keep_every": (0, INFINITE),
     "train.eval_every": (0, INFINITE),
     "train.eval_rows": (1, INFINITE),
     "train.sample_every": (0, INFINITE),
