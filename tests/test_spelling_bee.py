@@ -8,7 +8,7 @@ from small_model import tokenizer
 from jaxchat.engine.turn import Turn
 from jaxchat.tasks.base import Example
 from jaxchat.tasks.registry import get_task
-from jaxchat.tasks.spelling_bee import EXAM_SIZE, QUESTIONS, solution, words
+from jaxchat.tasks.spelling_bee import QUESTIONS, solution, words
 from jaxchat.text.chat import render
 
 TASK = get_task("spelling_bee")
@@ -49,7 +49,7 @@ def test_every_solution_grades_itself_right_and_is_answered_by_the_calculator():
 
 def test_examples_are_always_the_same_and_have_every_count():
     exam = TASK.examples()
-    assert len(exam) == EXAM_SIZE and exam == TASK.examples() and TASK.train_examples(1) != TASK.train_examples(2)
+    assert len(exam) == 256 and exam == TASK.examples() and TASK.train_examples(1) != TASK.train_examples(2)
     assert {e.tags["times"] for e in exam} == {"0", "1", "2", "3 or more"}
 
 

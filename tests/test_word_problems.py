@@ -6,7 +6,7 @@ import pytest
 
 from jaxchat.errors import UsageError
 from jaxchat.tasks.registry import TASKS, get_task, parse_mixture_entry
-from jaxchat.tasks.word_problems import EXAM_SIZE, WordProblems, is_held_out
+from jaxchat.tasks.word_problems import WordProblems, is_held_out
 from jaxchat.tools.calculator import calculate
 
 TASK = WordProblems()
@@ -51,7 +51,7 @@ def test_solutions_are_the_calculators():
 def test_same_seed_same_conversations_and_a_fixed_exam():
     assert TASK.train_conversations(50, 3) == TASK.train_conversations(50, 3)
     assert TASK.train_conversations(50, 3) != TASK.train_conversations(50, 4)
-    assert TASK.examples() == WordProblems().examples() and len(TASK.examples()) == EXAM_SIZE
+    assert TASK.examples() == WordProblems().examples() and len(TASK.examples()) == 256
 
 
 def test_the_exam_is_right_by_independent_arithmetic():

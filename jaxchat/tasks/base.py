@@ -89,6 +89,34 @@ class WrittenTask(Task):
         return {}
 
 
+class GeneratedTask(WrittenTask):
+    """Questions that a program draws without end; what `held_out` draws is for the exam alone."""
+
+    exam_size = 256
+    exam_seed: int
+    train_size = 8192  # questions for RL
+
+    @abstractmethod
+    def example(self, rng: random.Random, held_out: bool) -> Example:
+        """One question."""
+
+    @abstractmethod
+    def conversation(self, rng: random.Random) -> Conversation:
+        """One conversation for SFT."""
+
+    def train_conversations(self, count: int | None, seed: int) -> list[Conversation]:
+        rng = random.Random(f"{self.name} {seed}")
+        return [self.conversation(rng) for _ in range(count or DEFAULT_COUNT)]
+
+    def train_examples(self, seed: int) -> Sequence[Example]:
+        rng = random.Random(f"{self.name} rl {seed}")
+        return [self.example(rng, held_out=False) for _ in range(self.train_size)]
+
+    def examples(self) -> Sequence[Example]:
+        rng = random.Random(self.exam_seed)
+        return [self.example(rng, held_out=True) for _ in range(self.exam_size)]
+
+
 class ChoiceTask(Task):
     """Multiple choice: the answer is the one of the letters that has the largest logit where the answer begins."""
 

@@ -12,15 +12,11 @@ import functools
 import hashlib
 import random
 import re
-from collections.abc import Sequence
 
 from jaxchat.data.corpus import chitchat_conversations
-from jaxchat.tasks.base import DEFAULT_COUNT, Conversation, Example, Message, WrittenTask, assistant, user
+from jaxchat.tasks.base import Conversation, Example, GeneratedTask, Message, assistant, user
 from jaxchat.tools.calculator import calculate
 
-EXAM_SIZE = 256
-RL_SIZE = 8192
-EXAM_SEED = 20_260_202
 HELD_OUT_ONE_IN = 10
 LEAST_USES = 8  # of a word in the conversations, against typing errors
 ABSENT_SHARE = 0.1  # of questions about a letter drawn from the whole alphabet
@@ -36,27 +32,25 @@ _WORD = re.compile(r"\b[a-z]{3,12}\b")
 _LAST_NUMBER = re.compile(r"\d+")
 
 
-class SpellingBee(WrittenTask):
+class SpellingBee(GeneratedTask):
     """The last number of the answer is the count."""
 
     name = "spelling_bee"
     max_tokens = 96
-
-    def train_conversations(self, count: int | None, seed: int) -> list[Conversation]:
-        rng = random.Random(f"{self.name} {seed}")
-        return [_conversation(rng) for _ in range(count or DEFAULT_COUNT)]
-
-    def train_examples(self, seed: int) -> Sequence[Example]:
-        rng = random.Random(f"{self.name} rl {seed}")
-        return [_example(rng, held_out=False) for _ in range(RL_SIZE)]
-
-    def examples(self) -> Sequence[Example]:
-        rng = random.Random(EXAM_SEED)
-        return [_example(rng, held_out=True) for _ in range(EXAM_SIZE)]
+    exam_seed = 20_260_202
 
     def grade(self, example: Example, answer: str) -> bool:
         numbers = _LAST_NUMBER.findall(answer)
         return bool(numbers) and numbers[-1] == example.expected
+
+    def conversation(self, rng: random.Random) -> Conversation:
+        text, word, letter = _question(rng, held_out=False)
+        return [user(text), solution(word, letter)]
+
+    def example(self, rng: random.Random, held_out: bool) -> Example:
+        text, word, letter = _question(rng, held_out)
+        count = str(word.count(letter))
+        return Example([user(text)], count, {"times": count if int(count) < 3 else "3 or more"})
 
 
 @functools.cache
@@ -90,14 +84,3 @@ def _question(rng: random.Random, held_out: bool) -> tuple[str, str, str]:
     letter = rng.choice(LETTERS if rng.random() < ABSENT_SHARE else word)
     text = rng.choice(QUESTIONS).format(w=word, l=letter)
     return text, word, letter
-
-
-def _conversation(rng: random.Random) -> Conversation:
-    text, word, letter = _question(rng, held_out=False)
-    return [user(text), solution(word, letter)]
-
-
-def _example(rng: random.Random, held_out: bool) -> Example:
-    text, word, letter = _question(rng, held_out)
-    count = str(word.count(letter))
-    return Example([user(text)], count, {"times": count if int(count) < 3 else "3 or more"})

@@ -11,15 +11,11 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Sequence
 
-from jaxchat.tasks.base import DEFAULT_COUNT, Conversation, Example, Message, WrittenTask, assistant, user
+from jaxchat.tasks.base import Conversation, Example, GeneratedTask, Message, assistant, user
 from jaxchat.tasks.identity import NAME, small_talk
 from jaxchat.tools.calculator import calculate
 
-EXAM_SIZE = 256
-RL_SIZE = 8192
-EXAM_SEED = 20_260_201
 HELD_OUT_ONE_IN = 10
 GREETING_SHARE = 0.05  # of conversations that open with small talk, so that a problem may follow it
 
@@ -123,43 +119,31 @@ def is_held_out(a: int, b: int) -> bool:
     return int.from_bytes(hashlib.sha256(text).digest()[:4]) % HELD_OUT_ONE_IN == 0
 
 
-class WordProblems(WrittenTask):
+class WordProblems(GeneratedTask):
     """Numbers from 2 to 99 (a dividend up to 480), results whole and not negative. `who`: the name in greetings."""
 
     name = "word_problems"
     max_tokens = 48
+    exam_seed = 20_260_201
 
     def __init__(self, who: str = NAME):
         self._who = who
-
-    def train_conversations(self, count: int | None, seed: int) -> list[Conversation]:
-        rng = random.Random(f"{self.name} {seed}")
-        return [self._conversation(rng) for _ in range(count or DEFAULT_COUNT)]
-
-    def train_examples(self, seed: int) -> Sequence[Example]:
-        rng = random.Random(f"{self.name} rl {seed}")
-        return [_example(rng, held_out=False) for _ in range(RL_SIZE)]
-
-    def examples(self) -> Sequence[Example]:
-        rng = random.Random(EXAM_SEED)
-        return [_example(rng, held_out=True) for _ in range(EXAM_SIZE)]
 
     def grade(self, example: Example, answer: str) -> bool:
         """The last number of the answer is the result."""
         numbers = _LAST_NUMBER.findall(answer)
         return bool(numbers) and numbers[-1].replace(",", "") == example.expected
 
-    def _conversation(self, rng: random.Random) -> Conversation:
+    def conversation(self, rng: random.Random) -> Conversation:
         messages: Conversation = small_talk(rng, name=self._who) if rng.random() < GREETING_SHARE else []
         for _ in range(1 if rng.random() < 0.8 else 2):
             _, question, expression, sentence, result = _problem(rng, held_out=False)
             messages += [user(question), solution(expression, result, sentence)]
         return messages
 
-
-def _example(rng: random.Random, held_out: bool) -> Example:
-    kind, question, _, _, result = _problem(rng, held_out)
-    return Example([user(question)], result, {"kind": kind})
+    def example(self, rng: random.Random, held_out: bool) -> Example:
+        kind, question, _, _, result = _problem(rng, held_out)
+        return Example([user(question)], result, {"kind": kind})
 
 
 def solution(expression: str, result: str, sentence: str) -> Message:
