@@ -81,7 +81,8 @@ class Model:
             if len(rows) == 0:
                 continue
             limit, lengths = min(config.eval.rows, len(rows)), self.tokenizer.byte_lengths()
-            found = bits_per_byte(step, params, rows, lengths, batch_rows, limit, self.mesh)
+            with progress(f"{self.stage} bits_per_byte, {kind}", None):
+                found = bits_per_byte(step, params, rows, lengths, batch_rows, limit, self.mesh)
             scores[kind] = {"n": limit} | found
         if not scores:
             raise DataError(f"{self.run.data}: no held-out rows; run stage prepare again")
