@@ -46,6 +46,10 @@ class Task:
     def advance(self, amount: float = 1) -> None:
         self._bars.advance(self._task, amount)
 
+    def reach(self, done: float, total: float) -> None:
+        """Where only the work itself knows how much there is."""
+        self._bars.update(self._task, completed=done, total=total)
+
     def track(self, items: Iterable[T]) -> Iterator[T]:
         """Pass the items on, advancing by one each."""
         for item in items:

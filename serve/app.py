@@ -26,7 +26,7 @@ from jaxchat.config import Config
 from jaxchat.engine import Engine
 from jaxchat.engine.loading import trained_stages
 from jaxchat.errors import UsageError
-from jaxchat.log import say
+from jaxchat.log import progress, say
 from jaxchat.paths import RunDir
 from serve import chat_api, completions_api, errors, info_api, websocket
 from serve.errors import ApiError
@@ -230,8 +230,9 @@ def serve(run: RunDir, config: Config) -> None:
         return mounted_page(run, config, worker, service.keys, service.rates, service.metrics.finished)
 
     address = f"http://{config.serve.host}:{listening.getsockname()[1]}"
+    ready = f"chat page: {address}   API: {address}/v1 (model {service.model!r})   (Ctrl-C stops it)"
     say(f"loading {config.tier}; {address}/health tells when it is ready")
-    worker.loaded.add_done_callback(lambda future: None if future.exception() else ready(address, service))
+    worker.loaded.add_done_callback(lambda future: None if future.exception() else say(ready))
     server = Server(uvicorn_config(make_app(service, make_page), config), service)
     try:
         server.run(sockets=[listening])
@@ -269,19 +270,18 @@ def load(run: RunDir, config: Config, worker: Worker) -> Engine:
     engine = Engine.from_pretrained(run.root, slots=serve.slots, queue_limit=serve.queue_length, weights=serve.weights)
     loaded = time.perf_counter()
 
-    def progress(done: int, total: int) -> None:
-        worker.progress = f"{done} of {total} programs compiled"
-        if worker.closing or worker.draining:
-            raise UsageError("stopped while loading")
+    with progress("compiling", None) as bar:
 
-    engine.warm_up(progress)
+        def heard(done: int, total: int) -> None:
+            worker.progress = f"{done} of {total} programs compiled"
+            bar.reach(done, total)
+            if worker.closing or worker.draining:
+                raise UsageError("stopped while loading")
+
+        engine.warm_up(heard)
     seconds = {"load_seconds": loaded - begun, "compile_seconds": time.perf_counter() - loaded}
     log.info("ready", extra={"fields": {name: round(value, 2) for name, value in seconds.items()}})
     return engine
-
-
-def ready(address: str, service: Service) -> None:
-    say(f"chat page: {address}   API: {address}/v1 (model {service.model!r})   (Ctrl-C stops it)")
 
 
 def bind(host: str, port: int) -> socket.socket:

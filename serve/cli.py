@@ -17,6 +17,7 @@ from jaxchat.config import Config
 from jaxchat.engine import Engine
 from jaxchat.engine.programs import least_rows
 from jaxchat.errors import UsageError
+from jaxchat.log import progress
 from jaxchat.paths import RunDir
 from serve.fitting import fitting_request
 
@@ -132,13 +133,9 @@ def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO |
 
 
 def warm_up(engine: Engine) -> None:
-    """Compile before the first question instead of during it, and say how far it is."""
-
-    def progress(done: int, total: int) -> None:
-        print(f"\r\033[2mcompiling {done} of {total} ...\033[0m", end="", flush=True)
-
-    engine.warm_up(progress)
-    print("\r\033[K", end="")
+    """Compile before the first question instead of during it, and show how far it is."""
+    with progress("compiling", None) as bar:
+        engine.warm_up(bar.reach)
 
 
 def lines(source: TextIO, interactive: bool) -> Iterator[str]:
