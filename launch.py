@@ -20,7 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 from jaxchat.config import Config, load_config, tier_files
-from jaxchat.errors import InterruptedRun, JaxchatError, OutOfMemoryError, UsageError
+from jaxchat.errors import DataError, InterruptedRun, JaxchatError, OutOfMemoryError, UsageError
 from jaxchat.log import console, say
 from jaxchat.paths import RunDir
 
@@ -201,6 +201,9 @@ def run(args: argparse.Namespace) -> None:
         from train.stages import run_stages, select, unfinished
         from train.summary import summarize
 
+        own, told = directory.config, (args.tier, args.config, args.data, args.seed, *args.set)
+        if args.run_dir and not own.exists() and all(word is None for word in told):
+            raise DataError(f"{directory.root}: there is no such run; give --tier to begin one")
         stages = select(args.stages, args.start)
         join_processes(args)
         say(f"jaxchat {config.tier} in {directory.root}")

@@ -98,7 +98,10 @@ class RunDir:
             file.truncate()
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            try:
+                yield
+            finally:  # the number of a process that is gone may be another's tomorrow
+                file.truncate(0)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import math
 import tomllib
 import types
 import typing
+import unicodedata
 from typing import Any
 
 from jaxchat.errors import UsageError
@@ -101,7 +102,8 @@ def _suggest(root: type, key: str) -> str:
     """Nearest known key, by the whole dotted name or by its last part."""
     known = list(flatten(root()))
     by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    return f", did you mean {by_leaf[0]}?" if by_leaf else nearest(key, known)
+    near = f", did you mean {by_leaf[0]}?" if by_leaf else nearest(key, known)
+    return near or "; docs/configuration.md has every key"
 
 
 def _convert(key: str, hint: Any, value: Any) -> Any:
@@ -116,7 +118,9 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
     if hint is float and type(value) is int:
         value = float(value)
     if type(value) is not hint:
-        raise UsageError(f"{key}: needs {_TYPE_NAMES[hint]}, not {value!r}")
+        plain = unicodedata.normalize("NFKC", value) if isinstance(value, str) else value
+        advice = f"; did you mean {plain}, in plain digits?" if plain != value and hint is not str else ""
+        raise UsageError(f"{key}: needs {_TYPE_NAMES[hint]}, not {value!r}{advice}")
     if hint is float and not math.isfinite(value):
         raise UsageError(f"{key}: needs a finite number, not {value!r}")
     return value

@@ -17,6 +17,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse
 from starlette.routing import Mount, Route
@@ -35,13 +36,13 @@ from serve.logs import RequestLog, to_standard_error
 from serve.protocol import PatientProtocol
 from serve.replies import ChatChunk
 from serve.service import Service
+from serve.texts import wait_page
 from serve.worker import Worker
 
 log = logging.getLogger("jaxchat.serve")
 CLOSE_SECONDS = 3  # for connections to end after the answers have; an open page keeps one for good
 KEEP_ALIVE = 65  # seconds; longer than the minute after which clients and proxies drop an idle connection
 API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics")
-WAIT = "<!doctype html><meta charset=utf-8><meta http-equiv=refresh content=2><title>jaxchat</title><p>{}"
 PageMaker = Callable[[Worker], Any]  # FastAPI app with the page mounted
 
 
@@ -142,8 +143,8 @@ class Page:
         elif scope["path"] != "/" or not self._make:
             await ApiError(404, "there is no such route").response()(scope, receive, send)
         else:
-            words = {"loading": "The model is loading", "dead": "The model has stopped"}.get(state, "One moment")
-            await HTMLResponse(WAIT.format(words + " …"), 503, {"Retry-After": "2"})(scope, receive, send)
+            text = wait_page(state, Headers(scope=scope).get("accept-language", ""), self._service.limits.language)
+            await HTMLResponse(text, 503, {"Retry-After": "2"})(scope, receive, send)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

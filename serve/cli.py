@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TextIO
 
+from jaxchat.checkpoint import recorded
 from jaxchat.config import Config
 from jaxchat.engine import Engine
+from jaxchat.engine.loading import trained_stages
 from jaxchat.engine.programs import least_rows
 from jaxchat.errors import UsageError
 from jaxchat.log import progress
@@ -123,6 +125,8 @@ def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO |
             import readline  # noqa: F401  # arrow keys and history in `input`
         warm_up(engine)
         print(f"{config.tier} in {run.root}; /help lists the commands")
+        for line in standing(run, stage or trained_stages(run)[0]):
+            print(f"\033[2m{line}\033[0m")
     with ctrl_c(_nothing) if interactive else contextlib.nullcontext():  # just too late for an answer it ends nothing
         for line in lines(source, interactive):
             if line.startswith("/") and (interactive or line.split(" ")[0] in COMMANDS):  # in a pipe it may be a text
@@ -130,6 +134,16 @@ def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO |
                     break
             elif line:
                 talk.answer(line)
+
+
+def standing(run: RunDir, stage: str) -> list[str]:
+    """What a person must know to make sense of the answers of this stage."""
+    record = recorded(run, stage)
+    unfinished = "imported" not in record and record.get("status") == "running"
+    return [
+        *(["its training is not finished; the same launch.py command goes on with it"] if unfinished else []),
+        *(["a model without SFT: it goes on with what you type, and answers nothing"] if stage == "base" else []),
+    ]
 
 
 def warm_up(engine: Engine) -> None:

@@ -20,8 +20,8 @@ from jaxchat.paths import RunDir
 from serve.errors import ApiError
 from serve.fitting import fitting_request
 from serve.limits import Keys, Rates, key_name
-from serve.page_card import model_card
-from serve.page_view import BREAK, Messages, TokenSpans, show, spoken, turn, turns_before
+from serve.page_card import is_base, model_card
+from serve.page_view import Messages, TokenSpans, next_turn, show, spoken, turn
 from serve.texts import EXAMPLES, LOGIN, texts
 from serve.worker import Unavailable, Worker
 
@@ -90,7 +90,7 @@ def mounted_page(
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     return gr.mount_gradio_app(
         app,
-        build_page(worker, config, who, rates or Rates(config.serve.requests_per_minute), ended),
+        build_page(worker, config, who, rates or Rates(config.serve.requests_per_minute), ended, is_base(run)),
         path="",
         server_name=config.serve.host,
         server_port=config.serve.port,
@@ -119,9 +119,11 @@ def markup(run: RunDir, config: Config, words: dict[str, str]) -> dict[str, str]
 
 
 def build_page(
-    worker: Worker, config: Config, who: Callable[[gr.Request], str], rates: Rates, ended: Ended | None = None
-) -> gr.Blocks:
-    """The page as Gradio blocks; `worker` answers, `ended` hears of every answer that has ended."""
+    worker: Worker, config: Config, who: Callable[[gr.Request], str], rates: Rates, ended: Ended | None = None,
+    base: bool = False,
+) -> gr.Blocks:  # fmt: skip
+    """The page as Gradio blocks; `worker` answers, `ended` hears of every answer that has ended; `base`: there was no
+    SFT."""
     limits = config.serve
     with gr.Blocks(title=f"jaxchat {config.tier}", analytics_enabled=False, fill_height=True) as page:
         conversation = gr.State([])  # as the engine takes it; the chatbot shows it
@@ -130,7 +132,7 @@ def build_page(
             new = gr.Button(t("new_chat"), elem_id="new", size="sm", scale=0)
         with gr.Row(elem_id="main"):
             with gr.Column(scale=3, min_width=300, elem_id="talk"):
-                chatbot, box, status = chat_column(config.eval.chat_prompts or EXAMPLES)
+                chatbot, box, status = chat_column([] if base else config.eval.chat_prompts or EXAMPLES, base)
             with gr.Column(scale=1, min_width=250, elem_id="side"):
                 settings = settings_column(config)
 
@@ -172,8 +174,9 @@ def build_page(
     return page
 
 
-def chat_column(examples: Sequence[str] = EXAMPLES) -> tuple[gr.Chatbot, gr.Textbox, gr.HTML]:
+def chat_column(examples: Sequence[str], base: bool) -> tuple[gr.Chatbot, gr.Textbox, gr.HTML]:
     """The conversation, what is typed, and a small line below."""
+    greeting, placeholder = (t(name + "_base" * base) for name in ("greeting", "placeholder"))
     chatbot = gr.Chatbot(
         elem_id="chat",
         show_label=False,
@@ -183,11 +186,11 @@ def chat_column(examples: Sequence[str] = EXAMPLES) -> tuple[gr.Chatbot, gr.Text
         height="100%",
         min_height="14rem",
         editable="user",
-        placeholder=t("greeting"),  # type: ignore[arg-type]
+        placeholder=greeting,  # type: ignore[arg-type]
         examples=[{"text": text} for text in examples],
     )
     box = gr.Textbox(
-        label=t("placeholder"), placeholder=t("placeholder"), show_label=False, container=False, max_lines=6,
+        label=placeholder, placeholder=placeholder, show_label=False, container=False, max_lines=6,
         autofocus=True, submit_btn=True, elem_id="box",
     )  # fmt: skip
     return chatbot, box, gr.HTML(elem_id="status")
@@ -216,20 +219,6 @@ def typing(allowed: bool, text: str | None = None) -> dict[str, Any]:
     """Turn the box's button into one that sends or one that stops; with `text`, replace what stands in the box."""
     value: dict[str, Any] = {} if text is None else {"value": text}
     return gr.update(submit_btn=allowed, stop_btn=not allowed, **value)
-
-
-def next_turn(messages: Messages, text: str, event: gr.EventData) -> tuple[Messages, str]:
-    """(conversation to go on from, what the person says): typed, an example, a message edited or asked again."""
-    data = event._data
-    if data is None:
-        return messages, text
-    if isinstance(data["value"], dict):
-        return messages, data["value"]["text"]
-    before = messages[: 2 * turns_before(messages, data["index"])]
-    if "previous_value" in data:
-        edited = data["value"].replace(BREAK, "")
-        return (before, edited) if edited.strip() else (messages, "")
-    return before, messages[len(before)]["content"]
 
 
 def undo(messages: Messages) -> tuple[Any, ...]:

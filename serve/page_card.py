@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.config import Config
+from jaxchat.engine.loading import trained_stages
 from jaxchat.errors import DataError
 from jaxchat.model.sizes import count_parameters
 from jaxchat.paths import RunDir, read_json
@@ -16,6 +17,11 @@ TRAINING = ("pretrain", "sft", "rl")
 TOGETHER = ("core", "chatcore")  # scores over many exams
 PROPER = {"core": "CORE", "chatcore": "ChatCORE", "mmlu": "MMLU", "arc_easy": "ARC-Easy",
           "arc_challenge": "ARC-Challenge", "gsm8k": "GSM8K", "humaneval": "HumanEval"}  # fmt: skip
+
+
+def is_base(run: RunDir) -> bool:
+    """Whether the model had no SFT: it goes on with texts, and answers nothing."""
+    return trained_stages(run)[0] == "base"
 
 
 def model_card(run: RunDir, config: Config, words: dict[str, str]) -> str:

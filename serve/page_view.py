@@ -43,6 +43,20 @@ def spoken(messages: Messages) -> Messages:
     ]
 
 
+def next_turn(messages: Messages, text: str, event: gr.EventData) -> tuple[Messages, str]:
+    """(conversation to go on from, what the person says): typed, an example, a message edited or asked again."""
+    data = event._data
+    if data is None:
+        return messages, text
+    if isinstance(data["value"], dict):
+        return messages, data["value"]["text"]
+    before = messages[: 2 * turns_before(messages, data["index"])]
+    if "previous_value" in data:
+        edited = data["value"].replace(BREAK, "")
+        return (before, edited) if edited.strip() else (messages, "")
+    return before, messages[len(before)]["content"]
+
+
 def show(messages: Messages) -> list[dict[str, Any]]:
     """A conversation as lines of the chatbot. A tool call is a line of its own: `12+30 = 42`."""
     lines: list[dict[str, Any]] = []

@@ -4,6 +4,8 @@ TEXTS = {
     "en": {
         "placeholder": "Say something",
         "greeting": "Say something, or try one of these.",
+        "placeholder_base": "The beginning of a text",
+        "greeting_base": "This model was not taught to answer: it goes on with the text that you begin.",
         "new_chat": "New chat",
         "about": "This model",
         "settings": "Settings",
@@ -34,6 +36,7 @@ TEXTS = {
         "slow_down": "Too many messages; try again in a minute.",
         "busy": "Everybody wants to talk right now; try again in a moment.",
         "loading": "The model is still loading; try again in a moment.",
+        "opens": "The model is loading. This page opens when it is ready.",
         "draining": "The service is shutting down.",
         "dead": "The model has stopped; the service must be started again.",
         "failed": "This could not be answered:",
@@ -41,6 +44,8 @@ TEXTS = {
     "ko": {
         "placeholder": "메시지를 입력하세요",
         "greeting": "말을 걸거나 예시를 골라 보세요.",
+        "placeholder_base": "이어 쓸 글의 첫머리",
+        "greeting_base": "대화를 배우지 않은 모델입니다. 글의 첫머리를 주면 이어서 씁니다.",
         "new_chat": "새 대화",
         "about": "이 모델",
         "settings": "설정",
@@ -71,6 +76,7 @@ TEXTS = {
         "slow_down": "메시지가 너무 많습니다. 1분 뒤에 다시 시도하세요.",
         "busy": "지금은 이용자가 많습니다. 잠시 뒤에 다시 시도하세요.",
         "loading": "모델을 불러오는 중입니다. 잠시 뒤에 다시 시도하세요.",
+        "opens": "모델을 불러오는 중입니다. 준비되면 페이지가 열립니다.",
         "draining": "서비스를 종료하는 중입니다.",
         "dead": "모델이 멈췄습니다. 서비스를 다시 시작해야 합니다.",
         "failed": "답하지 못했습니다:",
@@ -78,6 +84,19 @@ TEXTS = {
 }
 EXAMPLES = ["hello", "who are you?", "Tom has 12 apples and buys 30 more. How many?", "what do you like to do?"]
 LOGIN = "Any name will do; the password is an API key. 이름은 아무것이나, 비밀번호는 API 키입니다."
+
+WAIT = """<!doctype html><html lang={language}><meta charset=utf-8><meta http-equiv=refresh content=2>
+<meta name=viewport content="width=device-width"><meta name=color-scheme content="light dark"><title>jaxchat</title>
+<p style="font: 1rem system-ui, sans-serif; margin: 4rem auto; max-width: 40rem; padding: 0 1rem">{words}"""
+
+
+def wait_page(state: str, accepted: str, language: str) -> str:
+    """HTML that stands in the page's place, in the language of the browser (`accepted`: its Accept-Language) or the one
+    of `serve.language`; it asks again by itself."""
+    first = accepted.split(",")[0].split("-")[0].strip().lower()
+    language = next((name for name in (language, first) if name in TEXTS), "en")
+    words = TEXTS[language]
+    return WAIT.format(language=language, words=words["dead"] if state == "dead" else words["opens"])
 
 
 def texts(language: str) -> dict[str, dict[str, str]]:

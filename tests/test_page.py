@@ -325,7 +325,7 @@ def test_nothing_that_a_model_says_is_markup(browser, service):
     tokens = [Token(i, -1.0, ((i, -1.0), (tokenizer().bos, -2.0))) for i in tokenizer().encode(HOSTILE)]
     parts = [{"type": "python", "text": HOSTILE}, {"type": "text", "text": HOSTILE, "html": spans.add(tokens)}]
     with gr.Blocks(analytics_enabled=False) as blocks:
-        chatbot, _, _ = chat_column()
+        chatbot, _, _ = chat_column([], False)
         gr.Checkbox(True, elem_id="probabilities")
         talk = [*turn(HOSTILE, parts), *turn("x", [{"type": "text", "text": HOSTILE}])]
         blocks.load(lambda: show(talk), None, chatbot)

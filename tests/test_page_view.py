@@ -11,10 +11,10 @@ from small_model import tokenizer
 
 from jaxchat.engine.request import Token
 from jaxchat.paths import RunDir
-from serve.page import next_turn, undo
+from serve.page import undo
 from serve.page_card import model_card
-from serve.page_view import BREAK, TokenSpans, show, spoken, turn
-from serve.texts import TEXTS, texts
+from serve.page_view import BREAK, TokenSpans, next_turn, show, spoken, turn
+from serve.texts import TEXTS, texts, wait_page
 
 PARTS = [{"type": "python", "text": "12+30"}, {"type": "python_output", "text": "42"}, {"type": "text", "text": "So."}]
 TALK = [*turn("a", [{"type": "text", "text": "A"}]), *turn("b", PARTS), *turn("c")]
@@ -97,6 +97,15 @@ def test_a_character_cut_off_shows_as_such():
     assert html == "" and Spans(spans.end()).found[0][0] == "\ufffd"
     assert re.fullmatch("([0-9A-F]{2} ?)+", spans.readable(tokenizer().encode("안")[0]))
     assert spans.readable(tokenizer().encode(" ")[0]) == "␣" and spans.readable(tokenizer().encode("\n")[0]) == "⏎"
+
+
+def test_while_the_model_loads_the_page_speaks_the_reader_s_language():
+    korean = wait_page("loading", "ko-KR,ko;q=0.9", "auto")
+    assert TEXTS["ko"]["opens"] in korean and "lang=ko" in korean
+    assert TEXTS["en"]["opens"] in wait_page("loading", "ko", "en") and TEXTS["ko"]["dead"] in wait_page(
+        "dead", "ko", ""
+    )
+    assert TEXTS["en"]["opens"] in wait_page("loading", "", "auto") and "lang=en" in wait_page("", "<script>", "auto")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def test_the_lock_names_the_other_process_and_ends_with_it(tmp_path):
     other.wait()
     with run.lock():
         assert (run.root / ".lock").read_text() == str(os.getpid())
+    assert (run.root / ".lock").read_text() == "", "who reads it later must not stop a stranger"
 
 
 def test_metrics_survive_a_torn_line_and_truncate(tmp_path):

@@ -54,10 +54,11 @@ def _headline(card: Card) -> list[Block]:
         return []
     base = card["exams"].get("base", {}).get("bits_per_byte")
     text: list[Any] = [
-        f"A chat model of {count(train['parameters'])} parameters ({model['depth']} layers, width {model['width']}), "
-        "trained from raw text in ",
+        f"{'A chat model' if card['sft'] else 'A model'} of {count(train['parameters'])} parameters "
+        f"({model['depth']} layers, width {model['width']}), trained from raw text in ",
         Bold(duration(card["seconds_total"])),
         f" on {_device(_main_machine(card))}.",
+        "" if card["sft"] else " It goes on with a text; it was not taught to answer.",
     ]
     if base:
         text += [" It reads held-out text at ", Bold(f"{base['metric']:.3f} bits per byte"), "."]
@@ -108,7 +109,7 @@ def turns(source: Sequence[str]) -> list[Turn]:
 
 
 def _bare(text: str) -> str:
-    match = re.fullmatch(r"(`+) (.*) \1", text)
+    match = re.fullmatch(r"(`+) (.*) \1", text) or re.fullmatch("(`)([^`]*)`", text)
     return match[2] if match else text
 
 

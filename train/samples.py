@@ -73,7 +73,7 @@ def _shown(result: Result) -> str:
     """One line, tool calls visible, nothing interpreted as Markdown."""
     frames = {"text": "{}", "python": "[{} =", "python_output": " {}] "}
     text = "".join(frames[part["type"]].format(part["text"]) for part in result.parts)
-    text += " ..." if result.finish_reason == "length" else ""
+    text = text.rstrip("\ufffd") + " ..." if result.finish_reason == "length" else text  # cut inside a character
     return code(text) if text.strip() else "(nothing)"
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from jaxchat.config import Config
 from jaxchat.data.corpus import iterate_documents
-from jaxchat.errors import UsageError
+from jaxchat.data.tokenize import batches_of
+from jaxchat.errors import DataError, UsageError
 from jaxchat.log import say
-from jaxchat.text.tokenizer import Tokenizer
+from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
 
 EPOCHS = 4  # of a text that is small: then the held-out score of Shakespeare's plays was best (docs/book.md)
 SMALL_RUN = 4_000_000  # tokens, about ten minutes on two cores; a longer text is read once at least
-BYTES_PER_TOKEN = 3.0  # with the vocabularies below, about
+SAMPLE_CHARS = 1_500_000  # of the text at most, to learn how many tokens it comes to
+BYTES_PER_TOKEN = 3.0  # taken where the text is too small to tell
 VOCABULARIES = (384, 8192)  # at least and at most; one token for every kilobyte of text between
 # (tokens of the text from which on, layers, width, heads)
 SHAPES = ((0, 3, 128, 2), (100_000, 4, 192, 3), (3_000_000, 6, 256, 4), (20_000_000, 8, 384, 6))
@@ -35,32 +37,59 @@ def sized(config: Config) -> Config:
         raise UsageError(
             "data.size_model: how much of the hub's text? Set data.text_bytes, as --set data.text_bytes=20000000"
         )
-    size = sum(len(text.encode("utf-8", "replace")) for text in iterate_documents(config.data))
-    tokens = size / BYTES_PER_TOKEN
-    _, depth, width, heads = next(shape for shape in reversed(SHAPES) if tokens >= shape[0])
-    if model.depth != -1:  # the depth decides the rest, as everywhere
-        width = heads = -1
+    size, sample = _measured(config)
     if config.tokenizer.path:
         vocabulary = Tokenizer.load(Path(config.tokenizer.path).expanduser()).vocab_size
     else:
         low, high = VOCABULARIES
         vocabulary = min(high, max(low, 1 << (max(1, size // 1000).bit_length() - 1)))
+    vocabulary = _given(model.vocab_size, vocabulary)
+    tokens = size / _bytes_per_token(config, vocabulary, sample)
+    _, depth, width, heads = next(shape for shape in reversed(SHAPES) if tokens >= shape[0])
+    if model.depth != -1:  # the depth decides the rest, as everywhere
+        width = heads = -1
     seen = max(tokens, min(EPOCHS * tokens, SMALL_RUN))
     model = dataclasses.replace(
         model,
         depth=_given(model.depth, depth),
         width=_given(model.width, width),
         n_heads=_given(model.n_heads, heads),
-        vocab_size=_given(model.vocab_size, vocabulary),
+        vocab_size=vocabulary,
         seq_len=_given(model.seq_len, SEQ_LEN),
     )
     batch = _given(train.batch_tokens, max(BATCH_TOKENS, model.seq_len))
     train = dataclasses.replace(train, batch_tokens=batch, steps=_given(train.steps, max(1, round(seen / batch))))
     say(
-        f"{size:,} bytes of text: {model.depth} layers, {model.vocab_size:,} tokens, {train.steps:,} steps "
-        f"(about {train.steps * batch / tokens:.1f} epochs)"
+        f"{size:,} bytes of text in UTF-8: {model.depth} layers, a vocabulary of {model.vocab_size:,} tokens, "
+        f"{train.steps:,} step{'s' * (train.steps > 1)} (the text about {train.steps * batch / tokens:.1f} times)"
     )
     return dataclasses.replace(config, model=model, train=train)
+
+
+def _measured(config: Config) -> tuple[int, list[str]]:
+    """(bytes of the whole text, its first documents)."""
+    size, chars, sample = 0, 0, list[str]()
+    for text in iterate_documents(config.data):
+        size += len(text.encode("utf-8", "replace"))
+        if chars < SAMPLE_CHARS:
+            sample.append(text)
+            chars += len(text)
+    return size, sample
+
+
+def _bytes_per_token(config: Config, vocabulary: int, sample: list[str]) -> float:
+    """Of the tokenizer that the text will have: languages differ too much for one figure."""
+    options = config.tokenizer
+    try:
+        if options.path:
+            tokenizer = Tokenizer.load(Path(options.path).expanduser())
+        else:
+            limits = options.train_chars, options.doc_chars, options.normalize
+            tokenizer = train_tokenizer(sample, vocabulary, *limits)
+    except DataError:  # too small a text; the stage says so
+        return BYTES_PER_TOKEN
+    tokens = sum(len(ids) for batch in batches_of(sample) for ids in tokenizer.encode_batch(batch))
+    return sum(len(text.encode("utf-8", "replace")) for text in sample) / max(tokens, 1)
 
 
 def _given(value: int, fitted: int) -> int:

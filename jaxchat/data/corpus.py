@@ -95,7 +95,8 @@ def parse(source: str) -> list[tuple[str, float]]:
         elif name.startswith("synthetic:"):
             _lottery_count(name)
         elif name != "chitchat" and not name.startswith("files:"):
-            raise UsageError(f"data.source: {name!r} is unknown; take {KNOWN}; for example files:books/*.txt")
+            advice = f"did you mean files:{name}?" if os.path.exists(name) else "for example files:books/*.txt"
+            raise UsageError(f"data.source: {name!r} is unknown; take {KNOWN}; {advice}")
         found.append((name, weight))
     total = sum(weight for _, weight in found)
     return [(name, weight / total) for name, weight in found]

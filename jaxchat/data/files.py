@@ -157,14 +157,14 @@ def _open(path: Path, encoding: str) -> IO[str]:
 def _wrong_encoding(path: Path, encoding: str, error: UnicodeError) -> str:
     """What to do about a text that is not in the encoding it was read in."""
     if encoding != "auto":
-        return f"not text in {encoding} ({getattr(error, 'reason', error)}); see data.encoding"
+        return f"not text in {encoding} ({getattr(error, 'reason', error)}); mend it, or name another data.encoding"
     with _raw(path) as file:
         start = file.read(GUESS_BYTES)
     for name, letters, least, most in GUESSES:
         share, foreign = _shares(start, name, letters)
         if share > LIKELY and least < foreign < most:
             likely = "cp949" if name == "euc_kr" else name
-            return f"not UTF-8 text; it reads like {likely}: set data.encoding={likely}, or convert it"
+            return f"not UTF-8 text; it reads like {likely}: give --set data.encoding={likely}, or convert it"
     why = getattr(error, "reason", error)
     return f"not UTF-8 text ({why}); convert it, name its encoding with data.encoding, or leave it out"
 

@@ -194,8 +194,8 @@ class Hub:
                 break
         raise DataError(
             f"hf:{self.repo}: {what} cannot be had ({_line(failure)}). The same command goes on where it stopped; or "
-            f"put the files of commit {self.commit[:8] if hasattr(self, 'commit') else self.revision} into a folder "
-            "and set data.mirror to it"
+            f"download {self.repo} ({self.commit[:8] if hasattr(self, 'commit') else self.revision}) elsewhere and "
+            "give its folder, --set data.mirror=FOLDER; or train on text of your own, --data 'files:*.txt'"
         )
 
 
