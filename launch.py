@@ -201,10 +201,10 @@ def run(args: argparse.Namespace) -> None:
         from train.stages import run_stages, select, unfinished
         from train.summary import summarize
 
-        own, told = directory.config, (args.tier, args.config, args.data, args.seed, *args.set)
-        if args.run_dir and not own.exists() and all(word is None for word in told):
-            raise DataError(f"{directory.root}: there is no such run; give --tier to begin one")
         stages = select(args.stages, args.start)
+        told = (args.tier, args.config, args.data, args.seed, *args.set)
+        if args.run_dir and not directory.config.exists() and all(word is None for word in told):
+            raise DataError(f"{directory.root}: there is no such run; give --tier to begin one")
         join_processes(args)
         say(f"jaxchat {config.tier} in {directory.root}")
         run_stages(config, directory, stages, reasons)

@@ -60,6 +60,8 @@ def test_tier_head_comment_gives_command_hardware_time_and_cost(tier):
         ("model.detph=3", "model.detph: unknown key, did you mean model.depth?"),
         ("depth=3", "depth: unknown key, did you mean model.depth?"),
         ("model.depth=three", "model.depth: needs a whole number, not 'three'"),
+        ("model.depth=\uff16", "needs a whole number, not '\uff16'; did you mean 6, in plain digits?"),
+        ("모델.깊이=3", "모델: unknown key; docs/configuration.md has every key"),
         ("model.depth=3.5", "model.depth: needs a whole number, not 3.5"),
         ("model.depth=true", "model.depth: needs a whole number, not True"),
         ("model.smear=1", "model.smear: needs true or false, not 1"),

@@ -158,7 +158,7 @@ def bad_files(folder):
         "random.md": (random.Random(0).randbytes(5000), "binary|not UTF-8"),
         "utf16.txt": ("hello".encode("utf-16-le"), "binary"),  # without its mark
         "cut16.txt": ("hello".encode("utf-16")[:-1], "not UTF-8"),
-        "cp949.txt": ("한국어 문장".encode("cp949"), r"reads like cp949: set data\.encoding=cp949"),
+        "cp949.txt": ("한국어 문장".encode("cp949"), r"reads like cp949: give --set data\.encoding=cp949"),
         "sjis.txt": ("日本語の文章です。これはテスト。".encode("shift_jis"), r"reads like shift_jis"),
         "gb.txt": ("这是一个中文的句子，我们读它。".encode("gb18030"), r"reads like gb18030"),
         "cp1251.txt": ("Это русский текст.".encode("cp1251"), r"reads like cp1251"),

@@ -185,7 +185,7 @@ def test_a_failure_of_one_process_is_everybodys(corpus, tmp_path):
     ],
 )
 def test_flags_that_make_no_sense_are_one_line(tmp_path, capsys, flags, message):
-    assert launch.main(["--run-dir", str(tmp_path / "run"), *flags]) == 2
+    assert launch.main(["--tier", "nano", "--run-dir", str(tmp_path / "run"), *flags]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 

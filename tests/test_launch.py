@@ -119,6 +119,8 @@ def test_two_at_once_on_one_directory(corpus, tmp_path):
         (["--set", 'sft.mixture=["identity:5","identity:6"]'], 2, "identity stands there twice"),
         (["--plan", "--target", "b300:8"], 2, "--target b300:8"),
         (["--chat"], 3, "run"),
+        ([], 3, "there is no such run; give --tier to begin one"),
+        (["--data", "."], 2, "did you mean files:.?"),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, capsys, monkeypatch, args, code, message):
@@ -145,7 +147,7 @@ def test_a_mended_command_is_not_refused(corpus, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert launch.main(["--run-dir", str(tmp_path / "file" / "run")]) == 3
+    assert launch.main(["--tier", "nano", "--run-dir", str(tmp_path / "file" / "run")]) == 3
     assert "file" in capsys.readouterr().err
 
 
