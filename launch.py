@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import dataclasses
 import json
@@ -9,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,10 +21,14 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
-from jaxchat.config import Config, load_config, tier_files
-from jaxchat.errors import DataError, InterruptedRun, JaxchatError, OutOfMemoryError, UsageError
-from jaxchat.log import console, say
-from jaxchat.paths import RunDir
+try:
+    from jaxchat.config import Config, load_config, tier_files
+    from jaxchat.errors import DataError, InterruptedRun, JaxchatError, OutOfMemoryError, UsageError
+    from jaxchat.log import console, say
+    from jaxchat.paths import RunDir
+except ModuleNotFoundError as missing:
+    print(f"error: {missing.name} is not installed here; run pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 
 def prefer_huge_pages() -> None:
@@ -215,6 +221,9 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code of the contract."""
     signal.signal(signal.SIGTERM, _terminated)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's is left alone
+        signal.signal(signal.SIGHUP, _terminated)
+    sys.unraisablehook = _lost_on_the_way
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where there is no home to write it says so at length
     try:
         run(make_parser().parse_args(argv))
@@ -257,7 +266,26 @@ def _leave(message: str = "", code: int = 0) -> None:
 
 
 def _terminated(number: int, frame: Any) -> None:
-    raise InterruptedRun("stopped by SIGTERM; the same command goes on from here")
+    raise InterruptedRun(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
+
+
+def _lost_on_the_way(found: Any) -> None:
+    """What is raised inside a callback of the garbage collector (JAX has one) or a destructor goes no further; a signal
+    that came just then comes once more."""
+    if issubclass(found.exc_type, KeyboardInterrupt | InterruptedRun):
+        number = signal.SIGINT if issubclass(found.exc_type, KeyboardInterrupt) else signal.SIGTERM
+        again = threading.Timer(0.01, _send, (number,))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(found)
+
+
+def _send(number: int) -> None:
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)  # wakes it, too
+    else:
+        _thread.interrupt_main(signal.Signals(number))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -28,8 +29,12 @@ console = Console(highlight=False, stderr=True, emoji=False)
 
 
 def say(text: str, style: str | None = None) -> None:
-    """One line to the person; rich markup inside `text` is not interpreted."""
-    console.print(text, style=style, markup=False, soft_wrap=True)
+    """One line to the person, if the terminal is still there; rich markup inside `text` is not interpreted."""
+    try:
+        console.print(text, style=style, markup=False, soft_wrap=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 def animated() -> bool:

@@ -40,7 +40,7 @@ from serve.texts import wait_page
 from serve.worker import Worker
 
 log = logging.getLogger("jaxchat.serve")
-CLOSE_SECONDS = 3  # for connections to end after the answers have; an open page keeps one for good
+CLOSE_SECONDS = 1  # for connections to end after the answers have; an open page keeps one for good
 KEEP_ALIVE = 65  # seconds; longer than the minute after which clients and proxies drop an idle connection
 API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics")
 PageMaker = Callable[[Worker], Any]  # FastAPI app with the page mounted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import logging
@@ -17,6 +18,13 @@ from serve.service import Service
 
 log = logging.getLogger("jaxchat.serve")
 LEVELS = {"WARNING": "warn"}
+
+
+def told(record: logging.LogRecord) -> bool:
+    """Not what an open page leaves at the end: its connection is cut, and uvicorn shows where, at length."""
+    raised = record.exc_info and record.exc_info[0]
+    cut = "timeout graceful shutdown exceeded" in record.getMessage()
+    return not cut and not (raised and issubclass(raised, asyncio.CancelledError))
 
 
 class JsonLines(logging.Formatter):
@@ -42,6 +50,7 @@ def to_standard_error() -> None:
     """Our own records from INFO on, and uvicorn's from WARNING on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
+    handler.addFilter(told)
     for name, level in (("jaxchat.serve", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]

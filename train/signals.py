@@ -11,7 +11,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def signals(asked: Callable[[int], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT call `asked`, so that the loop saves and leaves; a second SIGINT stops at once.
+    """SIGTERM, SIGINT and SIGHUP (the terminal is gone) call `asked`, so that the loop saves and leaves.
+
+    A second SIGINT stops at once.
 
     Main thread only; elsewhere nothing happens.
     """
@@ -23,7 +25,10 @@ def signals(asked: Callable[[int], None]) -> Iterator[None]:
         asked(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's is left alone
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield
     finally:

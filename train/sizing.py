@@ -44,7 +44,7 @@ def sized(config: Config) -> Config:
         low, high = VOCABULARIES
         vocabulary = min(high, max(low, 1 << (max(1, size // 1000).bit_length() - 1)))
     vocabulary = _given(model.vocab_size, vocabulary)
-    tokens = size / _bytes_per_token(config, vocabulary, sample)
+    tokens = size / _bytes_per_token(config, vocabulary, sample) * (1 - config.data.val_fraction)
     _, depth, width, heads = next(shape for shape in reversed(SHAPES) if tokens >= shape[0])
     if model.depth != -1:  # the depth decides the rest, as everywhere
         width = heads = -1

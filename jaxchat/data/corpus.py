@@ -199,7 +199,8 @@ def _limit_of(part: Part, val_fraction: float) -> float:
         return limit_of_hashes(hashes, val_fraction)
     except ValueError:
         raise DataError(
-            f"{part.source}: only one document; at least 2 different ones are needed, one to train on and one held out"
+            f"{part.source}: only one document; at least 2 different ones are needed, one to train on and one held "
+            "out: bring more text (a document is some 4,000 characters of it, or a file)"
         ) from None
 
 

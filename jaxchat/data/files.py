@@ -61,7 +61,8 @@ def find_files(source: str) -> list[Path]:
         if found:
             others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise DataError(f"{source}: {found[0]}{others} is of no known kind: {kinds} (text also .gz, .zst)")
-        raise DataError(f"{source}: no such files; give a path or a glob of {kinds} files (text also .gz, .zst)")
+        place = f"(text also .gz, .zst); looked for in {os.getcwd()}"
+        raise DataError(f"{source}: no such files; give a path or a glob of {kinds} files {place}")
     return files
 
 
