@@ -46,8 +46,8 @@ def exam_table(card: Card) -> str:
     stages = [stage for stage in STAGE_TITLES if stage in card["exams"]]
     rows = [["exam", *(STAGE_TITLES[stage] for stage in stages), "chance", "cases"]]
     for row in _rows(card, stages):
-        cells = [f"{c.text} ({c.note})" if isinstance(c, Score) and c.note else getattr(c, "text", str(c)) for c in row]
-        rows.append(cells)
+        notes = [f" ({c.note.replace(' to ', '..')})" if isinstance(c, Score) and c.note else "" for c in row]
+        rows.append([getattr(c, "text", str(c)) + note for c, note in zip(row, notes, strict=True)])
     return text_table(rows)
 
 
