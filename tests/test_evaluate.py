@@ -425,4 +425,4 @@ def test_the_table_is_printed(config, run, facts, capsys):
     scores = read_json(run.eval("sft"))["tasks"]
     assert f"{scores['identity']['accuracy']:.1%} (" in shown["identity"]
     low, high = scores["bits_per_byte"]["interval"]
-    assert low < scores["bits_per_byte"]["metric"] < high and f"({low:.4f} to {high:.4f})" in shown["bits_per_byte"]
+    assert low < scores["bits_per_byte"]["metric"] < high and f"({low:.4f}..{high:.4f})" in shown["bits_per_byte"]
