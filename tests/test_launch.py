@@ -73,6 +73,12 @@ def test_killed_and_started_again_ends_bit_equal(corpus, finished, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_a_python_without_the_packages_is_told_what_to_install():
+    done = subprocess.run([sys.executable, "-S", "launch.py", "--tiers"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "is not installed here; run pip install -r requirements.txt" in done.stderr
+
+
 INSIDE = """
 import gc, signal, sys, time, launch
 sent = []

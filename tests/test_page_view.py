@@ -1,6 +1,8 @@
 """What the chat page shows: lines, tool calls, tokens with their probabilities, the model's card."""
 
+import asyncio
 import json
+import logging
 import re
 from html.parser import HTMLParser
 
@@ -11,8 +13,9 @@ from small_model import tokenizer
 
 from jaxchat.engine.request import Token
 from jaxchat.paths import RunDir
+from serve.logs import told
 from serve.page import undo
-from serve.page_card import model_card
+from serve.page_card import is_base, model_card
 from serve.page_view import BREAK, TokenSpans, next_turn, show, spoken, turn
 from serve.texts import TEXTS, texts, wait_page
 
@@ -97,6 +100,25 @@ def test_a_character_cut_off_shows_as_such():
     assert html == "" and Spans(spans.end()).found[0][0] == "\ufffd"
     assert re.fullmatch("([0-9A-F]{2} ?)+", spans.readable(tokenizer().encode("안")[0]))
     assert spans.readable(tokenizer().encode(" ")[0]) == "␣" and spans.readable(tokenizer().encode("\n")[0]) == "⏎"
+
+
+def test_a_run_without_sft_is_told_from_one_with_it(tmp_path):
+    run = RunDir(tmp_path)
+    run.config.write_text("")
+    (tmp_path / "base" / "3").mkdir(parents=True)
+    assert is_base(run)
+    (tmp_path / "sft" / "1").mkdir(parents=True)
+    assert not is_base(run)
+
+
+def test_what_an_open_page_leaves_at_the_end_is_not_logged():
+    def record(message, error=None):
+        raised = (type(error), error, None) if error else None
+        return logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, message, (), raised)
+
+    assert not told(record("Exception in ASGI application", asyncio.CancelledError()))
+    assert not told(record("Cancel 1 running task(s), timeout graceful shutdown exceeded"))
+    assert told(record("Exception in ASGI application", ValueError("x"))) and told(record("engine dead"))
 
 
 def test_while_the_model_loads_the_page_speaks_the_reader_s_language():

@@ -38,13 +38,12 @@ def sized(config: Config) -> Config:
             "data.size_model: how much of the hub's text? Set data.text_bytes, as --set data.text_bytes=20000000"
         )
     size, sample = _measured(config)
-    if config.tokenizer.path:
-        vocabulary = Tokenizer.load(Path(config.tokenizer.path).expanduser()).vocab_size
-    else:
-        low, high = VOCABULARIES
-        vocabulary = min(high, max(low, 1 << (max(1, size // 1000).bit_length() - 1)))
-    vocabulary = _given(model.vocab_size, vocabulary)
-    tokens = size / _bytes_per_token(config, vocabulary, sample) * (1 - config.data.val_fraction)
+    path, (low, high) = config.tokenizer.path, VOCABULARIES
+    own = Tokenizer.load(Path(path).expanduser()) if path else None
+    fitted = own.vocab_size if own else min(high, max(low, 1 << (max(1, size // 1000).bit_length() - 1)))
+    vocabulary = _given(model.vocab_size, fitted)
+    tokenizer = own or _trained(config, vocabulary, sample)
+    tokens = size / _bytes_per_token(tokenizer, sample) * (1 - config.data.val_fraction)
     _, depth, width, heads = next(shape for shape in reversed(SHAPES) if tokens >= shape[0])
     if model.depth != -1:  # the depth decides the rest, as everywhere
         width = heads = -1
@@ -77,16 +76,18 @@ def _measured(config: Config) -> tuple[int, list[str]]:
     return size, sample
 
 
-def _bytes_per_token(config: Config, vocabulary: int, sample: list[str]) -> float:
-    """Of the tokenizer that the text will have: languages differ too much for one figure."""
+def _trained(config: Config, vocabulary: int, sample: list[str]) -> Tokenizer | None:
+    """One like that which stage tokenizer will train; None where the text is too small for it, which the stage says."""
     options = config.tokenizer
     try:
-        if options.path:
-            tokenizer = Tokenizer.load(Path(options.path).expanduser())
-        else:
-            limits = options.train_chars, options.doc_chars, options.normalize
-            tokenizer = train_tokenizer(sample, vocabulary, *limits)
-    except DataError:  # too small a text; the stage says so
+        return train_tokenizer(sample, vocabulary, options.train_chars, options.doc_chars, options.normalize)
+    except DataError:
+        return None
+
+
+def _bytes_per_token(tokenizer: Tokenizer | None, sample: list[str]) -> float:
+    """Measured, for languages differ too much for one figure."""
+    if tokenizer is None:
         return BYTES_PER_TOKEN
     tokens = sum(len(ids) for batch in batches_of(sample) for ids in tokenizer.encode_batch(batch))
     return sum(len(text.encode("utf-8", "replace")) for text in sample) / max(tokens, 1)
