@@ -11,9 +11,10 @@ from jaxchat.optim.horizon import resolve
 from jaxchat.paths import read_json, write_json
 from train import cost, report, report_exams
 from train.report_blocks import Fold, Listing, Table, Turn
-from train.report_markdown import markdown
+from train.report_markdown import code, markdown
 from train.report_plots import dynamics_plot
 from train.report_text import card_blocks, duration, turns
+from train.samples import quote
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +329,7 @@ def test_prices_are_found_by_the_names_that_devices_give(kind, name):
 def test_samples_are_read_back_as_they_were_meant():
     found = turns(["> ` hi `", "", "- **0**: `` a ` b ``", "- **0.8**: (nothing)", "", "> (nothing)", "stray"])
     assert found == [Turn("hi", [("0", "a ` b"), ("0.8", "(nothing)")]), Turn("(nothing)", [])]
+    assert turns([quote("plain"), f"- **0**: {code('a b')}"]) == [Turn("plain", [("0", "a b")])]
 
 
 def test_no_text_of_the_run_is_markup():
