@@ -1,7 +1,6 @@
 """The laws of the architecture, held by walking the imports."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +21,6 @@ WITHOUT_JAX = ("jaxchat/toml.py", "jaxchat/config.py", "jaxchat/recipes.py", "ja
                "jaxchat/errors.py", "jaxchat/text/", "jaxchat/tools/")  # fmt: skip
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "grain"}
 ENTRY_NAMES = {"argv", "orig_argv", "environ", "environb", "getenv", "getenvb", "putenv", "unsetenv", "parse_args"}
-MAX_FILE, MAX_FUNCTION = 300, 60
-# longer for a reason: splitting would make a reader jump
-LONGER_FILES: dict[str, int] = {}
-LONGER_FUNCTIONS: dict[str, int] = {}
 
 
 def name_of(path):
@@ -169,16 +164,6 @@ def test_every_way_around_that_law_is_seen(code):
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)
-def test_sizes(path):
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= LONGER_FILES.get(name_of(path), MAX_FILE)
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= LONGER_FUNCTIONS.get(f"{name_of(path)}:{node.name}", MAX_FUNCTION), node.name
-
-
-@pytest.mark.parametrize("path", PRODUCT, ids=name_of)
 def test_public_functions_are_typed_and_modules_documented(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert not tree.body or ast.get_docstring(tree), "no module docstring"
@@ -187,18 +172,3 @@ def test_public_functions_are_typed_and_modules_documented(path):
             missing = [a.arg for a in node.args.args + node.args.kwonlyargs if a.annotation is None]
             assert not missing, f"{node.name}: untyped {missing}"
             assert node.returns is not None, f"{node.name}: no return type"
-
-
-def test_every_module_has_its_test_file():
-    """By its name (`sandbox_limits.py`: of its family, `test_sandbox.py`), or imported by one."""
-    named = {part for p in (ROOT / "tests").glob("test_*.py") for part in p.stem.split("_")}
-    tested = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
-    for path in PRODUCT:
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts[-1] == "__init__" or parts == ("launch",):
-            continue
-        if parts[-1].split("_")[0] in named:
-            continue
-        module = ".".join(parts)
-        short = rf"from {re.escape('.'.join(parts[:-1]))} import [^\n]*\b{parts[-1]}\b"
-        assert re.search(rf"\b{re.escape(module)}\b|{short}", tested), f"no test imports {module}"
