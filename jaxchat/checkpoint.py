@@ -188,14 +188,21 @@ def save_params(directory: str | Path, step: int, params: Any, meta: dict[str, A
 def trained_params(run: RunDir, stage: str) -> Any:
     """What a stage has made, as host arrays; `DataError` where they are not what it recorded when it was done."""
     record = recorded(run, stage)
+    proved = record.get("status") == "done" and "params_sha256" in record
+    params, _ = restore_params(run.stage(stage), verify=not proved)
+    check_recorded(run, stage, params)
+    return params
+
+
+def check_recorded(run: RunDir, stage: str, params: Any) -> None:
+    """`DataError` where `params` are not those that the finished stage recorded. All processes must ask."""
+    record = recorded(run, stage)
     known = record.get("params_sha256", "") if record.get("status") == "done" else ""
-    params, _ = restore_params(run.stage(stage), verify=not known)
     if known and known != params_sha256(params):
         raise DataError(
             f"{run.stage(stage)}: its newest checkpoint is damaged (the SHA-256 of its parameters is not the recorded "
             "one); restore the folder from a copy, or delete it and run the stage again"
         )
-    return params
 
 
 def recorded(run: RunDir, stage: str) -> dict[str, Any]:

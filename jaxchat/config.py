@@ -101,12 +101,14 @@ class OptimConfig:
     unembedding_lr: float = -1.0
     embedding_lr: float = -1.0
     scalar_lr: float = 0.5
+    mixing_lr: float = 0.2  # of smear and backout; never multiplied by lr_scale
     adamw_lr: float = 6e-4  # kind = "adamw": one rate for everything
     weight_decay: float = -1.0
     warmup_steps: int = -1
     warmdown_ratio: float = -1.0  # share of the steps in which the rate falls
     final_lr: float = -1.0  # lr_mult at the last step
     grad_clip: float = -1.0  # global norm; 0: off
+    momentum: tuple[float, ...] = (0.85, 0.97, 0.90)  # Muon's: first step, after its warm-up, last step
     momentum_warmup_steps: int = 400
     ns_steps: int = 5  # Polar Express iterations
 

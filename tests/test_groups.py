@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from jaxchat.config import load_config, tier_files
+from jaxchat.errors import UsageError
 from jaxchat.model import gpt
 from jaxchat.optim import schedules
 from jaxchat.optim.groups import carry_moments, label_parameters, make_optimizer, make_schedule
 from jaxchat.optim.horizon import resolve
+from train.rl import rl_config
+from train.sft import sft_config
 
 TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=64",
         "model.seq_len=32", "train.batch_tokens=64", "train.steps=10"]  # fmt: skip
@@ -50,6 +53,74 @@ def test_first_updates_have_the_rates_of_the_table(kind):
     np.testing.assert_allclose(np.abs(updates["smear_gate"]), 0.2, rtol=0.05)
     norm = np.linalg.norm(updates["blocks"]["fc"], axis=(-2, -1))
     np.testing.assert_allclose(norm, 0.02 * scale * 2 * 32**0.5, rtol=0.02)
+
+
+# Written by hand after nanochat's chat_sft.py and chat_rl.py: the rates at 2^19 tokens a step and more, times 0.8 and
+# 0.05; tables are also divided by sqrt(width / 768), value embeddings have half of the embedding's rate.
+FIRST_RATES = {
+    "sft": {"matrix": 0.016, "unembedding": 0.0064, "embedding": 0.24, "value_embedding": 0.12, "residual": 0.004,
+            "x0": 0.4, "mixing": 0.16},
+    "rl": {"matrix": 0.001, "unembedding": 0.0002, "embedding": 0.01, "value_embedding": 0.005, "residual": 0.00025,
+           "x0": 0.025, "mixing": 0.01},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "batch"), [("sft", 2**19), ("sft", 2**20), ("rl", 2**19), ("rl", 2**20)])
+def test_sft_and_rl_begin_at_their_own_rates(stage, batch):
+    config = resolve(load_config("d20", [*TINY, f"train.batch_tokens={batch}"]))
+    config = sft_config(config, rows=10**6) if stage == "sft" else rl_config(config, questions=1000, devices=1)
+    updates = first_updates(config)
+    labels = label_parameters(updates)
+    for name, group, update in zip(*map(jax.tree.leaves, (names(updates), labels, updates)), strict=True):
+        rate = FIRST_RATES[stage][group]
+        if "embedding" in group:
+            rate *= (32 / 768) ** -0.5
+        if group == "matrix":  # each update has the norm of a semi-orthogonal matrix, more where it widens
+            rows, columns = update.shape[-2:]
+            norm = np.linalg.norm(update, axis=(-2, -1))
+            expected = rate * min(rows, columns) ** 0.5 * max(1, columns / rows) ** 0.5
+            np.testing.assert_allclose(norm, expected, rtol=0.02, err_msg=name)
+        else:  # Adam's first step moves every weight by the rate
+            np.testing.assert_allclose(np.abs(update), rate, rtol=0.02, err_msg=name)
+
+
+def test_small_batches_keep_their_factor_in_sft_and_rl():
+    config = resolve(load_config("nano"))
+    for stage in (sft_config(config, rows=1000), rl_config(config, questions=1000, devices=1)):
+        ratio = config.sft.lr_ratio if stage.optim.warmdown_ratio == 0.5 else config.rl.lr_ratio
+        assert stage.optim.lr_scale == pytest.approx(2**-1 * ratio)  # (2^11 / 2^19)^(1/8)
+        assert stage.optim.mixing_lr == pytest.approx(0.2 * ratio)
+
+
+@pytest.mark.parametrize("value", ["[0.9]", "[0.9, 1.5, 0.9]"])
+def test_momentum_takes_three_numbers_below_one(value):
+    with pytest.raises(UsageError, match=r"optim\.momentum"):
+        resolve(load_config("nano", [f"optim.momentum={value}"]))
+
+
+def test_the_smear_gate_moves_on_gradients_far_below_the_epsilon_of_the_scalars():
+    config = resolve(load_config("nano", [*TINY, "optim.warmup_steps=0"]))
+    updates = first_updates(config, size=3e-5)
+    np.testing.assert_allclose(np.abs(updates["smear_gate"]), 0.2, rtol=1e-3)
+    # m / (sqrt(v) + 1e-4)
+    np.testing.assert_allclose(np.abs(updates["backout_scale"]), 0.2 * 3e-5 / (3e-5 + 1e-4), rtol=1e-3)
+    np.testing.assert_allclose(np.abs(updates["smear_scale"]), 0.2 * 3e-5 / (3e-5 + 1e-4), rtol=1e-3)
+
+
+def first_updates(config, size=0.1):
+    """The first step from weights of zero, which nothing decays, with gradients of one size and random signs."""
+    optimizer = make_optimizer(config, jnp.float32)
+    params = jax.tree.map(jnp.zeros_like, gpt.init_params(config.model, 0))
+    key = jax.random.key(1)
+    grads = {}
+    for i, (path, p) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+        grads[path] = size * jax.random.rademacher(jax.random.fold_in(key, i), p.shape, jnp.float32)
+    grads = jax.tree_util.tree_map_with_path(lambda path, _: grads[path], params)
+    return optimizer.update(grads, optimizer.init(params), params)[0]
+
+
+def names(tree):
+    return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), tree)
 
 
 def test_trapezoid():

@@ -35,6 +35,15 @@ def test_decay_keeps_rate_times_decay_times_steps():
     assert products == pytest.approx([products[0]] * 3, rel=1e-3)
 
 
+@pytest.mark.parametrize("ratio", [8, 10.5, 12])
+def test_decay_is_that_of_nanochat_at_any_ratio(ratio):
+    """Its formula: 0.28 sqrt(B / 2^19) (tokens of d12 / tokens), both at the same tokens a parameter."""
+    c = resolve(load_config("d20", [f"train.token_ratio={ratio}"]))
+    scaling = [count_parameters(resolve(load_config(tier)).model).scaling for tier in ("d12", "d20")]
+    formula = 0.28 * (c.train.batch_tokens / 2**19) ** 0.5 * scaling[0] / scaling[1]
+    assert c.optim.weight_decay == pytest.approx(formula, rel=1e-3)
+
+
 def test_rate_scale():
     assert rate_scale(2**19) == 1.0
     assert rate_scale(2**21) == 2.0

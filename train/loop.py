@@ -18,14 +18,15 @@ import optax
 from jax.sharding import Mesh
 
 from jaxchat import hosts
-from jaxchat.checkpoint import Checkpoints, params_sha256
+from jaxchat.checkpoint import Checkpoints, check_recorded, params_sha256
 from jaxchat.config import Config
 from jaxchat.data.rows import Rows
 from jaxchat.errors import DivergedError, InterruptedRun
 from jaxchat.log import MetricsFile, Task, animated, progress, say
 from jaxchat.mesh import batch_devices, make_mesh, micro_batch
 from jaxchat.model.sizes import flops_per_token, peak_flops
-from jaxchat.optim.groups import advance_schedules, make_optimizer, make_schedule
+from jaxchat.optim.groups import advance_schedules, carry_moments, make_optimizer, make_schedule
+from jaxchat.paths import RunDir
 from jaxchat.scores import make_eval_step
 from jaxchat.state import (
     Batch,
@@ -117,6 +118,20 @@ def fit(job: Job) -> dict[str, Any]:
     if hosts.index() == 0:
         loss_plot(job.directory / "metrics.jsonl", job.directory / "loss.png", job.title)
     return run.facts | {"params_sha256": params_sha256(state.params)}
+
+
+def continued(run: RunDir, stage: str, state: TrainState) -> TrainState:
+    """`state` with the parameters and optimizer moments that `stage` ended with; its schedules stay at step 0.
+
+    `DataError` where the newest checkpoint is damaged or is not what the stage recorded.
+    """
+    checkpoints = Checkpoints(run.stage(stage))
+    try:
+        before, _ = checkpoints.restore(state, go_back=False)
+    finally:
+        checkpoints.close()
+    check_recorded(run, stage, before.params)
+    return TrainState(before.params, carry_moments(before.opt_state, state.opt_state), state.step)
 
 
 def _newest(

@@ -16,11 +16,12 @@ import jax
 import numpy as np
 
 from jaxchat import hosts
-from jaxchat.checkpoint import restore_params, trained_params
+from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import read_metrics, say
 from jaxchat.mesh import batch_devices, batch_sharding, make_mesh
+from jaxchat.optim.horizon import fine_tuning_optim
 from jaxchat.paths import RunDir, atomic_write
 from jaxchat.scores import make_nll_step
 from jaxchat.state import TrainState
@@ -30,7 +31,7 @@ from jaxchat.tasks.registry import get_task
 from jaxchat.text.chat import render_prompt
 from jaxchat.text.tokenizer import Tokenizer
 from train.draws import Draw
-from train.loop import Job, fit
+from train.loop import Job, continued, fit
 from train.report_plots import rl_plot
 from train.rl_batch import advantages, build, longest, micro_batches, on_mesh, rewards, row_lengths
 from train.rl_rollouts import LENGTH_MULTIPLE, Answers, Rollouts, sample_seed
@@ -38,6 +39,8 @@ from train.rl_scores import kl_per_token
 from train.samples import answer_line, quote
 from train.shares import pass_at_k
 
+# Muon's momentum and the largest rates of the tables, before `rl.lr_ratio`, as in nanochat's RL
+MOMENTUM, EMBEDDING_LR, UNEMBEDDING_LR = (0.95, 0.95, 0.95), 0.2, 0.004
 SHOWN = 8  # questions of every evaluation in `rollouts.md`
 
 
@@ -56,16 +59,13 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         f"{config.rl.samples} answers"
     )
 
-    def start(state: TrainState) -> TrainState:
-        return dataclasses.replace(state, params=placed(trained_params(run, "sft"), state.params))
-
     job = Job(
         config=settings,
         directory=run.stage("rl"),
         rows=None,
         val_rows=None,
         byte_lengths=tokenizer.byte_lengths(),
-        start=start,
+        start=lambda state: continued(run, "sft", state),
         draw=player.draw,
         evaluators=[player.scores],
         score_start=True,
@@ -110,13 +110,11 @@ def rl_config(config: Config, questions: int, devices: int) -> Config:
             checkpoint_every=rl.checkpoint_every,
         ),
         optim=dataclasses.replace(
-            config.optim,
-            lr_scale=config.optim.lr_scale * rl.lr_ratio,
-            warmup_steps=0,
+            fine_tuning_optim(config, rl.lr_ratio),
+            embedding_lr=min(config.optim.embedding_lr, EMBEDDING_LR),
+            unembedding_lr=min(config.optim.unembedding_lr, UNEMBEDDING_LR),
             warmdown_ratio=1.0,
-            final_lr=0.0,
-            weight_decay=0.0,
-            momentum_warmup_steps=0,
+            momentum=MOMENTUM,
         ),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jaxchat.config import Config, ModelConfig
+from jaxchat.config import Config, ModelConfig, OptimConfig, TrainConfig
 from jaxchat.errors import UsageError
 from jaxchat.model.sizes import count_parameters
 from jaxchat.recipes import RECIPES, fill, is_derived, resolve_model
@@ -56,12 +56,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.unembedding_lr": (0, INFINITE),
     "optim.embedding_lr": (0, INFINITE),
     "optim.scalar_lr": (0, INFINITE),
+    "optim.mixing_lr": (0, INFINITE),
     "optim.adamw_lr": (0, INFINITE),
     "optim.weight_decay": (0, INFINITE),
     "optim.warmup_steps": (0, INFINITE),
     "optim.warmdown_ratio": (0, 1),
     "optim.final_lr": (0, 1),
     "optim.grad_clip": (0, INFINITE),
+    "optim.momentum": (0, 1),
     "optim.momentum_warmup_steps": (0, INFINITE),
     "optim.ns_steps": (1, 20),
     "sft.epochs": (1e-6, INFINITE),
@@ -130,6 +132,8 @@ def check_ranges(config: Config) -> None:
                 raise UsageError(f"{key}: must be {bound}, not {number}")
     if not config.eval.sample_temperatures:
         raise UsageError("eval.sample_temperatures: needs at least one number")
+    if len(config.optim.momentum) != 3:
+        raise UsageError("optim.momentum: needs three numbers: at the first step, after the warm-up, at the last step")
     for key, choices in CHOICES.items():
         if flatten(config)[key] not in choices:
             raise UsageError(f"{key}: {flatten(config)[key]!r} is unknown; choose from {', '.join(choices)}")
@@ -145,7 +149,7 @@ def resolve(config: Config) -> Config:
     train = fill(train, {"batch_tokens": batch_tokens(model, tokens, train.token_ratio)})
     _check_batch("train.batch_tokens", train.batch_tokens, model.seq_len)
     train = fill(train, {"steps": max(1, round(tokens / train.batch_tokens))})
-    optim = _resolve_optim(config, model, train.batch_tokens, train.steps * train.batch_tokens)
+    optim = _resolve_optim(config, model, train)
     sft = fill(config.sft, {"batch_tokens": train.batch_tokens})
     _check_batch("sft.batch_tokens", sft.batch_tokens, model.seq_len)
     data = config.data
@@ -160,17 +164,37 @@ def _check_batch(key: str, tokens: int, seq_len: int) -> None:
         raise UsageError(f"{key}: {tokens} is no multiple of model.seq_len {seq_len}; take {nearest}")
 
 
-def _resolve_optim(config: Config, model: ModelConfig, batch: int, tokens: int):
+def _resolve_optim(config: Config, model: ModelConfig, train: TrainConfig) -> OptimConfig:
     if config.optim.kind == "adamw":
         return fill(fill(config.optim, ADAMW), {"lr_scale": 1.0, "unembedding_lr": 0.0, "embedding_lr": 0.0})
     optim = config.optim
     defaults = dict(RECIPES[model.recipe]["optim"])
-    optim = fill(optim, {"lr_scale": rate_scale(batch)})
+    optim = fill(optim, {"lr_scale": rate_scale(train.batch_tokens)})
     if is_derived(optim.weight_decay):
-        # keeps rate x decay x steps constant (2405.13698); with the square-root rule this is nanochat's own formula
-        reference = RECIPES[model.recipe]["train"]["token_ratio"] * _horizon_parameters(_reference(model))
-        defaults["weight_decay"] *= (batch / REFERENCE_BATCH) * (reference / tokens) / optim.lr_scale
+        # keeps rate x decay x steps constant (2405.13698); with the square-root rule this is nanochat's own formula,
+        # whose reference is d12 at the same ratio of tokens to parameters
+        reference = train.token_ratio * _horizon_parameters(_reference(model))
+        tokens = train.steps * train.batch_tokens
+        defaults["weight_decay"] *= (train.batch_tokens / REFERENCE_BATCH) * (reference / tokens) / optim.lr_scale
     return fill(optim, defaults)
+
+
+def fine_tuning_optim(config: Config, ratio: float) -> OptimConfig:
+    """Optimizer of SFT and RL: every rate of pretraining times `ratio`, down to 0, without weight decay.
+
+    As in nanochat, the rates are those for 2^19 tokens a step, without the factor that pretraining takes for larger
+    batches. The factor below 1 for smaller batches stays.
+    """
+    optim = config.optim
+    larger = 1.0 if optim.kind == "adamw" else max(1.0, rate_scale(config.train.batch_tokens))
+    return dataclasses.replace(
+        optim,
+        lr_scale=optim.lr_scale / larger * ratio,
+        mixing_lr=optim.mixing_lr * ratio,
+        warmup_steps=0,
+        final_lr=0.0,
+        weight_decay=0.0,
+    )
 
 
 def rate_scale(batch: int) -> float:

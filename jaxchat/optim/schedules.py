@@ -36,13 +36,17 @@ def cosine(steps: int, warmup: int, final: float) -> Schedule:
     return multiplier
 
 
-def muon_momentum(steps: int, warmup: int, warmdown_ratio: float) -> Schedule:
-    """0.85 -> 0.97 over `warmup` steps, flat, and down to 0.90 while the rate falls (nanochat)."""
+def muon_momentum(
+    steps: int, warmup: int, warmdown_ratio: float, values: tuple[float, ...] = (0.85, 0.97, 0.90)
+) -> Schedule:
+    """From the first of three `values` to the second over `warmup` steps, then flat, and to the third while the rate
+    falls (nanochat)."""
     warmdown = max(1, round(warmdown_ratio * steps))
+    first, peak, last = values
 
     def momentum(step):
-        rising = 0.85 + (0.97 - 0.85) * jnp.clip(step / max(warmup, 1), 0.0, 1.0)
-        falling = 0.97 - (0.97 - 0.90) * jnp.clip((step - (steps - warmdown)) / warmdown, 0.0, 1.0)
+        rising = first + (peak - first) * jnp.clip(step / max(warmup, 1), 0.0, 1.0)
+        falling = peak - (peak - last) * jnp.clip((step - (steps - warmdown)) / warmdown, 0.0, 1.0)
         return jnp.minimum(rising, falling)
 
     return momentum
