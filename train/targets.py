@@ -188,7 +188,8 @@ def _cpu(devices: int) -> Chip:
 
 def chip_of(device_kind: str) -> Chip | None:
     """The figures of a device by the name that JAX has for it; None where there are none."""
-    kind = device_kind.lower().replace(" lite", "e").replace("tpu ", "").replace("rtx ", "rtx")
+    kind = device_kind.lower().replace(" lite", "e").replace("tpu ", "")
+    kind = re.sub(r"rtx (?=\d)", "rtx", kind)
     kind = "v5p" if kind == "v5" else kind
     names = [n for n in CHIPS if re.search(rf"(?<![a-fh-z]){n.split('-')[0]}(?!\w)", kind)]
     return CHIPS[names[0]] if names and not NO_PEAK.search(device_kind) else None
