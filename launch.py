@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +22,8 @@ from typing import Any, NoReturn
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():  # both at once: an error
+    os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.92"
 
 try:
     from jaxchat.config import Config, load_config, tier_files
@@ -41,6 +45,29 @@ def prefer_huge_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def native_atomics(flags: str, plugin: str) -> str:
+    """Return XLA_FLAGS with the option that keeps float32 additions to memory single instructions, where it is needed.
+
+    The LLVM in JAX's CUDA plugins 0.10.2 and 0.11.0 makes each a compare-and-swap loop on GPUs before Hopper, because
+    the instruction flushes subnormal sums to zero (jax-ml/jax#38806; 0.11.1 mends it). The embedding's gradient is
+    such additions. An option of the user's own is kept.
+    """
+    option, switch = "--xla_backend_extra_options=", "-nvptx-allow-ftz-atomics"
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", plugin)
+    version = tuple(map(int, found.groups())) if found else (0, 0, 0)
+    if not (0, 10, 2) <= version < (0, 11, 1) or switch.lstrip("-") in flags:
+        return flags
+    if option in flags:
+        return flags.replace(option, f"{option}{switch},", 1)
+    return f"{flags} {option}{switch}".strip()
+
+
+for package in ("jax-cuda13-pjrt", "jax-cuda12-pjrt"):
+    with contextlib.suppress(PackageNotFoundError):
+        if flags := native_atomics(os.environ.get("XLA_FLAGS", ""), version(package)):
+            os.environ["XLA_FLAGS"] = flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target",
         default="auto",
-        help="of --plan: auto, cpu:N, h100:N, h200:N, a100-80g:N, v5e:RxC, v6e:RxC, v5p:AxBxC",
+        help="of --plan: auto, cpu:N, h100:N, rtx4090:N and other GPUs, v5e:RxC, v6e:RxC, v5p:AxBxC; docs/planning.md",
     )
     parser.add_argument("--budget", metavar="100usd", help="plan the deepest model that the money buys on --target")
     parser.add_argument("--hours", type=float, metavar="H", help="plan the deepest model that trains in the time")
@@ -204,6 +231,7 @@ def run(args: argparse.Namespace) -> None:
 
         serve(directory, config)
     else:
+        from train.preflight import before_training
         from train.stages import run_stages, select, unfinished
         from train.summary import summarize
 
@@ -213,6 +241,8 @@ def run(args: argparse.Namespace) -> None:
             raise DataError(f"{directory.root}: there is no such run; give --tier to begin one")
         join_processes(args)
         say(f"jaxchat {config.tier} in {directory.root}")
+        if not console.quiet:
+            before_training(config, directory, stages)
         run_stages(config, directory, stages, reasons)
         if not console.quiet:
             summarize(directory, unfinished(config, directory))

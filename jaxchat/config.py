@@ -88,6 +88,7 @@ class TrainConfig:
     loss_chunk: int = -1  # tokens per chunk of the loss
     scan_unroll: int = -1  # groups of layers unrolled in the trunk's scan
     max_bad_steps: int = 5  # consecutive non-finite steps until the run goes back, once, or stops
+    allow_slow: bool = False  # go on where training would be slow: days on a CPU, or attention without its fast kernel
     deterministic: bool = False  # on GPUs: only kernels that add in a fixed order, so that a repeated run has its bits
     tensorboard: bool = False  # curves for TensorBoard too, in the run's `tensorboard/`
     wandb: str = ""  # project on Weights & Biases that gets the curves too; empty: nothing leaves the machine

@@ -1,6 +1,7 @@
 """Configuration: strict, explained, and repeatable."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -9,6 +10,7 @@ from jaxchat.errors import UsageError
 from jaxchat.optim.horizon import derivations, resolve
 from jaxchat.recipes import is_derived, resolve_model
 from jaxchat.toml import flatten, to_toml
+from train.disk import disk_parts
 from train.sizing import sized
 
 TIERS = [path.stem for path in tier_files()]
@@ -50,8 +52,15 @@ def test_tier_head_comment_gives_command_hardware_time_and_cost(tier):
     head = [line for line in (CONFIG_DIR / f"{tier}.toml").read_text().splitlines() if line.startswith("#")]
     text = "\n".join(head)
     assert f"--tier {tier}" in text
-    for word in ("Hardware:", "Time:", "Cost:"):
+    for word in ("Hardware:", "Time:", "Cost:", "Disk:"):
         assert word in text
+
+
+@pytest.mark.parametrize("tier", [t for t in TIERS if t != "book"])
+def test_tier_head_comment_says_the_disk_that_is_counted(tier):
+    found = re.search(r"^# Disk: +about ([\d.]+) (GB|MB)", (CONFIG_DIR / f"{tier}.toml").read_text(), re.MULTILINE)
+    counted = sum(part.bytes for part in disk_parts(resolve(load_config(tier))))
+    assert float(found[1]) * {"GB": 1e9, "MB": 1e6}[found[2]] == pytest.approx(counted, rel=0.15)
 
 
 @pytest.mark.parametrize(

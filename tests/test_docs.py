@@ -217,7 +217,7 @@ def test_messages_of_the_troubleshooting_table_exist(page):
     code = "".join(p.read_text() for folder in ("jaxchat", "train", "serve") for p in (ROOT / folder).rglob("*.py"))
     code += (ROOT / "launch.py").read_text()
     messages = re.findall(r"^\| `([^`]+)` \|", (ROOT / page).read_text(encoding="utf-8"), re.M)
-    assert len(messages) == 7
+    assert len(messages) == 9
     for message in messages:
         first, *rest = message.split(", did you")  # the hint is put together from two places
         assert first in code and (not rest or "did you mean" in code), message

@@ -210,6 +210,30 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
     assert "file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("plugin", "flags", "expected"), [
+    ("0.10.1", "", ""), ("0.11.1", "", ""), ("0.11.2", "--xla_a=1", "--xla_a=1"),
+    ("0.10.2", "", "--xla_backend_extra_options=-nvptx-allow-ftz-atomics"),
+    ("0.11.0", "--xla_a=1", "--xla_a=1 --xla_backend_extra_options=-nvptx-allow-ftz-atomics"),
+    ("0.11.0", "--xla_backend_extra_options=x=1", "--xla_backend_extra_options=-nvptx-allow-ftz-atomics,x=1"),
+    ("0.10.2", "--xla_backend_extra_options=-nvptx-allow-ftz-atomics=false",
+     "--xla_backend_extra_options=-nvptx-allow-ftz-atomics=false"),
+])  # fmt: skip
+def test_the_flag_for_atomics_goes_to_the_plugins_that_need_it(plugin, flags, expected):
+    assert launch.native_atomics(flags, plugin) == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, ("0.92", None)), ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, (None, "0.5")),
+    ({"XLA_CLIENT_MEM_FRACTION": "0.6"}, ("0.6", None)),
+])  # fmt: skip
+def test_the_share_of_memory_is_the_users_where_there_is_one(given, expected):
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    env = {k: v for k, v in os.environ.items() if k not in names} | given
+    code = f"import os, launch; print(tuple(map(os.environ.get, {names})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == str(expected)
+
+
 def test_selection_of_stages():
     assert [s.name for s in stages.select(None, None)] == list(NAMES)
     assert [s.name for s in stages.select("prepare, tokenizer", None)] == ["tokenizer", "prepare"]

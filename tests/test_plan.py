@@ -23,6 +23,7 @@ def test_json_has_the_keys_of_the_contract(capsys):
     assert found["method"] == "analytic" and found["devices"] == 8
     assert found["params"] == 896_533_746
     assert found["flops_total"] == found["flops_per_token"] * found["tokens"]
+    assert found["disk_bytes"] == sum(found["disk"].values()) > 0
     rows = found["device_batch_rows"] * found["grad_accum"] * 8 * 2048
     assert rows * found["steps"] == found["tokens"]
 

@@ -10,13 +10,14 @@ import pytest
 
 from jaxchat.errors import UsageError
 from jaxchat.model.sizes import peak_flops
-from train.targets import CHIPS, SLICES, NoCompiler, parse_target, target_devices
+from train.targets import CHIPS, SLICES, NoCompiler, chip_of, parse_target, target_devices
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(("text", "name", "devices", "hosts"), [
     ("h100:8", "h100", 8, 1), ("h100:64", "h100", 64, 8), ("a100:2", "a100-80g", 2, 1), ("h200", "h200", 1, 1),
+    ("rtx4090:2", "rtx4090", 2, 1), ("mi300x:16", "mi300x", 16, 2),
     ("v6e:2x4", "v6e", 8, 1), ("v6e:4x2", "v6e", 8, 1), ("v5e:1x1", "v5e", 1, 1), ("v5p:2x2x1", "v5p", 4, 1),
     ("cpu:8", "cpu", 8, 1),
 ])  # fmt: skip
@@ -56,8 +57,23 @@ def test_simulated_devices_share_the_machine():
 
 def test_peaks_are_those_that_mfu_is_counted_with():
     kinds = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200", "a100-80g": "NVIDIA A100-SXM4-80GB",
+             "rtx3090": "NVIDIA GeForce RTX 3090", "rtx4090": "NVIDIA GeForce RTX 4090",
+             "rtx5090": "NVIDIA GeForce RTX 5090", "a6000": "NVIDIA RTX A6000", "l4": "NVIDIA L4",
+             "l40s": "NVIDIA L40S", "t4": "Tesla T4", "mi300x": "AMD Instinct MI300X",
              "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}  # fmt: skip
     assert {name: chip.peak for name, chip in CHIPS.items()} == {n: peak_flops(kind) for n, kind in kinds.items()}
+
+    assert {name: chip_of(kind).name for name, kind in kinds.items()} == {name: name for name in kinds}
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA T400", "NVIDIA L40", "NVIDIA A10"])
+def test_cards_with_a_like_name_have_no_figures(kind):
+    assert chip_of(kind) is None
+
+
+def test_mi300x_is_arithmetic_alone():
+    with pytest.raises(NoCompiler):
+        target_devices(parse_target("mi300x:8"))
 
 
 @pytest.mark.parametrize(("target", "extra", "module"), [

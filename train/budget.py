@@ -11,7 +11,7 @@ from jaxchat.config import Config, load_config, tier_files
 from jaxchat.errors import UsageError
 from jaxchat.log import say
 from jaxchat.optim.horizon import resolve
-from train.plan import compile_plan, estimate
+from train.plan import compile_plan, disk, estimate
 from train.plan_table import console, show
 from train.targets import NoCompiler, Target, parse_target
 
@@ -39,6 +39,7 @@ def plan_budget(given: Config, target: str, budget: str | None, hours: float | N
     config, result = _deepest_that_fits(affordable, where, usd, hours)
     result["deepest_tier"] = _deepest_tier(where, usd, hours)
     result["command"] = _command(given, config)
+    result |= disk(config)
     if as_json:
         print(json.dumps(result))
         return result

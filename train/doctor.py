@@ -28,6 +28,7 @@ from jaxchat.model.sizes import peak_flops
 from jaxchat.state import compute_dtype
 from jaxchat.tools.sandbox import LEVELS, probe
 from jaxchat.tools.sandbox_landlock import abi
+from train.accelerators import unused_accelerator
 from train.machine import available_memory, hardware, versions
 from train.targets import install_command
 
@@ -83,12 +84,17 @@ def examine(config: Config, place: Path) -> dict[str, Any]:
 
 
 def devices(config: Config) -> dict[str, Any]:
-    """Accelerators and this host. `memory_bytes`: of one device what the process may take; None where it is shared."""
+    """Accelerators and this host. `memory_bytes`: of one device what the process may take; None where it is shared.
+
+    `unused`: one line on an accelerator that JAX does not use, with what to install; None where there is none.
+    """
+    unused = unused_accelerator()
     first, host = jax.local_devices()[0], hardware()
     return {
         "platform": host["platform"],
         "kind": host["device"],
         "count": host["devices"],
+        "unused": unused,
         "memory_bytes": (first.memory_stats() or {}).get("bytes_limit"),
         "peak_flops": peak_flops(first.device_kind),
         "compute_dtype": compute_dtype(config, make_mesh(MeshConfig())).name,
@@ -156,6 +162,8 @@ def advice(found: dict[str, Any], warnings: list[str]) -> list[str]:
     lines = [f"{name}: {part['error']}" for name, part in found.items() if part.get("error")]
     if found["devices"].get("error") and (asked := getattr(jax.config, "jax_platforms", None)):
         lines.append(f"JAX_PLATFORMS={asked}: unset it to take what is here")
+    if unused := found["devices"].get("unused"):
+        lines.append(unused)
     for text in warnings:
         extra = next((e for word, e in (("NVIDIA GPU", "cuda"), ("Google TPU", "tpu")) if f"{word} may" in text), None)
         lines.append(f"{text}: {install_command(extra)}" if extra else text)

@@ -16,12 +16,12 @@ from jaxchat.config import Config
 from jaxchat.log import say, waiting
 from jaxchat.model.layout import padded_vocab
 from jaxchat.model.sizes import activation_bytes, count_parameters, decode_bytes_per_step, flops_per_token
+from train.disk import disk_parts
 from train.plan_table import show
 from train.targets import (
     GPUS_PER_HOST,
     MEMORY_FRACTION,
     PRICES_OF,
-    SOURCES,
     NoCompiler,
     Target,
     parse_target,
@@ -40,11 +40,18 @@ def plan(config: Config, target: str, as_json: bool) -> dict[str, Any]:
     except NoCompiler as missing:
         say(f"{missing}; this is the analytic estimate")
         result = estimate(config, where)
+    result |= disk(config)
     if as_json:
         print(json.dumps(result))
     else:
         show(result)
     return result
+
+
+def disk(config: Config) -> dict[str, Any]:
+    """Return the disk of a run, in all and by part."""
+    parts = {part.name: part.bytes for part in disk_parts(config)}
+    return {"disk_bytes": sum(parts.values()), "disk": parts}
 
 
 def estimate(config: Config, target: Target | str) -> dict[str, Any]:
@@ -226,7 +233,7 @@ def _money(config: Config, target: Target, collective_seconds: float, again: flo
             "memory_fraction": MEMORY_FRACTION,
             "usd_per_device_hour": chip.price,
             "prices": PRICES_OF,
-            "sources": SOURCES["gpu" if chip.platform == "cuda" else chip.platform],
+            "sources": chip.sources,
             "time": "products, recomputed ones too, at the assumed MFU, then collectives, nothing overlapped; "
             "without evaluation, checkpoints and fine-tuning",
         },
@@ -236,7 +243,7 @@ def _money(config: Config, target: Target, collective_seconds: float, again: flo
 def _rate(target: Target, group: tuple[int, ...]) -> float:
     """Bytes/s that a device of a collective's group sends at: its links, or, where the group spans hosts, the network
     cards of all its members in one host together."""
-    if target.chip.platform != "cuda":
+    if not target.chip.gpu:
         return target.chip.link_rate
     hosts = {device // GPUS_PER_HOST for device in group}
     if len(hosts) == 1:

@@ -19,7 +19,7 @@ def show(result: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    for section in (_run(result), _memory(result), _program(result), _cost(result)):
+    for section in (_run(result), _memory(result), _program(result), _cost(result), _disk(result)):
         for name, value in section.items():
             table.add_row(name, value)
         if section:
@@ -66,6 +66,13 @@ def _memory(r: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
+def _disk(r: dict[str, Any]) -> dict[str, str]:
+    if "disk_bytes" not in r:
+        return {}
+    parts = ", ".join(f"{name} {_gb(size)}" for name, size in r["disk"].items() if size > r["disk_bytes"] / 50)
+    return {"disk": f"{_gb(r['disk_bytes'])}  ({parts})"}
+
+
 def _program(r: dict[str, Any]) -> dict[str, str]:
     rows = {}
     for i, (kind, c) in enumerate(sorted(r["collectives"].items())):
@@ -108,6 +115,10 @@ def _assumptions(r: dict[str, Any]) -> list[str]:
 def _again(tried: dict[str, Any]) -> str:
     share = tried["recomputed_flops_share"]
     return f" and compute {share:.0%} again" if share and share >= 0.005 else ""
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _gib(count: float) -> str:

@@ -125,6 +125,13 @@ def unfinished(config: Config, run: RunDir) -> list[str]:
     return left
 
 
+def remaining(config: Config, run: RunDir, stages: Sequence[Stage]) -> list[Stage]:
+    """Return those of the stages that this configuration wants and that are not done, in order."""
+    records = run.records()
+    done = {stage.name for stage in stages if records.get(stage.name, {}).get("status") == "done"}
+    return [s for s in stages if s.wanted(config) and not (s.name in done and all(made(s, run)))]
+
+
 def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: dict[str, str]) -> None:
     """Run what is not done yet, in order; every stage's record is in `stages.json` from its start on.
 

@@ -13,12 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.model.sizes import PEAK_FLOPS
+from jaxchat.model.sizes import NO_PEAK, PEAK_FLOPS
 
 if TYPE_CHECKING:
     import jax
 
-GPUS_PER_HOST = 8  # HGX and DGX boards
+GPUS_PER_HOST = 8  # HGX and DGX boards; more of other cards in a host are rare
 MEMORY_FRACTION = 0.92  # of a device that a process may take (launch.py sets it)
 PRICES_OF = "typical on-demand list prices of 2026 in USD per device and hour, to be read as a guess"
 SOURCES = {
@@ -26,17 +26,23 @@ SOURCES = {
     "direction); InfiniBand NDR 400 Gbit/s (A100: HDR 200) per GPU; usable memory as OpenXLA's device descriptions",
     "tpu": "Google Cloud TPU documentation, v5e, v5p, v6e; links per direction as in 'How to Scale Your Model', one "
     "axis in both directions; usable memory as libtpu reports it",
+    "card": "NVIDIA data sheets of L4, L40S, T4 and RTX A6000, white papers of GeForce RTX 30, 40 and 50 (peaks dense "
+    "with float32 accumulation, which runs at half rate on GeForce; T4 in float16, it has no bfloat16); links PCIe x16 "
+    "per direction (an NVLink bridge would join two RTX 3090 or A6000 at 56 GB/s); network 100 Gbit/s a host of 8; "
+    "usable memory as CUDA reports it",
+    "rocm": "AMD data sheet of MI300X (peak dense; seven Infinity Fabric links of 64 GB/s per direction); network 400 "
+    "Gbit/s per GPU",
     "cpu": "measured with float32 products on AVX2 cores",
 }
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One device. Bytes, FLOP/s of dense bf16, bytes/s of memory, of links inside a host or slice and of the network
-    between hosts (one direction, per device), share of the peak assumed, USD per hour."""
+    """One device. Bytes, FLOP/s of dense 16-bit products, bytes/s of memory, of links inside a host or slice and of the
+    network between hosts (one direction, per device), share of the peak assumed, USD per hour."""
 
     name: str
-    platform: str  # "cuda" | "tpu" | "cpu"
+    platform: str  # "cuda" | "rocm" | "tpu" | "cpu"
     device_bytes: int
     peak: float
     memory_rate: float
@@ -45,6 +51,16 @@ class Chip:
     mfu: float
     price: float
 
+    @property
+    def gpu(self) -> bool:
+        return self.platform in ("cuda", "rocm")
+
+    @property
+    def sources(self) -> str:
+        """Where the figures come from."""
+        kind = "gpu" if self.platform == "cuda" else self.platform
+        return SOURCES["card" if self.name in CARDS else kind]
+
 
 CHIPS = {
     chip.name: chip
@@ -52,21 +68,39 @@ CHIPS = {
         Chip("h100", "cuda", 84_942_979_072, PEAK_FLOPS["H100"], 3.35e12, 450e9, 50e9, 0.45, 3.0),
         Chip("h200", "cuda", 151_397_597_184, PEAK_FLOPS["H200"], 4.8e12, 450e9, 50e9, 0.45, 3.5),
         Chip("a100-80g", "cuda", 85_100_068_864, PEAK_FLOPS["A100"], 2.04e12, 300e9, 25e9, 0.45, 1.8),
+        Chip("rtx3090", "cuda", int(23.69 * 2**30), PEAK_FLOPS["RTX 3090"], 0.936e12, 32e9, 1.6e9, 0.40, 0.25),
+        Chip("rtx4090", "cuda", int(23.64 * 2**30), PEAK_FLOPS["RTX 4090"], 1.008e12, 32e9, 1.6e9, 0.40, 0.4),
+        Chip("rtx5090", "cuda", int(31.36 * 2**30), PEAK_FLOPS["RTX 5090"], 1.792e12, 64e9, 1.6e9, 0.40, 0.7),
+        Chip("a6000", "cuda", 51_041_271_808, PEAK_FLOPS["RTX A6000"], 0.768e12, 32e9, 1.6e9, 0.40, 0.5),
+        Chip("l4", "cuda", int(22.03 * 2**30), PEAK_FLOPS["L4"], 0.3e12, 32e9, 1.6e9, 0.30, 0.7),
+        Chip("l40s", "cuda", int(44.39 * 2**30), PEAK_FLOPS["L40S"], 0.864e12, 32e9, 1.6e9, 0.40, 1.0),
+        Chip("t4", "cuda", int(14.74 * 2**30), PEAK_FLOPS["T4"], 0.32e12, 16e9, 1.6e9, 0.30, 0.35),
+        Chip("mi300x", "rocm", 205_822_885_888, PEAK_FLOPS["MI300X"], 5.3e12, 448e9, 50e9, 0.40, 2.5),
         Chip("v5e", "tpu", int(15.75 * 2**30), PEAK_FLOPS["TPU v5e"], 0.82e12, 90e9, 3.1e9, 0.40, 1.2),
         Chip("v5p", "tpu", int(95.74 * 2**30), PEAK_FLOPS["TPU v5p"], 2.77e12, 180e9, 6.2e9, 0.40, 4.2),
         Chip("v6e", "tpu", int(31.25 * 2**30), PEAK_FLOPS["TPU v6e"], 1.64e12, 180e9, 12.5e9, 0.40, 2.7),
     )
 }
-ALIASES = {"a100": "a100-80g"}
+CARDS = ("rtx3090", "rtx4090", "rtx5090", "a6000", "l4", "l40s", "t4")  # on PCIe
+ALIASES = {"a100": "a100-80g", "rtxa6000": "a6000"}
 CPU = Chip("cpu", "cpu", 4 * 2**30, 6e10, 2e10, 2e10, 1e9, 0.6, 0.0)  # per core: AVX2 float32 products
 
 # The compiler's view of a GPU: SMs, FP32 units per SM, L2 bytes, GHz, shared memory per SM and per block, compute
-# capability, name. Sources: the data sheets; CUDA C++ Programming Guide, specifications per compute capability.
+# capability, name. Sources: the data sheets and white papers; CUDA C++ Programming Guide, specifications per compute
+# capability; OpenXLA's descriptions of A6000 and RTX PRO 6000 (compute capability 12.0).
 _GPU = {
     "h100": (132, 128, 52_428_800, 1.98, 233_472, 232_448, (9, 0), "NVIDIA H100 80GB HBM3"),
     "h200": (132, 128, 52_428_800, 1.98, 233_472, 232_448, (9, 0), "NVIDIA H200"),
     "a100-80g": (108, 64, 41_943_040, 1.41, 167_936, 166_912, (8, 0), "NVIDIA A100-SXM4-80GB"),
+    "rtx3090": (82, 128, 6_291_456, 1.70, 102_400, 101_376, (8, 6), "NVIDIA GeForce RTX 3090"),
+    "rtx4090": (128, 128, 75_497_472, 2.52, 102_400, 101_376, (8, 9), "NVIDIA GeForce RTX 4090"),
+    "rtx5090": (170, 128, 100_663_296, 2.41, 131_072, 101_376, (12, 0), "NVIDIA GeForce RTX 5090"),
+    "a6000": (84, 128, 6_291_456, 1.80, 102_400, 101_376, (8, 6), "NVIDIA RTX A6000"),
+    "l4": (58, 128, 50_331_648, 2.04, 102_400, 101_376, (8, 9), "NVIDIA L4"),
+    "l40s": (142, 128, 100_663_296, 2.52, 102_400, 101_376, (8, 9), "NVIDIA L40S"),
+    "t4": (40, 64, 4_194_304, 1.59, 65_536, 65_536, (7, 5), "Tesla T4"),
 }
+THREADS_PER_SM = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}  # 2,048 elsewhere
 # Slices that can be rented (Google Cloud's tables); TPU v5p also comes in larger multiples of 4x4x4.
 _SIDES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 SLICES: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -100,7 +134,7 @@ class Target:
 
     @property
     def hosts(self) -> int:
-        return max(1, self.devices // GPUS_PER_HOST) if self.chip.platform == "cuda" else 1
+        return max(1, self.devices // GPUS_PER_HOST) if self.chip.gpu else 1
 
 
 def parse_target(target: str) -> Target:
@@ -155,8 +189,10 @@ def _cpu(devices: int) -> Chip:
 def chip_of(device_kind: str) -> Chip | None:
     """The figures of a device by the name that JAX has for it; None where there are none."""
     kind = device_kind.lower().replace(" lite", "e").replace("tpu ", "")
+    kind = re.sub(r"rtx (?=\d)", "rtx", kind)
     kind = "v5p" if kind == "v5" else kind
-    return next((c for n, c in CHIPS.items() if n.split("-")[0] in kind), None)
+    names = [n for n in CHIPS if re.search(rf"(?<![a-fh-z]){n.split('-')[0]}(?!\w)", kind)]
+    return CHIPS[names[0]] if names and not NO_PEAK.search(device_kind) else None
 
 
 def _this_machine() -> Target:
@@ -191,6 +227,8 @@ def target_devices(target: Target) -> list[jax.Device]:
         return list(jax.devices())
     if target.chip.platform == "cpu":
         return _simulated(count)
+    if target.chip.platform == "rocm":
+        raise NoCompiler(f"there is no compiler here for AMD's {target.chip.name}")
     _check_plugin(target)
     from jax.experimental import topologies
 
@@ -250,7 +288,7 @@ def _target_config(chip: Chip) -> str:
     cores, units, l2, clock, shared, optin, (major, minor), name = _GPU[chip.name]
     return f"""
 gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {THREADS_PER_SM.get((major, minor), 2048)}
   shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {optin}
   core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock} l2_cache_size: {l2}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535

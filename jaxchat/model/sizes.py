@@ -76,19 +76,20 @@ def kv_values_per_row(config: ModelConfig, context: int) -> int:
 
 # Dense 16-bit peak with float32 accumulation, FLOP/s per JAX device, by a part of `device_kind`; the longest match
 # counts. Sparse figures of the sheets halved. Sources: NVIDIA's data sheets (A10 and A10G second hand, from Ray's and
-# Levanter's tables) and white papers (RTX 3090, 4090: float32 accumulation runs at half rate there); Google Cloud's TPU
-# pages, per chip, halved for TPU7x, whose two cores are devices.
+# Levanter's tables) and white papers (GeForce RTX: float32 accumulation runs at half rate there); AMD's data sheet;
+# Google Cloud's TPU pages, per chip, halved for TPU7x, whose two cores are devices.
 PEAK_FLOPS = {
     "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H200 NVL": 835e12, "GH200": 989e12,
     "B200": 2250e12, "GB200": 2500e12, "B300": 2250e12,
     "A100": 312e12, "A40": 149.7e12, "A10": 125e12, "A10G": 70e12, "L4": 121e12, "L40": 181e12, "L40S": 362e12,
     "RTX A6000": 154.8e12, "RTX 3090": 71e12, "RTX 3090 Ti": 80e12, "RTX 4090": 165.2e12,
+    "RTX 5090": 209.5e12, "MI300X": 1307.4e12,
     "T4": 65e12, "V100": 125e12, "V100-PCIE": 112e12,
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
     "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 1153.5e12,
 }  # fmt: skip
 NO_PEAK = re.compile(
-    r"\bMIG\b|Laptop|4090 D|TPU v4 lite"
+    r"\bMIG\b|Laptop|[45]090 D|TPU v4 lite"
 )  # parts of a card, or cards of other figures with the same name
 
 

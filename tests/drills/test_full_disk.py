@@ -8,12 +8,23 @@ needs root and tmpfs.
 import json
 import os
 import subprocess
+import sys
 
 import pytest
-from whole_run import arguments, finish, records, start
+from whole_run import ROOT, arguments, finish, records, start
 
 pytestmark = pytest.mark.slow
 POINTS = 10
+# what fills a disk after the check that a run makes at its start
+UNCHECKED = (
+    "import sys, launch, train.preflight as p; p.check_room = lambda *a: None; sys.exit(launch.main(sys.argv[1:]))"
+)
+
+
+def unchecked(args):
+    command = [sys.executable, "-c", UNCHECKED, *args]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def mount(folder, size, *options):
@@ -41,6 +52,8 @@ def test_a_disk_that_fills_up(small_disk, corpus, finished):
         assert mount(small_disk, size, "remount")
         run_dir = small_disk / "run"
         code, _, err = finish(start(arguments(corpus, run_dir)), 600)
+        assert code == 3 and "needed" in err and not run_dir.exists(), err  # said before anything is written
+        code, _, err = finish(unchecked(arguments(corpus, run_dir)), 600)
         said = [line for line in err.splitlines() if line.startswith("error: ")]  # Orbax's threads add their own
         assert code == 3 and len(said) == 1, err
         assert "No space left" in said[0] or "no room on the disk" in said[0], err
