@@ -109,6 +109,7 @@ RANGES: dict[str, tuple[float, float]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "tokenizer.normalize": ("none", "nfc"),
     "data.engine": ("local", "ray"),
+    "data.remainder": ("auto", "keep", "continue", "drop"),
     "train.compute_dtype": ("auto", "float32", "bfloat16", "float16"),
     "train.matmul": ("plain", "fp8"),
     "train.remat": ("none", "names", "dots", "full"),
