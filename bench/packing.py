@@ -1,4 +1,4 @@
-"""What becomes of the rest of a cut document, measured: python -m bench.packing [--data SOURCE ...] [--steps 400] [--seeds 3]
+"""Ways to pack the same text: python -m bench.packing [--data SOURCE ...] [--steps 300] [--seeds 3]
 
 The same tokens are packed in several ways: the three of `data.remainder`; `crop`, with nanochat's buffer of 1,000
 documents; and `concatenate`, all documents one behind the other, cut into rows. For each: how full the rows are, what
@@ -175,7 +175,7 @@ def measure(source: str, args: argparse.Namespace, folder: Path) -> dict[str, An
             "data.val_fraction": args.val_fraction, "model.depth": args.depth, "model.width": args.width,
             "model.n_heads": -1, "model.head_width": min(64, args.width), "train.eval_rows": 10**9,
             "train.eval_every": 0, "train.checkpoint_every": 10**6, "train.steps": max(1, args.steps),
-            "train.batch_tokens": max(2048, args.seq_len)}  # fmt: skip
+            "train.batch_tokens": max(args.batch_tokens, args.seq_len)}  # fmt: skip
     config = resolve(load_config("nano", [f"{key}={value}" for key, value in sets.items()]))
     run = prepared(config, folder)
     result: dict[str, Any] = {name: pack(config, run, name) for name in PACKERS}
@@ -219,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--val-fraction", type=float, default=0.05)
     parser.add_argument("--steps", type=int, default=0, help="of training; 0: packing alone")
+    parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--keep", metavar="DIR", help="where shards and rows stay for another run")
     parser.add_argument("--score", nargs="+", metavar="RUN_DIR", help="score finished runs instead")

@@ -18,8 +18,8 @@ from train.shares import Z95
 def bits_per_byte(
     eval_step: Any, params: Any, rows: Rows, byte_lengths: np.ndarray, batch_rows: int, max_rows: int, mesh: Mesh
 ) -> dict[str, Any]:
-    """`bits_per_byte` with its standard error `se` and 95 % `interval`, mean `loss` (nats per target), `perplexity`, and the `targets` and
-    `bytes` behind them.
+    """`bits_per_byte` with its standard error `se` and 95 % `interval`, mean `loss` (nats per target), `perplexity`,
+    and the `targets` and `bytes` behind them.
 
     The error takes rows as drawn at random (the variance of a ratio by linearization; None for a single row).
     Special tokens count neither way in bits per byte; loss and perplexity are over every weighted target.
@@ -46,6 +46,11 @@ def bits_per_byte(
         "targets": int(sums["targets"]),
         "bytes": int(sizes.sum()),
     }
+
+
+def with_error(value: float, error: float | None, digits: int = 4) -> str:
+    """A value and its standard error as text: 1.5740 ± 0.0100."""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def standard_error(amounts: np.ndarray, sizes: np.ndarray) -> float | None:

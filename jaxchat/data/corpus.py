@@ -135,6 +135,8 @@ def open_val(data: DataConfig) -> Part | None:
         return None
     if not data.val_source.startswith(("hf:", "files:")):
         raise UsageError(f"data.val_source: {data.val_source!r}; write hf:OWNER/NAME:PATTERN or files:GLOB")
+    if data.val_source.startswith("hf:"):
+        hub.parse(data.val_source, "data.val_source")
     return Part(data.val_source, 1.0, _units(data.val_source, 0, data))
 
 
