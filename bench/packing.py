@@ -179,7 +179,7 @@ def measure(source: str, args: argparse.Namespace, folder: Path) -> dict[str, An
     config = resolve(load_config("nano", [f"{key}={value}" for key, value in sets.items()]))
     run = prepared(config, folder)
     result: dict[str, Any] = {name: pack(config, run, name) for name in PACKERS}
-    for seed in range(args.seeds if args.steps else 0):  # interleaved
+    for seed in range(args.first_seed, args.first_seed + args.seeds if args.steps else 0):  # interleaved
         for name in TRAINED:
             score = train(config, run, name, seed)
             result[name].setdefault("val_bpb_each", []).append(score)
@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=0, help="of training; 0: packing alone")
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--keep", metavar="DIR", help="where shards and rows stay for another run")
     parser.add_argument("--score", nargs="+", metavar="RUN_DIR", help="score finished runs instead")
     parser.add_argument("--stage", default="base")
