@@ -63,6 +63,8 @@ class DataConfig:
     encoding: str = "auto"  # of text files: "auto" (by byte order mark, else UTF-8) | Python's name of one
     size_model: bool = False  # fit what is -1 of model and steps to the amount of text (`train/sizing.py`)
     val_fraction: float = 0.01  # of documents, chosen by a hash of their text
+    val_source: str = ""  # hf: or files: source that is held out whole, instead of `val_fraction` of every source
+    remainder: str = "auto"  # of a cut document: "keep" | "continue" | "drop" (`data/packing.py`), "auto": by source
     dedup: bool = False  # leave out documents that came before, letter for letter
     shard_tokens: int = 100_000_000  # tokens in one token shard, at most
     pack_docs: int = 20_000  # documents in one best-fit window

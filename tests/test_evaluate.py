@@ -424,5 +424,7 @@ def test_the_table_is_printed(config, run, facts, capsys):
     shown = {row.split("  ")[0]: row for row in rows}
     scores = read_json(run.eval("sft"))["tasks"]
     assert f"{scores['identity']['accuracy']:.1%} (" in shown["identity"]
-    low, high = scores["bits_per_byte"]["interval"]
-    assert low < scores["bits_per_byte"]["metric"] < high and f"({low:.4f}..{high:.4f})" in shown["bits_per_byte"]
+    found = scores["bits_per_byte"]
+    low, high = found["interval"]
+    assert low < found["metric"] < high and high - low == pytest.approx(2 * 1.96 * found["se"], rel=1e-3)
+    assert f"{found['metric']:.4f} ± {found['se']:.4f}" in shown["bits_per_byte"]

@@ -99,6 +99,68 @@ def test_conversations_whole_or_cut_at_a_turn_whatever_the_lengths():
     check()
 
 
+def check_dropped(documents, rows, stats, row_len, gaps):
+    """Every `<|bos|>` starts a document, of which as much follows as there is room for; the rest is counted as lost."""
+    found = [piece for row in rows for piece in np.split(row, np.flatnonzero(row == BOS))[1:]]
+    assert all(len(row) <= row_len and row[0] == BOS for row in rows)
+    by_start = {int(document[1]) if len(document) > 1 else None: document for document in documents}
+    seen = []
+    for piece in found:
+        if len(piece) > 1:
+            seen.append(int(piece[1]))
+            assert np.array_equal(piece, by_start[seen[-1]][: len(piece)])
+            if not gaps:  # whole, or as long as a row
+                assert len(piece) == min(row_len, len(by_start[seen[-1]]))
+    assert len(set(seen)) == len(seen) and len(found) == len(documents)  # every document begins in one place
+    assert stats.lost == sum(map(len, documents)) - sum(map(len, rows))
+    assert stats.cuts == stats.cropped and stats.rows == len(rows)
+
+
+def check_continued(documents, rows, stats, row_len):
+    """The rows in their order give every document back; a rest is at a row's start, behind the token before it."""
+    pieces: list[np.ndarray] = []
+    for row in rows:
+        assert 0 < len(row) <= row_len
+        first, *others = np.split(row, np.flatnonzero(row == BOS))
+        if len(first):  # goes on with the row before
+            assert first[0] == pieces[-1][-1] and len(first) > 1
+            pieces[-1] = np.concatenate([pieces[-1], first[1:]])
+        pieces += others
+    assert sorted(map(tuple, pieces)) == sorted(map(tuple, documents))
+    assert stats.lost == 0 and stats.tokens == sum(map(len, documents)) + stats.cuts
+
+
+@pytest.mark.parametrize("remainder", ["drop", "whole", "continue"])
+@pytest.mark.parametrize("window", [1, 5, 1000])
+@pytest.mark.parametrize("row_len", [9, 33, 257])
+def test_what_becomes_of_rests(row_len, window, remainder):
+    draw = random.Random(row_len)
+    lengths = [draw.choice([1, 2, draw.randrange(1, row_len), draw.randrange(1, 5 * row_len)]) for _ in range(300)]
+    documents, stats = documents_of(lengths), PackStats()
+    rows = list(pack_documents(iter(documents), row_len, BOS, window, stats, remainder))
+    if remainder == "continue":
+        check_continued(documents, rows, stats, row_len)
+    else:
+        check_dropped(documents, rows, stats, row_len, remainder == "drop")
+    if remainder != "whole":
+        assert all(len(row) > row_len - MIN_CUT for row in rows[:-1])
+
+
+def test_rests_by_hand():
+    """Rows of 10; documents of 26, 7 and 7 tokens, their `<|bos|>` included."""
+    documents = documents_of([25, 6, 6])
+
+    def lengths(remainder):
+        stats = PackStats()
+        rows = list(pack_documents(documents, 10, BOS, 100, stats, remainder))
+        return [len(row) for row in rows], stats.lost, [int(row[0] == BOS) for row in rows]
+
+    assert lengths("drop") == ([10, 7, 7], 16, [1, 1, 1])  # 3 places are too few for a cut
+    assert lengths("whole") == ([10, 7, 7], 16, [1, 1, 1])
+    assert lengths("continue") == ([10, 10, 8, 7, 7], 0, [1, 0, 0, 1, 1])
+    assert lengths("keep")[1:] == (0, [1, 1, 1, 1, 1])
+
+
 @pytest.mark.parametrize("length", [1, 8, 9, 31, 32, 33, 63, 64, 65, 1000])
 def test_lengths_around_the_row(length):
     documents = documents_of([length] * 20)

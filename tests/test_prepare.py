@@ -16,10 +16,11 @@ import pytest
 
 from jaxchat.config import Config, DataConfig, ModelConfig
 from jaxchat.data.corpus import iterate_documents
+from jaxchat.data.packing import PackStats, pack_documents
 from jaxchat.data.rows import Rows
 from jaxchat.data.tokenize import read_documents
 from jaxchat.errors import DataError, UsageError
-from jaxchat.paths import RunDir
+from jaxchat.paths import RunDir, write_json
 from jaxchat.text.tokenizer import Tokenizer
 from jaxchat.toml import to_toml
 from train import prepare
@@ -55,6 +56,22 @@ def times(run):
     return {p: p.stat().st_mtime_ns for p in run.data.rglob("*.*") if p.is_file()}
 
 
+def starts_of(rows, bos):
+    """What follows each `<|bos|>` in the rows up to the next one, sorted; every row must begin with one."""
+    found = []
+    for i in range(len(rows)):
+        tokens, weights = rows[i]
+        assert tokens[0] == bos
+        real = tokens[weights == 1]
+        found += [piece[1:].tolist() for piece in np.split(real, np.flatnonzero(real == bos))[1:]]
+    return sorted(found)
+
+
+def beginnings(documents, tokenizer):
+    """As much of every document as a row holds behind its `<|bos|>`, sorted."""
+    return sorted(ids[:SEQ_LEN] for ids in tokenizer.encode_batch(documents))
+
+
 def test_every_token_of_the_text_is_in_one_row(run):
     config, run = run
     facts = prepare.run(config, run)
@@ -64,8 +81,13 @@ def test_every_token_of_the_text_is_in_one_row(run):
         rows = Rows(run.data / "rows" / split, tokenizer.digest)
         real = np.concatenate([tokens[weights == 1] for tokens, weights in (rows[i] for i in range(len(rows)))])
         expected = np.array([i for ids in tokenizer.encode_batch(documents) for i in ids])
-        assert np.array_equal(np.sort(real[real != tokenizer.bos]), np.sort(expected))
-        assert (real == tokenizer.bos).sum() == len(documents) + facts[split]["cuts"]
+        if split == "train":
+            assert np.array_equal(np.sort(real[real != tokenizer.bos]), np.sort(expected))
+            assert (real == tokenizer.bos).sum() == len(documents) + facts[split]["cuts"]
+            assert facts[split]["lost"] == 0
+        else:
+            assert (real != tokenizer.bos).sum() == len(expected) - facts[split]["lost"]
+            assert starts_of(rows, tokenizer.bos) == beginnings(documents, tokenizer)
         assert facts[split]["documents"] == len(documents) and facts[split]["rows"] == len(rows)
         assert facts[split]["tokens"] == len(expected) + len(documents)
         assert facts[split]["bytes"] == sum(len(d.encode()) for d in documents)
@@ -119,7 +141,7 @@ elif place == "finish":
     prepare.finish_rows = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 elif place == "second":
     prepare.write_rows = lambda directory, rows, *args: write(
-        directory, die_at(rows, 3 if directory.name == "val" else -1), *args)
+        directory, die_at(rows, 2 if directory.name == "val" else -1), *args)
 prepare.run(load_config(config), RunDir(folder))
 """
 
@@ -306,6 +328,80 @@ def test_a_mixture_is_packed_source_by_source(shelf, book):
     rows, tokenizer = Rows(run.data / "rows" / "train"), Tokenizer.load(run.tokenizer)
     first = tokenizer.decode(np.concatenate([rows[i][0] for i in range(sources[0]["rows"])]))
     assert all(text[:40] in first for text in iterate_documents(config.data, "train"))
+
+
+@pytest.mark.parametrize("remainder", ["drop", "continue", "keep"])
+def test_held_out_rows_do_not_depend_on_what_training_does_with_rests(run, remainder):
+    config, run = run
+    facts = prepare.run(with_data(config, remainder=remainder), run)
+    documents = list(iterate_documents(config.data, "val"))
+    tokenizer = Tokenizer.load(run.tokenizer)
+    assert starts_of(Rows(run.data / "rows" / "val"), tokenizer.bos) == beginnings(documents, tokenizer)
+    train = Rows(run.data / "rows" / "train")
+    inside = sum(train[i][0][0] != tokenizer.bos for i in range(len(train)))
+    assert (facts["train"]["lost"] > 0) == (remainder == "drop") and (inside > 0) == (remainder == "continue")
+    if remainder == "drop":
+        assert facts["train"]["lost"] + sum(train[i][1].sum() for i in range(len(train))) == facts["train"]["tokens"]
+    assert [s["remainder"] for s in facts["train"]["sources"]] == [remainder]
+
+
+def test_a_run_of_before_there_was_a_choice_keeps_its_rows(run):
+    """Its record has no `data.remainder`: the same rows in both splits, and so the digest that training knows."""
+    config, run = run
+    record = {"format": 1, "status": "running", "start": "", "end": None, "seconds": 0.0, "facts": {}}
+    write_json(run.stages, {"prepare": record | {"inputs": {"data.pack_docs": 20_000}}})
+    old = prepare.run(config, run)
+    tokenizer = Tokenizer.load(run.tokenizer)
+    for split in ("train", "val"):
+        documents = [
+            np.array([tokenizer.bos, *ids])
+            for ids in tokenizer.encode_batch(list(iterate_documents(config.data, split)))
+        ]
+        rows = Rows(run.data / "rows" / split)
+        expected = pack_documents(documents, SEQ_LEN + 1, tokenizer.bos, config.data.pack_docs, PackStats(), "keep")
+        assert all(np.array_equal(rows[i][0][rows[i][1] == 1], row) for i, row in enumerate(expected))
+        assert old[split]["lost"] == 0
+    run.stages.unlink()
+    new = prepare.run(config, run)
+    assert new["train"]["sha256"] == old["train"]["sha256"] and new["val"]["sha256"] != old["val"]["sha256"]
+
+
+def test_a_source_of_its_own_is_held_out_whole(shelf):
+    config, run = shelf
+    last = run.root / "shelf" / "4.jsonl"
+    chosen = with_data(config, val_source=f"files:{last}")
+    facts = prepare.run(chosen, run)
+    texts = [json.loads(line)["text"] for line in last.read_text().splitlines()]
+    texts = [text for text in texts if text]
+    assert list(iterate_documents(chosen.data, "val")) == texts and facts["val"]["documents"] == len(texts)
+    trained = list(iterate_documents(chosen.data, "train"))
+    assert len(trained) == 40 == facts["train"]["documents"]  # of the other four files all, whatever their hashes
+    tokenizer = Tokenizer.load(run.tokenizer)
+    assert starts_of(Rows(run.data / "rows" / "val"), tokenizer.bos) == beginnings(texts, tokenizer)
+    assert prepare.run(chosen, run) == facts
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "words"),
+    [
+        ("files:{shelf}/9.jsonl", DataError, "9.jsonl"),
+        ("files:{shelf}", DataError, "data.val_source"),
+        ("chitchat", UsageError, "data.val_source"),
+        ("hf:nobody", UsageError, "data.val_source"),
+        ("files:{shelf}/empty.jsonl", DataError, "empty.jsonl"),
+    ],
+)
+def test_a_held_out_source_that_cannot_be_used_is_named(shelf, source, error, words):
+    config, run = shelf
+    (run.root / "shelf" / "empty.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(error, match=words):
+        prepare.run(with_data(config, val_source=source.format(shelf=run.root / "shelf")), run)
+
+
+def test_too_few_held_out_rows_are_said(shelf, capsys):
+    config, run = shelf
+    prepare.run(with_data(config, val_source=f"files:{run.root / 'shelf' / '4.jsonl'}"), run)
+    assert "fewer than eval.rows" in capsys.readouterr().err
 
 
 def test_the_tokenizer_stage_must_have_run(tmp_path):

@@ -90,7 +90,10 @@ def test_every_number_of_the_exams_is_in_it(whole):
                     shown = f"{scores['metric']:.1%} ({low:.1%} to {high:.1%})"
                 else:
                     shown = f"{scores['metric']:.4f}"
-                    shown += " ({:.4f} to {:.4f})".format(*scores["interval"]) if "interval" in scores else ""
+                    if "bits_per_byte" in scores:
+                        shown += f" ± {scores['se']:.4f}" if "se" in scores else ""
+                    elif "interval" in scores:
+                        shown += " ({:.4f} to {:.4f})".format(*scores["interval"])
                 assert shown in page.cells, shown
                 assert f"{scores['n']:,}" in page.cells
                 seen += 1

@@ -142,10 +142,13 @@ def bits_per_byte(a: Side, b: Side, stages: Sequence[str]) -> dict[str, Any]:
 def documents(a: Side, b: Side) -> tuple[list[str], str]:
     """The first held-out documents of the first run that are held out of the second as well; what to know.
 
-    A document is held out by a hash of its text, so this holds whatever the second run was trained on, unless its
-    `data.val_fraction` left nothing and one document was taken instead.
+    Without `data.val_source` a document is held out by a hash of its text, so this holds whatever the second run was
+    trained on, unless its `data.val_fraction` left nothing and one document was taken instead.
     """
-    fraction = b.config.data.val_fraction
+    first, second = a.config.data, b.config.data
+    fraction = 0.0 if second.val_source else second.val_fraction
+    if second.val_source and second.val_source == first.val_source:
+        fraction = 1.0  # the same text, held out whole
     both: dict[str, None] = {}
     others: dict[str, None] = {}
     for text in iterate_documents(a.config.data, "val"):

@@ -37,7 +37,7 @@ from jaxchat.state import (
     init_state,
     make_train_step,
 )
-from train.bpb import bits_per_byte
+from train.bpb import bits_per_byte, with_error
 from train.draws import Draw, rows_in_order
 from train.memory import explained
 from train.plots import loss_plot
@@ -251,8 +251,14 @@ class _Run:
         self._check(index, bool(values["ok"]), bool(values["overflowed"]))
         bar.advance()
         speed = f"{rate:,.0f} tok/s" + (f"  MFU {mfu:.1%}" if mfu else "")
+        error = self.facts.get("val_bpb_se")
         shown = {"loss": record["loss"], "bpb": self.facts.get("val_bpb"), "reward": drawn.facts.get("reward")}
-        status = "".join(f"{name} {value:.3f}  " for name, value in shown.items() if value is not None) + speed
+        texts = (
+            f"{name} {with_error(value, error if name == 'bpb' else None, 3)}  "
+            for name, value in shown.items()
+            if value is not None
+        )
+        status = "".join(texts) + speed
         if not animated() and now - self.said > SAY_SECONDS:
             self.said = now
             left = (config.train.steps - index - 1) * seconds
@@ -291,11 +297,14 @@ class _Run:
                 self.eval_step, state.params, job.val_rows, job.byte_lengths, self.batch_rows, rows, self.mesh
             )
             scores |= {"val_bpb": found["bits_per_byte"], "val_loss": found["loss"]}
+            scores |= {} if found["se"] is None else {"val_bpb_se": found["se"]}
         for evaluator in job.evaluators:
             scores |= dict(evaluator(state, count))
         self.facts["eval_seconds"] = self.facts.get("eval_seconds", 0.0) + time.perf_counter() - begin
         if scores:
-            text = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            error = scores.get("val_bpb_se")
+            shown = {name: value for name, value in scores.items() if name != "val_bpb_se"}
+            text = "  ".join(f"{n} {with_error(v, error if n == 'val_bpb' else None)}" for n, v in shown.items())
             say(f"  step {count:>6,} of {job.config.train.steps:,}  {text}")
         return scores
 

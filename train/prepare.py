@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxchat.config import Config
-from jaxchat.data.corpus import Part, open_corpus, split_limit
+from jaxchat.data.corpus import Part, open_corpus, open_val, training_limit
 from jaxchat.data.duplicates import Distinct
 from jaxchat.data.packing import PackStats, pack_documents
 from jaxchat.data.rows import Rows, finish_rows, write_rows
@@ -27,7 +27,7 @@ from jaxchat.paths import RunDir
 from jaxchat.text.tokenizer import Tokenizer
 
 FACTS = (
-    "documents", "duplicates", "tokens", "bytes", "chars", "cuts", "fill", "documents_per_row",
+    "documents", "duplicates", "tokens", "lost", "bytes", "chars", "cuts", "fill", "documents_per_row",
     "tokenizer", "rows", "sha256", "sources",
 )  # fmt: skip
 OUTPUTS = ("data/rows/train/meta.json", "data/rows/val/meta.json")
@@ -47,22 +47,47 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         if getattr(config.data, key) < 1:
             raise UsageError(f"data.{key}: must be at least 1, not {getattr(config.data, key)}")
     tokenizer = Tokenizer.load(run.tokenizer)
-    parts = open_corpus(config.data)
-    jobs = _jobs(config, run, parts, tokenizer)
-    manifests = _tokens(config, run, jobs)
-    facts: dict[str, Any] = {split: _rows(config, run, parts, jobs, manifests, tokenizer, split) for split in SPLITS}
+    parts, held_out = open_corpus(config.data), open_val(config.data)
+    limit = training_limit(parts, config.data)
+    jobs = _jobs(config, run, parts, limit, tokenizer)
+    own = _jobs(config, run, [held_out], 1.0, tokenizer, len(jobs)) if held_out else []
+    manifests = _tokens(config, run, [*jobs, *own])
+    read = {"train": (parts, jobs, manifests[: len(jobs)]), "val": (parts, jobs, manifests)}
+    if held_out:
+        read["val"] = [held_out], own, manifests[len(jobs) :]
+    facts: dict[str, Any] = {split: _rows(config, run, *read[split], tokenizer, split) for split in SPLITS}
+    if held_out and not facts["val"]["rows"]:
+        raise DataError(f"data.val_source: {config.data.val_source} gives no rows of held-out text; name other files")
+    if held_out and facts["val"]["rows"] < config.eval.rows:
+        few = f"{facts['val']['rows']:,} rows, fewer than eval.rows {config.eval.rows:,}: all of them will be read"
+        say(f"  data.val_source: {few}", style="yellow")
     checksums = json.dumps([facts[split]["sha256"] for split in facts], sort_keys=True)
     return facts | {"digest": hashlib.sha256(checksums.encode()).hexdigest()}
 
 
-def _jobs(config: Config, run: RunDir, parts: Sequence[Part], tokenizer: Tokenizer) -> list[Job]:
-    """One for every unit of every part, in order."""
-    jobs: list[Job] = []
+def remainders(config: Config, parts: Sequence[Part], run: RunDir, split: str) -> list[str]:
+    """How each part's documents are packed; see `pack_documents`.
 
-    limit = split_limit(parts, config.data.val_fraction)
+    "auto" drops rests of web-scale text and keeps those of everything else. Held-out rows hold documents whole, or
+    their beginnings, so that each begins at a true document start. A run that was begun before there was
+    `data.remainder` keeps everything in both splits, as it did.
+    """
+    if "data.remainder" not in run.records().get("prepare", {}).get("inputs", {"data.remainder": ""}):
+        return ["keep"] * len(parts)
+    if split == "val":
+        return ["whole"] * len(parts)
+    chosen = config.data.remainder
+    return [chosen if chosen != "auto" else "drop" if part.web_scale else "keep" for part in parts]
+
+
+def _jobs(
+    config: Config, run: RunDir, parts: Sequence[Part], limit: float, tokenizer: Tokenizer, first: int = 0
+) -> list[Job]:
+    """One for every unit of every part, in order; `first`: the number of the first one's folder."""
+    jobs: list[Job] = []
     for unit in (unit for part in parts for unit in part.units):
         origin = _digest([unit.content(), limit, config.data.shard_tokens, tokenizer.digest])
-        folder = (run.data / "tokens" / f"{len(jobs):05d}").resolve()
+        folder = (run.data / "tokens" / f"{first + len(jobs):05d}").resolve()
         jobs.append(Job(unit, limit, str(run.tokenizer.resolve()), str(folder), config.data.shard_tokens, origin))
     return jobs
 
@@ -111,11 +136,13 @@ def _rows(
             "add text, or lower model.seq_len"
         )
     target = run.data / "rows" / split
-    origin = _digest([[job.origin for job in jobs], split, data.dedup, row_len, data.pack_docs])
+    modes = remainders(config, parts, run, split)
+    how = [] if set(modes) == {"keep"} else [modes]  # rows that were packed before there was a choice are kept
+    origin = _digest([[job.origin for job in jobs], split, data.dedup, row_len, data.pack_docs, *how])
     meta = _finished_rows(target, origin)
     done = meta is not None
     if meta is None:
-        packer = _Packer(config, parts, jobs, tokenizer, split)
+        packer = _Packer(config, parts, jobs, tokenizer, split, modes)
         with progress(f"pack {split}", None) as bar:
             count = write_rows(target, bar.track(packer.rows()), row_len, tokenizer.bos, tokenizer.vocab_size)
         read = {key: sum(manifest["splits"][split][key] for manifest in manifests) for key in ("bytes", "chars")}
@@ -127,30 +154,40 @@ def _rows(
     say(
         f"  {split}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {meta['rows']:,} rows of {row_len}, "
         f"{meta['fill']:.2%} filled, {meta['cuts']:,} cuts, {meta['documents_per_row']:.3g} documents a row"
+        + (f", {meta['lost'] / max(1, meta['tokens']):.1%} of the tokens left out" if meta.get("lost") else "")
         + (" (done before)" if done else "")
     )
     for source in meta["sources"] if len(parts) > 1 else ():
         say(f"    {source['weight']:.1%} of the tokens from {source['source']}: {source['rows']:,} rows")
-    return {key: meta[key] for key in FACTS}
+    return {key: meta.get(key, 0) for key in FACTS}  # rows of before had no `lost`: they lost nothing
 
 
 class _Packer:
     """Rows of one split, and what they are counted to hold."""
 
-    def __init__(self, config: Config, parts: Sequence[Part], jobs: Sequence[Job], tokenizer: Tokenizer, split: str):
+    def __init__(
+        self,
+        config: Config,
+        parts: Sequence[Part],
+        jobs: Sequence[Job],
+        tokenizer: Tokenizer,
+        split: str,
+        modes: Sequence[str],
+    ):
         self._config, self._parts, self._tokenizer, self._split = config, parts, tokenizer, split
+        self._modes = modes
         self._jobs = iter(jobs)
         self._stats, self._distinct = PackStats(), Distinct(config.data.dedup)
         self._sources: list[dict[str, Any]] = []
 
     def rows(self) -> Iterator[np.ndarray]:
         data, stats, row_len = self._config.data, self._stats, self._config.model.seq_len + 1
-        for part in self._parts:
-            before = stats.rows, stats.tokens
+        for part, mode in zip(self._parts, self._modes, strict=True):
+            rows, tokens, lost = stats.rows, stats.tokens, stats.lost
             documents = self._documents([next(self._jobs) for _ in part.units])
-            yield from pack_documents(documents, row_len, self._tokenizer.bos, data.pack_docs, stats)
-            rows, tokens = stats.rows - before[0], stats.tokens - before[1]
-            self._sources.append({"source": part.source, "weight": part.weight, "rows": rows, "tokens": tokens})
+            yield from pack_documents(documents, row_len, self._tokenizer.bos, data.pack_docs, stats, mode)
+            counts = {"rows": stats.rows - rows, "tokens": stats.tokens - tokens, "lost": stats.lost - lost}
+            self._sources.append({"source": part.source, "weight": part.weight, "remainder": mode} | counts)
 
     def _documents(self, jobs: Sequence[Job]) -> Iterator[np.ndarray]:
         for job in jobs:
@@ -163,10 +200,11 @@ class _Packer:
         return {
             "documents": distinct.kept,
             "tokens": distinct.kept_tokens,
+            "lost": stats.lost,
             "duplicates": distinct.found,
             "fill": stats.fill,
             "cuts": stats.cuts,
-            "documents_per_row": (stats.documents + stats.cuts) / max(1, stats.rows),
+            "documents_per_row": (stats.documents + stats.cuts - stats.cropped) / max(1, stats.rows),
             "sources": self._sources,
         }
 

@@ -24,7 +24,7 @@ def data_blocks(card: Card) -> list[Block]:
                 [title, f"{d['documents']:,} documents{again}, {d['bytes']:,} bytes, {d['tokens']:,} tokens"],
                 [
                     f"{title}, packed",
-                    f"{d['rows']:,} rows, {d['fill']:.2%} filled, {d['cuts']:,} cuts, nothing dropped, nothing twice",
+                    f"{d['rows']:,} rows, {d['fill']:.2%} filled, {d['cuts']:,} cuts, {_left_out(d)}",
                 ],
             ]
             for part in d.get("sources", []) if len(d.get("sources", [])) > 1 else []:
@@ -45,6 +45,12 @@ def data_blocks(card: Card) -> list[Block]:
         rows.append(["tokenizer", size])
         rows += [[f"the same text in {o['name']}'s tokens", _other(o)] for o in card["other_tokenizers"]]
     return [Heading("Data"), Table(["", ""], rows)]
+
+
+def _left_out(split: dict[str, Any]) -> str:
+    """How many tokens stand in no row."""
+    lost = split.get("lost", 0)
+    return f"{lost:,} tokens ({lost / max(1, split['tokens']):.1%}) left out" if lost else "nothing left out"
 
 
 def _other(other: dict[str, Any]) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxchat.tasks.core import CORE_TASKS
+from train.bpb import with_error
 from train.report_blocks import Block, Fold, Heading, Line, Mono, Paragraph, Score, Table, text_table
+from train.shares import Z95
 
 STAGE_TITLES = {"base": "BASE", "sft": "SFT", "rl": "RL"}
 FIRST = ("bits_per_byte", "core", "core_partial", "mmlu", "arc_easy", "arc_challenge", "gsm8k", "humaneval")
@@ -99,7 +101,7 @@ def _reading(tasks: Sequence[Found]) -> Iterator[list[Line]]:
         yield ["perplexity", *shown, "-", _cases(tasks)]
     talks = [task.get("conversations") if task else None for task in tasks]
     if any(talks):
-        scores = (f"{talk['bits_per_byte']:.4f}" if talk else "-" for talk in talks)
+        scores = (bits(talk) if talk else "-" for talk in talks)
         yield ["bits_per_byte, conversations", *scores, "-", _cases(talks)]
 
 
@@ -111,7 +113,16 @@ def _score(task: Found) -> Line:
         note = "" if low is None else f"{low:.1%} to {high:.1%}"
         interval = None if low is None or high is None else (low, high)
         return Score(f"{task['metric']:.1%}", note, task["metric"], interval, task.get("chance"))
+    if "bits_per_byte" in task:
+        return Score(bits(task))
     return Score(f"{task['metric']:.4f}", "" if low is None else f"{low:.4f} to {high:.4f}")
+
+
+def bits(task: dict[str, Any], digits: int = 4) -> str:
+    """Bits per byte with the standard error; records of before have only its 95 % interval."""
+    low, high = task.get("interval") or (None, None)
+    error = task.get("se", None if low is None or high is None else (high - low) / (2 * Z95))
+    return with_error(task["bits_per_byte"], error, digits)
 
 
 def _chance(tasks: Sequence[Found]) -> str:
@@ -129,8 +140,8 @@ def _cases(tasks: Sequence[Found]) -> str:
 
 def _note(card: Card, stages: Sequence[str]) -> str:
     text = (
-        "In brackets: 95 % intervals (Wilson's for shares). Bits per byte and perplexity: lower is better; their cases "
-        "are rows of text that no stage trained on."
+        "In brackets: 95 % intervals (Wilson's for shares). Bits per byte (± standard error) and perplexity: lower is "
+        "better; their cases are rows of text that no stage trained on."
     )
     tasks = [task for stage in stages for task in taken(card, stage).values()]
     if any("core" in name for stage in stages for name in taken(card, stage)):

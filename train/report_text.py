@@ -23,7 +23,7 @@ from train.report_blocks import (
     Turn,
 )
 from train.report_data import data_blocks
-from train.report_exams import STAGE_TITLES, Card, exam_blocks, taken
+from train.report_exams import STAGE_TITLES, Card, bits, exam_blocks, taken
 
 TILE_EXAMS = {"mmlu": "MMLU", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "gsm8k": "GSM8K",
               "humaneval": "HumanEval", "word_problems": "word problems", "identity": "identity"}  # fmt: skip
@@ -61,7 +61,7 @@ def _headline(card: Card) -> list[Block]:
         "" if card["sft"] else " It goes on with a text; it was not taught to answer.",
     ]
     if base:
-        text += [" It reads held-out text at ", Bold(f"{base['metric']:.3f} bits per byte"), "."]
+        text += [" It reads held-out text at ", Bold(f"{bits(base, 3)} bits per byte"), "."]
     latest = {name: task for stage in STAGE_TITLES for name, task in taken(card, stage).items() if "accuracy" in task}
     for i, (name, task) in enumerate(latest.items()):
         text += [", " if i else " Exams: ", f"{name.replace('_', ' ')} ", Bold(f"{task['accuracy']:.1%}")]
@@ -76,7 +76,7 @@ def _tiles(card: Card, latest: dict[str, Any]) -> list[tuple[str, str]]:
         ("cost", money(card["cost"]["usd"])),
     ]
     if base := card["exams"].get("base", {}).get("bits_per_byte"):
-        figures.append(("bits per byte", f"{base['metric']:.3f}"))
+        figures.append(("bits per byte", bits(base, 3)))
     standing = card["standing"].values()
     for key, title in (("core", "CORE"), ("chatcore", "ChatCORE")):
         figures += [(title, f"{s[key]:.4f}") for s in standing if s.get(key) is not None][-1:]

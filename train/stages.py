@@ -158,6 +158,7 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
                 inputs = {key: inputs.get(key) for key in record["inputs"]}
             if record and stage.trained and (record["status"] == "done" or any(made(stage, run))):
                 refuse_changes(stage, record, inputs, run)
+                inputs = record["inputs"]  # a setting that is new since then stays absent
             same = stage.trained or (record and record["inputs"] == inputs)  # a trained one was refused if not
             if record and record["status"] == "done" and same and complete(stage, run):
                 say(f"{stage.name:<10} done ({record['seconds']:.0f} s), nothing to do")

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.config import Config
-from jaxchat.data.corpus import interleaved, iterate_documents, open_corpus
+from jaxchat.data.corpus import interleaved, iterate_documents, open_corpus, training_limit
 from jaxchat.data.tokenize import batches_of
 from jaxchat.errors import UsageError
 from jaxchat.log import progress, say
 from jaxchat.paths import RunDir
 from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
 
-READS = ("tokenizer.", "data.source", "data.val_fraction", "data.text_bytes", "data.encoding", "model.vocab_size")
+READS = (
+    "tokenizer.", "data.source", "data.val_fraction", "data.val_source", "data.text_bytes", "data.encoding",
+    "model.vocab_size",
+)  # fmt: skip
 SAMPLE_DOCUMENTS, SAMPLE_CHARS = 2000, 8_000_000  # of the held-out text at most, to measure the compression
 
 
@@ -48,7 +51,8 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         for key, value in (("train_chars", options.train_chars), ("doc_chars", options.doc_chars)):
             if value < 1:
                 raise UsageError(f"tokenizer.{key}: must be at least 1, not {value}")
-        documents = interleaved(open_corpus(data), "train", data.val_fraction)
+        parts = open_corpus(data)
+        documents = interleaved(parts, "train", training_limit(parts, data))
         with progress("tokenizer", None) as bar:
             tokenizer = train_tokenizer(
                 bar.track(documents), config.model.vocab_size, options.train_chars, options.doc_chars, options.normalize

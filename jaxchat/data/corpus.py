@@ -66,6 +66,7 @@ class Part:
     source: str
     weight: float
     units: tuple[Unit, ...]
+    partial: bool = False  # only as many files as the run needs were asked for
 
     def documents(self) -> Iterator[str]:
         """All of them; `DataError` if there is none."""
@@ -75,6 +76,11 @@ class Part:
                 yield document
         if document is None:
             raise DataError(f"{self.source}: {len(self.units)} file(s), but no text in them")
+
+    @property
+    def web_scale(self) -> bool:
+        """Whether it is a part of a data set on the hub, of which there is more than the run needs."""
+        return self.source.startswith("hf:") and self.partial
 
     def split(self, split: str, limit: float) -> Iterator[str]:
         """Those below (`split` "val") or not below (any other) a limit of `split_limit`."""
@@ -105,18 +111,38 @@ def parse(source: str) -> list[tuple[str, float]]:
 def open_corpus(data: DataConfig) -> list[Part]:
     """The parts of `data.source`; those of the hub are downloaded here, as many files as `data.text_bytes` needs.
 
+    Files of `data.val_source` are left out.
     Raises `DataError` that names what is missing or cannot be had, `UsageError` for a malformed source.
     """
     check_encoding(data.encoding)
     if not 0 <= data.val_fraction < 1:
         raise UsageError(f"data.val_fraction: {data.val_fraction} is not at least 0 and below 1")
-    return [Part(name, share, _units(name, share, data)) for name, share in parse(data.source)]
-
-
-def _units(source: str, share: float, data: DataConfig) -> tuple[Unit, ...]:
-    if source.startswith("hf:"):
+    held_out = open_val(data)
+    paths = {unit.path for unit in held_out.units} if held_out else set()
+    parts = []
+    for name, share in parse(data.source):
         wanted = max(1, round(data.text_bytes * share)) if data.text_bytes > 0 else 0
-        files = hub.fetch(source, wanted, Path(data.cache_dir).expanduser() / "data", data.mirror)
+        units = tuple(unit for unit in _units(name, wanted, data) if unit.path not in paths or not unit.path)
+        if not units:
+            raise DataError(f"{name}: data.val_source {data.val_source} holds all of its files out; name other files")
+        parts.append(Part(name, share, units, partial=wanted > 0))
+    return parts
+
+
+def open_val(data: DataConfig) -> Part | None:
+    """All files of `data.val_source`, downloaded where they are on the hub; None where it is empty."""
+    if not data.val_source:
+        return None
+    if not data.val_source.startswith(("hf:", "files:")):
+        raise UsageError(f"data.val_source: {data.val_source!r}; write hf:OWNER/NAME:PATTERN or files:GLOB")
+    if data.val_source.startswith("hf:"):
+        hub.parse(data.val_source, "data.val_source")
+    return Part(data.val_source, 1.0, _units(data.val_source, 0, data))
+
+
+def _units(source: str, text_bytes: int, data: DataConfig) -> tuple[Unit, ...]:
+    if source.startswith("hf:"):
+        files = hub.fetch(source, text_bytes, Path(data.cache_dir).expanduser() / "data", data.mirror)
     elif source.startswith("files:"):
         files = find_files(source)
     else:
@@ -128,22 +154,29 @@ def _units(source: str, share: float, data: DataConfig) -> tuple[Unit, ...]:
 def iterate_documents(source: str | DataConfig, split: str = "all", val_fraction: float = 0.01) -> Iterator[str]:
     """Non-empty documents of `split` ("train", "val" or "all"), always in the same order, part after part.
 
-    A document is held out where a hash of its text falls below `split_limit`, so no other run, order or mixture can
-    leak it into training.
+    Held out ("val") are the documents of `data.val_source`; without one those where a hash of the text falls below
+    `split_limit`, so no other run, order or mixture can leak them into training.
     Args:
       source: the whole section, of which `val_fraction` is taken too, or just the source.
     Raises `DataError` that names what is missing, empty, unreadable or damaged.
     """
     data = source if isinstance(source, DataConfig) else DataConfig(source=source, val_fraction=val_fraction)
+    if split == "val" and (held_out := open_val(data)):
+        yield from held_out.documents()
+        return
     parts = open_corpus(data)
-    limit = 0.0 if split == "all" else split_limit(parts, data.val_fraction)
+    limit = 0.0 if split == "all" else training_limit(parts, data)
     for part in parts:
         yield from part.documents() if split == "all" else part.split(split, limit)
 
 
-def interleaved(parts: Sequence[Part], split: str, val_fraction: float) -> Iterator[str]:
+def training_limit(parts: Sequence[Part], data: DataConfig) -> float:
+    """The hash below which no document of `data.source` is trained on; 0 where `data.val_source` is held out."""
+    return 0.0 if data.val_source else split_limit(parts, data.val_fraction)
+
+
+def interleaved(parts: Sequence[Part], split: str, limit: float) -> Iterator[str]:
     """Documents of all parts at once, each part with its share of the characters, as long as it lasts."""
-    limit = split_limit(parts, val_fraction)
     left = {i: part.split(split, limit) for i, part in enumerate(parts)}
     taken = dict.fromkeys(left, 0.0)
     while left:

@@ -31,11 +31,11 @@ class HubSource:
     pattern: str = ""  # "": all files of the kind that holds the text, parquet before jsonl before plain text
 
 
-def parse(source: str) -> HubSource:
+def parse(source: str, key: str = "data.source") -> HubSource:
     """`UsageError` for what has not the form `hf:OWNER/NAME[@REVISION][:PATTERN]`."""
     match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([^:@\s]+))?(?::(.+))?", source)
     if match is None:
-        raise UsageError(f"data.source: {source!r}; write hf:OWNER/NAME, hf:OWNER/NAME@REVISION:PATTERN")
+        raise UsageError(f"{key}: {source!r}; write hf:OWNER/NAME, hf:OWNER/NAME@REVISION:PATTERN")
     return HubSource(match[1], match[2] or "main", match[3] or "")
 
 

@@ -1,4 +1,4 @@
-"""Token sequences -> fixed rows by best fit: nothing dropped, nothing twice, next to no padding."""
+"""Token sequences -> fixed rows by best fit, and what becomes of the rest of a document that is cut."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ class PackStats:
     """Counts of one packing run; `fill` is the share of row positions that hold tokens."""
 
     rows: int = 0
-    tokens: int = 0  # placed, the extra `<|bos|>` of cut pieces included
+    tokens: int = 0  # placed, the one more token at the start of every rest included
     documents: int = 0
     cuts: int = 0
+    cropped: int = 0  # cuts whose rest was thrown away
+    lost: int = 0  # tokens of the documents that stand in no row
     row_len: int = 0
 
     @property
@@ -42,8 +44,12 @@ class _Pool:
     def take(self, at_most: int) -> np.ndarray | None:
         """The longest piece of at most that length."""
         length = (self.present & ((1 << (at_most + 1)) - 1)).bit_length() - 1
-        if length < 0:
-            return None
+        return None if length < 0 else self._pop(length)
+
+    def take_shortest(self) -> np.ndarray | None:
+        return self._pop((self.present & -self.present).bit_length() - 1) if self.present else None
+
+    def _pop(self, length: int) -> np.ndarray:
         pieces = self.by_length[length]
         piece = pieces.pop()
         if not pieces:
@@ -53,14 +59,21 @@ class _Pool:
 
 
 def pack_documents(
-    documents: Iterable[np.ndarray], row_len: int, bos: int, window: int, stats: PackStats
+    documents: Iterable[np.ndarray], row_len: int, bos: int, window: int, stats: PackStats, remainder: str = "keep"
 ) -> Iterator[np.ndarray]:
-    """Rows as 1-D arrays of at most `row_len` tokens (shorter: to be padded), each token of the corpus once.
+    """Pack documents, each with `<|bos|>` first, into rows: 1-D arrays of at most `row_len` tokens, to be padded.
 
-    Documents start with `<|bos|>`. One longer than a row is cut into pieces, each with its own `<|bos|>`; a shorter
-    one is cut only where nothing fits, and its rest goes back. Best fit looks at `window` documents at a time.
+    Best fit looks at `window` documents at a time. A document is cut where it is longer than a row, and where no whole
+    one fits into what is left of a row. `remainder` says what becomes of the rest:
+      "keep": it is packed like a document, behind a `<|bos|>` of its own. Every token stands in one row.
+      "continue": it goes on at the start of the next row, behind the token before it. Every token is a target once.
+      "drop": it is thrown away (`stats.lost`), so every `<|bos|>` starts a document. The shortest document is cut.
+      "whole": as "drop", but only documents longer than a row are cut; what is left of a row stays empty.
     """
     stats.row_len = row_len
+    if remainder == "continue":
+        yield from _pack_continued(documents, row_len, window, stats)
+        return
     pool, source, more = _Pool(), iter(documents), True
     row: list[np.ndarray] = []
     free = row_len
@@ -71,12 +84,22 @@ def pack_documents(
             if document is None:
                 break
             stats.documents += 1
-            *full, last = _pieces(document, row_len, bos)
-            stats.cuts += len(full)
-            for piece in full:
-                yield _count(stats, piece)
+            if remainder == "keep":
+                *full, last = _pieces(document, row_len, bos)
+                stats.cuts += len(full)
+                for piece in full:
+                    yield _count(stats, piece)
+            else:
+                last = _cropped(document, row_len, stats)
             pool.add(last.copy())  # a view would keep the whole shard in memory for as long as the piece waits
-        fitting = _next_piece(pool, free, row_len, bos, stats)
+        fitting = pool.take(free)
+        if fitting is None and free >= MIN_CUT:
+            if remainder == "keep" and (longest := pool.take(row_len)) is not None:
+                pool.add(_rest(longest, free, bos))
+                stats.cuts += 1
+                fitting = longest[:free]
+            elif remainder == "drop" and (shortest := pool.take_shortest()) is not None:
+                fitting = _cropped(shortest, free, stats)
         if fitting is not None:
             row.append(fitting)
             free -= len(fitting)
@@ -87,14 +110,52 @@ def pack_documents(
             row, free = [], row_len
 
 
-def _next_piece(pool: _Pool, free: int, row_len: int, bos: int, stats: PackStats) -> np.ndarray | None:
-    """What best fills the `free` positions of a row; None where they stay empty, or the pool is."""
-    piece = pool.take(free)
-    if piece is None and free >= MIN_CUT and (longest := pool.take(row_len)) is not None:
-        pool.add(_rest(longest, free, bos))
-        stats.cuts += 1
-        piece = longest[:free]
-    return piece
+def _pack_continued(
+    documents: Iterable[np.ndarray], row_len: int, window: int, stats: PackStats
+) -> Iterator[np.ndarray]:
+    """Rows of "continue". At most one rest waits: whatever is cut goes on in the very next row."""
+    pool, source, more = _Pool(), iter(documents), True
+    long: list[np.ndarray] = []  # documents longer than a row, which have to be cut anyway
+    row: list[np.ndarray] = []
+    free, rest = row_len, None
+    while True:
+        while more and pool.count + len(long) < window:
+            document = next(source, None)
+            more = document is not None
+            if document is None:
+                break
+            stats.documents += 1
+            if len(document) > row_len:
+                long.append(document.copy())
+            else:
+                pool.add(document.copy())
+        piece: np.ndarray | None = None
+        if not row and (rest is not None or long):
+            piece, rest = (rest if rest is not None else long.pop()), None
+        else:
+            piece = pool.take(free)
+            if piece is None and free >= MIN_CUT:
+                piece = long.pop() if long else pool.take(row_len)
+        if piece is None and not row:
+            return
+        if piece is not None:
+            if len(piece) > free:
+                piece, rest = piece[:free], piece[free - 1 :]
+                stats.cuts += 1
+            row.append(piece)
+            free -= len(piece)
+        if piece is None or not free:
+            yield _count(stats, np.concatenate(row))
+            row, free = [], row_len
+
+
+def _cropped(document: np.ndarray, length: int, stats: PackStats) -> np.ndarray:
+    """The first `length` tokens; what is thrown away is counted."""
+    lost = max(0, len(document) - length)
+    stats.lost += lost
+    stats.cuts += lost > 0
+    stats.cropped += lost > 0
+    return document[:length]
 
 
 def _pieces(document: np.ndarray, row_len: int, bos: int) -> Iterator[np.ndarray]:

@@ -15,6 +15,7 @@ REFERENCE_BATCH = 2**19  # tokens a step: where nanochat tuned its rates, at dep
 SMALL_BATCH_POWER = 0.125  # of the rate below that batch; see `rate_scale`
 SIZED = "fitted to the amount of text"
 BYTES_PER_TOKEN = 5  # of text: 4.6 to 4.8 with 32,768 tokens on web text, less with fewer; the rest is reserve
+DROPPED = 600  # tokens: rows of T keep T / (T + 600) of web text whose rests are dropped (docs/data.md)
 ADAMW = {"weight_decay": 0.1, "warmup_steps": 200, "warmdown_ratio": 1.0, "final_lr": 0.1, "grad_clip": 1.0}
 
 
@@ -111,6 +112,7 @@ RANGES: dict[str, tuple[float, float]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "tokenizer.normalize": ("none", "nfc"),
     "data.engine": ("local", "ray"),
+    "data.remainder": ("auto", "keep", "continue", "drop"),
     "train.compute_dtype": ("auto", "float32", "bfloat16", "float16"),
     "train.matmul": ("plain", "fp8"),
     "train.remat": ("none", "names", "dots", "full"),
@@ -154,7 +156,8 @@ def resolve(config: Config) -> Config:
     _check_batch("sft.batch_tokens", sft.batch_tokens, model.seq_len)
     data = config.data
     if "hf:" in data.source:  # of files at hand everything is read
-        data = fill(data, {"text_bytes": train.steps * train.batch_tokens * BYTES_PER_TOKEN})
+        kept = model.seq_len / (model.seq_len + DROPPED) if data.remainder in ("auto", "drop") else 1.0
+        data = fill(data, {"text_bytes": round(train.steps * train.batch_tokens * BYTES_PER_TOKEN / kept)})
     return dataclasses.replace(config, model=model, data=data, train=train, optim=optim, sft=sft)
 
 
@@ -240,7 +243,7 @@ def derivations(given: Config, resolved: Config) -> dict[str, str]:
         "model.depth": SIZED,
         "model.vocab_size": SIZED,
         "model.seq_len": SIZED,
-        "data.text_bytes": f"tokens of the horizon x {BYTES_PER_TOKEN}",
+        "data.text_bytes": f"tokens of the horizon x {BYTES_PER_TOKEN}, and what dropped rests take",
         "train.batch_tokens": "2^19 (tokens / tokens of d12)^0.383, a power of two; 2^19 for classic",
         "train.steps": SIZED if given.data.size_model else "token_ratio x scaling parameters / batch_tokens",
         "optim.lr_scale": "(batch / 2^19)^(1/2), below 2^19 tokens ^(1/8)",
