@@ -97,8 +97,8 @@ def ours(config: Config, folder: Path) -> Iterator[dict[str, Any]]:
         seconds.append(trainer.step())
         losses.append(trainer.loss)
         if len(losses) % BLOCK == 0 or len(losses) == batches.steps:
+            (folder / OURS).write_text(json.dumps(losses))  # also of a part that is stopped later
             yield _block(config, losses, seconds)
-    (folder / OURS).write_text(json.dumps(losses))
     yield {"parameters": trainer.parameters, "compile_seconds": round(trainer.compile_seconds, 2)}
 
 
@@ -122,7 +122,7 @@ def nanochat(config: Config, folder: Path, directory: Path, python: str, environ
             peer.close()
     if (folder / OURS).exists():
         own = json.loads((folder / OURS).read_text())
-        blocks = [slice(i, i + BLOCK) for i in range(0, steps, BLOCK)]
+        blocks = [slice(i, i + BLOCK) for i in range(0, len(own), BLOCK)]
         difference = [statistics.fmean(own[b]) - statistics.fmean(losses[b]) for b in blocks]
         yield {"jaxchat_minus_nanochat": [round(d, 4) for d in difference], "block": BLOCK}
 

@@ -2,8 +2,8 @@
 
 Parts run in the order of their worth, each in a process of its own with a time limit of its own: one that crashes, runs
 out of memory or hangs is recorded with its error, and the next one goes on. FILE is written anew after every finding,
-so it is safe to stop at any time; parts that are not run again keep what they have there. One GPU is used: the first, or
-those that CUDA_VISIBLE_DEVICES names. The last line of the output is one JSON object.
+so it is safe to stop at any time; parts that are not run again keep what they have there. One GPU is used: the
+first, or what CUDA_VISIBLE_DEVICES names. The last line of the output is one JSON object.
 
 --toy: tiny shapes, for any machine. --nanochat DIR: a checkout of karpathy/nanochat, whose first steps are then trained
 on the same tokens; --python is an interpreter with torch. docs/performance.md says what each part decides.
@@ -138,8 +138,12 @@ class Results:
         write_json(self._path, self.content)
 
 
-def run_parts(args: argparse.Namespace, results: Results, environment: Mapping[str, str]) -> None:
-    """Run the chosen parts. `UsageError` where there is no accelerator and full size was asked for."""
+def run_parts(args: argparse.Namespace, results: Results, environment: Mapping[str, str]) -> dict[str, str]:
+    """Run the chosen parts and return the errors of those that failed.
+
+    Raises `UsageError` where there is no accelerator and full size was asked for.
+    """
+    failed = {}
     with tempfile.TemporaryDirectory() as work:
         settings = {key: getattr(args, key) for key in ("toy", "nanochat", "python", "text", "steps")} | {"work": work}
         for part in choose(args.parts, args.nanochat):
@@ -156,6 +160,8 @@ def run_parts(args: argparse.Namespace, results: Results, environment: Mapping[s
             try:
                 entry["error"] = run_part(command, limit, take, environment)
                 entry["status"] = "failed" if entry["error"] else "done"
+                if entry["error"]:
+                    failed[part] = entry["error"]
             except (KeyboardInterrupt, InterruptedRun) as stop:
                 entry["status"] = results.content["stopped"] = f"stopped ({str(stop) or 'SIGINT'})"
                 raise
@@ -170,6 +176,7 @@ def run_parts(args: argparse.Namespace, results: Results, environment: Mapping[s
                 and entry["findings"][0]["platform"] == "cpu"
             ):
                 raise UsageError("JAX sees no accelerator here; --toy runs everything at toy size")
+    return failed
 
 
 def main(argv: list[str] | None, environment: Mapping[str, str]) -> int:
@@ -187,14 +194,13 @@ def main(argv: list[str] | None, environment: Mapping[str, str]) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         results = Results(args.out, args.toy)
-        run_parts(args, results, {"CUDA_VISIBLE_DEVICES": "0"} | dict(environment))
+        failed = run_parts(args, results, {"CUDA_VISIBLE_DEVICES": "0"} | dict(environment))
     except JaxchatError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, InterruptedRun):
         print(f"stopped; {args.out} has what was found", file=sys.stderr)
         return InterruptedRun.exit_code
-    failed = {name: part["error"] for name, part in results.content["parts"].items() if part["status"] != "done"}
     print(json.dumps({"out": str(args.out), "parts": len(results.content["parts"]), "failed": failed}))
     return 1 if failed else 0
 
