@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peer import Program
-from bench.train_step import Trainer, describe, draw_shape
+from bench.train_step import WARM_UP, batch_shape, describe, random_trainer
 from jaxchat.config import Config
 from jaxchat.errors import UsageError
 from jaxchat.mesh import make_mesh
@@ -47,13 +47,23 @@ def nanochat_config(config: Config) -> dict[str, Any]:
     }
 
 
-def start_peer(config: Config, directory: Path, python: str, environment: dict[str, str], errors: Any) -> Program:
-    """nanochat's step, ordered by the number of steps."""
+def start_peer(
+    config: Config,
+    directory: Path,
+    python: str,
+    environment: dict[str, str],
+    errors: Any,
+    run: dict[str, Any] | None = None,
+) -> Program:
+    """nanochat's step, ordered by the number of steps, on random tokens or on those of a `run` (bench/curve.py)."""
+    if not (directory / "nanochat" / "gpt.py").exists():
+        raise UsageError(f"{directory}: no nanochat/gpt.py there; give a checkout of karpathy/nanochat")
     settings = {
         "directory": str(directory.resolve()),
         "config": nanochat_config(config),
-        "batch": draw_shape(config),
+        "batch": batch_shape(config),
         "seed": SEED,
+        "run": run,
     }
     return Program([python, "-u", str(WORKER), json.dumps(settings)], errors, cwd=directory, env=environment)
 
@@ -64,8 +74,6 @@ def compare(config: Config, directory: Path, python: str, steps: int, block: int
     `changes` (K=V) go into the peer's environment, which else is ours; an empty value takes the variable away. Its
     compile caches are fresh folders, ours is none: both compile from nothing.
     """
-    if not (directory / "nanochat" / "gpt.py").exists():
-        raise UsageError(f"{directory}: no nanochat/gpt.py there; give a checkout of karpathy/nanochat")
     if (devices := make_mesh(config.mesh).size) > 1:
         raise UsageError(f"{devices} devices, and nanochat runs on one here: show one only (CUDA_VISIBLE_DEVICES=0)")
     with tempfile.TemporaryDirectory() as caches, tempfile.TemporaryFile("w+") as errors:
@@ -81,14 +89,14 @@ def compare(config: Config, directory: Path, python: str, steps: int, block: int
 
 def _take_turns(config: Config, peer: Program, steps: int, block: int) -> dict[str, Any]:
     theirs = peer.order(1)
-    ours = Trainer(config, SEED)
+    ours, tokens = random_trainer(config, SEED)
     first = {"jaxchat": ours.first_seconds, "nanochat": theirs["first"]}
-    if ours.checksum != theirs["checksum"]:
+    if tokens.checksum != theirs["checksum"]:
         raise UsageError("the two draw different tokens: numpy's generators differ between the interpreters")
     seconds: dict[str, list[float]] = {"jaxchat": [], "nanochat": []}
     processor: dict[str, list[float]] = {"jaxchat": [], "nanochat": []}  # per step of a turn, all threads
-    while len(seconds["jaxchat"]) < steps + 3:
-        count = min(block, steps + 3 - len(seconds["jaxchat"]))
+    while len(seconds["jaxchat"]) < steps + WARM_UP:
+        count = min(block, steps + WARM_UP - len(seconds["jaxchat"]))
         begin = time.process_time()
         seconds["jaxchat"] += [ours.step() for _ in range(count)]
         processor["jaxchat"].append((time.process_time() - begin) / count)
@@ -104,7 +112,9 @@ def _take_turns(config: Config, peer: Program, steps: int, block: int) -> dict[s
     sides["nanochat"] |= {"peak_bytes": answer["peak_bytes"]}
     pairs = [
         statistics.median(b) / statistics.median(a)
-        for a, b in zip(_blocks(seconds["jaxchat"][3:], block), _blocks(seconds["nanochat"][3:], block), strict=True)
+        for a, b in zip(
+            _blocks(seconds["jaxchat"][WARM_UP:], block), _blocks(seconds["nanochat"][WARM_UP:], block), strict=True
+        )
     ]
     ratio = {
         key: round(sides["jaxchat"][key] / sides["nanochat"][key], 3) for key in ("tokens_per_second",)
@@ -130,7 +140,7 @@ def _summary(config: Config, first: float, seconds: list[float]) -> dict[str, An
 
     The first step's seconds hold building, compiling and one step, but not the imports before.
     """
-    measured = seconds[3:]
+    measured = seconds[WARM_UP:]
     median = statistics.median(measured)
     run = [first, *seconds][:WALL_STEPS]
     return {

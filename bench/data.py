@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bench import machine
 from jaxchat.config import MeshConfig
 from jaxchat.data import batches
 from jaxchat.data.rows import Rows, finish_rows, write_rows
@@ -75,14 +75,8 @@ def measure(tokens: int, seq_len: int, rows: int, repeats: int) -> dict[str, Any
                 rates[name].append(rate)
                 per_core[name].append(of_a_core)
     host = statistics.median(rates["host"])
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),
+    return machine.about() | {
         "grain": version("grain"),
-        "numpy": version("numpy"),
-        "jax": version("jax"),
-        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
         "tokens": count * seq_len,
         "seq_len": seq_len,
         "batch_rows": rows,

@@ -15,11 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
-import sys
 import time
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +25,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench import machine, trace
+from bench.peer import add_peer_arguments, check_peer
 from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, MeshConfig, load_config
 from jaxchat.data.rows import Rows
-from jaxchat.engine import Engine, Request
+from jaxchat.engine import Engine, Handle, Request
 from jaxchat.engine.loading import trained_stages
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.mesh import make_mesh
 from jaxchat.model import gpt
-from jaxchat.model.layout import value_layers
-from jaxchat.model.sizes import count_parameters, kv_values_per_row, matmul_parameters
+from jaxchat.model.sizes import count_parameters, decode_bytes_per_step, matmul_parameters
 from jaxchat.optim.horizon import resolve
 from jaxchat.paths import RunDir
 from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
@@ -63,60 +62,81 @@ class Sampler:
             reuse=False,  # every round has the same prompt
         )
 
-    def run(self, prompt: list[int], rows: int) -> dict[str, float]:
-        """`rows` answers to one prompt (which is prefilled once for all, as the peer does)."""
+    def start(self, prompt: list[int], rows: int) -> list[Handle]:
+        """Submit `rows` answers to one prompt (which is prefilled once for all, as the peer does); returns when all
+        of them run."""
         args, engine = self.args, self.engine
         request = Request(
             prompt, max_tokens=args.tokens, temperature=args.temperature, top_k=args.top_k, tools=False, stop=()
         )
-        begin, processor = time.perf_counter(), time.process_time()
         handles = engine.submit_group(request, range(rows))
         while any(handle.first_token is None for handle in handles):
             engine.step()
-        all_run, before = time.perf_counter(), sum(handle.made for handle in handles)
+        return handles
+
+    def finish(self, handles: list[Handle]) -> int:
+        """Run all answers to their end; returns the tokens made."""
+        before = sum(handle.made for handle in handles)
         while not all(handle.done for handle in handles):
-            engine.step()
+            self.engine.step()
+        return sum(handle.made for handle in handles) - before
+
+    def run(self, prompt: list[int], rows: int) -> dict[str, float]:
+        begin, processor = time.perf_counter(), time.process_time()
+        handles = self.start(prompt, rows)
+        all_run = time.perf_counter()
+        made = self.finish(handles)
         end = time.perf_counter()
-        made = sum(handle.made for handle in handles)
         return {
-            "tokens_per_second": (made - before) / (end - all_run),
-            "with_prompt": made / (end - begin),
+            "tokens_per_second": made / (end - all_run),
+            "with_prompt": sum(handle.made for handle in handles) / (end - begin),
             "first_token_seconds": statistics.median(h.first_token - h.submitted for h in handles),
             "seconds_per_token": statistics.median(
-                (h.finished - h.first_token) / max(1, h.made - engine.chunk) for h in handles
+                (h.finished - h.first_token) / max(1, h.made - self.engine.chunk) for h in handles
             ),
             "processor_seconds": time.process_time() - processor,
         }
 
+    def profile(self, prompt: list[int], rows: int, tokens_per_second: float) -> dict[str, float]:
+        """Return kernels and busy time of a decoding step from a profile, and the rest of an unprofiled step: the
+        time that launches and the host cost."""
+        handles, made = self.start(prompt, rows), 0
 
-def bandwidth() -> float:
-    """Bytes a second that the memory moves, reading and writing counted: the best of several large copies."""
-    values = jnp.zeros((64 if jax.default_backend() == "cpu" else 1024) * 2**18, jnp.float32)
-    copy = jax.jit(lambda a: a + 1)
-    jax.block_until_ready(copy(values))
-    seconds = []
-    for _ in range(10):
-        begin = time.perf_counter()
-        jax.block_until_ready(copy(values))
-        seconds.append(time.perf_counter() - begin)
-    return 2 * values.nbytes / min(seconds)
+        def finish() -> None:
+            nonlocal made
+            made = self.finish(handles)
+
+        kernels = trace.record(finish)
+        classify = trace.Classifier()
+        leaves = [kernel for kernel in kernels if classify(kernel)]
+        steps = made / rows
+        seconds, busy = rows / tokens_per_second, trace.busy_seconds(leaves) / steps
+        return {
+            "kernels_per_step": round(len(leaves) / steps, 1),
+            "step_seconds": round(seconds, 7),
+            "busy_seconds": round(busy, 7),
+            "gap_seconds": round(seconds - busy, 7),
+            "gap_microseconds_per_kernel": round(1e6 * (seconds - busy) * steps / max(1, len(leaves)), 3),
+        }
 
 
 def step_bytes(config: Config, rows: int, context: int, kind: str, item_bytes: int) -> int:
-    """Bytes that one decoding step must read: kernels, a row of each table for every token, keys and values."""
-    model, kernels = config.model, matmul_parameters(config.model)
-    tables = 1 + len(value_layers(model))
-    kernel_bytes = kernels * (1 if kind == "int8" else item_bytes)
-    return kernel_bytes + item_bytes * rows * (tables * model.width + kv_values_per_row(model, context))
+    """Return the bytes that one decoding step must read; of int8 weights one byte a kernel's value."""
+    saved = (item_bytes - 1) * matmul_parameters(config.model) if kind == "int8" else 0
+    return decode_bytes_per_step(config.model, rows, context, item_bytes) - saved
 
 
 def load(args: argparse.Namespace) -> tuple[Config, Any, Tokenizer]:
-    if args.run_dir:
-        run = RunDir(args.run_dir)
-        config = resolve(load_config(run.config, args.set))
+    run = RunDir(args.run_dir) if args.run_dir else None
+    config = resolve(load_config(run.config if run else args.tier, args.set))
+    if args.prompt + args.tokens > config.model.seq_len:
+        raise UsageError(
+            f"--prompt {args.prompt} and --tokens {args.tokens} are more than the context of "
+            f"{config.model.seq_len} (model.seq_len)"
+        )
+    if run:
         stage = trained_stages(run)[0]  # the one that is served
         return config, restore_params(run.stage(stage))[0], Tokenizer.load(run.tokenizer)
-    config = resolve(load_config(args.tier, args.set))
     leaves, tree = jax.tree.flatten(gpt.init_params(config.model, config.seed))
     draw = np.random.default_rng(0)
     for i, leaf in enumerate(leaves):
@@ -137,10 +157,10 @@ def bits_per_byte(engine: Engine, run: RunDir) -> float | None:
     return nats / math.log(2) / sum(int(lengths[ids[1:]].sum()) for ids in texts)
 
 
-def measure(config: Config, params: Any, tokenizer: Tokenizer, args: Any, kind: str) -> list[dict[str, Any]]:
-    """One entry for each batch size, medians over the rounds."""
+def measure(config: Config, params: Any, tokenizer: Tokenizer, args: Any, kind: str) -> Iterator[dict[str, Any]]:
+    """Yield one entry for each batch size, medians over the rounds."""
     prompt = np.random.default_rng(1).integers(0, tokenizer.vocab_size, args.prompt).tolist()
-    most, entries = bandwidth(), []
+    most = machine.bandwidth()
     ours = Sampler(config, params, tokenizer, max(args.batch_sizes), args, kind)
     peer = None
     if args.compare:
@@ -158,13 +178,15 @@ def measure(config: Config, params: Any, tokenizer: Tokenizer, args: Any, kind: 
                     for side, result in results.items():
                         sides[side].append(result)
             must = step_bytes(config, rows, args.prompt + args.tokens // 2, kind, np.dtype(ours.engine.dtype).itemsize)
-            entries.append(_summary(config, rows, most, must, sides))
+            entry = _summary(config, rows, most, must, sides)
+            if args.profile:
+                entry["launches"] = ours.profile(prompt, rows, entry["tokens_per_second"])
+            yield entry
     finally:
         if peer:
             peer.close()
     if args.run_dir:
-        entries.append({"bits_per_byte": bits_per_byte(ours.engine, RunDir(args.run_dir))})
-    return entries
+        yield {"bits_per_byte": bits_per_byte(ours.engine, RunDir(args.run_dir))}
 
 
 def _summary(config: Config, rows: int, most: float, must: int, sides: dict[str, Any]) -> dict[str, Any]:
@@ -190,36 +212,30 @@ def _summary(config: Config, rows: int, most: float, must: int, sides: dict[str,
     return entry
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tier", default="nano")
     parser.add_argument("--run-dir", help="a finished run; default: random weights in the shape of the tier")
     parser.add_argument("--set", action="append", default=[], metavar="K=V")
-    parser.add_argument("--batch-sizes", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32, 128])
+    parser.add_argument("--batch-sizes", type=machine.numbers, default=[1, 8, 32, 128])
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of each answer")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--weights", default="auto", help="auto, float32, bfloat16 or int8, or several of them")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--compare", nargs=2, metavar=("nanochat", "DIR"))
-    parser.add_argument("--python", default=sys.executable, help="of --compare: the peer's interpreter")
+    parser.add_argument("--profile", action="store_true", help="also kernels a step, and the time between them")
+    add_peer_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
     args = parser.parse_args(argv)
-    if args.compare and args.compare[0] != "nanochat":
-        parser.error(f"--compare {args.compare[0]}: the one peer known is nanochat")
+    check_peer(parser, args)
     try:
         config, params, tokenizer = load(args)
-        if args.prompt + args.tokens > config.model.seq_len:
-            raise UsageError(
-                f"--prompt {args.prompt} and --tokens {args.tokens} are more than the context of "
-                f"{config.model.seq_len} (model.seq_len)"
-            )
-        result: dict[str, Any] = {
-            "device": jax.devices()[0].device_kind,
-            "devices": jax.local_device_count(),
-            "cores": os.cpu_count(),
-            "load_average": round(os.getloadavg()[0], 2),
-            "versions": {name: version(name) for name in ("jax", "jaxlib", "numpy")},
+        result: dict[str, Any] = machine.about() | {
             "tier": config.tier,
             "model": {k: getattr(config.model, k) for k in ("depth", "width", "seq_len", "vocab_size")},
             "parameters": count_parameters(config.model).total,
@@ -230,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
             "rounds": args.rounds,
         }
         for kind in args.weights.split(","):
-            result[kind] = measure(config, params, tokenizer, args, kind)
+            result[kind] = list(measure(config, params, tokenizer, args, kind))
             print(json.dumps({kind: result[kind]}), flush=True)
     except JaxchatError as error:
         parser.exit(error.exit_code, f"error: {error}\n")

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from bench import machine
 from bench.decode import step_bytes
 from jaxchat.config import MeshConfig, load_config
 from jaxchat.errors import JaxchatError
@@ -90,9 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", default="h100:1")
     parser.add_argument("--set", action="append", default=[], metavar="K=V")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a slot")
-    parser.add_argument(
-        "--batch-sizes", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 8, 32, 128]
-    )
+    parser.add_argument("--batch-sizes", type=machine.numbers, default=[1, 2, 8, 32, 128])
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # it only compiles, and takes no GPU that may be here
     try:

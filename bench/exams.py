@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from bench import machine
+from bench.peer import add_peer_arguments, check_peer
 from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, load_config
 from jaxchat.engine.branching import score_letters, score_targets
@@ -149,11 +148,7 @@ def whole_core(config: Config, params: Any, tokenizer: Tokenizer, data: str, cap
 
 def about(config: Config, run_dir: str | None) -> dict[str, Any]:
     """What was measured, and on what."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "jax": version("jax"),
+    return machine.about() | {
         "model": {k: getattr(config.model, k) for k in ("depth", "width", "seq_len", "vocab_size")},
         "weights": run_dir or "random",
     }
@@ -170,11 +165,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--core-items", type=int, default=-1, help="of each task in the whole CORE run; 0: leave it out"
     )
-    parser.add_argument("--compare", nargs=2, metavar=("nanochat", "DIR"))
-    parser.add_argument("--python", default=sys.executable, help="of --compare: the peer's interpreter")
+    add_peer_arguments(parser)
     args = parser.parse_args(argv)
-    if args.compare and args.compare[0] != "nanochat":
-        parser.error(f"--compare {args.compare[0]}: the one peer known is nanochat")
+    check_peer(parser, args)
     try:
         config, params, tokenizer = load(args.run_dir, args.stage, args.data, args.set)
         result = about(config, args.run_dir)

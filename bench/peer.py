@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from jaxchat.errors import UsageError
+
+
+def add_peer_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--compare", nargs=2, metavar=("nanochat", "DIR"))
+    parser.add_argument("--python", default=sys.executable, help="of --compare: the peer's interpreter")
+
+
+def check_peer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.compare and args.compare[0] != "nanochat":
+        parser.error(f"--compare {args.compare[0]}: the one peer known is nanochat")
 
 
 class Program:

@@ -16,14 +16,15 @@ import os
 import statistics
 import sys
 import time
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from bench import machine
+from bench.peer import add_peer_arguments, check_peer
 from jaxchat.config import Config, load_config
 from jaxchat.errors import JaxchatError
 from jaxchat.mesh import batch_devices, batch_sharding, make_mesh
@@ -34,23 +35,38 @@ from jaxchat.state import compute_dtype, init_state, make_train_step, trunk
 from jaxchat.toml import flatten
 
 MFU_GOALS = {"d12": 0.50, "d20": 0.58, "d26": 0.60}  # of one H100 or H200, bfloat16
+WARM_UP = 3  # steps that no median counts
 
 
-def draw_shape(config: Config, shards: int = 1) -> tuple[int, int, int]:
+def batch_shape(config: Config, shards: int = 1) -> tuple[int, int, int]:
     """(A, B, T): micro-batches, rows of one over all devices, positions."""
     rows = config.train.batch_tokens // config.model.seq_len
     micro = min(rows, config.train.device_batch_rows * shards)
     return rows // micro, micro, config.model.seq_len
 
 
-class Trainer:
-    """Our state and compiled step. Making it runs the first step; `step()` returns the seconds of one more."""
+class RandomTokens:
+    """Batches of random tokens; a peer with the same seed draws the same ones. `checksum` is the first batch's."""
 
-    def __init__(self, config: Config, seed: int = 0):
-        begin = time.perf_counter()
-        self.config, self.mesh = config, make_mesh(config.mesh)
-        self.shape = draw_shape(config, batch_devices(self.mesh))
+    def __init__(self, shape: tuple[int, int, int], vocab_size: int, seed: int = 0):
+        self._shape, self._vocab_size = shape, vocab_size
         self._draw, self.checksum = np.random.default_rng(seed), 0
+
+    def __call__(self) -> tuple[np.ndarray, np.ndarray]:
+        tokens = self._draw.integers(0, self._vocab_size, self._shape, np.int32)
+        self.checksum = self.checksum or int(tokens.sum(dtype=np.int64))
+        return tokens, np.roll(tokens, -1, -1)
+
+
+class Trainer:
+    """Our state and compiled step. Making it runs the first step; `step()` returns the seconds of one more.
+
+    `batches()` returns inputs and targets, each (A, B, T) int32.
+    """
+
+    def __init__(self, config: Config, batches: Callable[[], tuple[np.ndarray, np.ndarray]]):
+        begin = time.perf_counter()
+        self.config, self.mesh, self._batches = config, make_mesh(config.mesh), batches
         optimizer = make_optimizer(config, compute_dtype(config, self.mesh), self.mesh)
         self._state = init_state(config, optimizer, self.mesh)
         batch = self._batch()
@@ -62,9 +78,8 @@ class Trainer:
         self.parameters = count_parameters(config.model).total
 
     def _batch(self) -> Any:
-        tokens = self._draw.integers(0, self.config.model.vocab_size, self.shape, np.int32)
-        self.checksum = self.checksum or int(tokens.sum(dtype=np.int64))
-        arrays = {"inputs": tokens, "targets": np.roll(tokens, -1, -1), "weights": np.ones(self.shape, np.float32)}
+        inputs, targets = self._batches()
+        arrays = {"inputs": inputs, "targets": targets, "weights": np.ones(inputs.shape, np.float32)}
         return jax.block_until_ready(jax.device_put(arrays, batch_sharding(self.mesh)))
 
     def _run(self, batch: Any) -> None:
@@ -79,32 +94,18 @@ class Trainer:
         return time.perf_counter() - begin
 
 
-def product_rate(dtype: jnp.dtype, size: int) -> float:
-    """FLOP/s of one square product on the first device: what a step's products could reach at most."""
-    a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))
-    multiply = jax.jit(lambda a, b: a @ b)
-    jax.block_until_ready(multiply(a, b))
-    best = float("inf")
-    for _ in range(10):
-        begin = time.perf_counter()
-        jax.block_until_ready(multiply(a, b))
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+def random_trainer(config: Config, seed: int = 0) -> tuple[Trainer, RandomTokens]:
+    """Return a trainer over random tokens, and those."""
+    shape = batch_shape(config, batch_devices(make_mesh(config.mesh)))
+    batches = RandomTokens(shape, config.model.vocab_size, seed)
+    return Trainer(config, batches), batches
 
 
 def describe(config: Config, trainer: Trainer) -> dict[str, Any]:
-    """Device, versions and every setting that shapes the step."""
-    device = trainer.mesh.devices.flat[0]
+    """The machine, and every setting that shapes the step."""
     sections = ("model.", "train.", "optim.", "mesh.")
-    return {
-        "device": device.device_kind,
+    return machine.about() | {
         "devices": trainer.mesh.size,
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),  # over the last minute, our own threads included
-        "jax": version("jax"),
-        "jaxlib": version("jaxlib"),
-        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "dtype": compute_dtype(config, trainer.mesh).name,
         "attention": trunk(config, trainer.mesh).backend,
         "settings": {k: v for k, v in flatten(config).items() if k.startswith(sections)},
@@ -113,19 +114,19 @@ def describe(config: Config, trainer: Trainer) -> dict[str, Any]:
 
 def measure(config: Config, steps: int) -> dict[str, Any]:
     """Seconds to the first step's result, and the median over the steps after three warm-up ones."""
-    trainer = Trainer(config)
-    seconds = [trainer.step() for _ in range(steps + 3)][3:]
+    trainer, _ = random_trainer(config)
+    seconds = [trainer.step() for _ in range(steps + WARM_UP)][WARM_UP:]
     median = statistics.median(seconds)
     device = trainer.mesh.devices.flat[0]
-    on_cpu = device.platform == "cpu"
     peak = peak_flops(device.device_kind)
     rate = config.train.batch_tokens / median
     flops = rate * flops_per_token(config.model) / trainer.mesh.size
-    product = product_rate(compute_dtype(config, trainer.mesh), 2048 if on_cpu else 8192)
-    memory, statistic = trainer.compiled.memory_analysis(), device.memory_stats() or {}
+    peak_bytes = machine.peak_bytes()
+    product = machine.product_rate(compute_dtype(config, trainer.mesh), 2048 if device.platform == "cpu" else 8192)
+    memory = trainer.compiled.memory_analysis()
     return describe(config, trainer) | {
         "parameters": trainer.parameters,
-        "batch": trainer.shape,
+        "batch": batch_shape(config, batch_devices(trainer.mesh)),
         "steps": steps,
         "loss": round(trainer.loss, 4),
         "first_step_seconds": round(trainer.first_seconds, 2),
@@ -140,7 +141,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         "share_of_product_rate": round(flops / product, 3),
         "compiled_temporary_bytes": memory.temp_size_in_bytes if memory else None,
         "compiled_argument_bytes": memory.argument_size_in_bytes if memory else None,
-        "peak_bytes_in_use": statistic.get("peak_bytes_in_use"),  # of this process, earlier variants included
+        "peak_bytes_in_use": peak_bytes,  # of this process, earlier variants included
     }
 
 
@@ -167,11 +168,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="K=V")
     parser.add_argument("--full-attention", action="store_true", help="no windows: model.window_pattern=L")
     parser.add_argument("--variants", action="append", default=[], metavar="K=A,B,C")
-    parser.add_argument("--compare", nargs=2, metavar=("nanochat", "DIR"))
-    parser.add_argument("--python", default=sys.executable, help="of --compare: the peer's interpreter")
+    add_peer_arguments(parser)
     parser.add_argument("--block", type=int, default=5, help="of --compare: steps a turn")
     parser.add_argument("--peer-env", action="append", default=[], metavar="K=V", help="of --compare; K= unsets")
     args = parser.parse_args(argv)
+    check_peer(parser, args)
     given = list(args.set)
     given += [f"train.device_batch_rows={args.device_batch_rows}"] if args.device_batch_rows else []
     given += ["model.window_pattern=L"] if args.full_attention else []
@@ -183,8 +184,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.compare:
             from bench.compare import compare
 
-            if args.compare[0] != "nanochat":
-                parser.error(f"--compare {args.compare[0]}: the one peer known is nanochat")
             peer = compare(config, Path(args.compare[1]), args.python, args.steps, args.block, args.peer_env)
             result |= {"peer_env": args.peer_env} | peer
         else:

@@ -2,17 +2,20 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from live_service import live
 from small_model import write_run
 
+from bench import gpu, trace
 from bench.compare import nanochat_config
 from bench.decode_compiled import loop_cost
-from bench.train_step import draw_shape
+from bench.train_step import batch_shape
 from jaxchat.config import load_config
 from jaxchat.errors import UsageError
 from jaxchat.optim.horizon import resolve
@@ -78,6 +81,160 @@ def test_decoding_is_measured_by_batch_size(devices):
     assert "more than the context of 128" in run("bench.decode", *SETS, "--prompt", "120", "--tokens", "24", code=2)
 
 
+def test_the_time_between_kernels_is_measured_beside_that_in_them():
+    sizes = ["--prompt", "16", "--tokens", "24", "--batch-sizes", "2", "--rounds", "1", "--profile"]
+    *_, result = run("bench.decode", *SETS, "--set", "model.vocab_size=300", *sizes)
+    launches = result["auto"][0]["launches"]
+    assert launches["kernels_per_step"] > 2 and launches["busy_seconds"] > 0
+    assert launches["step_seconds"] == pytest.approx(2 / result["auto"][0]["tokens_per_second"], rel=1e-3)
+    assert launches["gap_seconds"] == pytest.approx(launches["step_seconds"] - launches["busy_seconds"], abs=1e-6)
+
+
+def gpu_part(code, limit):
+    found = []
+    error = gpu.run_part([sys.executable, "-c", code], limit, found.append, os.environ)
+    return error, found
+
+
+def test_a_part_that_crashes_raises_or_hangs_is_recorded_with_what_it_found_before():
+    """Real processes: what XLA does when it aborts, Python when it raises, a driver when it hangs."""
+    first = "import os, sys, time; print('{\"a\": 1}', flush=True); print('no JSON'); "
+    assert gpu_part(first, 20) == (None, [{"a": 1}])
+    error, found = gpu_part(first + "print('bad address', file=sys.stderr, flush=True); os.abort()", 20)
+    assert found == [{"a": 1}] and "SIGABRT" in error and "bad address" in error
+    error, found = gpu_part(first + "raise ValueError('too wide')", 20)
+    assert found == [{"a": 1}] and "code 1" in error and "too wide" in error
+    child = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True); "
+    begin = time.monotonic()
+    error, found = gpu_part(first + child + "time.sleep(600)", 2)
+    assert "limit of 2 s" in error and found[0] == {"a": 1} and time.monotonic() - begin < 20
+
+
+def test_what_a_part_started_ends_with_it(tmp_path):
+    file = tmp_path / "pid"
+    code = "import pathlib, subprocess, time; p = subprocess.Popen(['sleep', '600'])\n"
+    code += f"pathlib.Path({str(file)!r}).write_text(str(p.pid)); time.sleep(600)"
+    assert "limit" in gpu_part(code, 3)[0]
+    state = Path(f"/proc/{file.read_text()}/stat")
+    assert not state.exists() or state.read_text().split(")")[1].split()[0] == "Z"
+
+
+def test_parts_of_the_gpu_run_at_toy_size_and_keep_what_an_earlier_call_found(tmp_path):
+    out = tmp_path / "gpu.json"
+    last = run("bench.gpu", "--toy", "--out", str(out), "--parts", "products,profile")[-1]
+    assert last == {"out": str(out), "parts": 3, "failed": {}}
+    parts = json.loads(out.read_text())["parts"]
+    assert parts["device"]["findings"][0]["platform"] == "cpu" and parts["device"]["findings"][1]["disagreement"] < 1e-3
+    products = parts["products"]["findings"]
+    assert len(products) == 25 and all(p["tflops"] >= 0 and "error" not in p for p in products)
+    (found,) = parts["profile"]["findings"]
+    kinds = found["kinds"]
+    assert sum(kind["share"] for kind in kinds.values()) == pytest.approx(1, abs=0.01)
+    assert min(kinds[kind]["share"] for kind in ("products", "attention", "elementwise")) > 0.01
+    assert kinds["scatter"]["kernels"] >= 1  # the gradient of the embedding
+    assert 0 < found["busy_seconds"] <= found["span_seconds"] and "unknown" not in kinds
+    run("bench.gpu", "--toy", "--out", str(out), "--parts", "device", "--seconds-per-part", "0.1", code=1)
+    again = json.loads(out.read_text())["parts"]
+    assert "limit of 0.1 s" in again["device"]["error"] and again["profile"] == parts["profile"]
+
+
+def test_stopped_in_the_middle_the_file_is_whole(tmp_path):
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "bench.gpu", "--toy", "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE)
+    assert process.stderr.readline()  # the first finding
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    found = json.loads(out.read_text())
+    assert found["stopped"] == found["parts"]["device"]["status"] == "stopped (SIGTERM)"
+    assert found["parts"]["device"]["findings"][0]["platform"] == "cpu"
+
+
+def test_without_an_accelerator_full_size_is_refused_and_unknown_parts_are_named(tmp_path):
+    out = ["--out", str(tmp_path / "gpu.json")]
+    assert "--toy" in run("bench.gpu", *out, code=2)
+    assert "speed" in run("bench.gpu", "--parts", "speed", *out, code=2)
+    (tmp_path / "gpu.json").write_text('{"bench": "other"}')
+    assert "gpu.json" in run("bench.gpu", "--toy", *out, code=3)
+
+
+def test_parts_are_chosen_by_the_beginning_of_their_name():
+    assert gpu.choose("step-d12", None) == ["device", "step-d12-scanned", "step-d12-unrolled", "step-d12-none"]
+    assert "curve-nanochat" not in gpu.choose(None, None) and "curve-nanochat" in gpu.choose(None, "nanochat")
+
+
+GPU_PROGRAM = """
+%fused_scatter (p0: f32[64,32], p1: s32[8,1], p2: f32[8,32]) -> f32[64,32] {
+  %p0 = f32[64,32]{1,0} parameter(0)
+  %p1 = s32[8,1]{1,0} parameter(1)
+  %p2 = f32[8,32]{1,0} parameter(2)
+  ROOT %s = f32[64,32]{1,0} scatter(%p0, %p1, %p2), update_window_dims={1}
+}
+
+%fused_put (p0.1: f32[64,32], p1.1: f32[1,32], p2.1: s32[]) -> f32[64,32] {
+  %p0.1 = f32[64,32]{1,0} parameter(0)
+  %p1.1 = f32[1,32]{1,0} parameter(1)
+  %p2.1 = s32[] parameter(2)
+  ROOT %u = f32[64,32]{1,0} dynamic-update-slice(%p0.1, %p1.1, %p2.1, %p2.1)
+}
+
+%fused_norm (p0.2: f32[64,32]) -> f32[64,32] {
+  %p0.2 = f32[64,32]{1,0} parameter(0)
+  ROOT %m = f32[64,32]{1,0} multiply(%p0.2, %p0.2)
+}
+
+%fused_gemm (p0.3: bf16[64,32], p1.3: bf16[32,32]) -> bf16[64,32] {
+  %p0.3 = bf16[64,32]{1,0} parameter(0)
+  %p1.3 = bf16[32,32]{1,0} parameter(1)
+  ROOT %d = bf16[64,32]{1,0} dot(%p0.3, %p1.3), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[64,32], i: s32[8,1], r: f32[8,32], a: bf16[64,32], b: bf16[32,32]) -> f32[64,32] {
+  %x = f32[64,32]{1,0} parameter(0)
+  %i = s32[8,1]{1,0} parameter(1)
+  %r = f32[8,32]{1,0} parameter(2)
+  %a = bf16[64,32]{1,0} parameter(3)
+  %b = bf16[32,32]{1,0} parameter(4)
+  %input_scatter_fusion = f32[64,32]{1,0} fusion(%x, %i, %r), kind=kInput, calls=%fused_scatter
+  %loop_dynamic_update_slice_fusion.1 = f32[64,32]{1,0} fusion(%x, %r, %i), kind=kLoop, calls=%fused_put
+  %loop_multiply_fusion.3 = f32[64,32]{1,0} fusion(%x), kind=kLoop, calls=%fused_norm, metadata={op_name="jit(step)/mul"}
+  %loop_multiply_fusion.4 = f32[64,32]{1,0} fusion(%x), kind=kLoop, calls=%fused_norm, metadata={op_name="jit(step)/transpose(jvp(attention))/mul"}
+  %gemm_fusion_dot.7 = bf16[64,32]{1,0} fusion(%a, %b), kind=kCustom, calls=%fused_gemm, backend_config={"fusion_backend_config":{"kind":"__triton_gemm"}}
+  %custom-call.2 = bf16[64,32]{1,0} custom-call(%a, %b), custom_call_target="__cublas$lt$matmul"
+  %custom-call.5 = bf16[64,32]{1,0} custom-call(%a, %a, %a), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %copy.9 = f32[64,32]{0,1} copy(%x)
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("kernel", "instruction", "kind"),
+    [
+        ("input_scatter_fusion", "input_scatter_fusion", "scatter"),
+        ("loop_dynamic_update_slice_fusion_1", "", "copies"),  # a CUDA graph's kernels name no instruction
+        ("loop_multiply_fusion_3", "loop_multiply_fusion.3", "elementwise"),
+        ("loop_multiply_fusion_4", "", "attention"),
+        ("gemm_fusion_dot_7", "gemm_fusion_dot.7", "products"),
+        ("nvjet_tst_192x192_64x3_2x1_v_bz_coopA_NNT", "custom-call.2", "products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "custom-call.5", "attention"),
+        ("copy_9", "copy.9", "copies"),
+        ("nvjet_tst_192x192_64x3_2x1_v_bz_coopA_NNT", "", "products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "", "attention"),
+        ("MemcpyD2D", "", "copies"),
+        ("something_else", "", "unknown"),
+        ("while.3", "while.3", None),
+    ],
+)
+def test_kernels_are_sorted_by_the_program_that_they_belong_to(kernel, instruction, kind):
+    assert trace.Classifier(GPU_PROGRAM)(trace.Kernel(kernel, instruction, 0, 1)) == kind
+
+
+def test_busy_time_counts_kernels_that_run_at_once_one_time():
+    spans = [(0, 10), (5, 20), (30, 40), (32, 35)]
+    assert trace.busy_seconds(trace.Kernel("k", "", *span) for span in spans) == pytest.approx(30e-9)
+
+
 LOOP = """
 %cut (p0: f32[64,32], p1: s32[]) -> f32[1,32] {
   %p0 = f32[64,32]{1,0} parameter(0)
@@ -139,7 +296,7 @@ def test_a_service_is_measured_over_http(tmp_path):
 
 def test_a_model_that_nanochat_cannot_be_is_refused():
     config = resolve(load_config("nano", TINY))
-    assert nanochat_config(config)["n_embd"] == 32 and draw_shape(config) == (2, 2, 128)
+    assert nanochat_config(config)["n_embd"] == 32 and batch_shape(config) == (2, 2, 128)
     for change in ("model.recipe=classic", "model.mlp_factor=3", "model.window_short=64"):
         with pytest.raises(UsageError, match=change.split("=")[0]):
             nanochat_config(resolve(load_config("nano", [*TINY, change])))

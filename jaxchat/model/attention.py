@@ -17,6 +17,7 @@ BLOCK = 128  # queries per block of the blocked backend
 SAFE_SCORE = 40.0  # exp(-2 * 40) is still a normal float32
 
 
+@jax.named_scope("attention")  # so that a profile can tell its products from others
 def attention(
     q: jax.Array,
     k: jax.Array,
