@@ -88,6 +88,7 @@ class TrainConfig:
     loss_chunk: int = -1  # tokens per chunk of the loss
     scan_unroll: int = -1  # groups of layers unrolled in the trunk's scan
     max_bad_steps: int = 5  # consecutive non-finite steps until the run goes back, once, or stops
+    allow_slow: bool = False  # go on where training would be slow: days on a CPU, or attention without its fast kernel
     deterministic: bool = False  # on GPUs: only kernels that add in a fixed order, so that a repeated run has its bits
     tensorboard: bool = False  # curves for TensorBoard too, in the run's `tensorboard/`
     wandb: str = ""  # project on Weights & Biases that gets the curves too; empty: nothing leaves the machine
@@ -147,7 +148,7 @@ class EvalConfig:
     exams: tuple[str, ...] = ("auto",)  # names of exams; "auto": the generated ones, and those whose data is at hand
     max_per_task: int = -1  # examples; -1: all
     rows: int = 2048  # held-out rows at most for the final bits per byte
-    batch_rows: int = 32  # engine slots and rows per scoring batch
+    batch_rows: int = -1  # engine slots and rows per scoring batch; -1: 32 on a CPU, elsewhere 256 or what fits
     sample_tokens: int = 64
     sample_prompts: int = 5  # openings of held-out texts that a base model continues
     sample_temperatures: tuple[float, ...] = (0.0, 0.8)

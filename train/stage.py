@@ -31,6 +31,7 @@ FREE_KEYS = (
     "train.remat",
     "train.scan_unroll",
     "train.max_bad_steps",
+    "train.allow_slow",
     "train.tensorboard",
     "train.wandb",
     "sft.eval_every",
@@ -38,6 +39,7 @@ FREE_KEYS = (
     "rl.eval_",
     "rl.checkpoint_every",
     "rl.slots",
+    "eval.batch_rows",
 )
 
 

@@ -17,7 +17,9 @@ from jaxchat import hosts
 from jaxchat.config import Config, load_config
 from jaxchat.errors import UsageError
 from jaxchat.log import say
+from jaxchat.mesh import make_mesh
 from jaxchat.paths import RECORD_FORMAT, RunDir, atomic_write, write_json
+from jaxchat.state import check_attention
 from jaxchat.tasks.files import identity_digest
 from jaxchat.toml import flatten, to_toml
 from train import evaluate, export, prepare, pretrain, report, rl, sft, tokenizer
@@ -144,6 +146,7 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
         done = [s for s in stages if records.get(s.name, {}).get("status") == "done" and complete(s, run)]
         if any(stage.joint and stage not in done for stage in stages):
             check_trackers(config)
+            check_attention(config, make_mesh(config.mesh))
         for stage in stages:
             inputs = stage_inputs(stage, config, records)
             record = records.get(stage.name)
