@@ -24,7 +24,7 @@ from jaxchat.tasks.files import identity_digest
 from jaxchat.toml import flatten, to_toml
 from train import evaluate, export, prepare, pretrain, report, rl, sft, tokenizer
 from train.machine import commit, hardware, peak_rss, versions
-from train.stage import FREE_KEYS, Stage, among, complete, made, refuse_changes, stage_inputs
+from train.stage import FREE_KEYS, Stage, among, changed_inputs, complete, made, refuse_changes, stage_inputs
 from train.trackers import check_trackers
 
 SHARED_SECONDS = 60.0  # until what process 0 wrote must be seen by the others
@@ -121,7 +121,7 @@ def unfinished(config: Config, run: RunDir) -> list[str]:
         done = record.get("status") == "done"
         if done and not stage.trained:
             stale = {*stage.needs, *stage.uses} & set(left)
-            done = not stale and record["inputs"] == stage_inputs(stage, config, records)
+            done = not stale and not changed_inputs(record, stage_inputs(stage, config, records))
         if not done and stage.wanted(config):
             left.append(stage.name)
     return left
@@ -154,7 +154,7 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
                 inputs = {key: inputs.get(key) for key in record["inputs"]}
             if record and stage.trained and (record["status"] == "done" or any(made(stage, run))):
                 refuse_changes(stage, record, inputs, run)
-            same = stage.trained or (record and record["inputs"] == inputs)  # a trained one was refused if not
+            same = stage.trained or (record and not changed_inputs(record, inputs))  # a trained one was refused if not
             if record and record["status"] == "done" and same and complete(stage, run):
                 say(f"{stage.name:<10} done ({record['seconds']:.0f} s), nothing to do")
                 continue
@@ -200,7 +200,7 @@ def _save_config(config: Config, run: RunDir, reasons: dict[str, str]) -> None:
 def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any], inputs: dict[str, Any]) -> None:
     previous = records.get(stage.name, {})
     begin = time.perf_counter()
-    same = stage.trained or previous.get("inputs") == inputs  # a trained one was refused if not
+    same = stage.trained or (previous and not changed_inputs(previous, inputs))  # a trained one was refused if not
     resumed = previous.get("status") == "running" and same
     record: dict[str, Any] = {
         "format": RECORD_FORMAT,
