@@ -152,7 +152,7 @@ class EvalConfig:
     exams: tuple[str, ...] = ("auto",)  # names of exams; "auto": the generated ones, and those whose data is at hand
     max_per_task: int = -1  # examples; -1: all
     rows: int = 2048  # held-out rows at most for the final bits per byte
-    batch_rows: int = 32  # engine slots and rows per scoring batch
+    batch_rows: int = -1  # engine slots and rows per scoring batch; -1: 32 on a CPU, elsewhere 256 or what fits
     sample_tokens: int = 64
     sample_prompts: int = 5  # openings of held-out texts that a base model continues
     sample_temperatures: tuple[float, ...] = (0.0, 0.8)

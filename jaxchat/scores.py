@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxchat.model import gpt
 from jaxchat.state import Batch, caster, loss_spec, trunk
 
 
+@functools.cache
 def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch, jax.Array], dict[str, jax.Array]]:
     """Jitted sums over one batch: (params, batch, byte_lengths (V,) int32) -> float32 scalars, or one for each row.
 

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from jaxchat.config import Config
+from jaxchat.errors import UsageError
 from jaxchat.log import say
 from jaxchat.losses import LossSpec, chunked_loss, default_chunk
 from jaxchat.mesh import (
@@ -28,11 +29,19 @@ from jaxchat.mesh import (
     replicated,
 )
 from jaxchat.model import gpt
-from jaxchat.model.backends import choose_backend, cuda_capability, has_fp8, trusted_backend
+from jaxchat.model.backends import (
+    choose_backend,
+    cuda_capability,
+    distrust,
+    has_fp8,
+    trusted_backend,
+    with_attention,
+)
 from jaxchat.model.fp8 import fp8_dot
 from jaxchat.model.layout import check_mesh, scan_groups
 from jaxchat.optim.loss_scale import SMALLEST, LossScaleState, find_scale
 
+LARGE_DEPTH = 12  # layers from which on a training takes hours of an accelerator
 Batch = dict[str, jax.Array]  # inputs, targets (A, B, T) int32; weights (A, B, T) float32; A micro-batches
 
 
@@ -58,22 +67,44 @@ def compute_dtype(config: Config, mesh: Mesh) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+def check_attention(config: Config, mesh: Mesh) -> None:
+    """`refuse_slow` for the attention of this process: asked before the hours in which data is prepared."""
+    refuse_slow(config, mesh, trusted_backend(config.model, compute_dtype(config, mesh))[1])
+
+
+def refuse_slow(config: Config, mesh: Mesh, why: str) -> None:
+    """`UsageError` where a large model would train on an accelerator without its fast attention; `why`: the reason, or
+    "". That costs about a third of the speed. `train.allow_slow` lets it pass, and so does a chosen `model.attention`.
+    """
+    if why and config.model.depth >= LARGE_DEPTH and platform(mesh) != "cpu" and not config.train.allow_slow:
+        advice = "mend that, or train slower with --set train.allow_slow=true"
+        raise UsageError(f"model.attention: {config.model.attention} falls back to XLA's, {why}; {advice}")
+
+
 def check_kernels(config: Config, mesh: Mesh) -> Config:
-    """The configuration with an attention that was seen to be right on this machine; one warning if it is a slow one,
-    and one if `train.matmul = "fp8"` gains nothing here.
+    """The configuration with an attention that was seen to be right on this machine; one warning if it is a slow one
+    (in large models `refuse_slow`), and one if `train.matmul = "fp8"` gains nothing here.
 
     Where one process of several has to fall back, all do: they must compile the same program.
     """
-    backend, why = trusted_backend(config.model, compute_dtype(config, mesh))
+    dtype = compute_dtype(config, mesh)
+    backend, why = trusted_backend(config.model, dtype)
     if jax.process_count() > 1:
         fallen = multihost_utils.process_allgather(np.int32(backend == "xla"))
         if backend != "xla" and fallen.any():
-            backend, why = "xla", "another process cannot run the fast one"
+            why = "another process cannot run the fast one"
+            distrust(config.model, dtype, why)
+    refuse_slow(config, mesh, why)
     if why:
         say(f"  attention falls back to XLA's: {why}", style="yellow")
     if config.train.matmul == "fp8" and not has_fp8(jax.local_devices()[0]):
         say("  no 8-bit float units here: train.matmul=fp8 is emulated, slower than plain", style="yellow")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=backend))
+    return decided(config, mesh)
+
+
+def decided(config: Config, mesh: Mesh) -> Config:
+    """The configuration with the attention that this process decided on, see `backends.trusted_backend`."""
+    return dataclasses.replace(config, model=with_attention(config.model, compute_dtype(config, mesh)))
 
 
 def scan_unroll(config: Config) -> int:

@@ -1,18 +1,25 @@
 """Choice of the attention backend by the device, and the self-check before training."""
 
+import dataclasses
 import types
 
 import jax
 import jax.numpy as jnp
 import pytest
+from small_model import CONFIG, tokenizer
 
 from jaxchat.config import MeshConfig, ModelConfig, load_config
+from jaxchat.engine import Engine, Request
+from jaxchat.engine.scoring import Scorer
+from jaxchat.engine.spans import Span
+from jaxchat.errors import UsageError
 from jaxchat.mesh import make_mesh
 from jaxchat.model import attention as attention_module
+from jaxchat.model import backends, gpt
 from jaxchat.model.backends import choose_backend, cuda_capability, disagreement, trusted_backend
 from jaxchat.optim.horizon import resolve
 from jaxchat.recipes import resolve_model
-from jaxchat.state import check_kernels, compute_dtype
+from jaxchat.state import check_kernels, compute_dtype, decided, refuse_slow
 
 D20 = resolve_model(ModelConfig(depth=20))
 GROUPED = resolve_model(ModelConfig(depth=2, width=64, n_heads=4, n_kv_heads=2, head_width=16, vocab_size=64))
@@ -39,6 +46,7 @@ AMD, TPU = device("gpu", compute_capability="gfx942"), device("tpu")
         (TPU, jnp.bfloat16, {}, "splash", ""),
         (TPU, jnp.bfloat16, {"head_width": 64}, "xla", "multiple of 128"),
         (TPU, jnp.bfloat16, {"seq_len": 200}, "xla", "multiple of 128"),
+        (TPU, jnp.bfloat16, {"seq_len": 200, "attention": "splash"}, "xla", "multiple of 128"),
         (H100, jnp.bfloat16, {"attention": "xla"}, "xla", ""),
     ],
 )
@@ -63,17 +71,65 @@ def test_this_machines_backend_is_trusted(dtype):
     assert trusted_backend(GROUPED, dtype)[0] == choose_backend(GROUPED, dtype, jax.devices()[0])[0]
 
 
-def test_a_wrong_backend_is_caught(monkeypatch, capsys):
+def test_a_wrong_kernel_is_caught_once(monkeypatch, capsys):
     """A window that is one too wide: training goes on with XLA's attention after one line."""
-    right = attention_module._blocked
-    monkeypatch.setattr(attention_module, "_blocked", lambda q, k, v, window, bound: right(q, k, v, window + 1, bound))
-    config = resolve(load_config("nano", ["model.attention='blocked'"]))
-    checked = check_kernels(config, make_mesh(MeshConfig(), jax.devices()[:1]))
-    assert checked.model.attention == "xla"
+    calls = []
+
+    def wrong(q, k, v, window, mesh=None):
+        calls.append(window)
+        return attention_module.attention(q, k, v, window + 1, "blocked")
+
+    monkeypatch.setattr(attention_module, "splash_attention", wrong)
+    monkeypatch.setattr(backends, "_faults", {})
+    config = resolve(load_config("nano", ["model.attention='splash'", "model.width=256", "model.head_width=128"]))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert check_kernels(config, mesh).model.attention == "xla"
     shown = capsys.readouterr()
     assert (shown.out + shown.err).count("differs from the reference by") == 1
+    before = len(calls)
+    shorter = dataclasses.replace(config, model=dataclasses.replace(config.model, seq_len=128))
+    assert decided(shorter, mesh).model.attention == "xla" and len(calls) == before  # heads and dtype are the same
 
 
 def test_a_backend_that_cannot_run_is_replaced():
     backend, why = trusted_backend(resolve_model(ModelConfig(depth=2, attention="cudnn")), jnp.bfloat16)
     assert backend == "xla" and "cudnn attention cannot run here" in why
+
+
+def test_engine_and_scorer_fall_back_as_training_does():
+    """cuDNN cannot run on a CPU: what it would have crashed gives what XLA's attention gives."""
+    params = gpt.init_params(CONFIG, seed=0)
+    params["unembedding"] = jax.random.normal(jax.random.key(1), params["unembedding"].shape)  # nothing is likely yet
+    request = Request(list(range(40, 90)), max_tokens=8)
+    text = Span(list(range(40, 90)), 3, 50)
+    found = {}
+    for backend in ("cudnn", "xla", "auto"):
+        config = dataclasses.replace(CONFIG, attention=backend)
+        engine = Engine(config, params, tokenizer(), slots=1)
+        assert engine._programs.config.attention == ("blocked" if backend == "auto" else "xla")
+        (tokens,) = engine.score([request.tokens])
+        ((score,),) = Scorer(config, params, batch_rows=1).spans([[text]])
+        found[backend] = engine.generate([request])[0].tokens, [t.logprob for t in tokens[1:]], score.loss
+    assert found["cudnn"] == found["xla"]
+    assert found["auto"][0] == found["xla"][0] and found["auto"][2] == pytest.approx(found["xla"][2], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("where", "depth", "why", "sets", "stops"),
+    [
+        (H100, 20, "it cannot run", [], True),
+        (TPU, 12, "it cannot run", [], True),
+        (H100, 12, "it cannot run", ["train.allow_slow=true"], False),
+        (H100, 8, "it cannot run", [], False),
+        (device("cpu"), 20, "it cannot run", [], False),
+        (H100, 20, "", ["model.attention=xla"], False),  # chosen
+    ],
+)
+def test_a_large_model_does_not_train_slowly_unasked(where, depth, why, sets, stops):
+    config = load_config("d20", [f"model.depth={depth}", *sets])
+    mesh = types.SimpleNamespace(devices=types.SimpleNamespace(flat=[where]))
+    if not stops:
+        refuse_slow(config, mesh, why)
+        return
+    with pytest.raises(UsageError, match="it cannot run.*train.allow_slow=true"):
+        refuse_slow(config, mesh, why)

@@ -174,6 +174,33 @@ def test_the_bundles_own_baselines_count(tmp_path):
         Core(TaskFiles(str(tmp_path))).baselines()
 
 
+def test_a_block_is_tokenized_as_its_items_are(tokenizer, monkeypatch):
+    """And the examples are drawn among the other items, in the order that they have without the asked one."""
+    for label, n in (("arc_easy", 30), ("winograd", 5), ("squad", 12)):
+        task = BY_LABEL[label]
+        items = [
+            {"query": f"Q{i}?", "choices": [f"the cat {i}", f"dog{i}"], "gold": i % 2}
+            | {"context_options": [f"cat {i}", f"a dog {i}"], "continuation": f" sees {i}.", "context": f"C{i}"}
+            for i in range(n)
+        ]
+        expected = []
+        for i in range(n):
+            others = [k for k in range(n) if k != i]
+            drawn = random.Random(1234 + i).sample(others, min(task.shots, n - 1))
+            texts = core.prompts(task, items, i)
+            if task.kind == core.CHOICE:
+                before = "".join(f"Q{k}?\nAnswer: {items[k]['choices'][items[k]['gold']]}\n\n" for k in drawn)
+            else:
+                before = "".join(f"C{k}  sees {k}.\n\n" for k in drawn)
+            if task.kind != core.SCHEMA:
+                assert all(text.startswith(before) and text[len(before) + 1 :].startswith(str(i)) for text in texts)
+            expected.append(core.spans(task, [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]))
+        for block in (1, 4, 512):
+            monkeypatch.setattr(core, "BLOCK", block)
+            assert list(core.groups(task, items, tokenizer)) == expected
+            assert list(core.groups(task, items, tokenizer, range(2, 5))) == expected[2:5]
+
+
 @needs_data
 def test_the_real_files(tokenizer):
     exam, found = Core(TaskFiles(str(DATA))), {}

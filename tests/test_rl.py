@@ -364,7 +364,10 @@ def test_four_devices_sample_the_same_answers_and_make_the_same_update(undisturb
     command = [sys.executable, ROOT / "tests/rl_devices.py", write_run(tmp_path).root]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    four, one = json.loads(done.stdout.splitlines()[-1]), read_metrics(undisturbed[0].stage("rl") / "metrics.jsonl")
+    found, one = json.loads(done.stdout.splitlines()[-1]), read_metrics(undisturbed[0].stage("rl") / "metrics.jsonl")
+    alone, together = found["programs"]
+    assert together <= alone  # one engine, however many devices
+    four = found["metrics"]
     assert {k: v for k, v in four[0].items() if k in COUNTED} == {k: v for k, v in one[0].items() if k in COUNTED}
     assert four[0]["live"] > 0
     for name in ("loss", "grad_norm"):

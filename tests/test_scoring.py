@@ -193,8 +193,16 @@ def spread(devices):
     scorer = Scorer(config, params, mesh, batch_rows=4)
     groups = questions(11, 9, longest=30)
     prompts = [group[0].tokens for group in groups]
-    letters, _ = scorer.letters(prompts, [[1, 2, 3]] * len(prompts))
-    return [[[s.loss, s.best] for s in scores] for scores in scorer.spans(groups)], letters
+    asked = prompts, [[1, 2, 3]] * len(prompts)
+    letters, _ = scorer.letters(*asked)
+    found = [[[s.loss, s.best] for s in scores] for scores in scorer.spans(groups)], letters
+    compiled = []
+    listener = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    again = Scorer(config, params, mesh, batch_rows=4)  # a spot check later
+    assert again.letters(*asked)[0] == letters and len(again.spans(groups)) == len(groups) and not compiled
+    jax.monitoring.unregister_event_duration_listener(listener)
+    return found
 
 
 def test_rows_are_spread_over_devices():

@@ -11,6 +11,8 @@ from jaxchat.model import gpt
 from jaxchat.model.sizes import (
     count_parameters,
     decode_bytes_per_step,
+    exam_row_bytes,
+    exam_rows,
     flops_per_token,
     kv_values_per_row,
     matmul_parameters,
@@ -79,3 +81,25 @@ def test_unknown_devices_have_no_peak():
 ])  # fmt: skip
 def test_peaks_by_the_names_that_devices_give(kind, peak):
     assert peak_flops(kind) == peak
+
+
+def test_bytes_of_an_examined_row_by_hand():
+    """Keys and values twice, eight widths and two MLP widths a token; with scores two float32 matrices a head."""
+    model = resolve_model(ModelConfig(depth=4, width=256, n_heads=2, seq_len=2048, vocab_size=1024))
+    cache = 2 * 256 * (3 * 513 + 2048)
+    plain = 2 * (2 * cache + 2048 * (8 * 256 + 2 * 1024))
+    assert exam_row_bytes(model, 2, False) == plain
+    assert exam_row_bytes(model, 2, True) == plain + 2 * 4 * 2 * 2048**2
+
+
+@pytest.mark.parametrize("devices", [1, 4, 8])
+@pytest.mark.parametrize("scores", [False, True])
+def test_exams_take_the_most_rows_that_fit(devices, scores):
+    model = resolve_model(ModelConfig(depth=20))
+    weights, row = 8 * count_parameters(model).total, exam_row_bytes(model, 2, scores)
+    found = [exam_rows(model, free, devices, 2, scores) for free in range(0, 400 * 10**9, 10**9)]
+    assert found == sorted(found) and found[0] == devices and found[-1] == 256
+    for free, rows in enumerate(found):
+        room = 0.8 * free * 10**9 - weights
+        assert rows == devices or rows // devices * row <= room
+        assert rows == 256 or 2 * rows // devices * row > room

@@ -249,6 +249,7 @@ class Examiner:
     def _inputs(self) -> dict[str, Any]:
         """What the scores depend on, beside the questions."""
         free = (
+            "batch_rows",
             "sample_tokens",
             "sample_prompts",
             "sample_temperatures",
@@ -272,8 +273,9 @@ def write_samples(model: Model, before: Any) -> None:
         prompts = held_out_openings(rows, model.tokenizer, config.eval.sample_prompts)
     tokens = min(config.eval.sample_tokens, config.model.seq_len // 2)
     text = [f"# Samples: {stage}", "", "Temperature in bold; tool calls in brackets.", ""]
-    for title, engine in (("Before", model.engine_of(before)), ("After", model.engine)):
-        text += [f"## {title}", "", samples(engine, prompts, chat, tokens, config.eval.sample_temperatures)]
+    for title, params in (("Before", before), ("After", model.params)):
+        model.engine.load(params)
+        text += [f"## {title}", "", samples(model.engine, prompts, chat, tokens, config.eval.sample_temperatures)]
     atomic_write(run.stage(stage) / "samples.md", "\n".join(text))
 
 

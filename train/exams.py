@@ -17,12 +17,14 @@ import numpy as np
 from jaxchat.config import Config, MeshConfig
 from jaxchat.data.rows import Rows
 from jaxchat.engine import Engine, Request, Result
+from jaxchat.engine.loading import batch_rows
 from jaxchat.engine.scoring import Scorer
 from jaxchat.errors import DataError
 from jaxchat.log import progress
 from jaxchat.mesh import batch_devices, make_mesh, replicated
 from jaxchat.paths import RunDir, atomic_write
 from jaxchat.scores import make_eval_step
+from jaxchat.state import decided
 from jaxchat.tasks import core
 from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Example, WrittenTask
 from jaxchat.text.chat import render_prompt
@@ -31,7 +33,6 @@ from train.bpb import bits_per_byte
 from train.shares import accuracy, passes
 
 ORDER_SEED = 42  # of the questions that a cap leaves; nanochat's, so that its first N are ours
-CORE_BLOCK = 512  # items of a CORE task whose texts are tokenized and scored together
 MARK = 12  # hexadecimal digits that stand for a question among those of its exam
 
 Scores = dict[str, Any]
@@ -45,12 +46,13 @@ class Model:
 
     @functools.cached_property
     def engine(self) -> Engine:
-        return self.engine_of(self.params)
-
-    def engine_of(self, params: Any) -> Engine:
-        each = max(1, self.config.eval.batch_rows // self.mesh.size)
+        each = max(1, self.batch_rows // self.mesh.size)
         slots = self.mesh.size << (each.bit_length() - 1)
-        return Engine(self.config.model, params, self.tokenizer, slots=slots, mesh=self.mesh)
+        return Engine(self.config.model, self.params, self.tokenizer, slots=slots, mesh=self.mesh)
+
+    @functools.cached_property
+    def batch_rows(self) -> int:
+        return batch_rows(self.config.model, self.config.eval.batch_rows, self.mesh)
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -59,7 +61,7 @@ class Model:
 
     @functools.cached_property
     def scorer(self) -> Scorer:
-        return Scorer(self.config.model, self.params, self.mesh, self.config.eval.batch_rows)
+        return Scorer(self.config.model, self.params, self.mesh, self.batch_rows)
 
     def keep(self, name: str, decisions: Iterable[dict[str, Any]]) -> None:
         """Write `eval/<stage>_<name>.jsonl`, an object for every question."""
@@ -69,8 +71,8 @@ class Model:
     def bits_per_byte(self) -> Scores:
         """On held-out text, and on held-out conversations where there are any. `n` counts rows."""
         config, devices = self.config, batch_devices(self.mesh)
-        batch_rows = -(-config.eval.batch_rows // devices) * devices
-        step = make_eval_step(config, self.mesh)
+        rows_at_once = -(-self.batch_rows // devices) * devices
+        step = make_eval_step(decided(config, self.mesh), self.mesh)
         params = jax.device_put(self.params, replicated(self.mesh))
         scores: Scores = {}
         for kind, folder in (("text", "rows/val"), ("conversations", "sft/val")):
@@ -82,7 +84,7 @@ class Model:
                 continue
             limit, lengths = min(config.eval.rows, len(rows)), self.tokenizer.byte_lengths()
             with progress(f"{self.stage} bits_per_byte, {kind}", None):
-                found = bits_per_byte(step, params, rows, lengths, batch_rows, limit, self.mesh)
+                found = bits_per_byte(step, params, rows, lengths, rows_at_once, limit, self.mesh)
             scores[kind] = {"n": limit} | found
         if not scores:
             raise DataError(f"{self.run.data}: no held-out rows; run stage prepare again")
@@ -181,8 +183,8 @@ class Model:
         right: list[bool] = []
         cropped = 0
         with progress(f"{self.stage} core: {task.label}", len(items)) as bar:
-            for start in range(0, len(items), CORE_BLOCK):
-                block = range(start, min(start + CORE_BLOCK, len(items)))
+            for start in range(0, len(items), core.BLOCK):
+                block = range(start, min(start + core.BLOCK, len(items)))
                 groups = list(core.groups(task, items, self.tokenizer, block))
                 for index, scores in zip(block, self.scorer.spans(groups), strict=True):
                     option, ok = core.decide(task, items[index], scores)

@@ -7,9 +7,10 @@ reference model, no clipping: every update is on policy.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from jaxchat.mesh import batch_devices, batch_sharding, make_mesh
 from jaxchat.optim.horizon import fine_tuning_optim
 from jaxchat.paths import RunDir, atomic_write
 from jaxchat.scores import make_nll_step
-from jaxchat.state import TrainState
+from jaxchat.state import Batch, TrainState, decided
 from jaxchat.tasks.base import Example, WrittenTask
 from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.registry import get_task
@@ -127,6 +128,7 @@ class Player:
     ):
         self.config, self.run, self.rollouts, self.questions, self.exam = config, run, rollouts, questions, exam
         self.lengths = row_lengths(rollouts.capacity)
+        self._nll = functools.cache(self._nll_step)  # by the rows' length
         self._start: Any = None  # first weights, on the host
         self._order: tuple[int, list[int]] = -1, []  # of one epoch
 
@@ -191,11 +193,15 @@ class Player:
         if self._start is None:
             self._start, _ = restore_params(self.run.stage("sft"))
         batch = self._batch(answers, np.ones(answers.length.shape, np.float32))
-        model = dataclasses.replace(self.config.model, seq_len=batch["inputs"].shape[-1])
-        nll = make_nll_step(dataclasses.replace(self.config, model=model), self.rollouts.mesh)
+        nll = self._nll(batch["inputs"].shape[-1])
         now = np.asarray(nll(params, batch))
         start = np.asarray(nll(placed(self._start, params), batch))
         return kl_per_token(now, start, hosts.gathered(batch["counts"]).reshape(now.shape))
+
+    def _nll_step(self, length: int) -> Callable[[Any, Batch], jax.Array]:
+        model = dataclasses.replace(self.config.model, seq_len=length)
+        config = dataclasses.replace(self.config, model=model)
+        return make_nll_step(decided(config, self.rollouts.mesh), self.rollouts.mesh)
 
     def _show(self, answers: Answers, step: int) -> None:
         """`rollouts.md`: some of the exam's questions with what the model answered and whether it is right."""

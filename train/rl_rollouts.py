@@ -1,7 +1,7 @@
 """Rollouts: groups of sampled answers to a step's questions, graded.
 
-All questions of a step go to the engines at once, one engine on every device; each question is prefilled once for its
-group. What is sampled is a function of (seed, step, question, sample) and the weights alone.
+All questions of a step go to one engine at once, whose slots lie on all devices of the process; each question is
+prefilled once for its group. What is sampled is a function of (seed, step, question, sample) and the weights alone.
 
 Axes: P questions, S samples of each, L tokens of question and answer together.
 """
@@ -17,18 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxchat import hosts
-from jaxchat.config import Config
+from jaxchat.config import Config, MeshConfig
 from jaxchat.engine import Engine, Handle, Result
-from jaxchat.engine.admission import power_of_two
-from jaxchat.mesh import replicated
+from jaxchat.mesh import make_mesh, replicated
 from jaxchat.model.cache import serving_params
 from jaxchat.tasks.base import Example, WrittenTask
 from jaxchat.text.tokenizer import Tokenizer
 
 LENGTH_MULTIPLE = 64  # tokens that rows and caches are rounded up to
+SHRINK = 4  # the last answers of a step are few and long: they run in fewer rows, down to a quarter of the slots
 
 
 @dataclass
@@ -58,33 +58,30 @@ def sample_seed(seed: int, *place: object) -> int:
 class Rollouts:
     """Samples answers with the newest weights that were loaded.
 
-    `capacity`: tokens of question and answer together, at most.
+    `capacity`: tokens of question and answer together, at most. Several processes each make the answers to their own
+    questions, on their own devices of `mesh`.
     """
 
     def __init__(self, config: Config, task: WrittenTask, tokenizer: Tokenizer, mesh: Mesh, capacity: int):
         self.config, self.task, self.tokenizer, self.mesh, self.capacity = config, task, tokenizer, mesh, capacity
-        self.engines: list[Engine] = []
+        own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+        self._own = make_mesh(MeshConfig(), own)
+        self._engine: Engine | None = None
         self._serve = jax.jit(serving_params, static_argnums=(0, 2), out_shardings=replicated(mesh))
 
     def load(self, params: Any) -> None:
         """Take the weights of the training state, wherever they lie."""
-        devices = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
-        if self.mesh.size == 1:
-            copies = [params]
-        else:
+        if self.mesh.size > 1:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-            served = self._serve(self.config.model, params, dtype)
-            copies = [_on_device(served, device) for device in devices]
-        if self.engines:
-            for engine, copy in zip(self.engines, copies, strict=True):
-                engine.load(copy)
+            place = replicated(self._own)
+            params = jax.tree.map(lambda a: _whole(a, place), self._serve(self.config.model, params, dtype))
+        if self._engine:
+            self._engine.load(params)
             return
-        for device, copy in zip(devices, copies, strict=True):
-            with jax.default_device(device):
-                engine = Engine(
-                    self.config.model, copy, self.tokenizer, slots=self.config.rl.slots, capacity=self.capacity
-                )
-            self.engines.append(engine)
+        slots = self.config.rl.slots * self._own.size
+        self._engine = Engine(
+            self.config.model, params, self.tokenizer, slots=slots, capacity=self.capacity, mesh=self._own
+        )
 
     def sample(self, examples: Sequence[Example], seeds: Sequence[Sequence[int]]) -> Answers:
         """As many answers to every question as it has seeds (the same number for all)."""
@@ -113,33 +110,16 @@ class Rollouts:
         self, examples: Sequence[Example], seeds: Sequence[Sequence[int]]
     ) -> list[tuple[list[int], list[Result]]]:
         """(question's tokens, its answers) of every example."""
-        rl = self.config.rl
+        rl, engine = self.config.rl, self._engine
+        assert engine, "weights are loaded before answers are sampled"
         groups: list[tuple[list[int], list[Handle]]] = []
-        owned: list[list[Handle]] = [[] for _ in self.engines]
-        for i, (example, own) in enumerate(zip(examples, seeds, strict=True)):
-            engine = self.engines[i % len(self.engines)]
+        for example, own in zip(examples, seeds, strict=True):
             request = engine.chat_request(
                 example.prompt, max_tokens=rl.max_tokens, temperature=rl.temperature, top_k=rl.top_k
             )
-            handles = engine.submit_group(request, own)
-            groups.append((request.tokens, handles))
-            owned[i % len(self.engines)] += handles
-        run_together(self.engines, owned)
+            groups.append((request.tokens, engine.submit_group(request, own)))
+        engine.finish([handle for _, handles in groups for handle in handles], shrink=SHRINK)
         return [(tokens, [handle.result() for handle in handles]) for tokens, handles in groups]
-
-
-def run_together(engines: Sequence[Engine], owned: Sequence[Sequence[Handle]]) -> None:
-    """Drive several engines, each with handles of its own, until all are done.
-
-    The last answers of a step are decoded in fewer rows, down to a quarter: they are few and long.
-    """
-    for engine, handles in zip(engines, owned, strict=True):
-        engine.least_rows = min(power_of_two(len(handles)), engine.slots)
-    while busy := [engine for engine in engines if engine.running or engine.waiting]:
-        for engine in busy:
-            if not engine.waiting:
-                engine.least_rows = max(1, min(engine.least_rows, engine.slots // 4))
-            engine.step()
 
 
 def _row(prompt: list[int], result: Result) -> tuple[list[int], list[bool]]:
@@ -149,6 +129,8 @@ def _row(prompt: list[int], result: Result) -> tuple[list[int], list[bool]]:
     return [*prompt, *result.tokens, *stop], drawn
 
 
-def _on_device(tree: Any, device: jax.Device) -> Any:
-    """The device's own copy of replicated arrays."""
-    return jax.tree.map(lambda a: next(s.data for s in a.addressable_shards if s.device == device), tree)
+def _whole(array: jax.Array, place: NamedSharding) -> jax.Array:
+    """A replicated array as one that this process's devices alone hold; nothing is copied."""
+    shards = {shard.device: shard.data for shard in array.addressable_shards}
+    parts = [shards[device] for device in place.mesh.devices.flat]
+    return jax.make_array_from_single_device_arrays(array.shape, place, parts)

@@ -39,6 +39,7 @@ FREE_KEYS = (
     "rl.eval_",
     "rl.checkpoint_every",
     "rl.slots",
+    "eval.batch_rows",
 )
 
 
@@ -82,11 +83,18 @@ def among(names: Sequence[str], key: str) -> bool:
     return any(key == name or (name.endswith((".", "_")) and key.startswith(name)) for name in names)
 
 
-def refuse_changes(stage: Stage, record: dict[str, Any], inputs: dict[str, Any], run: RunDir) -> None:
+def changed_inputs(record: dict[str, Any], inputs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(value then, value now) of the inputs that differ from a record's. A setting that is new since then had its
+    default."""
     given = {key: value for key, value in record["inputs"].items() if not among(FREE_KEYS, key)}
-    before = json.loads(json.dumps(flatten(Config()))) | given  # a setting that is new since then had its default
-    changed = [k for k in sorted(given.keys() | inputs.keys()) if before.get(k) != inputs.get(k)]
-    if text := ", ".join(f"{k} ({before.get(k)!r} -> {inputs.get(k)!r})" for k in changed):
+    before = json.loads(json.dumps(flatten(Config()))) | given
+    keys = sorted(given.keys() | inputs.keys())
+    return {key: (before.get(key), inputs.get(key)) for key in keys if before.get(key) != inputs.get(key)}
+
+
+def refuse_changes(stage: Stage, record: dict[str, Any], inputs: dict[str, Any], run: RunDir) -> None:
+    changed = changed_inputs(record, inputs)
+    if text := ", ".join(f"{key} ({before!r} -> {now!r})" for key, (before, now) in changed.items()):
         advice = "take them back, or choose another --run-dir"
         raise UsageError(f"stage {stage.name}: {run.root} was made with other settings: {text}; {advice}")
 

@@ -17,12 +17,14 @@ from jaxchat import hosts
 from jaxchat.config import Config, load_config
 from jaxchat.errors import UsageError
 from jaxchat.log import say
+from jaxchat.mesh import make_mesh
 from jaxchat.paths import RECORD_FORMAT, RunDir, atomic_write, write_json
+from jaxchat.state import check_attention
 from jaxchat.tasks.files import identity_digest
 from jaxchat.toml import flatten, to_toml
 from train import evaluate, export, prepare, pretrain, report, rl, sft, tokenizer
 from train.machine import commit, hardware, peak_rss, versions
-from train.stage import FREE_KEYS, Stage, among, complete, made, refuse_changes, stage_inputs
+from train.stage import FREE_KEYS, Stage, among, changed_inputs, complete, made, refuse_changes, stage_inputs
 from train.trackers import check_trackers
 
 SHARED_SECONDS = 60.0  # until what process 0 wrote must be seen by the others
@@ -119,7 +121,7 @@ def unfinished(config: Config, run: RunDir) -> list[str]:
         done = record.get("status") == "done"
         if done and not stage.trained:
             stale = {*stage.needs, *stage.uses} & set(left)
-            done = not stale and record["inputs"] == stage_inputs(stage, config, records)
+            done = not stale and not changed_inputs(record, stage_inputs(stage, config, records))
         if not done and stage.wanted(config):
             left.append(stage.name)
     return left
@@ -151,6 +153,7 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
         done = [s for s in stages if records.get(s.name, {}).get("status") == "done" and complete(s, run)]
         if any(stage.joint and stage not in done for stage in stages):
             check_trackers(config)
+            check_attention(config, make_mesh(config.mesh))
         for stage in stages:
             inputs = stage_inputs(stage, config, records)
             record = records.get(stage.name)
@@ -159,7 +162,7 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
             if record and stage.trained and (record["status"] == "done" or any(made(stage, run))):
                 refuse_changes(stage, record, inputs, run)
                 inputs = record["inputs"]  # a setting that is new since then stays absent
-            same = stage.trained or (record and record["inputs"] == inputs)  # a trained one was refused if not
+            same = stage.trained or (record and not changed_inputs(record, inputs))  # a trained one was refused if not
             if record and record["status"] == "done" and same and complete(stage, run):
                 say(f"{stage.name:<10} done ({record['seconds']:.0f} s), nothing to do")
                 continue
@@ -205,7 +208,7 @@ def _save_config(config: Config, run: RunDir, reasons: dict[str, str]) -> None:
 def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any], inputs: dict[str, Any]) -> None:
     previous = records.get(stage.name, {})
     begin = time.perf_counter()
-    same = stage.trained or previous.get("inputs") == inputs  # a trained one was refused if not
+    same = stage.trained or (previous and not changed_inputs(previous, inputs))  # a trained one was refused if not
     resumed = previous.get("status") == "running" and same
     record: dict[str, Any] = {
         "format": RECORD_FORMAT,

@@ -5,16 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxchat.checkpoint import trained_params
 from jaxchat.config import MeshConfig, ModelConfig, ServeConfig, load_config
 from jaxchat.errors import DataError
 from jaxchat.mesh import make_mesh
+from jaxchat.model.backends import trusted_backend
+from jaxchat.model.sizes import exam_rows
 from jaxchat.paths import RunDir
 from jaxchat.recipes import resolve_model
 from jaxchat.text.tokenizer import Tokenizer
 
+CPU_ROWS = 32  # of exams at once; more leave a CPU's caches
 STAGES = ("rl", "sft", "base")  # furthest trained first
 
 
@@ -45,3 +49,16 @@ def mesh_for(slots: int) -> Mesh | None:
     """All devices of this process, where there are several and each of them gets a slot."""
     devices = jax.local_devices()
     return make_mesh(MeshConfig(), devices) if 1 < len(devices) <= slots else None
+
+
+def batch_rows(config: ModelConfig, rows: int, mesh: Mesh | None = None) -> int:
+    """`eval.batch_rows`, where it is -1 by the device: 32 on a CPU and where the memory is not known, else
+    `sizes.exam_rows`."""
+    if rows >= 0:
+        return rows
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
+        return CPU_ROWS
+    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    scores = trusted_backend(config, jnp.bfloat16)[0] == "xla"
+    return exam_rows(config, free, mesh.size if mesh else 1, 2, scores)

@@ -23,6 +23,7 @@ from jaxchat.engine import slots as device
 from jaxchat.engine.decode import Made, decode_chunk
 from jaxchat.engine.likelihood import lengths, rows_of, score_tokens
 from jaxchat.mesh import BATCH_AXES, replicated
+from jaxchat.model.backends import with_attention
 from jaxchat.model.cache import Cache, serving_params
 
 MIN_PROMPT_BUCKET = 32  # tokens
@@ -50,7 +51,7 @@ class Programs:
     """
 
     def __init__(self, config: ModelConfig, slots: int, capacity: int, chunk: int, dtype: Any, mesh: Mesh | None):
-        self.config, self.capacity, self.chunk, self.dtype = config, capacity, chunk, dtype
+        self.config, self.capacity, self.chunk, self.dtype = with_attention(config, dtype), capacity, chunk, dtype
         self.mesh = mesh if mesh is not None and mesh.size > 1 else None
         self.devices = self.mesh.size if self.mesh else 1
         self.slots = slots // self.devices  # of one device
@@ -60,9 +61,9 @@ class Programs:
         self.prompt_buckets = buckets(MIN_PROMPT_BUCKET, self.piece)
         self.cache_buckets = buckets(MIN_CACHE_BUCKET, capacity)
         self.params: Any = None
-        make = functools.partial(device.new_slots, config, slots, capacity, dtype)
+        shape = self.config, slots, capacity, dtype
         self.state: device.Slots = (
-            jax.jit(make, out_shardings=NamedSharding(self.mesh, ROWS))() if self.mesh else make()
+            _new_slots(NamedSharding(self.mesh, ROWS))(*shape) if self.mesh else device.new_slots(*shape)
         )
 
     def load(self, params: Any, weights: str) -> None:
@@ -198,6 +199,11 @@ def _starts(target: Any, remaining: Any, settings: Any) -> dict[str, Any]:
 @functools.cache
 def _serve(place: NamedSharding | None) -> Any:
     return jax.jit(serving_params, static_argnums=(0, 2, 3), out_shardings=place)
+
+
+@functools.cache
+def _new_slots(place: NamedSharding) -> Any:
+    return jax.jit(device.new_slots, static_argnums=(0, 1, 2, 3), out_shardings=place)
 
 
 @functools.cache

@@ -212,10 +212,18 @@ class Engine:
         """Answer all requests, slots kept full; results in the order of the requests."""
         return self.finish([self.submit(request) for request in requests], on_done)
 
-    def finish(self, handles: Sequence[Handle], on_done: Callable[[Handle], None] | None = None) -> list[Result]:
-        """Go on until these are done; their results, in order."""
+    def finish(
+        self, handles: Sequence[Handle], on_done: Callable[[Handle], None] | None = None, shrink: int = 1
+    ) -> list[Result]:
+        """Go on until these are done; their results, in order.
+
+        Once nothing waits, a chunk may have fewer rows, down to one `shrink`-th of the slots: more programs compile,
+        which pays where the same is done many times.
+        """
         self.least_rows = min(power_of_two(len(handles)), self.slots)
         while not all(handle.done for handle in handles):
+            if shrink > 1 and not self._waiting:
+                self.least_rows = max(1, min(self.least_rows, self.slots // shrink))
             for handle, event in self.step():
                 if event.kind == "done" and on_done:
                     on_done(handle)

@@ -19,9 +19,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import ModelConfig
+from jaxchat.engine import loading
 from jaxchat.engine.branching import Rows, score_letters, score_targets, scoring_params
 from jaxchat.engine.spans import Row, Span, SpanScore, common_prefix, crop, lengths, tails
 from jaxchat.mesh import BATCH_AXES, batch_devices, replicated
+from jaxchat.model.backends import with_attention
 
 ROW_TOKENS = 512  # a batch of n rows has about n times this many tokens, whatever the rows' length
 CPU_TOKENS = 2048  # of a batch on a CPU at most: more leave its caches and run slower
@@ -35,7 +37,8 @@ class Scorer:
     Args:
       config: resolved; params: nested dict of arrays, the training layout.
       mesh: rows are spread over its data and fsdp axes, weights lie whole on every device; None: one device.
-      batch_rows: rows of `ROW_TOKENS` tokens run at once; 0: one row, whatever its length.
+      batch_rows: rows of `ROW_TOKENS` tokens run at once; 0: one row, whatever its length; -1: by the device, see
+        `loading.batch_rows`.
       context: longer texts are cropped on the left; by default the model's. 0: never crop.
       dtype: of weights and activations; float32 on a CPU and bfloat16 elsewhere by default.
     """
@@ -45,29 +48,26 @@ class Scorer:
         config: ModelConfig,
         params: dict[str, Any],
         mesh: Mesh | None = None,
-        batch_rows: int = 32,
+        batch_rows: int = -1,
         context: int | None = None,
         dtype: Any = None,
     ):
-        self.config = config
         self.context = config.seq_len if context is None else context
         self._devices = batch_devices(mesh) if mesh else 1
         on_cpu = jax.default_backend() == "cpu"
-        self._batch_tokens = batch_rows * min(config.seq_len, ROW_TOKENS)
+        self._batch_tokens = loading.batch_rows(config, batch_rows, mesh) * min(config.seq_len, ROW_TOKENS)
         if on_cpu:
             self._batch_tokens = min(self._batch_tokens, CPU_TOKENS)
         self._lengths = lengths(config.seq_len)
         dtype = dtype or (jnp.float32 if on_cpu else jnp.bfloat16)
-        place = replicated(mesh) if mesh else None
-        self._params = jax.jit(scoring_params, static_argnums=1, out_shardings=place)(params, dtype)
-        self._targets: Any = functools.partial(score_targets, config)
-        self._letters: Any = functools.partial(score_letters, config)
+        self.config = with_attention(config, dtype)
+        self._params = _cast(replicated(mesh) if mesh else None)(params, dtype)
+        self._targets: Any = functools.partial(score_targets, self.config)
+        self._letters: Any = functools.partial(score_letters, self.config)
         self._sharding: Any = None
         if mesh and self._devices > 1:
-            rows, self._sharding = P(BATCH_AXES), NamedSharding(mesh, P(BATCH_AXES))
-            spread = functools.partial(jax.shard_map, mesh=mesh, out_specs=rows, check_vma=False)
-            self._targets = jax.jit(spread(self._targets, in_specs=(P(), rows, rows, rows, rows)))
-            self._letters = jax.jit(spread(self._letters, in_specs=(P(), rows, rows, rows)))
+            self._sharding = NamedSharding(mesh, P(BATCH_AXES))
+            self._targets, self._letters = (_spread(f, self.config, mesh) for f in (score_targets, score_letters))
         self.shapes: set[tuple[str, int, int, int]] = set()  # kind, rows, prefix, room for continuations
 
     def spans(
@@ -238,3 +238,20 @@ class Scorer:
 
     def _place(self, *arrays: Any) -> Any:
         return jax.device_put(arrays, self._sharding) if self._sharding else arrays
+
+
+@functools.cache  # a spot check makes a new scorer every time, and compiles nothing
+def _cast(place: NamedSharding | None) -> Any:
+    return jax.jit(scoring_params, static_argnums=1, out_shardings=place)
+
+
+@functools.cache
+def _spread(function: Any, config: ModelConfig, mesh: Mesh) -> Any:
+    """`score_targets` or `score_letters` on every device's own rows, weights being whole everywhere."""
+
+    def local(params: Any, arguments: tuple[Any, ...]) -> Any:
+        return function(config, params, *arguments)
+
+    rows = P(BATCH_AXES)
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(P(), rows), out_specs=rows, check_vma=False)
+    return jax.jit(lambda params, *arguments: spread(params, arguments))

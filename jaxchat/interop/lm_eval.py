@@ -17,6 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from jaxchat.engine import Engine, Handle, Request
+from jaxchat.engine.loading import batch_rows as rows_at_once
 from jaxchat.engine.loading import load_run
 from jaxchat.engine.scoring import Scorer
 from jaxchat.engine.spans import Span
@@ -31,19 +32,21 @@ HARNESS = {"batch_size", "max_batch_size", "device"}  # what the harness adds by
 class JaxChat(LM):
     """Args (of `--model_args`):
     run_dir: a finished run; stage: base, sft or rl, by default the furthest trained one.
-    batch_rows: rows scored and answers written at once. chat: put written questions as a user's message.
+    batch_rows: rows scored and answers written at once, -1: by the device.
+    chat: put written questions as a user's message.
     """
 
     def __init__(
-        self, run_dir: str, stage: str | None = None, batch_rows: int = 32, chat: bool = False, **others: Any
+        self, run_dir: str, stage: str | None = None, batch_rows: int = -1, chat: bool = False, **others: Any
     ) -> None:
         super().__init__()
         if unknown := others.keys() - HARNESS:
             known = "run_dir, stage, batch_rows and chat"
             raise UsageError(f"--model_args: unknown {', '.join(sorted(unknown))}; there are {known}")
         self.config, self._params, self.tokenizer, _slots = load_run(RunDir(run_dir), stage)
-        self.scorer = Scorer(self.config, self._params, batch_rows=int(batch_rows))
-        self.slots, self.chat = 1 << max(0, int(batch_rows).bit_length() - 1), chat
+        rows = rows_at_once(self.config, int(batch_rows))
+        self.scorer = Scorer(self.config, self._params, batch_rows=rows)
+        self.slots, self.chat = 1 << max(0, rows.bit_length() - 1), chat
 
     @property
     def tokenizer_name(self) -> str:

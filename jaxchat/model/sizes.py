@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from jaxchat.config import ModelConfig
 from jaxchat.model.layout import SMEAR_CHANNELS, VE_GATE_CHANNELS, mlp_width, padded_vocab, value_layers, windows
 
+EXAM_ROWS = 256  # of exams at once, where memory allows
+
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -72,6 +74,28 @@ def kv_values_per_row(config: ModelConfig, context: int) -> int:
     """Cached values (keys and values, all layers) that one row of `context` tokens reads."""
     seen = sum(min(window + 1, context) for window in windows(config))
     return 2 * config.n_kv_heads * config.head_width * seen
+
+
+def exam_rows(config: ModelConfig, free_bytes: int, devices: int, item_bytes: int, scores: bool) -> int:
+    """Rows that exams run at once on `devices` with `free_bytes` each, in all: 256, or the power of two that fits.
+
+    Fits: weights of the engine and of the scorer, the float32 ones of bits per byte, and a device's share of the rows
+    take at most 80 % of what is free. A row takes its keys and values twice (a chunk of decoding works on a copy) and
+    the activations of one layer. `scores`: attention writes its (T, T) scores to memory, as XLA's does.
+    """
+    weights = (2 * item_bytes + 4) * count_parameters(config).total
+    room = 0.8 * free_bytes - weights
+    rows = EXAM_ROWS
+    while rows > devices and -(-rows // devices) * exam_row_bytes(config, item_bytes, scores) > room:
+        rows //= 2
+    return rows
+
+
+def exam_row_bytes(config: ModelConfig, item_bytes: int, scores: bool) -> int:
+    """Bytes of one row of full context while a model is examined, see `exam_rows`."""
+    layer = 8 * config.width + 2 * mlp_width(config)  # values a token: the stream thrice, norm, q, k, v, y, MLP twice
+    matrix = 2 * 4 * config.n_heads * config.seq_len**2 if scores else 0  # float32, before and after the softmax
+    return item_bytes * (2 * kv_values_per_row(config, config.seq_len) + config.seq_len * layer) + matrix
 
 
 # Dense 16-bit peak with float32 accumulation, FLOP/s per JAX device, by a part of `device_kind`; the longest match

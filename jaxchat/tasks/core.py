@@ -27,6 +27,7 @@ CHOICE, SCHEMA, LANGUAGE = "multiple choice", "schema", "language modelling"
 FIELDS = {CHOICE: ("query", "choices", "gold"), SCHEMA: ("context_options", "continuation", "gold"),
           LANGUAGE: ("context", "continuation")}  # fmt: skip
 ANSWER = "\nAnswer: "
+BLOCK = 512  # items whose texts are tokenized, and scored, together
 Item = dict[str, Any]
 
 
@@ -140,9 +141,9 @@ def prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
     items than examples takes all of them.
     """
     item, d = items[index], task.delimiter
-    others = [i for i in range(len(items)) if i != index]
-    count = min(task.shots, len(others))
-    shots = [items[i] for i in random.Random(SHOTS_SEED + index).sample(others, count)] if count else []
+    count = min(task.shots, len(items) - 1)
+    places = random.Random(SHOTS_SEED + index).sample(range(len(items) - 1), count)  # among the others
+    shots = [items[place + (place >= index)] for place in places]
     if task.kind == CHOICE:
         before = "".join(f"{s['query']}{d}{s['choices'][s['gold']]}\n\n" for s in shots)
         return [f"{before}{item['query']}{d}{choice}" for choice in item["choices"]]
@@ -182,10 +183,13 @@ def decide(task: CoreTask, item: Item, scores: Sequence[SpanScore]) -> tuple[int
 def groups(
     task: CoreTask, items: Sequence[Item], tokenizer: Tokenizer, of: Sequence[int] | None = None
 ) -> Iterator[list[Span]]:
-    """The spans of every item (or of those in `of`), in order."""
-    for i in of if of is not None else range(len(items)):
-        texts = tokenizer.encode_batch(prompts(task, items, i))
-        yield spans(task, [[tokenizer.bos, *ids] for ids in texts])
+    """The spans of every item (or of those in `of`), in order; the texts of `BLOCK` items are tokenized together."""
+    places = of if of is not None else range(len(items))
+    for start in range(0, len(places), BLOCK):
+        texts = [prompts(task, items, i) for i in places[start : start + BLOCK]]
+        tokens = iter(tokenizer.encode_batch([text for group in texts for text in group]))
+        for group in texts:
+            yield spans(task, [[tokenizer.bos, *next(tokens)] for _ in group])
 
 
 def centred(task: CoreTask, accuracy: float) -> float:
