@@ -52,8 +52,8 @@ class GSM8K(WrittenTask):
     def _examples(self) -> list[Example]:
         return [_asked(*row) for row in sound(_rows(self.files, "test"), self.damaged)]
 
-    def fetch(self) -> None:
-        _paths(self.files, "train")
+    def fetch(self) -> Sequence[Path]:
+        return _paths(self.files, "train")
 
     def train_examples(self, seed: int) -> Sequence[Example]:
         """All training questions, in the order of the file: RL has an order of its own."""
