@@ -189,6 +189,14 @@ def whole_host(env: Mapping[str, str]) -> bool:
     return alone and "JAX_LOCAL_DEVICE_IDS" not in env
 
 
+def keep_programs(config: Config) -> None:
+    """Turn JAX's persistent compilation cache on, unless the user has said in JAX's own words where it shall be."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        from jaxchat.xla_cache import use_cache
+
+        use_cache(config.data.cache_dir)
+
+
 def list_tiers() -> None:
     """Print each tier with the head comment of its file."""
     for path in tier_files():
@@ -225,10 +233,12 @@ def run(args: argparse.Namespace) -> None:
     elif args.chat:
         from serve.cli import chat
 
+        keep_programs(config)
         chat(directory, config)
     elif args.serve:
         from serve.app import serve
 
+        keep_programs(config)
         serve(directory, config)
     else:
         from train.preflight import before_training
@@ -240,6 +250,7 @@ def run(args: argparse.Namespace) -> None:
         if args.run_dir and not directory.config.exists() and all(word is None for word in told):
             raise DataError(f"{directory.root}: there is no such run; give --tier to begin one")
         join_processes(args)
+        keep_programs(config)
         say(f"jaxchat {config.tier} in {directory.root}")
         if not console.quiet:
             before_training(config, directory, stages)

@@ -1,6 +1,7 @@
 """The service: `python launch.py --run-dir runs/nano --serve`. API, WebSocket and page in one process.
 
-The port is open at once; until the engine's thread has loaded and compiled the model, /health says 503 "loading".
+The port is open at once; until the engine's thread has loaded the model and compiled what a first request needs,
+/health says 503 "loading".
 """
 
 from __future__ import annotations
@@ -265,7 +266,7 @@ def uvicorn_config(app: FastAPI, config: Config) -> uvicorn.Config:
 
 
 def load(run: RunDir, config: Config, worker: Worker) -> Engine:
-    """The engine, compiled for everything that a request can need."""
+    """The engine, compiled for a short request; what longer ones and several at once need compiles meanwhile."""
     begun = time.perf_counter()
     serve = config.serve
     engine = Engine.from_pretrained(run.root, slots=serve.slots, queue_limit=serve.queue_length, weights=serve.weights)
@@ -279,7 +280,7 @@ def load(run: RunDir, config: Config, worker: Worker) -> Engine:
             if worker.closing or worker.draining:
                 raise UsageError("stopped while loading")
 
-        engine.warm_up(heard)
+        engine.warm_up(heard, background=True)
     seconds = {"load_seconds": loaded - begun, "compile_seconds": time.perf_counter() - loaded}
     log.info("ready", extra={"fields": {name: round(value, 2) for name, value in seconds.items()}})
     return engine

@@ -134,6 +134,7 @@ def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO |
                     break
             elif line:
                 talk.answer(line)
+    engine.stop_compiling()
 
 
 def standing(run: RunDir, stage: str) -> list[str]:
@@ -147,9 +148,9 @@ def standing(run: RunDir, stage: str) -> list[str]:
 
 
 def warm_up(engine: Engine) -> None:
-    """Compile before the first question instead of during it, and show how far it is."""
+    """Compile what a first question needs, and show how far it is; the rest compiles while the person types."""
     with progress("compiling", None) as bar:
-        engine.warm_up(bar.reach)
+        engine.warm_up(bar.reach, background=True)
 
 
 def lines(source: TextIO, interactive: bool) -> Iterator[str]:

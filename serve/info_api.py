@@ -40,9 +40,17 @@ def open_routes(service: Service) -> APIRouter:
     @router.head("/health", include_in_schema=False)
     @router.get("/health", response_model=Health, responses={503: {"model": Health}}, tags=["operation"])
     async def health() -> Response:
-        """200 where a request would be answered; 503 while loading or draining, and when the engine is dead."""
+        """200 where a request would be answered; 503 while loading or draining, and when the engine is dead.
+
+        `compiling`: programs that still compile behind; a request that needs one of them waits for it.
+        """
         state = service.worker.state
-        body = {"status": state} | ({"progress": service.worker.progress} if state == "loading" else {})
+        worker = service.worker
+        body: dict[str, Any] = {"status": state}
+        if state == "loading":
+            body["progress"] = worker.progress
+        elif state == "ready" and (left := worker.compiling):
+            body["compiling"] = left
         return _json(body, 200 if state == "ready" else 503)
 
     @router.get(

@@ -59,6 +59,7 @@ class Metrics:
         gauge("num_requests_running", "Answers in slots", "running")
         gauge("num_requests_waiting", "Answers waiting for a slot", "waiting")
         gauge("kv_cache_usage_perc", "Share of the slots' cache positions in use, 0 to 1", "cache_usage")
+        gauge("programs_compiling", "Programs that still compile since the start", "compiling")
         self._prompt = counter("prompt_tokens", "Tokens of prompts").labels(model)
         self._generated = counter("generation_tokens", "Tokens made").labels(model)
         self._success = counter("request_success", "Answers by how they ended", "finished_reason")

@@ -154,6 +154,7 @@ class TokenizerInfo(BaseModel):
 class Health(BaseModel):
     status: Literal["ready", "loading", "draining", "dead"]
     progress: str | None = None
+    compiling: int | None = None
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

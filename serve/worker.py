@@ -144,6 +144,11 @@ class Worker:
         """Answers under way, in slots or waiting for one."""
         return self._engine.running + self._engine.waiting if self._engine else 0
 
+    @property
+    def compiling(self) -> int:
+        """Programs that still compile; a request that needs one of them waits for it."""
+        return self._engine.compiling if self._engine else 0
+
     def check(self) -> None:
         """Raises `Unavailable` where a new request would not be answered."""
         state = self.state
@@ -245,6 +250,8 @@ class Worker:
             self.failure = error
         finally:
             self._closing = True
+            if self._engine:
+                self._engine.stop_compiling()
             with self._gate:
                 self._ended = True
             self._obey(wait=False)  # whoever has just come hears it too

@@ -2,6 +2,7 @@
 
 import functools
 import random
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from small_model import CAPACITY, CONFIG, GREETING, QUESTION, learned, tokenizer
 from jaxchat.engine import Engine, Event, Request, programs
 from jaxchat.errors import DataError, UsageError
 from jaxchat.text.tokenizer import train_tokenizer
+
+NAMES = ("admit", "decode_chunk", "mark", "prolong", "release", "resume", "score_tokens", "start", "swap", "take")
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +123,47 @@ def test_after_warm_up_nothing_compiles():
         assert compiled == []
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_a_background_warm_up_answers_at_once_and_compiles_every_program_once():
+    own = engine(chunk=4)
+    programs = sum(1 for _ in own._programs._calls())
+    jax.clear_caches()
+    compiled = []
+
+    def listener(event, *_, fun_name="", **__):
+        if "backend_compile" in event and any(name in fun_name for name in NAMES):
+            compiled.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        own.warm_up(background=True)
+        first = len(compiled)
+        assert 0 < own.compiling <= programs - 3
+        answers = own.generate(random_requests(12, seed=3))  # while the others compile
+        own.score([[1, 2, 3]])
+        while own.compiling:
+            time.sleep(0.05)
+        assert first < programs and len(compiled) <= programs + 1  # and the `take` that comes before
+        before = len(compiled)
+        again = own.generate(random_requests(12, seed=3))
+        assert len(compiled) == before
+        assert [a.tokens for a in answers] == [a.tokens for a in again]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_a_background_warm_up_can_be_stopped():
+    own = engine(chunk=4)
+    expected = own.generate(random_requests(3, seed=4))
+    jax.clear_caches()
+    own.warm_up(background=True)
+    own.stop_compiling()
+    end = time.monotonic() + 120
+    while own.compiling and time.monotonic() < end:
+        time.sleep(0.05)
+    assert own.compiling == 0
+    assert [a.tokens for a in own.generate(random_requests(3, seed=4))] == [a.tokens for a in expected]
 
 
 def test_limits_and_reasons():

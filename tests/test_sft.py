@@ -106,7 +106,7 @@ def test_packed_rows_learn_only_what_the_assistant_says():
     ]
     tokenizer = train_tokenizer(texts, 300, 10**6, 10**4)
     rendered = [render(tokenizer, c) for c in conversations]
-    packed = pack_conversations(rendered, 400, tokenizer.special[ASSISTANT_END], PackStats())
+    packed = list(pack_conversations(rendered, 400, tokenizer.special[ASSISTANT_END], PackStats()))
     assert sum(map(len, (ids for ids, _ in packed))) == sum(len(ids) for ids, _ in rendered)
     ids = np.concatenate([ids for ids, _ in packed])
     mask = np.concatenate([mask for _, mask in packed]).astype(bool)
@@ -138,6 +138,58 @@ def test_every_epoch_is_packed_for_itself(tmp_path, tokenizer):
         repeated = [piece for piece in found if found.count(piece) > 1]
         assert all(identical(config, tokenizer, piece) for piece in repeated)
     assert max(seen.values()) >= 3
+
+
+def sums(run):
+    return [Rows(run.data / "sft" / split).meta["sha256"] for split in ("train", "val")]
+
+
+def talks(path, count):
+    lines = [
+        [{"role": r, "content": f"{r} says {i} " * (i % 40 + 1)} for r in ("user", "assistant")] for i in range(count)
+    ]
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in lines))
+    return f"files:{path}"
+
+
+def test_many_conversations_are_rendered_by_other_processes_and_the_rows_are_the_same(tmp_path, tokenizer, monkeypatch):
+    config = config_of(talks(tmp_path / "talks.jsonl", 700), "word_problems:400*2")
+    runs = [RunDir(tmp_path / name) for name in ("here", "there")]
+    tokenizer.save(runs[1].tokenizer)  # the first run has none on the disk, and needs none
+    first = sft._write_rows(config, runs[0], tokenizer)
+    monkeypatch.setattr(sft, "FEW", 100)
+    monkeypatch.setattr(sft, "render_all", None)
+    two = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
+    assert sft._write_rows(two, runs[1], tokenizer) == first
+    assert sums(runs[0]) == sums(runs[1])
+
+
+def test_rows_are_rendered_again_only_where_their_inputs_changed(tmp_path, tokenizer, monkeypatch):
+    run, path = RunDir(tmp_path / "run"), tmp_path / "talks.jsonl"
+    config = config_of(talks(path, 60), "identity:30", "chatterbot")
+    facts, rendered = sft._write_rows(config, run, tokenizer), []
+    render_all = sft.render_all
+    monkeypatch.setattr(sft, "render_all", lambda *args: rendered.append(1) or render_all(*args))
+
+    def again(config, tokenizer=tokenizer):
+        rendered.clear()
+        return sft._write_rows(config, run, tokenizer), bool(rendered)
+
+    def other(**changes):
+        return dataclasses.replace(config, **changes)
+
+    assert again(config) == (facts, False)
+    assert again(other(serve=dataclasses.replace(config.serve, slots=1))) == (facts, False)
+    assert again(other(seed=7))[1]
+    assert again(other(model=dataclasses.replace(config.model, seq_len=200)))[1]
+    assert again(config)[1] and again(config) == (facts, False)
+    talks(path, 61)
+    assert again(config)[1] and not again(config)[1]
+    assert again(config, train_tokenizer(["another text"] * 9, 270, 10**6, 10**4))[1]
+    assert again(config)[1]
+    with open(run.data / "sft" / "val" / "rows.bin", "r+b") as file:
+        file.write(b"xx")
+    assert again(config)[1] and not again(config)[1]
 
 
 def identical(config, tokenizer, piece):

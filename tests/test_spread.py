@@ -33,6 +33,15 @@ def test_results_come_in_the_order_of_the_jobs():
     assert list(spread(work, jobs, "local", 2)) == [i * i for i in range(40)]
 
 
+def test_jobs_of_a_generator_are_taken_as_they_are_needed():
+    taken = []
+    jobs = (taken.append(i) or ("square", i) for i in range(60))
+    found = spread(work, jobs, "local", 2)
+    for done in range(40):
+        assert next(found) == done * done and len(taken) <= done + 1 + 2 * module.AHEAD
+    assert list(found) == [i * i for i in range(40, 60)]
+
+
 def test_what_a_job_says_is_said():
     jobs = [("square", 2), ("fail", "a.txt"), *(("square", i) for i in range(20))]
     found = spread(work, jobs, "local", 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -18,7 +17,7 @@ from jaxchat.config import Config
 from jaxchat.data.corpus import Part, open_corpus, open_val, training_limit
 from jaxchat.data.duplicates import Distinct
 from jaxchat.data.packing import PackStats, pack_documents
-from jaxchat.data.rows import Rows, finish_rows, write_rows
+from jaxchat.data.rows import finish_rows, finished_rows, write_rows
 from jaxchat.data.spread import cores, spread, workers_for
 from jaxchat.data.tokenize import SPLITS, Job, read_documents, tokenize_unit
 from jaxchat.errors import DataError, UsageError
@@ -139,7 +138,7 @@ def _rows(
     modes = remainders(config, parts, run, split)
     how = [] if set(modes) == {"keep"} else [modes]  # rows that were packed before there was a choice are kept
     origin = _digest([[job.origin for job in jobs], split, data.dedup, row_len, data.pack_docs, *how])
-    meta = _finished_rows(target, origin)
+    meta = finished_rows(target, origin)
     done = meta is not None
     if meta is None:
         packer = _Packer(config, parts, jobs, tokenizer, split, modes)
@@ -207,15 +206,6 @@ class _Packer:
             "documents_per_row": (stats.documents + stats.cuts - stats.cropped) / max(1, stats.rows),
             "sources": self._sources,
         }
-
-
-def _finished_rows(directory: Any, origin: str) -> dict[str, Any] | None:
-    """The meta of whole, undamaged rows of that origin."""
-    with contextlib.suppress(DataError):
-        meta = Rows(directory).meta
-        if meta.get("origin") == origin:
-            return meta
-    return None
 
 
 def _digest(value: Any) -> str:

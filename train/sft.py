@@ -6,39 +6,58 @@ Mid-training, a stage of its own in older chat recipes, is part of this mixture.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
+import jaxchat
 from jaxchat import hosts
 from jaxchat.config import Config
-from jaxchat.data.corpus import document_hash, limit_of_hashes
-from jaxchat.data.dialogues import chatterbot_pairs, chitchat_dialogues, file_conversations, spoken
+from jaxchat.data.corpus import Unit, document_hash, limit_of_hashes
+from jaxchat.data.dialogues import (
+    Rendered,
+    RenderJob,
+    chatterbot_pairs,
+    chitchat_dialogues,
+    file_conversations,
+    render_all,
+    render_job,
+    spoken,
+)
 from jaxchat.data.files import find_files
 from jaxchat.data.packing import PackStats, pack_conversations
-from jaxchat.data.rows import Rows, finish_rows, write_rows
+from jaxchat.data.rows import Rows, finish_rows, finished_rows, write_rows
+from jaxchat.data.spread import spread, workers_for
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.optim.horizon import fine_tuning_optim
 from jaxchat.paths import RunDir, read_json, write_json
 from jaxchat.tasks.base import Task
-from jaxchat.tasks.files import TaskFiles
+from jaxchat.tasks.files import TaskFiles, identity_digest
 from jaxchat.tasks.registry import get_task, parse_mixture_entry
-from jaxchat.text.chat import Message, render
+from jaxchat.text.chat import Message
 from jaxchat.text.tokenizer import ASSISTANT_END, Tokenizer
 from train import evaluate
 from train.loop import Job, continued, fit
 from train.spot_check import spot_checks
 
 Conversation = list[Message]
+T = TypeVar("T")
+FACTS = ("rows", "conversations", "cut", "fill")
 Piece = tuple[np.ndarray, np.ndarray]  # ids and mask of one conversation
 CHATTERBOT = {"chatterbot": "english", "chatterbot_korean": "korean"}
 NO_TASKS = ("chitchat", *CHATTERBOT)  # conversations of packages; everything else is a task, or files
 MOMENTUM, MOMENTUM_STEPS = (0.85, 0.95, 0.95), 300  # Muon's, as in nanochat's SFT
 CHITCHAT_VAL = 200  # dialogues held out of chitchat, at most
+CHUNK = 256  # conversations rendered at once
+FEW = 10_000  # conversations that are rendered in this process: about two seconds, which starting others takes too
+PACKAGE = Path(jaxchat.__file__).parent
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
@@ -124,10 +143,9 @@ def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
             continue
         found: Iterable[Conversation]
         if name.startswith("files:"):
-            conversations = list(itertools.islice(file_conversations(name, config.data.encoding), count))
-            hashes = [document_hash(spoken(conversation)) for conversation in conversations]
-            below = limit_of_hashes(hashes, fraction) if len(set(hashes)) > 1 else fraction
-            yield from ((entry, h < below, c) for h, c in zip(hashes, conversations, strict=True))
+            below = _limit(file_conversations(name, config.data.encoding), count, fraction)
+            for conversation in itertools.islice(file_conversations(name, config.data.encoding), count):
+                yield entry, document_hash(spoken(conversation)) < below, conversation
             continue
         if name in CHATTERBOT:
             found = itertools.islice(chatterbot_pairs(CHATTERBOT[name]), count)
@@ -135,6 +153,14 @@ def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
             found = get_task(name, files).train_conversations(count, config.seed)
         for conversation in found:
             yield entry, document_hash(json.dumps(conversation)) < fraction, conversation
+
+
+def _limit(conversations: Iterator[Conversation], count: int | None, fraction: float) -> float:
+    """The hash below which a conversation of a file is held out. Reads no further than needed."""
+    try:
+        return limit_of_hashes((document_hash(spoken(c)) for c in itertools.islice(conversations, count)), fraction)
+    except ValueError:  # fewer than two different ones
+        return fraction
 
 
 def _rows_of(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -152,34 +178,107 @@ def _rows_of(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any
 
 
 def _write_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write `data/sft`; facts: conversations by entry, rows and fill of each split."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    """Write `data/sft`, unless it holds the rows of these very inputs; facts: conversations by entry, rows and fill of
+    each split."""
+    origin = _origin(config, tokenizer)
+    train, val = (finished_rows(run.data / "sft" / split, origin) for split in ("train", "val"))
+    done = train is not None and val is not None
+    if train is None or val is None:
+        pieces = _pieces(config, run, tokenizer)
+        train, val = (_pack(config, run, tokenizer, pieces, split, origin) for split in ("train", "val"))
+    say(
+        f"  {train['conversations']:,} conversations in {train['rows']:,} rows, {train['fill']:.2%} filled, "
+        f"{train['cut']:,} cut" + (" (done before)" if done else "")
+    )
+    facts = {split: {key: meta[key] for key in FACTS} for split, meta in (("train", train), ("val", val))}
+    return {"conversations": train["entries"]} | facts
+
+
+def _origin(config: Config, tokenizer: Tokenizer) -> str:
+    """SHA-256 of all that decides the rows: settings, data, and the code of generators and rendering."""
+    code = [path for part in ("data", "tasks", "text") for path in sorted((PACKAGE / part).glob("*.py"))]
+    content = [
+        [config.seed, config.model.seq_len, config.data.val_fraction, config.data.encoding],
+        [tokenizer.digest, identity_digest(config)],
+        [[entry, _content(parse_mixture_entry(entry)[0], config)] for entry in config.sft.mixture],
+        [hashlib.sha256(path.read_bytes()).hexdigest() for path in code],
+    ]
+    return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _content(name: str, config: Config) -> list[Any]:
+    """What tells the data of a mixture's entry from changed data."""
+    if name == "chitchat":
+        return Unit(name).content()
+    if name in CHATTERBOT:
+        return [p.version for p in importlib.metadata.distributions(name="chatterbot-corpus")]
+    paths = find_files(name) if name.startswith("files:") else get_task(name, _files(config)).fetch()
+    return [Unit(name, str(path)).content() for path in paths]
+
+
+def _pieces(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[tuple[str, bool], list[Piece]]:
+    """The rendered conversations of the mixture in their order, by (entry, held out).
+
+    Few are rendered here; many by other processes, as documents are tokenized.
+    """
     pieces: dict[tuple[str, bool], list[Piece]] = {(e, held): [] for e in config.sft.mixture for held in (False, True)}
     with progress("sft: rendering", None) as bar:
-        for entry, held_out, conversation in mixture(config):
-            try:
-                ids, mask = render(tokenizer, conversation)
-            except UsageError as error:
-                raise DataError(f"sft.mixture: {entry}: a conversation is out of form: {error}") from error
-            pieces[entry, held_out].append((np.array(ids, dtype), np.array(mask, np.uint8)))
-            bar.advance()
+        for rendered in _rendered(config, run, tokenizer):
+            for label, ids, mask in rendered:
+                pieces[label].append((ids, mask))
+                bar.advance()
     if not any(found for (_, held_out), found in pieces.items() if not held_out):
         raise DataError("sft.mixture: no conversations; name at least one, for example identity:500")
-    epochs = {entry: parse_mixture_entry(entry)[2] for entry in config.sft.mixture}
-    # each epoch is packed for itself, so that no row holds a conversation twice
-    train = [
-        [piece for entry, wanted in epochs.items() if wanted > epoch for piece in pieces[entry, False]]
-        for epoch in range(max(epochs.values()))
-    ]
-    val = [[piece for entry in epochs for piece in pieces[entry, True]]]
-    return {
-        "conversations": {entry: len(pieces[entry, False]) for entry in epochs},
-        "train": _write(config, run, tokenizer, "train", train),
-        "val": _write(config, run, tokenizer, "val", val),
-    }
+    return pieces
 
 
-def _write(config: Config, run: RunDir, tokenizer: Tokenizer, split: str, epochs: list[list[Piece]]) -> dict[str, Any]:
+def _rendered(config: Config, run: RunDir, tokenizer: Tokenizer) -> Iterator[Rendered]:
+    conversations = mixture(config)
+    few = list(itertools.islice(conversations, FEW))
+    workers = workers_for(config.data.workers, FEW)
+    if len(few) < FEW or (workers == 1 and config.data.engine == "local"):
+        return (render_all(tokenizer, chunk) for chunk in _chunks(itertools.chain(few, conversations)))
+    path = str(run.tokenizer.resolve())
+    jobs = (RenderJob(path, tokenizer.digest, chunk) for chunk in _chunks(itertools.chain(few, conversations)))
+    return spread(render_job, jobs, config.data.engine, workers)
+
+
+def _chunks(conversations: Iterable[T]) -> Iterator[list[T]]:
+    source = iter(conversations)
+    while chunk := list(itertools.islice(source, CHUNK)):
+        yield chunk
+
+
+def _pack(
+    config: Config,
+    run: RunDir,
+    tokenizer: Tokenizer,
+    pieces: dict[tuple[str, bool], list[Piece]],
+    split: str,
+    origin: str,
+) -> dict[str, Any]:
+    """Write the rows of one split; its meta."""
+    if split == "val":
+        epochs = [[piece for entry in config.sft.mixture for piece in pieces[entry, True]]]
+    else:  # each epoch is packed for itself, so that no row holds a conversation twice
+        wanted = {entry: parse_mixture_entry(entry)[2] for entry in config.sft.mixture}
+        epochs = [
+            [piece for entry, times in wanted.items() if times > epoch for piece in pieces[entry, False]]
+            for epoch in range(max(wanted.values()))
+        ]
+    entries = {entry: len(pieces[entry, split == "val"]) for entry in config.sft.mixture}
+    return _write(config, run, tokenizer, split, epochs, {"origin": origin, "entries": entries})
+
+
+def _write(
+    config: Config,
+    run: RunDir,
+    tokenizer: Tokenizer,
+    split: str,
+    epochs: list[list[Piece]],
+    more: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Pack and write rows; their meta, with `more` in it."""
     row_len, stats = config.model.seq_len + 1, PackStats()
     turn_end = tokenizer.special[ASSISTANT_END]
     packed = (row for pieces in epochs for row in pack_conversations(pieces, row_len, turn_end, stats))
@@ -187,5 +286,4 @@ def _write(config: Config, run: RunDir, tokenizer: Tokenizer, split: str, epochs
     directory.parent.mkdir(parents=True, exist_ok=True)
     count = write_rows(directory, packed, row_len, tokenizer.bos, tokenizer.vocab_size)
     meta = {"tokenizer": tokenizer.digest, "conversations": stats.documents, "cut": stats.cuts, "fill": stats.fill}
-    finish_rows(directory, meta, row_len, count, tokenizer.vocab_size)
-    return {"rows": count, "conversations": stats.documents, "cut": stats.cuts, "fill": stats.fill}
+    return finish_rows(directory, meta | (more or {}), row_len, count, tokenizer.vocab_size)

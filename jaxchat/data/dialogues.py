@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxchat.data.corpus import chitchat_conversations, chitchat_document, document_hash, split_limit
 from jaxchat.data.files import find_files, kind_of, read_records
+from jaxchat.data.tokenize import token_dtype
 from jaxchat.errors import DataError, UsageError
-from jaxchat.text.chat import normalize
+from jaxchat.text.chat import normalize, render
+from jaxchat.text.tokenizer import Tokenizer
 
 MAX_TURNS = 6  # of one chitchat dialogue; a longer one is cut into several
 # What other programs say about themselves in chatterbot-corpus contradicts who our model is (`tasks/identity.py`).
@@ -103,6 +109,67 @@ def spoken(conversation: list[Message]) -> str:
     """A conversation as pretraining reads it from a file: a message a line, without roles."""
     contents = (m["content"] for m in conversation)
     return "\n".join(c if isinstance(c, str) else "".join(part["text"] for part in c) for c in contents)
+
+
+@dataclass(frozen=True)
+class RenderJob:
+    """Conversations to render in another process; `tokenizer` is the path of the run's, `digest` its digest.
+
+    A conversation comes as (entry of the mixture, held out, messages).
+    """
+
+    tokenizer: str
+    digest: str
+    conversations: list[tuple[str, bool, list[Message]]]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Conversations as token ids (N,) and their mask (N,) uint8, one behind the other.
+
+    `labels` has (entry of the mixture, held out) of each conversation, `ends` (C,) where it ends.
+    """
+
+    labels: list[tuple[str, bool]]
+    ends: np.ndarray
+    ids: np.ndarray
+    mask: np.ndarray
+
+    def __iter__(self) -> Iterator[tuple[tuple[str, bool], np.ndarray, np.ndarray]]:
+        """(label, ids, mask) of each conversation; the arrays are views."""
+        start = 0
+        for label, end in zip(self.labels, self.ends.tolist(), strict=True):
+            yield label, self.ids[start:end], self.mask[start:end]
+            start = end
+
+
+def render_job(job: RenderJob) -> Rendered:
+    """Render the conversations of a job, in a process that may not have the tokenizer yet."""
+    return render_all(_loaded(job.tokenizer, job.digest), job.conversations)
+
+
+def render_all(tokenizer: Tokenizer, conversations: list[tuple[str, bool, list[Message]]]) -> Rendered:
+    """Render (entry, held out, messages); `DataError` names the entry of a conversation that is out of form."""
+    lengths, all_ids, all_masks = list[int](), list[int](), list[int]()
+    for entry, _, messages in conversations:
+        try:
+            ids, mask = render(tokenizer, messages)
+        except UsageError as error:
+            raise DataError(f"sft.mixture: {entry}: a conversation is out of form: {error}") from None
+        lengths.append(len(ids))
+        all_ids += ids
+        all_masks += mask
+    labels = [(entry, held_out) for entry, held_out, _ in conversations]
+    ids_array = np.array(all_ids, token_dtype(tokenizer.vocab_size))
+    return Rendered(labels, np.cumsum(lengths), ids_array, np.array(all_masks, np.uint8))
+
+
+@functools.lru_cache(1)
+def _loaded(path: str, digest: str) -> Tokenizer:
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.digest != digest:
+        raise DataError(f"{path}: has changed while the conversations were rendered; run the same command again")
+    return tokenizer
 
 
 def is_other_bot(question: str, answer: str) -> bool:

@@ -180,8 +180,8 @@ def pack_conversations(
     row_len: int,
     turn_end: int,
     stats: PackStats,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows of (ids, mask), whole conversations only, by best fit decreasing.
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of (ids, mask), whole conversations only, by best fit decreasing; each is copied when it is asked for.
 
     A conversation longer than a row is cut after its last `turn_end` token that fits (or at the row's end where not
     one turn fits) and counted in `stats.cuts`. Every row is at most `row_len` long.
@@ -214,7 +214,5 @@ def pack_conversations(
         if free - need > 0:
             open_rows[free - need].append(row)
             present |= 1 << (free - need)
-    packed = [(np.concatenate([p[0] for p in row]), np.concatenate([p[1] for p in row])) for row in rows]
-    for row_ids, _ in packed:
-        _count(stats, row_ids)
-    return packed
+    for row in rows:
+        yield _count(stats, np.concatenate([p[0] for p in row])), np.concatenate([p[1] for p in row])

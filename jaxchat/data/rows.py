@@ -7,6 +7,7 @@ to be learned: `lengths.bin` (uint32 a row: so many tokens are real, the rest is
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -78,6 +79,15 @@ def finish_rows(directory: Path, meta: dict[str, Any], row_len: int, count: int,
     os.replace(aside, directory)
     sync_directory(directory.parent)
     return meta
+
+
+def finished_rows(directory: Path, origin: str) -> dict[str, Any] | None:
+    """The meta of whole, undamaged rows whose meta has that "origin"; None where there are none."""
+    with contextlib.suppress(DataError):
+        meta = Rows(directory).meta
+        if meta.get("origin") == origin:
+            return meta
+    return None
 
 
 def _aside(directory: Path) -> Path:

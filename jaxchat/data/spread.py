@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from jaxchat.errors import DataError, JaxchatError, UsageError
 J = TypeVar("J")
 R = TypeVar("R")
 ENGINES = ("local", "ray")
+AHEAD = 4  # jobs of a generator that are taken ahead of the results, for each worker
 ORPHAN_POLL = 0.5  # seconds between a worker's looks at whether its parent is still there
 
 
@@ -33,8 +34,10 @@ def workers_for(wanted: int, jobs: int) -> int:
     return max(1, min(jobs, wanted if wanted > 0 else cores()))
 
 
-def spread(work: Callable[[J], R], jobs: Sequence[J], engine: str, workers: int) -> Iterator[R]:
+def spread(work: Callable[[J], R], jobs: Iterable[J], engine: str, workers: int) -> Iterator[R]:
     """`work(job)` for every job, in other processes (`local`) or as Ray tasks; `work` and jobs must be picklable.
+
+    A sequence of jobs is handed out at once. Of any other iterable a few jobs for each worker are in memory at a time.
 
     What a job raises is raised here; jobs not yet begun are dropped. With Ray, the cluster that `RAY_ADDRESS` names is
     used, or one is started on this machine; paths in the jobs must mean the same on all its machines.
@@ -44,11 +47,18 @@ def spread(work: Callable[[J], R], jobs: Sequence[J], engine: str, workers: int)
     return _over_ray(work, jobs, workers) if engine == "ray" else _over_processes(work, jobs, workers)
 
 
-def _over_processes(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[R]:
+def _over_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterator[R]:
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would leave half dead
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_die_with, initargs=(os.getpid(),))
+    at_once = len(jobs) if isinstance(jobs, Sequence) else AHEAD * workers
+    waiting: collections.deque[concurrent.futures.Future[R]] = collections.deque()
     try:
-        yield from pool.map(work, jobs)
+        for job in jobs:
+            if len(waiting) >= at_once:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(work, job))
+        while waiting:
+            yield waiting.popleft().result()
     except BrokenProcessPool:
         raise DataError(
             "a process that tokenized was killed (out of memory?); the same command goes on, "
@@ -77,7 +87,7 @@ def _die_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _over_ray(work: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[R]:
+def _over_ray(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterator[R]:
     try:
         import ray
     except ImportError:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ LEAST_ROWS = {"cpu": 1}
 ACCELERATOR_ROWS = 2
 COMPILERS = 4  # programs that compile at once
 ROWS = P(BATCH_AXES)
+_Call = tuple[Any, dict[str, Any], dict[str, Any]]  # function, static arguments, others
 
 
 class Programs:
@@ -62,6 +64,7 @@ class Programs:
         self.cache_buckets = buckets(MIN_CACHE_BUCKET, capacity)
         self.params: Any = None
         shape = self.config, slots, capacity, dtype
+        self._coming: dict[Any, Future[None]] = {}  # programs that a background warm-up compiles
         self.state: device.Slots = (
             _new_slots(NamedSharding(self.mesh, ROWS))(*shape) if self.mesh else device.new_slots(*shape)
         )
@@ -118,25 +121,75 @@ class Programs:
             numbers[slot // self.slots] = slot % self.slots
         return numbers
 
-    def warm_up(self) -> Iterator[int]:
+    def warm_up(self, background: bool = False) -> Iterator[int]:
         """Compile everything that any request can need, several programs at once, without running any of it; yields
-        how many are still to come."""
+        how many are still to come.
+
+        With `background` it ends once a short request of a single client can be answered. The other programs go on
+        compiling in threads of their own; whoever needs one that is not there yet waits for that one alone.
+        """
+        assert not self._coming
         calls = list(self._calls())
+        first = [call for call in calls if self._is_first(*call)] if background else calls
         yield len(calls)
-        with ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1)) as pool:
-            compiling = [pool.submit(self._compile, *call) for call in calls]
+        threads = min(COMPILERS, os.cpu_count() or 1)
+        left = len(calls)
+        with ThreadPoolExecutor(threads) as pool:
+            compiling = [pool.submit(self._compile, *call) for call in first]
             try:
-                for left, done in zip(reversed(range(len(calls))), as_completed(compiling), strict=True):
+                for done in as_completed(compiling):
                     done.result()
+                    left -= 1
                     yield left
             finally:  # whoever stops listening need not wait for all of them
                 pool.shutdown(wait=True, cancel_futures=True)
+        if background:
+            self._compile_behind([call for call in calls if not self._is_first(*call)], max(1, threads // 2))
 
-    def _calls(self) -> Iterator[tuple[Any, dict[str, Any], dict[str, Any]]]:
-        """(function, static arguments, others) of every program, the slowest to compile first."""
-        D, params, slots = self.devices, self.params, self.state
+    @property
+    def compiling(self) -> int:
+        """Programs that are still to come from `warm_up`."""
+        return sum(not future.done() for future in list(self._coming.values()))
+
+    def stop_compiling(self) -> None:
+        """Drop what a background warm-up has not begun; a needed program compiles when it is used."""
+        for future in list(self._coming.values()):
+            future.cancel()
+
+    def _is_first(self, function: Any, static: dict[str, Any], arguments: dict[str, Any]) -> bool:
+        """Whether a short request of a single client needs this program."""
+        if function is decode_chunk:
+            return static["rows"] == self.least_rows and static["bucket"] == self.cache_buckets[0]
+        if function in (device.admit, device.prolong):
+            size, bucket = arguments["tokens"].shape
+            return size == self.devices and bucket == self.prompt_buckets[0]
+        return function is device.start
+
+    def _compile_behind(self, calls: Sequence[_Call], threads: int) -> None:
+        """Compile in threads; `_coming` has a future for every program."""
+
+        def compile_one(call: _Call) -> None:
+            if threading.main_thread().is_alive():  # else the process is about to end
+                self._compile(*call)
+
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="compiler")
+        self._coming = {_key(*call): pool.submit(compile_one, call) for call in calls}
+        pool.shutdown(wait=False)
+
+    def _await(self, function: Any, static: dict[str, Any], arguments: dict[str, Any]) -> None:
+        """Wait for a program that is compiling just now. One that still waits its turn is left to its caller."""
+        future = self._coming.pop(_key(function, static, arguments), None)
+        if future and not future.cancel():
+            future.result()
+
+    def _calls(self) -> Iterator[_Call]:
+        """(function, static arguments, others) of every program, the slowest to compile first.
+
+        State and weights are given as shapes: the arrays may be gone when a thread comes to compile.
+        """
+        D, params, slots = self.devices, _shapes(self.params), _shapes(self.state)
         slot, zeros = self.only(self.slots * D), np.zeros(D, np.int32)
-        rows = self.take(zeros, zeros, zeros)  # also the first program
+        rows = _shapes(self.take(zeros, zeros, zeros))  # also the first program
 
         def start(count: int) -> dict[str, Any]:
             target = np.full((count * D, 2), self.slots, np.int32)
@@ -174,6 +227,8 @@ class Programs:
         self.state = self._run(function, slots=self.state, **arguments)
 
     def _run(self, function: Any, static: dict[str, Any] | None = None, **arguments: Any) -> Any:
+        if self._coming:
+            self._await(function, static or {}, arguments)
         run, args, kwargs = self._ready(function, static or {}, arguments)
         return run(*args, **kwargs)
 
@@ -190,6 +245,19 @@ class Programs:
 
 
 WITH_CONFIG = (device.admit, device.take, device.prolong, decode_chunk, score_tokens)
+
+
+def _shapes(tree: Any) -> Any:
+    """What `lower` must know of arrays."""
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding if a.committed else None), tree
+    )
+
+
+def _key(function: Any, static: dict[str, Any], arguments: dict[str, Any]) -> Any:
+    """What tells a program from the others: the shapes of what comes from the host differ."""
+    shapes = tuple((name, a.shape) for name, a in sorted(arguments.items()) if isinstance(a, np.ndarray))
+    return function, tuple(sorted(static.items())), shapes
 
 
 def _starts(target: Any, remaining: Any, settings: Any) -> dict[str, Any]:

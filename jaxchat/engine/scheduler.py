@@ -249,16 +249,27 @@ class Engine:
             if event.kind == "text":
                 yield event.text
 
-    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compile everything that any request can need (a server, before it says that it is ready).
+    def warm_up(self, progress: Callable[[int, int], None] | None = None, background: bool = False) -> None:
+        """Compile everything that any request can need, before the first one comes.
 
-        `progress` hears (programs ready, programs in all)."""
+        `progress` hears (programs ready, programs in all). With `background` this returns as soon as a short request
+        can be answered, and the other programs compile meanwhile; `compiling` says how many are left.
+        """
         assert not self.running and not self._flying
-        left = self._programs.warm_up()
+        left = self._programs.warm_up(background)
         total = next(left)
         for missing in left:
             if progress:
                 progress(total - missing, total)
+
+    @property
+    def compiling(self) -> int:
+        """Programs that a background warm-up has not compiled yet."""
+        return self._programs.compiling
+
+    def stop_compiling(self) -> None:
+        """End a background warm-up after the programs under way."""
+        self._programs.stop_compiling()
 
     # Inside
 

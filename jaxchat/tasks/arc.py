@@ -34,15 +34,20 @@ class Arc(ChoiceTask):
     def examples(self) -> Sequence[ChoiceExample]:
         return self._examples
 
+    def fetch(self) -> Sequence[Path]:
+        return self._paths("train", ())
+
     def train_conversations(self, count: int | None, seed: int) -> Iterator[Conversation]:
         found = [question() for question in self._find("train", ())]
         return (conversation(found[i]) for i in drawn(count, len(found), seed))
 
     def _find(self, split: str, others: tuple[str, ...]) -> Iterator[Callable[[], ChoiceExample]]:
+        return (question for path in self._paths(split, others) for question in _read(path))
+
+    def _paths(self, split: str, others: tuple[str, ...]) -> list[Path]:
         file = f"{SETS[self.name]}/{split}-00000-of-00001.parquet"
         patterns = tuple(f"{f}{SETS[self.name]}/{split}-*.parquet" for f in (f"{REPO}/", "ai2_arc/", "arc/", ""))
-        paths = self.files.find((*patterns, *others), HubFiles(REPO, REVISION, (file,)))
-        return (question for path in paths for question in _read(path))
+        return self.files.find((*patterns, *others), HubFiles(REPO, REVISION, (file,)))
 
 
 def _read(path: Path) -> Iterator[Callable[[], ChoiceExample]]:

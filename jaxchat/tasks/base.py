@@ -10,6 +10,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxchat.errors import DataError
@@ -55,8 +56,10 @@ class Task(ABC):
         """What a score depends on beside model, questions and `eval.*`."""
         return ()
 
-    def fetch(self) -> None:  # noqa: B027  # most have nothing to fetch
-        """Have at hand what `train_conversations` reads; `MissingData` where that cannot be. Asked before training."""
+    def fetch(self) -> Sequence[Path]:
+        """Have at hand the files that `train_conversations` reads, and return them; most tasks read none. Asked before
+        training. `MissingData` where a file cannot be had."""
+        return ()
 
 
 class WrittenTask(Task):

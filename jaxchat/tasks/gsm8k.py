@@ -55,8 +55,8 @@ class GSM8K(WrittenTask):
     def setting(self) -> Sequence[str]:
         return (f"{self.max_tokens} tokens",)
 
-    def fetch(self) -> None:
-        _paths(self.files, "train")
+    def fetch(self) -> Sequence[Path]:
+        return _paths(self.files, "train")
 
     def train_examples(self, seed: int) -> Sequence[Example]:
         """All training questions, in the order of the file: RL has an order of its own."""

@@ -45,8 +45,8 @@ class MMLU(ChoiceTask):
     def examples(self) -> Sequence[ChoiceExample]:
         return self._examples
 
-    def fetch(self) -> None:
-        self.files.find(TRAIN_PATTERNS, TRAIN)
+    def fetch(self) -> Sequence[Path]:
+        return self.files.find(TRAIN_PATTERNS, TRAIN)
 
     def train_conversations(self, count: int | None, seed: int) -> Iterator[Conversation]:
         """From the auxiliary training set, which other exams' questions make up, not MMLU's own."""

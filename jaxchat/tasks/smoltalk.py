@@ -4,7 +4,8 @@ chat from. Not an exam."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from jaxchat.errors import DataError
 from jaxchat.tasks.base import Conversation, Task, drawn
@@ -23,8 +24,8 @@ class SmolTalk(Task):
     def __init__(self, files: TaskFiles):
         self._files = files
 
-    def fetch(self) -> None:
-        self._files.find(PATTERNS, HUB)
+    def fetch(self) -> Sequence[Path]:
+        return self._files.find(PATTERNS, HUB)
 
     def train_conversations(self, count: int | None, seed: int) -> Iterator[Conversation]:
         """`count` of them drawn at random (None: all), in the order of the files."""
