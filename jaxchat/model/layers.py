@@ -71,6 +71,7 @@ def _merged(h: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ..
 def _merged_backward(residuals: Any, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     h, kernels = residuals
     g, kernel = (jnp.concatenate(parts, axis=-1) for parts in (gradients, kernels))
+    g = jax.lax.optimization_barrier(g)  # or XLA also writes the parts, for the second product
     of_kernel = jnp.einsum("btd,btf->df", h, g)
     splits = np.cumsum([part.shape[-1] for part in kernels])[:-1]
     return jnp.einsum("btf,df->btd", g, kernel), tuple(jnp.split(of_kernel, splits, axis=-1))
