@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
 from importlib.metadata import version
 from typing import Any
 
@@ -22,42 +21,19 @@ from jaxchat.errors import JaxchatError
 from jaxchat.mesh import make_mesh
 from jaxchat.optim.horizon import resolve
 from train import compiled
-from train.hlo import Instruction, attribute, parse, shape_bytes
+from train.hlo import attribute, bytes_moved, parse
 from train.targets import parse_target, target_devices
 
 KERNELS = ("fusion", "custom-call", "copy", "sort", "dot", "scatter", "reduce")
-CUTS = ("slice", "dynamic-slice", "gather")
-PUTS = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand is what they write
 
 
 def loop_cost(text: str) -> tuple[int, int]:
-    """(kernels, bytes read and written) of one turn of the entry's first loop, in an optimized module's text.
-
-    What a fusion only cuts out of an operand counts, not the operand; what it writes in place counts as its update.
-    """
+    """(kernels, bytes read and written) of one turn of the entry's first loop, in an optimized module's text."""
     computations, entry = parse(text)
     loop = next(i for i in computations[entry] if i.opcode == "while")
     kernels = [i for i in computations[attribute(loop, "body")] if i.opcode in KERNELS]
-    return len(kernels), sum(_traffic(i, computations) for i in kernels)
-
-
-def _traffic(kernel: Instruction, computations: dict[str, list[Instruction]]) -> int:
-    inside = {i.name: i for i in computations.get(attribute(kernel, "calls"), [])}
-    uses: dict[str, list[Instruction]] = defaultdict(list)
-    for instruction in inside.values():
-        for operand in instruction.operands:
-            uses[operand].append(instruction)
-    written, read = shape_bytes(kernel.shape), 0
-    for parameter in (i for i in inside.values() if i.opcode == "parameter"):
-        used = uses[parameter.name]
-        first = bool(used) and all(u.operands[0] == parameter.name for u in used)
-        if first and all(u.opcode in CUTS for u in used):
-            read += sum(shape_bytes(u.shape) for u in used)
-        elif first and all(u.opcode in PUTS for u in used):  # in place
-            written = sum(shape_bytes(inside[u.operands[PUTS[u.opcode]]].shape) for u in used)
-        else:
-            read += shape_bytes(parameter.shape)
-    return read + written
+    by_name = {i.name: i for i in computations[attribute(loop, "body")]}
+    return len(kernels), round(sum(bytes_moved(i, by_name, computations) for i in kernels))
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

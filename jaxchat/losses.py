@@ -38,8 +38,9 @@ def chunked_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of negative log-likelihoods, with the logits of one chunk of tokens alive at a time.
 
-    Logits are `softcap * tanh(x W^T / softcap)` in float32. On a mesh every device runs its own rows and the gradient
-    to W is reduced once.
+    Logits are `softcap * tanh(x W^T / softcap)` in float32. Where gradients are taken of a bfloat16 x, the tanh is
+    rounded to bfloat16 (0.03 of a logit at most): in this form it lies in memory. On a mesh every device runs its own
+    rows and the gradient to W is reduced once.
 
     Args:
       x: (B, T, D) final activations; unembedding: (V, D) float32, cast to x's dtype for the products.
@@ -99,6 +100,8 @@ def _local(x, w, targets, weights, spec, with_gradients):
     everywhere = functools.partial(jax.lax.psum, axis_name="tensor") if split_vocab else lambda a: a
     ids = jnp.arange(V) + (jax.lax.axis_index("tensor") * V if split_vocab else 0)
     padded = split_vocab or spec.vocab_size != V
+    # capped logits of a training step in bfloat16: half of what the loss moves; evaluation keeps float32
+    narrow = with_gradients and x.dtype == jnp.bfloat16
     chunks = -(-B * T // spec.chunk)
     length = -(-B * T // chunks)  # the last chunk is filled with tokens of weight 0
 
@@ -114,6 +117,8 @@ def _local(x, w, targets, weights, spec, with_gradients):
         xc, target, weight = chunk
         z = jnp.einsum("td,vd->tv", xc, w, preferred_element_type=jnp.float32)
         s = jnp.tanh(z / spec.softcap)
+        if narrow:  # without the barrier XLA drops the rounding and keeps float32
+            s = jax.lax.optimization_barrier(s.astype(x.dtype)).astype(jnp.float32)
         # the cap bounds the logits, so a constant replaces the row maximum of the softmax
         e = jnp.exp(spec.softcap * (s - 1.0))
         if padded:

@@ -107,12 +107,16 @@ def decided(config: Config, mesh: Mesh) -> Config:
     return dataclasses.replace(config, model=with_attention(config.model, compute_dtype(config, mesh)))
 
 
-def scan_unroll(config: Config) -> int:
-    """Groups unrolled per scan iteration; small models run faster unrolled, and compile fast enough."""
+def scan_unroll(config: Config, platform: str = "cpu") -> int:
+    """Groups of layers unrolled per iteration of the scan.
+
+    On GPUs all of them, a plain loop: a scan stacks what the backward pass needs, a fifth of the bytes that a step
+    moves (docs/performance.md). Elsewhere small models alone, which compile fast enough.
+    """
     if config.train.scan_unroll > 0:
         return config.train.scan_unroll
     groups, period = scan_groups(config.model)
-    return groups if groups * period <= 8 else 1
+    return groups if platform == "gpu" or groups * period <= 8 else 1
 
 
 def loss_spec(config: Config, mesh: Mesh) -> LossSpec:
@@ -136,10 +140,11 @@ def trunk(config: Config, mesh: Mesh) -> gpt.Trunk:
         return checkpoint_name(_gather(gathered_sharding(mesh, shape, logical), kept, weight), "gathered")
 
     return gpt.Trunk(
-        unroll=scan_unroll(config),
+        unroll=scan_unroll(config, platform(mesh)),
         backend=choose_backend(config.model, dtype, mesh.devices.flat[0])[0],
         remat=config.train.remat,
         dot=fp8_dot if config.train.matmul == "fp8" else jnp.matmul,
+        merge=dtype == jnp.bfloat16 and config.train.matmul != "fp8" and mesh.shape["tensor"] == 1,
         mesh=mesh,
         place=place,
     )

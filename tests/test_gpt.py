@@ -172,3 +172,41 @@ def test_bfloat16_stays_near_float32():
     rough = gpt.hidden(MODERN, gpt.cast_params(params, jnp.bfloat16), tokens)
     assert rough.dtype == jnp.bfloat16
     assert np.abs(exact - rough.astype(jnp.float32)).max() < 0.1
+
+
+def compare_bfloat16(function, *inputs, tolerance):
+    """Output and gradients in bfloat16 against float32, of the same rounded inputs and random cotangents."""
+    narrow = [a.astype(jnp.bfloat16) for a in inputs]
+    exact, pull_exact = jax.vjp(function, *(a.astype(jnp.float32) for a in narrow))
+    found, pull = jax.vjp(function, *narrow)
+    g = jax.random.normal(jax.random.key(9), exact.shape).astype(jnp.bfloat16)
+    for a, b in zip((exact, *pull_exact(g.astype(jnp.float32))), (found, *pull(g)), strict=True):
+        assert b.dtype == jnp.bfloat16
+        assert float(jnp.linalg.norm(b.astype(jnp.float32) - a) / jnp.linalg.norm(a)) < tolerance
+
+
+def test_bfloat16_forms_of_norm_rotary_and_activation_agree_with_float32():
+    """They compute their gradients from their results; every rounding is worth 2^-9."""
+    config = resolve_model(ModelConfig(**SMALL))
+    x = 3 * jax.random.normal(jax.random.key(1), (2, 24, 4, config.head_width))
+    turn = layers.rotary(config, jnp.arange(24)[None], jnp.bfloat16)
+    assert turn[0].dtype == jnp.float32
+    compare_bfloat16(lambda x: layers.norm(x, 1e-6), x, tolerance=0.01)
+    compare_bfloat16(lambda x: layers.norm(0.001 * x, 1e-5), x, tolerance=0.01)  # where eps counts
+    compare_bfloat16(lambda x: layers.relu_squared(x, "mlp"), x, tolerance=0.01)
+    compare_bfloat16(lambda x: layers.turned_and_normed(x, turn, 1e-6, 1.2, "q"), x, tolerance=0.01)
+
+
+@pytest.mark.parametrize("remat", gpt.REMAT)
+def test_a_bfloat16_model_has_the_gradients_of_a_float32_one(remat):
+    config = resolve_model(ModelConfig(**(SMALL | {"depth": 4, "width": 32, "n_heads": 4})))
+    params, tokens = lively(config), tokens_of(config, length=64)
+    trunk = gpt.Trunk(unroll=4, remat=remat, merge=True)
+
+    def loss(params, dtype):
+        return jnp.sin(gpt.hidden(config, gpt.cast_params(params, dtype), tokens, trunk).astype(jnp.float32)).sum()
+
+    exact, found = (jax.jit(jax.grad(loss), static_argnums=1)(params, d) for d in (jnp.float32, jnp.bfloat16))
+    flat = lambda tree: jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])  # noqa: E731
+    a, b = flat(exact), flat(found)
+    assert float(jnp.linalg.norm(b - a) / jnp.linalg.norm(a)) < 0.05

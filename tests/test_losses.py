@@ -61,3 +61,18 @@ def test_no_full_logits_in_the_compiled_program():
     step = jax.jit(jax.grad(lambda *a: chunked_loss(*a, LossSpec(v, 15.0, 128))[0], (0, 1)))
     memory = step.lower(*shapes).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * b * t * v
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
+def test_bfloat16_logits_of_a_training_step_agree_with_float32(scale):
+    """What is rounded is the capped logit: 15 x 2^-9 at most. Evaluation keeps float32."""
+    x, w, targets, weights = draw(scale)
+    x, w = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, w))  # the inputs' own rounding is not the question
+    spec, narrow = LossSpec(REAL, 15.0, 24), x.astype(jnp.bfloat16)
+    loss = lambda x, w: chunked_loss(x, w, targets, jnp.abs(weights), spec)[0]  # noqa: E731
+    exact, grads = jax.value_and_grad(loss, (0, 1))(x, w)
+    total, ours = jax.value_and_grad(loss, (0, 1))(narrow, w)
+    assert float(total) == pytest.approx(float(exact), rel=2e-3)
+    assert float(loss(narrow, w)) == pytest.approx(float(exact), rel=1e-5)
+    for a, b in zip(grads, ours, strict=True):
+        assert float(jnp.linalg.norm(b.astype(jnp.float32) - a)) < 0.01 * float(jnp.linalg.norm(a))

@@ -94,3 +94,82 @@ def test_bytes_of_shapes():
     assert shape_bytes("bf16[8,128]{1,0:T(8,128)(2,1)S(1)}") == 2048
     assert shape_bytes("(f32[2]{0}, /*index=1*/s8[3]{0}, f8e4m3fn[5]{0}, pred[])") == 8 + 3 + 5 + 1
     assert shape_bytes("token[]") == 0
+
+
+HEAD = "ENTRY %main (p: f32[8,16]) -> f32[8,16] {\n  %p = f32[8,16]{1,0} parameter(0)\n"
+TABLE = (
+    "  %t = bf16[100,16]{1,0} parameter(1)\n  %i = s32[4,1]{1,0} parameter(2)\n  %u = bf16[4,16]{1,0} parameter(3)\n"
+)
+
+
+@pytest.mark.parametrize(("lines", "moved"), [
+    ("%r = f32[8,16]{1,0} copy(%p)", 512 + 512),
+    ("%r = f32[8,16]{1,0} add(%p, %p)", 512 + 512),  # named twice, read once
+    ("%r = f32[2,16]{1,0} slice(%p), slice={[0:2], [0:16]}", 128 + 128),
+    ("%r = f32[16,8]{0,1} bitcast(%p)", 0),
+    ("%r = (f32[8,16]{1,0}, f32[8,16]{1,0}) tuple(%p, %p)", 0),
+    # rows of a table: four of them, four numbers that name them, four written
+    (TABLE + "  %r = bf16[4,16]{1,0} gather(%t, %i), offset_dims={1}, slice_sizes={1,16}", 128 + 16 + 128),
+    # a sum in place: rows read, what is added to them, their numbers, rows written
+    (TABLE + "  %r = bf16[100,16]{1,0} scatter(%t, %i, %u), to_apply=%add", 128 + 128 + 16 + 128),
+    ("%z = s32[] constant(0)\n  %s = f32[1,16]{1,0} parameter(1)\n"
+     "  %r = f32[8,16]{1,0} dynamic-update-slice(%p, %s, %z, %z)", 64 + 64 + 4),
+    # the kernel's workspace is no array of the program
+    ('%r = (f32[8,8]{1,0}, s8[4096]{0}) custom-call(%p, %p), custom_call_target="__cublas$gemm"', 512 + 256),
+])  # fmt: skip
+def test_bytes_of_one_instruction(lines, moved):
+    """Arrays of f32[8,16] are 512 bytes."""
+    assert analyse(f"{HEAD}  {lines}\n}}\n").bytes_moved() == moved
+
+
+IN_PLACE = """%cut (a: f32[8,16], b: s32[]) -> bf16[1,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %b = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %c = bf16[8,16]{1,0} convert(%a)
+  ROOT %d = bf16[1,16]{1,0} dynamic-slice(%c, %b, %z), dynamic_slice_sizes={1,16}
+}
+%put (a: f32[8,16], b: bf16[1,16], c: s32[]) -> (f32[8,16], f32[1]) {
+  %a = f32[8,16]{1,0} parameter(0)
+  %b = bf16[1,16]{1,0} parameter(1)
+  %c = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %f = f32[1,16]{1,0} convert(%b)
+  %s = f32[] constant(0)
+  %d = f32[8,16]{1,0} dynamic-update-slice(%a, %f, %c, %z)
+  %e = f32[1]{0} reduce(%f, %s), dimensions={1}, to_apply=%add
+  ROOT %t = (f32[8,16]{1,0}, f32[1]{0}) tuple(%d, %e)
+}
+%body (s: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %s = (s32[], f32[8,16]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%s), index=0
+  %x = f32[8,16]{1,0} get-tuple-element(%s), index=1
+  %cut.1 = bf16[1,16]{1,0} fusion(%x, %n), kind=kLoop, calls=%cut
+  %put.1 = (f32[8,16]{1,0}, f32[1]{0}) fusion(%x, %cut.1, %n), kind=kInput, calls=%put, metadata={op_name="jit(f)/put"}
+  %y = f32[8,16]{1,0} get-tuple-element(%put.1), index=0
+  ROOT %r = (s32[], f32[8,16]{1,0}) tuple(%n, %y)
+}
+ENTRY %main (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %p = (s32[], f32[8,16]{1,0}) parameter(0)
+  ROOT %w = (s32[], f32[8,16]{1,0}) while(%p), condition=%none, body=%body, """ + (
+    'backend_config={"known_trip_count":{"n":"6"}}\n}\n'
+)
+
+
+def test_bytes_of_slices_and_updates_inside_fusions_and_loops():
+    """A row of 16 is cut out of 8 and put back: no kernel touches the other seven."""
+    program = analyse(IN_PLACE)
+    cut, put = 64 + 4 + 32, 32 + 4 + 64 + 4
+    assert {(t.name, t.bytes, t.count) for t in program.transfers} == {("cut.1", cut, 6), ("put.1", put, 6)}
+    assert program.bytes_moved() == program.bytes_moved("other") == 6 * (cut + put)
+    assert {t.where for t in program.transfers} == {"", "jit(f)/put"}
+
+
+def test_bytes_of_compiled_loops(programs):
+    """tanh(x w) seven times: the product reads both and writes x, tanh reads it and writes it; no more than copies of
+    the start are around it."""
+    x, w = 4 * 32 * 48, 4 * 48 * 48
+    found = programs["products_in_scan"]["bytes"]
+    assert found["products"] == 7 * (x + w + x)
+    assert 7 * 2 * x <= found["other"] <= 7 * 2 * x + 4 * x
+    assert programs["reduce_in_scan"]["bytes"]["collectives"] == 5 * 2 * 256

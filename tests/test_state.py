@@ -181,7 +181,8 @@ def test_evaluation_sums(tiny):
 def test_unroll_follows_the_size():
     assert scan_unroll(resolve(load_config("nano"))) == 1
     assert scan_unroll(resolve(load_config("d32"))) == 1
-    assert scan_unroll(resolve(load_config("d32", ["train.scan_unroll=4"]))) == 4
+    assert scan_unroll(resolve(load_config("d32", ["train.scan_unroll=4"])), "gpu") == 4
+    assert [scan_unroll(resolve(load_config(tier)), "gpu") for tier in ("d12", "d20", "d26", "d32")] == [3, 5, 6, 8]
 
 
 @pytest.mark.parametrize("extra", [[], ["model.recipe=classic", "model.tie_embeddings=true"]])

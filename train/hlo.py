@@ -1,4 +1,4 @@
-"""What an optimized XLA program will do, read from its text: matrix products, collectives and kernels of one step.
+"""What an optimized XLA program will do, read from its text: products, collectives, kernels, bytes moved in a step.
 
 XLA's own counts leave out loops (a `while` counts once) and are empty for a GPU that is not here, so the text is walked
 from the entry with every loop's trip count multiplied in. Numbers are per device: the text is one device's program.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,6 +18,12 @@ import numpy as np
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8,
               "u64": 8, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}  # fmt: skip
+
+# Instructions that move nothing: names for what is there, and those whose bodies are counted instead
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
+         "async-start", "optimization-barrier", "partition-id", "replica-id", "add-dependency"}  # fmt: skip
+_CUTS = ("slice", "dynamic-slice", "gather")  # they read of their first operand what they return
+_PUTS = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand they write, into the first one
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -54,6 +60,21 @@ class Collective:
 
 
 @dataclass
+class Transfer:
+    """What one instruction reads and writes, in bytes per device and execution."""
+
+    kind: str  # "products", "attention", "collectives" or "other"
+    bytes: float
+    count: int  # executions in a step
+    name: str
+    where: str  # the JAX operation that it came from
+
+    @property
+    def total(self) -> float:
+        return self.bytes * self.count
+
+
+@dataclass
 class Program:
     """Totals of one execution of the entry computation on one device."""
 
@@ -65,11 +86,19 @@ class Program:
     buffers: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # (type, shape) in memory, largest first
     update_flops: float = 0.0  # of `product_flops`, those outside the differentiated part: the optimizer's
     recomputed_flops: float = 0.0  # of `product_flops`, done again to save memory: by `jax.checkpoint` or by XLA itself
+    transfers: list[Transfer] = field(default_factory=list)
     unknown_loops: int = 0  # loops whose trip count the text does not tell; counted once
 
     @property
     def flops(self) -> float:
         return self.product_flops + self.attention_flops
+
+    def bytes_moved(self, kind: str = "") -> float:
+        """Between memory and processor in a step: every array that a kernel reads or writes, as if no cache held it.
+
+        `kind`: of such transfers alone.
+        """
+        return sum(t.total for t in self.transfers if kind in ("", t.kind))
 
     @property
     def recomputed_share(self) -> float:
@@ -97,6 +126,9 @@ def analyse(text: str, devices: int = 1) -> Program:
             _count(instruction, by_name, times, devices, program, again or instruction.name in repeats)
             if not fused:  # inside a fusion nothing is written to memory
                 shapes.update(_ARRAY.findall(instruction.shape))
+                if moved := bytes_moved(instruction, by_name, computations):
+                    kind, where = _kind(instruction, computations), _where(instruction)
+                    program.transfers.append(Transfer(kind, moved, times, instruction.name, where))
     program.buffers = sorted({(dtype, tuple(_split(dims))) for dtype, dims in shapes}, key=_buffer_bytes, reverse=True)
     return program
 
@@ -206,6 +238,111 @@ def _trip_count(i: Instruction, computations: dict[str, list[Instruction]], prog
     return 1
 
 
+def bytes_moved(i: Instruction, by_name: dict[str, Instruction], computations: dict[str, list[Instruction]]) -> float:
+    """Bytes that one execution reads and writes; `by_name` are the instructions beside it, which make its operands.
+
+    An operand of which a kernel reads a part (a slice, rows of a table) counts with that part. What is written in place
+    (a slice of a loop's buffer, rows of a gradient) counts without the array around it.
+    """
+    if i.opcode in _FREE or i.opcode.endswith("-done"):
+        return 0.0
+    called = attribute(i, "calls") if i.opcode == "fusion" else ""
+    operands = [by_name.get(name) for name in i.operands]
+    if called not in computations:  # one instruction alone: a fusion of itself
+        parameters = [
+            Instruction(f"{i.name}.{k}", o.shape, "parameter", [str(k)], "") for k, o in enumerate(operands) if o
+        ]
+        alone = Instruction(i.name, i.shape, i.opcode, [p.name for p in parameters], i.attributes)
+        inside = [*parameters, alone]
+    else:
+        inside = computations[called]
+    written, reads = _fusion_bytes(inside)
+    by_operand: dict[str, float] = defaultdict(float)  # one that is named twice is read once
+    for k, size in reads.items():
+        by_operand[i.operands[k]] += size
+    read = sum(
+        min(size, shape_bytes(o.shape)) if (o := by_name.get(name)) else size for name, size in by_operand.items()
+    )
+    return written + read
+
+
+def _fusion_bytes(inside: list[Instruction]) -> tuple[float, dict[int, float]]:
+    """(bytes written, bytes read of every parameter) of a fusion, from the instructions inside, the root the last.
+
+    Goes backwards: how many elements of each value do its users need?
+    """
+    named, root = {i.name: i for i in inside}, inside[-1]
+    needed: dict[str, float] = defaultdict(float)
+    written, outputs = 0.0, [named[o] for o in root.operands] if root.opcode == "tuple" else [root]
+    in_place = set()
+    for output in outputs:
+        source = _through_bitcasts(output, named)
+        if source.opcode in _PUTS and _through_bitcasts(named[source.operands[0]], named).opcode == "parameter":
+            in_place.add(source.name)
+            written += shape_bytes(named[source.operands[_PUTS[source.opcode]]].shape)
+        elif source.opcode != "parameter" or source is root:
+            written += _result_bytes(output)
+        needed[output.name] = _elements(output.shape)
+    reads: dict[int, float] = {}
+    for i in reversed(inside):
+        size = _elements(i.shape)
+        share = min(needed[i.name] / size, 1.0) if size else 1.0
+        if i.opcode == "parameter":
+            reads[int(i.operands[0])] = share * shape_bytes(i.shape)
+        for k, operand in enumerate(named[o] for o in i.operands if o in named):
+            if i.opcode in _CUTS and k == 0:
+                needed[operand.name] += share * size
+            elif i.name in in_place and k == 0:  # sums read what they add to
+                update = _elements(named[i.operands[2]].shape) if i.opcode == "scatter" else 0
+                needed[operand.name] += update
+            elif i.opcode != "tuple":
+                needed[operand.name] += share * _elements(operand.shape)
+    return written, reads
+
+
+def _through_bitcasts(i: Instruction, named: dict[str, Instruction]) -> Instruction:
+    while i.opcode == "bitcast" and i.operands[0] in named:
+        i = named[i.operands[0]]
+    return i
+
+
+def _elements(shape: str) -> int:
+    return sum(math.prod(_split(dims)) for _, dims in _ARRAY.findall(shape))
+
+
+def _result_bytes(i: Instruction) -> int:
+    """Of what an instruction writes; the workspace of a library's kernel (bytes beside its results) is none of it."""
+    arrays = [f"{dtype}[{dims}]" for dtype, dims in _ARRAY.findall(i.shape)]
+    if i.opcode == "custom-call" and len(arrays) > 1:
+        arrays = [a for a in arrays if not a.startswith(("s8[", "u8["))]
+    if i.opcode.endswith("-start"):  # a tuple of operands and results, perhaps with a context
+        arrays = arrays[1:2] if len(arrays) > 1 else arrays
+    return sum(map(shape_bytes, arrays))
+
+
+def _kind(i: Instruction, computations: dict[str, list[Instruction]]) -> str:
+    """Of a transfer."""
+    inside = computations.get(attribute(i, "calls"), []) if i.opcode == "fusion" else [i]
+    if i.opcode.removesuffix("-start") in COLLECTIVES:
+        return "collectives"
+    if any("fmha" in j.attributes for j in inside if j.opcode == "custom-call"):
+        return "attention"
+    nested = [k for j in inside if j.opcode == "fusion" for k in computations.get(attribute(j, "calls"), [])]
+    product = any(j.opcode in ("dot", "convolution") or _is_library_product(j) for j in [*inside, *nested])
+    return "products" if product else "other"
+
+
+def _is_library_product(i: Instruction) -> bool:
+    return i.opcode == "custom-call" and bool(
+        re.search(r'custom_call_target="__(cublas\$|onednn\$matmul)', i.attributes)
+    )
+
+
+def _where(i: Instruction) -> str:
+    found = re.search(r'op_name="([^"]*)"', i.attributes)
+    return found[1] if found else ""
+
+
 def _count(
     i: Instruction, by_name: dict[str, Instruction], times: int, devices: int, program: Program, again: bool
 ) -> None:
@@ -214,9 +351,8 @@ def _count(
     if kind in COLLECTIVES:
         group = _group(i.attributes, devices)
         size = sum(shape_bytes(shape) for shape in operands) * (len(group) if kind == "all-gather" else 1)
-        where = re.search(r'op_name="([^"]*)"', i.attributes)
         if len(group) > 1:
-            program.collectives.append(Collective(kind, size, times, group, where[1] if where else ""))
+            program.collectives.append(Collective(kind, size, times, group, _where(i)))
     elif i.opcode in ("dot", "convolution"):
         flops = _dot_flops(i, operands) if i.opcode == "dot" else _convolution_flops(i, operands)
         _add_product(program, i, operands, flops * times, again)

@@ -83,6 +83,12 @@ def _program(r: dict[str, Any]) -> dict[str, str]:
         rows["FLOPs a step, device"] = f"{types}  ({counted:.3f} of the formula)"
         rows["optimizer's share"] = f"{r['update_flops_share']:.2%} of the FLOPs"
         rows["computed again"] = f"{r['recomputed_flops_share']:.1%}, to save memory"
+    if "bytes_per_step_per_device" in r:
+        kinds = ", ".join(f"{kind} {_tb(size)}" for kind, size in r["bytes_by_kind"].items() if size)
+        rows["bytes moved a step"] = (
+            f"{_tb(r['bytes_per_step_per_device'])} a device: {r['memory_seconds']:.3g} s at "
+            f"{r['assumptions']['memory_bytes_per_second'] / 1e12:.4g} TB/s  ({kinds})"
+        )
     if r.get("kernels"):
         shown = sorted(r["kernels"].items(), key=lambda kv: -kv[1])[:6]
         rows["kernels"] = ", ".join(f"{k} x {v}" for k, v in shown)
@@ -92,18 +98,20 @@ def _program(r: dict[str, Any]) -> dict[str, str]:
 
 
 def _cost(r: dict[str, Any]) -> dict[str, str]:
-    return {
-        "step": f"{r['step_seconds_estimate']:.3g} s  (products {r['compute_seconds_estimate']:.3g} s, "
-        f"collectives {r['collective_seconds_estimate']:.3g} s)",
-        "time": f"{r['hours_estimate']:.2f} h",
-        "cost": f"{r['usd_estimate']:,.0f} USD",
-    }
+    parts = r.get("seconds_by_kind", {"products": r["compute_seconds_estimate"]})
+    shown = [f"{kind} {seconds:.3g} s" for kind, seconds in parts.items()]
+    shown.append(f"collectives {r['collective_seconds_estimate']:.3g} s")
+    rows = {"step": f"{r['step_seconds_estimate']:.3g} s  ({', '.join(shown)})"}
+    if "seconds_by_kind" in r:
+        rows["MFU that follows"] = f"{r['mfu_assumed']:.1%}, before collectives"
+    return rows | {"time": f"{r['hours_estimate']:.2f} h", "cost": f"{r['usd_estimate']:,.0f} USD"}
 
 
 def _assumptions(r: dict[str, Any]) -> list[str]:
     a = r["assumptions"]
     return [
-        f"MFU {r['mfu_assumed']:.0%} of {a['peak_flops'] / 1e12:.4g} TFLOP/s",
+        ("peak" if "seconds_by_kind" in r else f"MFU {r['mfu_assumed']:.0%} of")
+        + f" {a['peak_flops'] / 1e12:.4g} TFLOP/s",
         f"links {a['link_bytes_per_second'] / 1e9:g} and network {a['network_bytes_per_second'] / 1e9:g} GB/s a device",
         f"{a['usd_per_device_hour']:g} USD ({a['prices']})",
         f"{a['memory_fraction']:.0%} of the memory usable",
@@ -119,6 +127,10 @@ def _again(tried: dict[str, Any]) -> str:
 
 def _gb(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _tb(count: float) -> str:
+    return f"{count / 1e12:.3g} TB" if count >= 1e11 else f"{count / 1e9:.3g} GB"
 
 
 def _gib(count: float) -> str:

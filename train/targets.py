@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 GPUS_PER_HOST = 8  # HGX and DGX boards; more of other cards in a host are rare
 MEMORY_FRACTION = 0.92  # of a device that a process may take (launch.py sets it)
+# Of the peak that matrix products and attention kernels reach on an H100 or H200 (650 and 425 of 989 TFLOP/s), and of
+# the data sheet's bandwidth that elementwise kernels do; measured on one H200: 770 to 800 TFLOP/s for one large product
+# alone, 4.3 of 4.8 TB/s for a copy. They turn what a compiled program does into seconds.
+PRODUCT_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.66, 0.43, 0.8
 PRICES_OF = "typical on-demand list prices of 2026 in USD per device and hour, to be read as a guess"
 SOURCES = {
     "gpu": "NVIDIA data sheets of H100 SXM, H200 SXM and A100 SXM 80 GB (peaks dense, without sparsity; NVLink per "
@@ -39,7 +43,7 @@ SOURCES = {
 @dataclass(frozen=True)
 class Chip:
     """One device. Bytes, FLOP/s of dense 16-bit products, bytes/s of memory, of links inside a host or slice and of the
-    network between hosts (one direction, per device), share of the peak assumed, USD per hour."""
+    network between hosts (one direction, per device), MFU where no program was compiled for it, USD per hour."""
 
     name: str
     platform: str  # "cuda" | "rocm" | "tpu" | "cpu"

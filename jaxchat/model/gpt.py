@@ -32,7 +32,17 @@ from jaxchat.model.layout import (
 
 # What the backward pass may keep of a layer beside its input, `train.remat`; each saves less and recomputes more.
 REMAT = ("none", "names", "dots", "full")
-SAVED_NAMES = ("q", "k", "v", "middle", "mlp", "scale", "splash")  # "names": these and the attention's result
+SAVED_NAMES = (
+    "attention_in",
+    "q",
+    "k",
+    "v",
+    "middle",
+    "mlp_in",
+    "mlp",
+    "scale",
+    "splash",
+)  # "names": these and the attention's result
 
 
 class Trunk(NamedTuple):
@@ -42,6 +52,7 @@ class Trunk(NamedTuple):
     backend: str = "xla"  # of the attention
     remat: str = "none"
     dot: Dot = jnp.matmul  # of the layers' kernels
+    merge: bool = False  # gradients of the products for q, k and v together; never where heads are split
     mesh: Mesh | None = None
     place: Callable[[str, jax.Array], jax.Array] = lambda name, weight: weight  # gathers a weight where it is used
 
@@ -168,7 +179,7 @@ def through_layers(
             # cut here, inside what is rematerialized: a slice made outside would be saved, a copy of every weight
             layer = layer_params(config, stacked, i)
             layer = {k: trunk.place(k if k == "value_embedding" else f"blocks.{k}", w) for k, w in layer.items()}
-            return trunk.spread(block(config, layer, x, x0, tokens, cos_sin, attend, trunk.dot))
+            return trunk.spread(block(config, layer, x, x0, tokens, cos_sin, attend, trunk.dot, trunk.merge))
 
         return rematerialized(body, trunk, scanned)(stacked, x, x0)
 
