@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -49,10 +50,13 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     tokenizer = Tokenizer.load(run.tokenizer)
     parts = open_corpus(config.data)
     jobs = _jobs(config, run, parts, tokenizer)
+    begin = time.perf_counter()
     manifests = _tokens(config, run, jobs)
+    tokenized = time.perf_counter()
     facts: dict[str, Any] = {split: _rows(config, run, parts, jobs, manifests, tokenizer, split) for split in SPLITS}
     checksums = json.dumps([facts[split]["sha256"] for split in facts], sort_keys=True)
-    return facts | {"digest": hashlib.sha256(checksums.encode()).hexdigest()}
+    seconds = {"tokenize_seconds": tokenized - begin, "pack_seconds": time.perf_counter() - tokenized}
+    return facts | seconds | {"digest": hashlib.sha256(checksums.encode()).hexdigest()}
 
 
 def _jobs(config: Config, run: RunDir, parts: Sequence[Part], tokenizer: Tokenizer) -> list[Job]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -42,10 +43,14 @@ NO_TASKS = ("chitchat", *CHATTERBOT)  # conversations of packages; everything el
 CHITCHAT_VAL = 200  # dialogues held out of chitchat, at most
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
-    """Train from `base/` into `sft/`; facts: mixture, rows, fill, scores, seconds, `params_sha256`."""
-    tokenizer = Tokenizer.load(run.tokenizer)
+def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
+    """Train from `base/` into `sft/`; facts: mixture, rows, fill, scores, seconds, `params_sha256`.
+
+    `limit`: as of a `Job`.
+    """
+    begin, tokenizer = time.perf_counter(), Tokenizer.load(run.tokenizer)
     facts = hosts.on_first(lambda: _rows_of(config, run, tokenizer))
+    facts["rows_seconds"] = time.perf_counter() - begin
     rows, val_rows = (Rows(run.data / "sft" / split, tokenizer.digest, verify=False) for split in ("train", "val"))
     settings = sft_config(config, len(rows))
 
@@ -66,6 +71,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         start=start,
         evaluators=spot_checks(config, run, tokenizer, "sft", config.sft.exam_cases),
         title="sft",
+        limit=limit,
     )
     tokens = settings.train.steps * settings.train.batch_tokens
     say(
