@@ -7,6 +7,7 @@ What cannot be had (no network, a data set that is missing) is replaced by made-
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -76,10 +77,8 @@ def rehearse(
     """
     for stage in stages:
         if stage.wanted(config):
-            try:
+            with contextlib.suppress(DataError):  # met again, and listed, by the stage
                 stage.check(config)
-            except DataError:  # met again, and listed, by the stage
-                pass
     made_parents = [p for p in directory.root.absolute().parents if not p.exists()]
     directory.root.absolute().parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{directory.root.name}-rehearsal-", dir=directory.root.absolute().parent))
@@ -93,8 +92,9 @@ def rehearse(
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
-            for parent in made_parents:
-                parent.rmdir()
+            with contextlib.suppress(OSError):  # somebody else's by now
+                for parent in made_parents:
+                    parent.rmdir()
     if as_json:
         print(json.dumps(result))
     else:
@@ -196,7 +196,7 @@ class Rehearsal:
             self.problem("hub" if "hf:" in data.source else "data", "prepare", error)
             self._make_up_text(f"{data.source} cannot be had")
             return
-        if any(name.endswith(".jsonl") and str(self.run.root) in name for name in sources) or len(sources) > 1:
+        if sources != [f"{share} {name}" for name, share in parse(data.source)]:
             source = " + ".join(sources) if len(sources) > 1 else sources[0].partition(" ")[2]
             self.small = replaced(self.small, "data", source=source)
 
@@ -215,13 +215,13 @@ class Rehearsal:
             return source, {}
         size = write_sample(files, data.encoding, folder, most)
         sizes = {"sample_bytes": size, "bytes": max(size, total), "hub_bytes": total if source[:3] == "hf:" else 0}
-        return f"files:{folder}/*.jsonl", sizes
+        return f"files:{folder}", sizes
 
     def _make_up_text(self, why: str) -> None:
         """Made-up text for the rehearsal, as much as a sample, with words enough for the vocabulary."""
         folder, size = self.run.root / "text" / "made-up", SAMPLE_BYTES
         write_jsonl(folder, made_up_documents(size, self.config.model.vocab_size), "text", size, parts=cores())
-        self.small = replaced(self.small, "data", source=f"files:{folder}/*.jsonl")
+        self.small = replaced(self.small, "data", source=f"files:{folder}")
         self.made_up.append(f"text ({why})")
         total = max(size, self.config.data.text_bytes, self.measured["text"]["bytes"])
         hub_bytes = total if "hf:" in self.config.data.source else 0
@@ -242,11 +242,11 @@ class Rehearsal:
                     self.made_up.append(f"conversations of {name}")
                     name = self._made_up_conversations(name, min(CONVERSATIONS, count or known[0]), known[1])
             counts[entry] = (count or known[0]) * epochs
-            entries.append((name, count or (known[0] if name in PUBLISHED else count), epochs, entry))
+            entries.append((name, count or (known[0] if name in PUBLISHED else count), epochs))
         share = min(1.0, CONVERSATIONS / max(1.0, sum(counts.values())))
         share = share if sum(counts.values()) > FEW_CONVERSATIONS or self.made_up else 1.0
         mixture = []
-        for name, count, epochs, entry in entries:
+        for name, count, epochs in entries:
             taken = count if share == 1.0 or count is None else max(1, round(count * share))
             mixture.append(f"{name}{'' if taken is None else f':{taken}'}*{epochs}")
         self.measured["sft_ratio"] = 1 / share
@@ -262,7 +262,7 @@ class Rehearsal:
         )
         folder = self.run.root / "text" / name
         write_jsonl(folder, conversations, "messages")
-        return f"files:{folder}/*.jsonl"
+        return f"files:{folder}"
 
     def _environment(self) -> None:
         """A generated task instead of an environment whose questions are missing."""
@@ -441,23 +441,22 @@ class Rehearsal:
 
     def _exam(self, name: str, scores: dict[str, Any]) -> dict[str, Any]:
         """Seconds and sizes of one; `shorter` as in `forecast.exam_seconds`."""
-        questions, shorter = scores["questions"], 1.0
+        questions, count, shorter = scores["questions"], scores["n"], 1.0
         if name == "bits_per_byte":
-            questions, ratio = 0, 1.0
-            for kind, ratio in (("text", None), ("conversations", self.measured.get("sft_ratio", 1.0))):
-                if kind in scores:
-                    rows = self.measured["prepare"]["val_rows"] if kind == "text" else self.measured["sft"]["val_rows"]
-                    text = self.measured["text"]
-                    ratio = ratio or text["bytes"] / max(1, text["sample_bytes"])
-                    questions += min(self.config.eval.rows, max(1, round(rows * ratio)))
-            scores = scores | {"n": sum(scores[kind]["n"] for kind in ("text", "conversations") if kind in scores)}
+            text = self.measured["text"]
+            whole = {"text": (self.measured["prepare"]["val_rows"], text["bytes"] / max(1, text["sample_bytes"]))}
+            if "conversations" in scores:
+                whole["conversations"] = (self.measured["sft"]["val_rows"], self.measured["sft_ratio"])
+            count = sum(scores[kind]["n"] for kind in whole)
+            limit = self.config.eval.rows
+            questions = sum(min(limit, max(1, round(rows * ratio))) for rows, ratio in whole.values())
         elif "endless" in scores:
             task: Any = get_task(name, TaskFiles.of(self.config, download=False))
             expected = self._expected_length(name, task.max_tokens)
             endless = scores["endless"] / max(1, scores["n"])
             shorter = min(1.0, expected / max(1.0, endless * task.max_tokens + (1 - endless) * expected))
-        keys = ("n", "seconds", "again_seconds")
-        return {key: scores[key] for key in keys} | {"questions": questions, "shorter": shorter}
+        times = {key: scores[key] for key in ("seconds", "again_seconds")}
+        return times | {"n": count, "questions": questions, "shorter": shorter}
 
     def _measure_export(self, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
         return {"disk_bytes": disk_usage(self.run.export)}
