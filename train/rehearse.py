@@ -174,8 +174,6 @@ class Rehearsal:
                 if not of_text:
                     break
                 self._make_up_text("the text at hand is too little")
-                if stage.name == "prepare":
-                    break
         self.failed.add(stage.name)
         return False
 
@@ -230,7 +228,7 @@ class Rehearsal:
     def _mixture(self) -> None:
         """All conversations of a small mixture, a share of a large one; made-up ones for a data set that is missing."""
         counts: dict[str, float] = {}
-        entries, files = [], TaskFiles.of(self.config, download=True)
+        entries, missing, files = [], False, TaskFiles.of(self.config, download=True)
         for entry in self.config.sft.mixture:
             name, count, epochs = parse_mixture_entry(entry)
             known = PUBLISHED.get(name, (1_000, 100))
@@ -239,12 +237,13 @@ class Rehearsal:
                     get_task(name, files).fetch()
                 except DataError as error:
                     self.problem("data", "sft", error)
+                    missing = True
                     self.made_up.append(f"conversations of {name}")
                     name = self._made_up_conversations(name, min(CONVERSATIONS, count or known[0]), known[1])
             counts[entry] = (count or known[0]) * epochs
             entries.append((name, count or (known[0] if name in PUBLISHED else count), epochs))
         share = min(1.0, CONVERSATIONS / max(1.0, sum(counts.values())))
-        share = share if sum(counts.values()) > FEW_CONVERSATIONS or self.made_up else 1.0
+        share = share if missing or sum(counts.values()) > FEW_CONVERSATIONS else 1.0
         mixture = []
         for name, count, epochs in entries:
             taken = count if share == 1.0 or count is None else max(1, round(count * share))
@@ -354,7 +353,6 @@ class Rehearsal:
             "save_seconds": timings["save"][-1],
             "checkpoint_seconds": max(timings["written"]),
             "checkpoint_bytes": disk_usage(saved[-1]),
-            "eval_rows": self.small.train.eval_rows,
             "timings": timings,
         }
 
@@ -375,6 +373,7 @@ class Rehearsal:
             loading.append(time.perf_counter() - begin)
         return half | {
             "steps": self.config.train.steps,
+            "eval_rows": min(self.small.train.eval_rows, self.measured["prepare"]["val_rows"]),
             "timings": timings,
             "save_seconds": timings["save"][-1],
             "checkpoint_seconds": max(timings["written"]),
@@ -397,6 +396,7 @@ class Rehearsal:
             "rows_bytes": disk_usage(self.run.data / "sft"),
             "conversations": sum(facts["conversations"].values()),
             "val_rows": facts["val"]["rows"],
+            "eval_rows": max(1, min(self.small.train.eval_rows, facts["val"]["rows"])),
             "exam_cases": self.small.sft.exam_cases,
             "tokens_per_second": self.config.sft.batch_tokens / found["step_seconds"],
         }
