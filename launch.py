@@ -95,11 +95,20 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         help="of --plan: auto, cpu:N, h100:N, rtx4090:N and other GPUs, v5e:RxC, v6e:RxC, v5p:AxBxC; docs/planning.md",
     )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="every stage on this machine with few steps: what the whole run will take, and what would go wrong; "
+        "exit code 1 if anything would",
+    )
+    parser.add_argument("--keep", action="store_true", help="with --rehearse: keep what it has written")
     parser.add_argument("--budget", metavar="100usd", help="plan the deepest model that the money buys on --target")
     parser.add_argument("--hours", type=float, metavar="H", help="plan the deepest model that trains in the time")
     parser.add_argument("--doctor", action="store_true", help="what this machine can do, and what to install for more")
     parser.add_argument("--compare", nargs=2, metavar="RUN", help="two run directories side by side, in pairs")
-    parser.add_argument("--json", action="store_true", help="with --plan, --doctor and --compare: one JSON object")
+    parser.add_argument(
+        "--json", action="store_true", help="with --plan, --doctor, --compare and --rehearse: one JSON object"
+    )
     hosts = parser.add_argument_group(
         "several processes", "found by itself under Slurm, Open MPI, Kubernetes, on TPU pods"
     )
@@ -205,27 +214,38 @@ def list_tiers() -> None:
         print(f"{path.stem}\n" + "\n".join(f"    {line}" for line in head if line) + "\n")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
+    """Do what the arguments ask for; the exit code."""
     if args.tiers:
         list_tiers()
-        return
+        return 0
     if args.plan or args.budget or args.hours:
         prepare_plan(args.target)
     if args.budget or args.hours:
         from train.budget import plan_budget
 
         plan_budget(given_config(args, "d20"), args.target, args.budget, args.hours, as_json=args.json)
-        return
+        return 0
     if args.compare:
         from train.comparison import compare
 
         compare(args.compare[0], args.compare[1], as_json=args.json)
-        return
+        return 0
+    if args.keep and not args.rehearse:
+        raise UsageError("--keep: it is for --rehearse; a run keeps its directory anyway")
     config, directory, reasons = resolve_arguments(args)
     if args.plan:
         from train.plan import plan
 
         plan(config, args.target, as_json=args.json)
+    elif args.rehearse:
+        from train.rehearse import rehearse
+        from train.stages import select
+
+        if any(value is not None for value in (args.coordinator, args.processes, args.process_id)):
+            raise UsageError("--rehearse: it takes one process, and the devices of one host")
+        stages = select(args.stages, args.start)
+        return 0 if rehearse(config, directory, stages, reasons, args.keep, as_json=args.json) else 1
     elif args.doctor:
         from train.doctor import doctor
 
@@ -257,6 +277,7 @@ def run(args: argparse.Namespace) -> None:
         run_stages(config, directory, stages, reasons)
         if not console.quiet:
             summarize(directory, unfinished(config, directory))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -267,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.unraisablehook = _lost_on_the_way
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where there is no home to write it says so at length
     try:
-        run(make_parser().parse_args(argv))
+        code = run(make_parser().parse_args(argv)) or 0
         _leave()
     except (JaxchatError, InterruptedRun) as error:
         return _fail(str(error), error.exit_code)
@@ -286,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
             return _fail(str(lost), lost.exit_code)
         _leave("a fault, shown there", 1)
         raise
-    return 0
+    return code
 
 
 def _fail(message: str, code: int) -> int:

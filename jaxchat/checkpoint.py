@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep_last: int = 2, keep_every: int = 0):
         self.directory = Path(directory).resolve()
         self._saving: int | None = None
+        self._begin = 0.0
+        self.seconds: list[float] = []  # from the beginning of a save to its last byte, of every save
         seal = ocp.AsyncOptions(post_finalization_callback=self._seal)
         with quiet_libraries():
             self._manager = ocp.CheckpointManager(
@@ -60,7 +63,7 @@ class Checkpoints:
             del items["opt_state"]
         with quiet_libraries(), _full_disk(self.directory):
             self._manager.wait_until_finished()
-            self._saving = step
+            self._saving, self._begin = step, time.perf_counter()
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def _seal(self) -> None:
@@ -70,6 +73,7 @@ class Checkpoints:
                 mine = folder.name == str(self._saving) or folder.name.startswith(f"{self._saving}.")  # being written
                 if mine and folder.is_dir() and not (folder / CHECKSUMS).exists():
                     write_checksums(folder, TIMES)
+        self.seconds.append(time.perf_counter() - self._begin)
 
     def restore(self, like: TrainState, go_back: bool = True) -> tuple[TrainState, dict[str, Any]]:
         """The newest whole checkpoint, laid out like `like` (arrays or shapes with shardings), and its facts.

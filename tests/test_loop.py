@@ -71,6 +71,17 @@ def test_metrics_scores_and_samples_have_their_steps(rows, tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == records
 
 
+def test_a_limited_training_leaves_early_and_goes_on_to_the_same_bits(rows, tmp_path):
+    whole = fit(job(rows, tmp_path / "whole"))
+    part = fit(job(rows, tmp_path / "parts", limit=7))
+    assert len(read_metrics(tmp_path / "parts" / "metrics.jsonl")) == 7 and "val_bpb" in part
+    assert (
+        len(part["timings"]["validate"]) == 2 and len(part["timings"]["save"]) == len(part["timings"]["written"]) == 3
+    )
+    assert fit(job(rows, tmp_path / "parts"))["params_sha256"] == whole["params_sha256"] != part["params_sha256"]
+    assert "timings" not in whole
+
+
 def test_a_run_that_diverges_ends_with_its_own_error(rows, tmp_path):
     broken = job(rows, tmp_path)
 

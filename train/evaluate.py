@@ -34,14 +34,17 @@ from train.samples import CHAT_PROMPTS, held_out_openings, samples, written
 STAGES = ("base", "sft", "rl")
 FORMAT = 1  # of `eval/<stage>.json`
 COPY_TEXTS = 20  # written to see what is by heart
+CORE_TEXTS = 8  # that an item of CORE comes to in a batch, with its options and the examples before it
 AUTO = "auto"
 GENERATED = ("word_problems", "identity")  # "auto": these, and the following where their data is at hand
 WITH_DATA = ("core", "mmlu", "arc_easy", "arc_challenge", "gsm8k", "humaneval")
 CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir, one_batch: bool = False) -> dict[str, Any]:
     """Examine every stage that has a checkpoint; facts: headline numbers by stage and task, digest.
+
+    `one_batch`: as of an `Examiner`.
 
     An exam that is done for the same parameters, questions and settings is kept, so a killed evaluation goes on where
     it was. One whose data is missing or damaged is reported as not run, with the reason, and the others go on.
@@ -53,7 +56,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         if not any(p.name.isdigit() for p in run.stage(stage).glob("*")):
             continue
         params = trained_params(run, stage)
-        examiner = Examiner(Model(config, run, stage, params, tokenizer))
+        examiner = Examiner(Model(config, run, stage, params, tokenizer), one_batch)
         found[stage] = examiner.examine()
         write_samples(examiner.model, before)
         before = params
@@ -110,10 +113,14 @@ def chat_core(tasks: dict[str, Scores]) -> float | None:
 
 
 class Examiner:
-    """One model and its record of scores."""
+    """One model and its record of scores.
 
-    def __init__(self, model: Model):
-        self.model, self.config, self.stage = model, model.config, model.stage
+    `one_batch`: of every exam only as many questions as run at once, asked twice; the seconds of the second time are
+    `again_seconds` (nothing compiles in them), and `questions` is how many the whole exam has.
+    """
+
+    def __init__(self, model: Model, one_batch: bool = False):
+        self.model, self.config, self.stage, self.one_batch = model, model.config, model.stage, one_batch
         self._path = model.run.eval(model.stage)
         inputs = self._inputs()
         record = read_json(self._path) if self._path.exists() else {}
@@ -177,9 +184,12 @@ class Examiner:
         indices = capped(len(examples), self.config.eval.max_per_task)
         if not indices:
             raise DataError(f"{task.name} has no questions")
+        count = len(indices)
+        if self.one_batch:
+            indices = indices[: max(1, self.config.eval.batch_rows)]
         exam = self.model.written if isinstance(task, WrittenTask) else self.model.choice
         asked = digest([*(examples[i] for i in indices), *task.setting()])
-        self._exam(task.name, asked, functools.partial(exam, task, indices), task.damaged)  # type: ignore[arg-type]
+        self._exam(task.name, asked, functools.partial(exam, task, indices), task.damaged, count=count)  # type: ignore[arg-type]
 
     def _core(self, task: Core) -> None:
         """CORE's tasks one after the other; the whole only where none is missing."""
@@ -199,8 +209,9 @@ class Examiner:
             if not items:
                 missing[part.label] = "no questions"
                 continue
-            exam = functools.partial(self.model.core_task, part, items)
-            self._exam(part.label, digest(items), exam, task.damaged[before:], "core_tasks")
+            first = max(2, self.config.eval.batch_rows // CORE_TEXTS) if self.one_batch else None
+            exam = functools.partial(self.model.core_task, part, items, first)
+            self._exam(part.label, digest(items), exam, task.damaged[before:], "core_tasks", len(items))
         tasks = self._record["core_tasks"]
         if not tasks:
             raise MissingData(next(iter(missing.values())))
@@ -218,9 +229,15 @@ class Examiner:
         self._write()
 
     def _exam(
-        self, name: str, asked: str, exam: Callable[[], Scores], damaged: Sequence[str] = (), where: str = "tasks"
+        self,
+        name: str,
+        asked: str,
+        exam: Callable[[], Scores],
+        damaged: Sequence[str] = (),
+        where: str = "tasks",
+        count: int = 0,
     ) -> None:
-        """Sit an exam, unless its result for the same questions is in the record."""
+        """Sit an exam, unless its result for the same questions is in the record. `count`: questions of all of it."""
         if damaged:
             what = f"{len(damaged)} of its questions cannot be used and are left out: {damaged[0]}"
             say(f"  {self.stage:<5} {name:<14} {what}", style="yellow")
@@ -228,6 +245,10 @@ class Examiner:
         if scores is None or scores.get("questions_sha256", "") != asked:
             begin = time.perf_counter()
             scores = exam() | {"seconds": round(time.perf_counter() - begin, 3)}
+            if self.one_batch:
+                begin = time.perf_counter()
+                exam()
+                scores |= {"again_seconds": round(time.perf_counter() - begin, 3), "questions": count or scores["n"]}
             if asked:
                 scores["questions_sha256"] = asked
         self._record[where][name] = scores = scores | {"damaged": len(damaged)}

@@ -177,14 +177,18 @@ class Model:
             )
         return ids[0]
 
-    def core_task(self, task: core.CoreTask, items: Sequence[core.Item]) -> Scores:
-        """One of CORE's tasks; `items` after the cap. `cropped` counts items with a text longer than the context."""
+    def core_task(self, task: core.CoreTask, items: Sequence[core.Item], count: int | None = None) -> Scores:
+        """One of CORE's tasks; `items` after the cap, of which the first `count` are asked (None: all).
+
+        `cropped` counts items with a text longer than the context.
+        """
+        asked = items[:count]
         chosen: list[int] = []
         right: list[bool] = []
         cropped = 0
-        with progress(f"{self.stage} core: {task.label}", len(items)) as bar:
-            for start in range(0, len(items), core.BLOCK):
-                block = range(start, min(start + core.BLOCK, len(items)))
+        with progress(f"{self.stage} core: {task.label}", len(asked)) as bar:
+            for start in range(0, len(asked), core.BLOCK):
+                block = range(start, min(start + core.BLOCK, len(asked)))
                 groups = list(core.groups(task, items, self.tokenizer, block))
                 for index, scores in zip(block, self.scorer.spans(groups), strict=True):
                     option, ok = core.decide(task, items[index], scores)
@@ -196,7 +200,7 @@ class Model:
             f"core_{task.label}",
             (
                 {"index": i, "question": digest([item])[:MARK], "chosen": c, "right": ok}
-                for i, (item, c, ok) in enumerate(zip(items, chosen, right, strict=True))
+                for i, (item, c, ok) in enumerate(zip(asked, chosen, right, strict=True))
             ),
         )
         found = accuracy(right, task.baseline)

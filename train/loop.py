@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from train.trackers import trackers
 
 SAY_SECONDS = 30.0  # between lines of progress where there is no terminal to draw on
 Evaluator = Callable[[TrainState, int], Iterable[tuple[str, float]]]
+Timings = dict[str, list[float]]  # "start", "save", "validate", "evaluate", "sample" -> seconds of each time
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
@@ -68,6 +70,21 @@ class Job:
     score_start: bool = False  # evaluate before the first step too; the scores are facts["start"]
     sampler: Callable[[TrainState, int], None] | None = None  # every `train.sample_every` steps
     title: str = "train"
+    limit: int = 0  # leave after so many steps as if they were all, with their `timings` in the facts; 0: never
+
+    @property
+    def last(self) -> int:
+        """Steps after which the training ends."""
+        steps = self.config.train.steps
+        return min(steps, self.limit or steps)
+
+
+@contextlib.contextmanager
+def timed(timings: Timings, name: str) -> Iterator[None]:
+    """Append the seconds of the block to `timings[name]`."""
+    begin = time.perf_counter()
+    yield
+    timings.setdefault(name, []).append(time.perf_counter() - begin)
 
 
 class NotFinite(DivergedError):
@@ -89,16 +106,18 @@ def fit(job: Job) -> dict[str, Any]:
     config = check_kernels(job.config, mesh)
     shape = micro_batch(config, batch_devices(mesh))
     optimizer = make_optimizer(config, compute_dtype(config, mesh), mesh)
+    timings: Timings = {}
     checkpoints = Checkpoints(job.directory, config.train.keep_last, config.train.keep_every)
     step, eval_step = _steps(config, optimizer, mesh), make_eval_step(config, mesh)
     bad: Sequence[int] = ()
     try:
         while True:
-            state, facts = _newest(job, config, optimizer, checkpoints, mesh)
+            with timed(timings, "start"):
+                state, facts = _newest(job, config, optimizer, checkpoints, mesh)
             done = facts.get("step", 0)
             left_out = facts.get("left_out") or [number for number in bad if number >= done]
             facts |= {"left_out": left_out} if left_out else {}
-            run = _Run(job, eval_step, checkpoints, facts, shape[0], mesh)
+            run = _Run(job, eval_step, checkpoints, facts, shape[0], mesh, timings)
             draw = job.draw
             if draw is None:
                 assert job.rows is not None, "a job has rows, or draws"
@@ -117,6 +136,8 @@ def fit(job: Job) -> dict[str, Any]:
         checkpoints.close()
     if hosts.index() == 0:
         loss_plot(job.directory / "metrics.jsonl", job.directory / "loss.png", job.title)
+    if job.limit:
+        run.facts |= {"timings": timings | {"written": checkpoints.seconds}}
     return run.facts | {"params_sha256": params_sha256(state.params)}
 
 
@@ -166,9 +187,16 @@ class _Run:
     """What the loop carries besides the state: metrics, evaluation, saving, signals."""
 
     def __init__(
-        self, job: Job, eval_step: Any, checkpoints: Checkpoints, facts: dict[str, Any], batch_rows: int, mesh: Mesh
+        self,
+        job: Job,
+        eval_step: Any,
+        checkpoints: Checkpoints,
+        facts: dict[str, Any],
+        batch_rows: int,
+        mesh: Mesh,
+        timings: Timings,
     ):
-        self.job, self.eval_step, self.checkpoints = job, eval_step, checkpoints
+        self.job, self.eval_step, self.checkpoints, self.timings = job, eval_step, checkpoints, timings
         self.batch_rows, self.mesh = batch_rows, mesh
         self.facts = {"tokens": facts.get("step", 0) * job.config.train.batch_tokens}  # where no draw has counted them
         self.facts |= {k: v for k, v in facts.items() if k not in ("step", "format")}
@@ -186,7 +214,7 @@ class _Run:
         train = self.job.config.train
         self.metrics.truncate_to(done)
         curves = trackers(self.job.config, self.job.directory, done, write=self.metrics.write)
-        with signals(self._ask), curves as self.track, progress(self.job.title, train.steps, done) as bar:
+        with signals(self._ask), curves as self.track, progress(self.job.title, self.job.last, done) as bar:
             if done == 0 and self.job.score_start:
                 self.facts["start"] = self._scores(state, 0)
             if self._due(done):
@@ -194,7 +222,7 @@ class _Run:
                 self._leave_if_asked(done)
             self.clock = time.perf_counter()
             pending, ballot = None, hosts.Ballot()
-            for index in range(done, train.steps):
+            for index in range(done, self.job.last):
                 drawn = draw(state, index)
                 state, metrics = step(state, drawn.batch)
                 # read the step before while this one runs, so that logging never stalls the device
@@ -205,12 +233,14 @@ class _Run:
                 if self._due(count) or count % train.checkpoint_every == 0 or sample or stop:
                     self._record(pending, bar)
                     pending = None
-                    self.checkpoints.save(count, state, self.facts)  # before the evaluation, which could fail
+                    with timed(self.timings, "save"):
+                        self.checkpoints.save(count, state, self.facts)  # before the evaluation, which could fail
                     self._leave_if_asked(count)
                     if self._due(count):
                         self._evaluate(state, count)
                     if sample and self.job.sampler:
-                        self.job.sampler(state, count)
+                        with timed(self.timings, "sample"):
+                            self.job.sampler(state, count)
                     self._leave_if_asked(count)
                     self.clock = time.perf_counter()
         return state
@@ -221,7 +251,7 @@ class _Run:
     def _due(self, count: int) -> bool:
         """Whether an evaluation follows after `count` steps."""
         train = self.job.config.train
-        return count == train.steps or (train.eval_every > 0 and count > 0 and count % train.eval_every == 0)
+        return count == self.job.last or (train.eval_every > 0 and count > 0 and count % train.eval_every == 0)
 
     def _record(self, pending: tuple[int, dict[str, Any], Draw] | None, bar: Task) -> None:
         """Write one finished step's metrics; stop if too many in a row were not finite."""
@@ -293,13 +323,15 @@ class _Run:
         scores: dict[str, float] = {}
         if job.val_rows is not None:
             rows = job.config.train.eval_rows
-            found = bits_per_byte(
-                self.eval_step, state.params, job.val_rows, job.byte_lengths, self.batch_rows, rows, self.mesh
-            )
+            with timed(self.timings, "validate"):
+                found = bits_per_byte(
+                    self.eval_step, state.params, job.val_rows, job.byte_lengths, self.batch_rows, rows, self.mesh
+                )
             scores |= {"val_bpb": found["bits_per_byte"], "val_loss": found["loss"]}
             scores |= {} if found["se"] is None else {"val_bpb_se": found["se"]}
         for evaluator in job.evaluators:
-            scores |= dict(evaluator(state, count))
+            with timed(self.timings, "evaluate"):
+                scores |= dict(evaluator(state, count))
         self.facts["eval_seconds"] = self.facts.get("eval_seconds", 0.0) + time.perf_counter() - begin
         if scores:
             error = scores.get("val_bpb_se")

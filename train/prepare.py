@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,7 +51,9 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     limit = training_limit(parts, config.data)
     jobs = _jobs(config, run, parts, limit, tokenizer)
     own = _jobs(config, run, [held_out], 1.0, tokenizer, len(jobs)) if held_out else []
+    begin = time.perf_counter()
     manifests = _tokens(config, run, [*jobs, *own])
+    tokenized = time.perf_counter()
     read = {"train": (parts, jobs, manifests[: len(jobs)]), "val": (parts, jobs, manifests)}
     if held_out:
         read["val"] = [held_out], own, manifests[len(jobs) :]
@@ -61,7 +64,8 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         few = f"{facts['val']['rows']:,} rows, fewer than eval.rows {config.eval.rows:,}: all of them will be read"
         say(f"  data.val_source: {few}", style="yellow")
     checksums = json.dumps([facts[split]["sha256"] for split in facts], sort_keys=True)
-    return facts | {"digest": hashlib.sha256(checksums.encode()).hexdigest()}
+    seconds = {"tokenize_seconds": tokenized - begin, "pack_seconds": time.perf_counter() - tokenized}
+    return facts | seconds | {"digest": hashlib.sha256(checksums.encode()).hexdigest()}
 
 
 def remainders(config: Config, parts: Sequence[Part], run: RunDir, split: str) -> list[str]:

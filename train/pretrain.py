@@ -22,8 +22,11 @@ from train.samples import held_out_openings, samples
 MANY_EPOCHS = 4  # up to which repeated text is nearly worth as much as new text (2305.16264)
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
-    """Train the base model in `base/`; facts: sizes, tokens, scores, seconds, `params_sha256`."""
+def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
+    """Train the base model in `base/`; facts: sizes, tokens, scores, seconds, `params_sha256`.
+
+    `limit`: as of a `Job`.
+    """
     tokenizer = Tokenizer.load(run.tokenizer)
     check = hosts.index() == 0  # one process reads all of it
     rows, val_rows = (Rows(run.data / "rows" / split, tokenizer.digest, check) for split in ("train", "val"))
@@ -65,6 +68,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         byte_lengths=tokenizer.byte_lengths(),
         sampler=sample,
         title="pretrain",
+        limit=limit,
     )
     facts = fit(job)
     return facts | {

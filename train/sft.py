@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,10 +61,14 @@ FEW = 10_000  # conversations that are rendered in this process: about two secon
 PACKAGE = Path(jaxchat.__file__).parent
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
-    """Train from `base/` into `sft/`; facts: mixture, rows, fill, scores, seconds, `params_sha256`."""
-    tokenizer = Tokenizer.load(run.tokenizer)
+def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
+    """Train from `base/` into `sft/`; facts: mixture, rows, fill, scores, seconds, `params_sha256`.
+
+    `limit`: as of a `Job`.
+    """
+    begin, tokenizer = time.perf_counter(), Tokenizer.load(run.tokenizer)
     facts = hosts.on_first(lambda: _rows_of(config, run, tokenizer))
+    facts["rows_seconds"] = time.perf_counter() - begin
     rows, val_rows = (Rows(run.data / "sft" / split, tokenizer.digest, verify=False) for split in ("train", "val"))
     settings = sft_config(config, len(rows))
 
@@ -76,6 +81,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         start=lambda state: continued(run, "base", state),
         evaluators=spot_checks(config, run, tokenizer, "sft", config.sft.exam_cases),
         title="sft",
+        limit=limit,
     )
     tokens = settings.train.steps * settings.train.batch_tokens
     say(

@@ -1,0 +1,183 @@
+"""A rehearsal: real tiny ones through the command, and the arithmetic on a record made by hand."""
+
+import json
+import signal
+import time
+
+import pytest
+from whole_run import arguments, finish, start
+
+import launch
+from jaxchat.config import load_config
+from jaxchat.log import read_metrics
+from jaxchat.optim.horizon import resolve
+from jaxchat.text.tokenizer import train_tokenizer
+from train import forecast, rehearse
+
+# so few steps that none of them is saved on its way: at this size a save takes longer than all of them
+SELDOM = ["train.checkpoint_every=1000", "rl.checkpoint_every=1000"]
+STAGES = ["tokenizer", "prepare", "pretrain", "sft", "rl", "eval", "report", "export"]
+
+
+def rehearsal(corpus, run_dir, *more, overrides=()):
+    sets = [part for override in [*SELDOM, *overrides] for part in ("--set", override)]
+    return arguments(corpus, run_dir, "--rehearse", *sets, *more)
+
+
+def test_every_stage_is_rehearsed_and_nothing_is_left(corpus, tmp_path):
+    code, out, err = finish(start(rehearsal(corpus, tmp_path / "runs" / "tiny", "--json")), timeout=600)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["ok"] and not found["problems"] and not found["made_up"] and found["directory"] is None
+    assert list(found["stages"]) == STAGES
+    assert found["total"]["seconds"] == pytest.approx(sum(s["seconds"] for s in found["stages"].values()))
+    assert found["total"]["usd"] == 0 and found["total"]["disk_bytes"] > 0
+    measured = found["measured"]
+    assert measured["pretrain"]["rehearsed_steps"] >= 8 and measured["pretrain"]["steps"] == 24
+    assert measured["pretrain"]["mfu"] is None or measured["pretrain"]["mfu"] > 0
+    assert measured["rl"]["rehearsed_steps"] == 2 and measured["rl"]["answers"] == 4
+    assert measured["peak_memory_bytes"] > 0 and measured["answer"]["tokens"] > 0
+    assert {"word_problems", "identity", "bits_per_byte"} <= set(measured["eval"]["exams"]["rl"])
+    for name in ("pretrain", "sft", "rl"):
+        assert measured[name]["checkpoint_bytes"] > 0 and measured[name]["checkpoint_seconds"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_missing_is_replaced_listed_and_ends_with_1(corpus, tmp_path, monkeypatch, capsys):
+    """No hub, no data of RL's environment and of an exam: made-up text and questions, every stage still runs."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(rehearse, "SAMPLE_BYTES", 200_000)
+    overrides = ['rl.environment="gsm8k"', 'sft.mixture=["gsm8k","identity:60"]', 'eval.exams=["gsm8k"]']
+    overrides += ['data.source="hf:nobody/nothing"', f'data.cache_dir="{tmp_path}/cache"', "model.seq_len=128"]
+    args = rehearsal(corpus, tmp_path / "tiny", "--keep", "--json", overrides=overrides)
+    del args[args.index("--data") : args.index("--data") + 2]
+    assert launch.main(args) == 1
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert not found["ok"] and list(found["stages"]) == STAGES and len(found["made_up"]) == 3
+    kinds = {(problem["kind"], problem["stage"]) for problem in found["problems"]}
+    assert {("hub", "prepare"), ("data", "sft"), ("data", "rl"), ("data", "eval")} <= kinds
+    kept = [path for path in tmp_path.iterdir() if path.name != "cache"]
+    assert [str(path) for path in kept] == [found["directory"]]
+    assert (kept[0] / "report.md").exists() and (kept[0] / "export" / "hf").is_dir()
+
+
+def test_a_signal_ends_it_with_75_and_nothing_is_left(corpus, tmp_path):
+    process = start(rehearsal(corpus, tmp_path / "tiny"))
+    deadline = time.monotonic() + 300
+    while not any(read_metrics(path) for path in tmp_path.glob("*/base/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    code, out, err = finish(process)
+    assert code == 75 and not out and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_stage_is_listed_and_the_others_go_on(corpus, tmp_path, capsys, monkeypatch):
+    def broken(config, run, one_batch=False):
+        raise RuntimeError("the exams' machine is on fire")
+
+    monkeypatch.setattr("train.evaluate.run", broken)
+    args = rehearsal(corpus, tmp_path / "tiny", "--json", overrides=["sft.mixture=[]"])
+    assert launch.main(args) == 1
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(p["kind"], p["stage"]) for p in found["problems"]] == [("failed", "eval")]
+    assert list(found["stages"]) == ["tokenizer", "prepare", "pretrain", "export"]  # the report needs the exams
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more", [["--set", "model.detph=3"], ["--set", 'sft.mixture=["foo"]'], ["--processes", "2"]])
+def test_a_bad_configuration_ends_with_2_as_everywhere(corpus, tmp_path, more):
+    assert launch.main([*rehearsal(corpus, tmp_path / "tiny"), *more]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_made_up_text_fills_a_vocabulary_and_is_the_same_every_time():
+    documents = list(rehearse.made_up_documents(2_000_000, 8192))
+    assert documents == list(rehearse.made_up_documents(2_000_000, 8192))
+    assert sum(map(len, documents)) >= 2_000_000
+    assert train_tokenizer(documents, 8192, 2_000_000, 10_000).vocab_size == 8192
+
+
+PACE = ["train.steps=1000", "train.batch_tokens=2048", "train.eval_every=200", "train.checkpoint_every=200",
+        "train.sample_every=400"]  # fmt: skip
+
+
+def config(*overrides):
+    return resolve(load_config("nano", [*PACE, *overrides]))
+
+
+def record():
+    """Round numbers, one hub file of ten rehearsed."""
+    loop = {"fixed_seconds": 2.0, "compile_seconds": 10.0, "step_seconds": 0.5, "save_seconds": 0.25, "seconds": 30.0,
+            "checkpoint_seconds": 3.0, "checkpoint_bytes": 100, "eval_rows": 8, "mfu": None}  # fmt: skip
+    return {
+        "machine": {"platform": "cpu", "device": "x86_64", "devices": 1},
+        "compile_share": 0.5,
+        "attention": {"backend": "blocked", "fallback": ""},
+        "free_bytes": 10**12,
+        "text": {"sample_bytes": 1_000, "bytes": 10_000, "hub_bytes": 0},
+        "tokenizer": {"seconds": 4.0},
+        "prepare": {"seconds": 5.0, "tokenize_seconds": 3.0, "pack_seconds": 1.0, "documents": 10, "val_rows": 4,
+                    "disk_bytes": 50},
+        "pretrain": loop | {"steps": 1000, "loader_seconds": 0.1,
+                            "timings": {"validate": [6.0, 1.0], "sample": [9.0, 3.0]}},
+    }  # fmt: skip
+
+
+def test_the_arithmetic_of_text():
+    found = record()
+    assert forecast.tokenizer_seconds(config(), found) == 40.0
+    assert forecast.tokenizer_seconds(config("tokenizer.train_chars=2000"), found) == 8.0  # BPE sees no more
+    assert forecast.prepare_seconds(config(), found) == 1 + 4 * 10
+    assert forecast.disk_bytes(config(), found) == {"prepare": 500, "pretrain": 200}  # two checkpoints stay
+    assert forecast.most_disk(config(), found) == 800  # and a third is being written
+
+
+def test_the_arithmetic_of_training():
+    steps = 2.0 + 0.5 * 10.0 + 1000 * 0.5
+    evaluations = 0.5 * 5.0 + 5 * 1.0 * 40 / 8  # at 200 to 1,000; 4 rows of a tenth of the text were there
+    samples = 0.5 * 6.0 + 2 * 3.0  # after 400 and 800
+    assert forecast.pretrain_seconds(config(), record()) == pytest.approx(steps + evaluations + samples + 5 * 0.25)
+
+
+def test_the_arithmetic_of_rl():
+    rl = record()["pretrain"] | {
+        "steps": 40, "answers": 128, "length": 40.0, "expected_length": 20.0, "rollout_seconds": 1.0,
+        "update_seconds": 2.0, "exam_questions": 500, "eval_answers": 64, "timings": {"evaluate": [4.5, 2.5]},
+    }  # fmt: skip
+    step = 1.0 / 2 + 2.0 * forecast.LIVE
+    beside = (4.5 - 0.5 + 2.5 - 0.5) * 0.5  # 64 answers take half a second
+    answers = 2 * 64 * 4 / 128 / 2  # before and after, half as long
+    expected = 2.0 + 5.0 + 40 * step + beside + answers + 4 * 0.25
+    assert forecast.rl_seconds(config(), record() | {"rl": rl}) == pytest.approx(expected)
+
+
+def test_the_arithmetic_of_an_exam():
+    exam = {"seconds": 5.0, "again_seconds": 1.0, "n": 32, "questions": 320, "shorter": 0.5}
+    assert forecast.exam_seconds(exam, 0.25) == 4.0 * 0.25 + 10 * 0.5
+
+
+def test_dollars_are_devices_times_hours_times_price():
+    gpu = {"platform": "gpu", "device": "NVIDIA H100 80GB HBM3", "devices": 8}
+    assert forecast.usd(gpu, 1800) == pytest.approx(8 * 0.5 * 3.0)
+    assert forecast.usd(gpu | {"device": "unheard of"}, 1800) is None
+    assert forecast.usd({"platform": "cpu", "device": "x86_64", "devices": 1}, 1800) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({}, None),
+        ({"attention": {"backend": "xla", "fallback": "no cuDNN"}}, "attention"),
+        ({"free_bytes": 799}, "disk"),
+        ({"pretrain": {"checkpoint_seconds": 101.0}}, "save"),
+        ({"pretrain": {"loader_seconds": 0.6}}, "loader"),
+    ],
+)
+def test_what_would_go_wrong(change, kind):
+    found = record()
+    for key, value in change.items():
+        found[key] = found[key] | value if isinstance(value, dict) else value
+    assert [problem["kind"] for problem in forecast.problems(config(), found)] == ([kind] if kind else [])
