@@ -503,6 +503,7 @@ def smaller(config: Config, batch_rows: int) -> Config:
     """The configuration of a rehearsal: shapes, mesh, batch and precision stay, everything that is counted shrinks."""
     train, rl_, exam = config.train, config.rl, config.eval
     answers = min(rl_.slots, rl_.prompts * rl_.samples)
+    config = replaced(config, "data", val_source="")  # a part of the sample is held out instead
     config = replaced(config, "train", eval_rows=min(train.eval_rows, 2 * batch_rows), tensorboard=False, wandb="")
     cases = min(config.sft.exam_cases, exam.batch_rows)
     config = replaced(config, "sft", exam_cases=cases)
