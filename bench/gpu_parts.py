@@ -213,7 +213,7 @@ def compiling(settings: Settings) -> Findings:
         return found
 
     for tier, name in (("d12", "unrolled"), ("d20", "unrolled"), ("d20", "scanned")):
-        config = settings.variant(tier, name)
+        config = settings.variant(tier, name)  # at toy size the two tiers are one program, which the disk then has
         mesh = make_mesh(config.mesh)
         rows, accumulate = rows_and_accumulation(config, mesh)
         found = _attempt(lambda c=config, m=mesh, r=rows, a=accumulate: twice(lambda: compile_step(c, m, r, a).seconds))
