@@ -166,12 +166,12 @@ def test_parts_are_those_of_a_run_of_nano():
 
 
 def test_a_run_takes_what_was_counted(finished, corpus):
-    """A tiny run, in which Orbax's own files weigh: arrays alone are counted."""
+    """A tiny run: Orbax's own files weigh, and moments that are still zero take next to nothing."""
     config = resolve(load_config("nano", [*TINY, f'data.source="files:{corpus}/*.txt"']))
     parts = {part.name: part.bytes for part in disk_parts(config)}
     newest = max(int(p.name) for p in (finished / "base").iterdir() if p.name.isdigit())
     arrays = sum(p.stat().st_size for p in (finished / "base" / str(newest)).rglob("d/*") if p.stat().st_size > 5_000)
-    assert arrays == pytest.approx(checkpoint_bytes(config), rel=0.1)
+    assert 0.6 < arrays / checkpoint_bytes(config) < 1.05
     assert used(finished / "data" / "rows") == pytest.approx(parts["rows"], rel=0.5)
     assert len(list((finished / "base").glob("[0-9]*"))) == round(parts["checkpoints, base"] / checkpoint_bytes(config))
 
