@@ -138,7 +138,7 @@ def test_a_disk_that_is_too_small_is_said_first(corpus, tmp_path, capsys):
 
 
 def test_only_what_is_not_written_yet_needs_room(tmp_path):
-    large = resolve(load_config("d32", ["model.depth=400", f"data.cache_dir={tmp_path}"]))
+    large = resolve(load_config("d32", ["model.depth=150", f"data.cache_dir={tmp_path}"]))
     with pytest.raises(DataError):
         check_room(large, RunDir(tmp_path), ALL)
     check_room(large, RunDir(tmp_path), {"eval", "report"})
@@ -181,8 +181,8 @@ def test_more_checkpoints_and_copies_of_the_mixture_take_more():
         return sum(part.bytes for part in disk_parts(resolve(load_config("nano", overrides))))
 
     one = checkpoint_bytes(resolve(load_config("nano")))
-    assert total("train.keep_last=3") - total() == pytest.approx(3 * one, rel=0.01)
-    assert total("train.keep_every=500") - total() == pytest.approx(4 * one, rel=0.01)
+    assert total("train.keep_last=3") - total() == pytest.approx(2 * one, rel=0.01)  # SFT saves only twice
+    assert total("train.keep_every=400") - total() == pytest.approx(one, rel=0.01)  # 400; 800 and 1,000 stay anyway
     assert total("export.formats=[]") < total('export.dtype="bfloat16"') < total()
     doubled = resolve(load_config("nano", ['sft.mixture=["identity:3000*2"]']))
     assert sft_tokens(doubled) == 2 * sft_tokens(resolve(load_config("nano", ['sft.mixture=["identity:3000"]'])))
