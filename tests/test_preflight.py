@@ -138,7 +138,7 @@ def test_a_disk_that_is_too_small_is_said_first(corpus, tmp_path, capsys):
 
 
 def test_only_what_is_not_written_yet_needs_room(tmp_path):
-    large = resolve(load_config("d32", ["model.depth=400", f"data.cache_dir={tmp_path}"]))
+    large = resolve(load_config("d32", ["model.depth=150", f"data.cache_dir={tmp_path}"]))
     with pytest.raises(DataError):
         check_room(large, RunDir(tmp_path), ALL)
     check_room(large, RunDir(tmp_path), {"eval", "report"})
@@ -166,12 +166,12 @@ def test_parts_are_those_of_a_run_of_nano():
 
 
 def test_a_run_takes_what_was_counted(finished, corpus):
-    """A tiny run, in which Orbax's own files weigh: arrays alone are counted."""
+    """A tiny run: Orbax's own files weigh, and moments that are still zero take next to nothing."""
     config = resolve(load_config("nano", [*TINY, f'data.source="files:{corpus}/*.txt"']))
     parts = {part.name: part.bytes for part in disk_parts(config)}
     newest = max(int(p.name) for p in (finished / "base").iterdir() if p.name.isdigit())
     arrays = sum(p.stat().st_size for p in (finished / "base" / str(newest)).rglob("d/*") if p.stat().st_size > 5_000)
-    assert arrays == pytest.approx(checkpoint_bytes(config), rel=0.1)
+    assert 0.6 < arrays / checkpoint_bytes(config) < 1.05
     assert used(finished / "data" / "rows") == pytest.approx(parts["rows"], rel=0.5)
     assert len(list((finished / "base").glob("[0-9]*"))) == round(parts["checkpoints, base"] / checkpoint_bytes(config))
 
@@ -181,8 +181,8 @@ def test_more_checkpoints_and_copies_of_the_mixture_take_more():
         return sum(part.bytes for part in disk_parts(resolve(load_config("nano", overrides))))
 
     one = checkpoint_bytes(resolve(load_config("nano")))
-    assert total("train.keep_last=3") - total() == pytest.approx(3 * one, rel=0.01)
-    assert total("train.keep_every=500") - total() == pytest.approx(4 * one, rel=0.01)
+    assert total("train.keep_last=3") - total() == pytest.approx(2 * one, rel=0.01)  # SFT saves only twice
+    assert total("train.keep_every=400") - total() == pytest.approx(one, rel=0.01)  # 400; 800 and 1,000 stay anyway
     assert total("export.formats=[]") < total('export.dtype="bfloat16"') < total()
     doubled = resolve(load_config("nano", ['sft.mixture=["identity:3000*2"]']))
     assert sft_tokens(doubled) == 2 * sft_tokens(resolve(load_config("nano", ['sft.mixture=["identity:3000"]'])))

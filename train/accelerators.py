@@ -51,15 +51,21 @@ def unused_accelerator(root: Path = Path("/")) -> str | None:
 
     None too where the user asked for the CPU (JAX_PLATFORMS).
     """
-    if getattr(jax.config, "jax_platforms", None) == "cpu" or not (found := look(root)):
+    # ours says what to install; it must be there before JAX looks for devices
+    logging.getLogger("jax._src.xla_bridge").addFilter(_is_other)
+    if getattr(jax.config, "jax_platforms", None) == "cpu" or jax.default_backend() != "cpu":
         return None
-    logging.getLogger("jax._src.xla_bridge").addFilter(lambda record: "may be present" not in record.getMessage())
-    if jax.default_backend() != "cpu":
+    if not (found := look(root)):
         return None
     device = found[0]
     if any(map(_is_installed, device.plugins)):
         return f"{device.name}: its JAX is installed but does not start; python launch.py --doctor says why"
     return f"{device.name}: this JAX computes on the CPU; {device.install}"
+
+
+def _is_other(record: logging.LogRecord) -> bool:
+    """Whether a line of JAX's log is not its own hint that a device may be present."""
+    return "may be present" not in record.getMessage()
 
 
 def _nvidia_smi(root: Path) -> tuple[str, int, float] | None:

@@ -55,8 +55,8 @@ def disk_parts(config: Config) -> list[Part]:
     tokens = round(text / bytes_per_token(config.model.vocab_size))
     one = checkpoint_bytes(config)
     saves = {stage: _saves(config, stage) for stage in ("pretrain", "sft", "rl")}
-    kept = {stage: _kept(config, count) for stage, count in saves.items()}
-    more = any(saves[stage] > kept[stage] for stage in saves)
+    kept = {stage: _kept(config, steps) for stage, steps in saves.items()}
+    more = any(len(saves[stage]) > kept[stage] for stage in saves)
     weights = 2 if config.export.dtype == "bfloat16" else 4
     parameters = count_parameters(config.model).total
     named = {parse_mixture_entry(entry)[0] for entry in config.sft.mixture} | set(config.eval.exams)
@@ -170,20 +170,20 @@ def _files_bytes(source: str) -> int:
     return total
 
 
-def _saves(config: Config, stage: str) -> int:
-    """Checkpoints that a stage writes, one at its end included."""
+def _saves(config: Config, stage: str) -> list[int]:
+    """Steps after which a stage writes a checkpoint, the last one included."""
     steps, every = config.train.steps, config.train.checkpoint_every
     if stage == "sft":
         steps = -(-round(sft_tokens(config) * config.sft.epochs) // config.sft.batch_tokens)
     elif stage == "rl":
         steps, every = rl_steps(config), config.rl.checkpoint_every
-    return -(-steps // every)
+    return [*range(every, steps, every), steps] if steps else []
 
 
-def _kept(config: Config, saves: int) -> int:
-    """Those that stay, at most: the last, and where `keep_every` is set one for each multiple of it."""
-    extra = config.train.steps // config.train.keep_every if config.train.keep_every else 0
-    return min(saves, config.train.keep_last + extra)
+def _kept(config: Config, saves: list[int]) -> int:
+    """How many of them stay: the last, and where `keep_every` is set its multiples."""
+    last, period = config.train.keep_last, config.train.keep_every
+    return len(saves[-last:]) + sum(period > 0 and step % period == 0 for step in saves[:-last])
 
 
 def _existing(path: Path) -> Path:
