@@ -53,8 +53,8 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("h100", "cuda", 84_942_979_072, PEAK_FLOPS["H100"], 3.35e12, 450e9, 50e9, 0.45, 3.0),
-        Chip("h200", "cuda", 151_397_597_184, PEAK_FLOPS["H200"], 4.8e12, 450e9, 50e9, 0.45, 3.5),
+        Chip("h100", "cuda", 84_942_979_072, PEAK_FLOPS["H100"], 3.35e12, 450e9, 50e9, 0.43, 3.0),
+        Chip("h200", "cuda", 151_397_597_184, PEAK_FLOPS["H200"], 4.8e12, 450e9, 50e9, 0.47, 3.5),
         Chip("a100-80g", "cuda", 85_100_068_864, PEAK_FLOPS["A100"], 2.04e12, 300e9, 25e9, 0.45, 1.8),
         Chip("v5e", "tpu", int(15.75 * 2**30), PEAK_FLOPS["TPU v5e"], 0.82e12, 90e9, 3.1e9, 0.40, 1.2),
         Chip("v5p", "tpu", int(95.74 * 2**30), PEAK_FLOPS["TPU v5p"], 2.77e12, 180e9, 6.2e9, 0.40, 4.2),
