@@ -7,7 +7,9 @@ import pytest
 from jaxchat.config import load_config
 from jaxchat.errors import UsageError
 from jaxchat.optim.horizon import resolve
-from train.plan import estimate, parse_target, plan
+from train.hlo import Program, Transfer
+from train.plan import estimate, parse_target, plan, step_seconds
+from train.targets import ATTENTION_SHARE, BANDWIDTH_SHARE, PRODUCT_SHARE
 
 KEYS = {
     "tier", "target", "fits", "devices", "params", "tokens", "steps", "flops_total", "flops_per_token",
@@ -63,3 +65,19 @@ def test_this_machine():
 def test_unknown_targets_name_the_known_ones(target):
     with pytest.raises(UsageError, match="--target"):
         parse_target(target)
+
+
+def test_the_time_of_a_compiled_step_follows_from_products_attention_and_bytes():
+    """A second of bf16 products, as many 8-bit FLOPs in half of it, a tenth of attention, 120 GB of the rest."""
+    target, product = parse_target("h100:1"), PRODUCT_SHARE * 989e12
+    program = Program(product_flops=2 * product, attention_flops=0.1 * ATTENTION_SHARE * 989e12)
+    program.product_types.update({"bf16 x bf16": int(product), "f8e4m3fn x f8e4m3fn": int(product)})
+    program.transfers = [
+        Transfer("products", 5e9, 7, "dot", ""),
+        Transfer("other", 1e9, 100, "copy", ""),
+        Transfer("other", 2e9, 10, "add", ""),
+    ]
+    seconds = step_seconds(target, program)
+    assert seconds["products"] == pytest.approx(1.5) and seconds["attention"] == pytest.approx(0.1)
+    assert seconds["other"] == pytest.approx(120e9 / (BANDWIDTH_SHARE * 3.35e12))
+    assert step_seconds(parse_target("v6e:2x4"), program) == {}

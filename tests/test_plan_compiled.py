@@ -127,6 +127,11 @@ def test_gpus_that_are_not_here(target):
     assert found["kernels"]["__cudnn$fmhaSoftmaxBackward"] == 2 * found["grad_accum"]
     assert found["float32_logits"] == []
     assert found["product_flops"].keys() >= {"bf16 x bf16", "attention kernels"}
+    moved, kinds = found["bytes_per_step_per_device"], found["bytes_by_kind"]
+    assert moved == pytest.approx(sum(kinds.values())) and kinds["attention"] > 0 < kinds["products"]
+    assert found["memory_seconds"] == pytest.approx(moved / found["assumptions"]["memory_bytes_per_second"])
+    assert found["compute_seconds_estimate"] == pytest.approx(sum(found["seconds_by_kind"].values()))
+    assert 0 < found["mfu_assumed"] < 0.66
     formula = found["flops_per_token"] * 16384 / found["devices"]
     assert 0.95 < found["flops_per_step_per_device"] * (1 - found["update_flops_share"]) / formula < 1.15
 

@@ -154,7 +154,7 @@ def _program(config: Config, target: Target, step: Any, rows: int, tensor: int) 
     seconds = sum(c.count * c.sent_bytes / _rate(target, c.group) for c in program.collectives)
     sent = sum(c.count * c.sent_bytes for c in program.collectives)
     logits = _full_logits(config, program.buffers, rows * config.model.seq_len, tensor)
-    parts = _seconds(target, program)
+    parts = step_seconds(target, program)
     return (
         _money(config, target, seconds, again, sum(parts.values()))
         | _moved(target, program, parts)
@@ -175,7 +175,7 @@ def _program(config: Config, target: Target, step: Any, rows: int, tensor: int) 
     )
 
 
-def _seconds(target: Target, program: Any) -> dict[str, float]:
+def step_seconds(target: Target, program: Any) -> dict[str, float]:
     """Seconds of a compiled step without its collectives, by what takes them; {} where the model does not hold.
 
     Products and attention at the rates of `targets.py`, the bytes of everything else at the bandwidth, one after the

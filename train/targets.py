@@ -69,8 +69,8 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("h100", "cuda", 84_942_979_072, PEAK_FLOPS["H100"], 3.35e12, 450e9, 50e9, 0.45, 3.0),
-        Chip("h200", "cuda", 151_397_597_184, PEAK_FLOPS["H200"], 4.8e12, 450e9, 50e9, 0.45, 3.5),
+        Chip("h100", "cuda", 84_942_979_072, PEAK_FLOPS["H100"], 3.35e12, 450e9, 50e9, 0.43, 3.0),
+        Chip("h200", "cuda", 151_397_597_184, PEAK_FLOPS["H200"], 4.8e12, 450e9, 50e9, 0.47, 3.5),
         Chip("a100-80g", "cuda", 85_100_068_864, PEAK_FLOPS["A100"], 2.04e12, 300e9, 25e9, 0.45, 1.8),
         Chip("rtx3090", "cuda", int(23.69 * 2**30), PEAK_FLOPS["RTX 3090"], 0.936e12, 32e9, 1.6e9, 0.40, 0.25),
         Chip("rtx4090", "cuda", int(23.64 * 2**30), PEAK_FLOPS["RTX 4090"], 1.008e12, 32e9, 1.6e9, 0.40, 0.4),
