@@ -119,8 +119,10 @@ class Rehearsal:
 
     def problem(self, kind: str, stage: str, error: object) -> None:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        self.problems.append({"kind": kind, "stage": stage, "text": text})
-        say(f"  {stage}: {text}", style="yellow")
+        found = {"kind": kind, "stage": stage, "text": text}
+        if found not in self.problems:
+            self.problems.append(found)
+            say(f"  {stage}: {text}", style="yellow")
 
     def work(self, stages: Sequence[Stage]) -> None:
         """Run them in order; a failure is listed, and what does not need that stage goes on."""
@@ -435,8 +437,7 @@ class Rehearsal:
             sat = {name: scores for name, scores in record["tasks"].items() if "again_seconds" in scores}
             exams[stage] = {name: self._exam(name, scores) for name, scores in (sat | core).items()}
             for name, why in record["not_run"].items():
-                if not any(p["kind"] == "data" and p["text"] == why for p in self.problems):
-                    self.problem("data", "eval", f"{name}: {why}")
+                self.problem("data", "eval", f"{name}: {why}")
         return {"exams": exams}
 
     def _exam(self, name: str, scores: dict[str, Any]) -> dict[str, Any]:
