@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="repeat a run from its saved config.toml")
     parser.add_argument("--run-dir", metavar="DIR", help="default runs/<tier>; alone, the run's own config is taken")
     parser.add_argument("--data", metavar="SOURCE", help="pretraining text: files:GLOB, hf:REPO, chitchat ...")
-    parser.add_argument("--cache-dir", metavar="DIR", help="downloads that all runs share (default ~/.cache/jaxchat)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="downloads and compiled programs (default ~/.cache/jaxchat)")
     parser.add_argument("--stages", metavar="A,B", help="only these stages")
     parser.add_argument("--from", dest="start", metavar="STAGE", help="this stage and those after it")
     parser.add_argument("--set", action="append", default=[], metavar="K=V", help="any config key; may be repeated")

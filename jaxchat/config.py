@@ -59,7 +59,7 @@ class DataConfig:
     source: str = "chitchat"  # files:GLOB, hf:OWNER/NAME[@REV][:PATTERN], synthetic:lottery, or a mixture of them
     text_bytes: int = -1  # of text wanted from the hub, of which no more files are downloaded; 0: all
     mirror: str = ""  # a folder that holds the hub's files
-    cache_dir: str = "~/.cache/jaxchat"  # downloads, shared by all runs
+    cache_dir: str = "~/.cache/jaxchat"  # downloads and compiled programs, shared by all runs
     encoding: str = "auto"  # of text files: "auto" (by byte order mark, else UTF-8) | Python's name of one
     size_model: bool = False  # fit what is -1 of model and steps to the amount of text (`train/sizing.py`)
     val_fraction: float = 0.01  # of documents, chosen by a hash of their text
@@ -68,7 +68,7 @@ class DataConfig:
     dedup: bool = False  # leave out documents that came before, letter for letter
     shard_tokens: int = 100_000_000  # tokens in one token shard, at most
     pack_docs: int = 20_000  # documents in one best-fit window
-    engine: str = "local"  # who tokenizes: "local" (this machine's cores) | "ray" (a cluster)
+    engine: str = "local"  # who tokenizes and renders: "local" (this machine's cores) | "ray" (a cluster)
     workers: int = -1  # processes of "local"; -1: one a core
 
 

@@ -6,10 +6,16 @@ import tempfile
 
 import pytest
 
-# What one process of a session has compiled, the others read. Set before jax is imported.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    _compiled = tempfile.TemporaryDirectory(prefix="jaxchat-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+from jaxchat.xla_cache import LARGEST, open_cache
+
+# What a process has compiled, the others and the next session read. Set before jax is imported.
+if not {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"} & os.environ.keys():
+    try:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(open_cache("~/.cache/jaxchat/tests"))
+    except OSError:
+        _compiled = tempfile.TemporaryDirectory(prefix="jaxchat-tests-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(LARGEST)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax

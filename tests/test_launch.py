@@ -13,6 +13,7 @@ import pytest
 from whole_run import ROOT, STEPS, arguments, finish, records, start
 
 import launch
+from jaxchat.config import load_config
 from jaxchat.log import read_metrics
 from train import stages
 from train.stages import NAMES, stage_inputs
@@ -261,3 +262,16 @@ def test_tiers_are_listed(capsys):
     out = capsys.readouterr().out
     for word in ("nano", "d20", "Hardware", "Cost"):
         assert word in out
+
+
+def test_programs_are_kept_in_the_cache_folder_unless_jax_was_told_otherwise(monkeypatch):
+    kept = []
+    monkeypatch.setattr("jaxchat.xla_cache.use_cache", kept.append)
+    config = load_config("nano", ["data.cache_dir=/somewhere"])
+    for told in ("/elsewhere", ""):
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", told)
+        launch.keep_programs(config)
+    assert not kept
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    launch.keep_programs(config)
+    assert kept == ["/somewhere"]
