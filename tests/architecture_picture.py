@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "images" / "architecture.svg"
-LEAVES = ("errors", "paths", "log", "tools")
+LEAVES = ("errors", "paths", "log", "tools", "xla_cache")
 ORDER = (
     "toml", "config", "recipes", "mesh", "hosts", "text", "data", "model", "losses", "optim", "state", "scores",
     "checkpoint", "engine", "tasks", "interop",
@@ -100,7 +100,7 @@ def draw():
         ".box{fill:#f6f8fa;stroke:#d0d7de}path{fill:none;opacity:.65}"
     )
     head = (
-        "imports point up and never down; arcs: which row imports which (the first four are open to all and not drawn)"
+        "imports point up and never down; arcs: which row imports which (the first five are open to all and not drawn)"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 6}" width="{WIDTH}" height="{y + 6}">'

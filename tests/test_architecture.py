@@ -16,7 +16,7 @@ ORDER = (
     "toml", "config", "recipes", "mesh", "hosts", "text", "data", "model", "losses", "optim", "state", "scores",
     "checkpoint", "engine", "tasks", "interop",
 )  # fmt: skip
-LEAVES = {"errors", "paths", "log", "tools"}  # anyone may import them
+LEAVES = {"errors", "paths", "log", "tools", "xla_cache"}  # anyone may import them
 WITHOUT_JAX = ("jaxchat/toml.py", "jaxchat/config.py", "jaxchat/recipes.py", "jaxchat/paths.py", "jaxchat/log.py",
                "jaxchat/errors.py", "jaxchat/text/", "jaxchat/tools/")  # fmt: skip
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "grain"}
