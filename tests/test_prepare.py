@@ -48,6 +48,11 @@ def run(book, tmp_path):
     return config, run
 
 
+def prepared(config, run):
+    """The stage's facts without its times."""
+    return {key: value for key, value in prepare.run(config, run).items() if not key.endswith("_seconds")}
+
+
 def with_data(config, **changes):
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
@@ -74,7 +79,7 @@ def beginnings(documents, tokenizer):
 
 def test_every_token_of_the_text_is_in_one_row(run):
     config, run = run
-    facts = prepare.run(config, run)
+    facts = prepared(config, run)
     tokenizer = Tokenizer.load(run.tokenizer)
     for split in ("train", "val"):
         documents = list(iterate_documents(config.data, split))
@@ -98,20 +103,20 @@ def test_every_token_of_the_text_is_in_one_row(run):
 
 def test_the_same_again_does_nothing_and_other_settings_do(run):
     config, run = run
-    facts, before = prepare.run(config, run), times(run)
-    assert prepare.run(config, run) == facts and times(run) == before
-    other = prepare.run(with_data(config, pack_docs=3), run)  # packs anew, from the same tokens
+    facts, before = prepared(config, run), times(run)
+    assert prepared(config, run) == facts and times(run) == before
+    other = prepared(with_data(config, pack_docs=3), run)  # packs anew, from the same tokens
     changed = {p.parent.parent.name for p, t in times(run).items() if before.get(p) != t}
     assert changed == {"rows"} and other["digest"] != facts["digest"]
     assert other["train"]["tokens"] == facts["train"]["tokens"]
-    assert prepare.run(config, run) == facts  # and back
+    assert prepared(config, run) == facts  # and back
 
 
 def test_what_an_interrupted_run_has_finished_is_kept(run):
     config, run = run
-    facts, before = prepare.run(config, run), times(run)
+    facts, before = prepared(config, run), times(run)
     (run.data / "rows" / "val" / "meta.json").unlink()  # killed while it packed the second split
-    assert prepare.run(config, run) == facts
+    assert prepared(config, run) == facts
     kept = {p.parent for p, t in times(run).items() if before[p] == t}
     assert {p.name for p in kept} == {"00000", "train"}
 
@@ -133,7 +138,7 @@ def die_at(items, number):
 
 documents, write, finish = Unit.documents, prepare.write_rows, prepare.finish_rows
 if place == "documents":
-    prepare.split_limit = lambda *args: 0.1
+    prepare.training_limit = lambda *args: 0.1
     Unit.documents = lambda *args: die_at(documents(*args), 40)
 elif place == "rows":
     prepare.write_rows = lambda directory, rows, *args: write(directory, die_at(rows, 20), *args)
@@ -155,9 +160,9 @@ def test_killed_half_way_and_run_again_it_is_as_if_nothing_had_been(run, tmp_pat
     with pytest.raises(DataError):
         Rows(run.data / "rows" / ("val" if place == "second" else "train"))  # nothing that could be taken as whole
     assert list(run.data.rglob("*.partial")) or place == "documents"
-    facts = prepare.run(config, run)
+    facts = prepared(config, run)
     shutil.copytree(run.tokenizer, tmp_path / "other" / "tokenizer")
-    assert prepare.run(config, RunDir(tmp_path / "other")) == facts
+    assert prepared(config, RunDir(tmp_path / "other")) == facts
     assert not list(run.data.rglob("*part*"))
 
 
@@ -200,15 +205,15 @@ def test_twenty_kills_at_random_moments_leave_the_same_bytes(run, tmp_path):
 
 def test_damage_is_repaired_where_it_can_be(run):
     config, run = run
-    facts = prepare.run(config, run)
+    facts = prepared(config, run)
     path = run.data / "rows" / "train" / "rows.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    assert prepare.run(config, run) == facts  # packed again from the shards
+    assert prepared(config, run) == facts  # packed again from the shards
     path.write_bytes(b"")
     shard = run.data / "tokens" / "00000" / "train-000.bin"
     whole = shard.read_bytes()
     shard.write_bytes(whole[::-1])
-    assert prepare.run(config, run) == facts and shard.read_bytes() == whole  # tokenized again from the text
+    assert prepared(config, run) == facts and shard.read_bytes() == whole  # tokenized again from the text
     with pytest.raises(DataError, match=r"train-000\.bin: damaged"):
         shard.write_bytes(whole[::-1])
         list(read_documents(shard.parent, "train", Tokenizer.load(run.tokenizer).digest))
@@ -216,16 +221,16 @@ def test_damage_is_repaired_where_it_can_be(run):
 
 def test_new_text_is_noticed(run, book):
     config, run = run
-    facts = prepare.run(config, run)
+    facts = prepared(config, run)
     copy = run.root / "copy.txt"
     copy.write_text(book.read_text(encoding="utf-8") + "\n\n" + "One more line. " * 99, encoding="utf-8")
-    more = prepare.run(with_data(config, source=f"files:{copy}"), run)
+    more = prepared(with_data(config, source=f"files:{copy}"), run)
     assert more["train"]["bytes"] + more["val"]["bytes"] > facts["train"]["bytes"] + facts["val"]["bytes"] + 1000
 
 
 def test_shards_of_another_tokenizer_are_not_used(run):
     config, run = run
-    facts = prepare.run(config, run)
+    facts = prepared(config, run)
     smaller = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=390))
     old = Tokenizer.load(run.tokenizer)
     tokenizer_stage.run(smaller, run)
@@ -233,7 +238,7 @@ def test_shards_of_another_tokenizer_are_not_used(run):
         list(read_documents(run.data / "tokens" / "00000", "train", Tokenizer.load(run.tokenizer).digest))
     with pytest.raises(DataError, match="made with another tokenizer"):
         Rows(run.data / "rows" / "train", Tokenizer.load(run.tokenizer).digest)
-    again = prepare.run(smaller, run)
+    again = prepared(smaller, run)
     assert again["train"]["tokenizer"] != facts["train"]["tokenizer"] == old.digest
 
 
@@ -241,7 +246,7 @@ def test_a_corpus_too_small_for_one_row(run):
     config, run = run
     long = dataclasses.replace(config, model=dataclasses.replace(config.model, seq_len=10**6))
     with pytest.raises(DataError, match=r"tokens to train on are too few for one row of 1000001; add text, or lower"):
-        prepare.run(long, run)
+        prepared(long, run)
     assert not (run.data / "rows").exists()
 
 
@@ -251,7 +256,7 @@ def test_sizes_that_are_none_are_refused(run, key, value):
     """A window of no documents once gave no rows, and said that it was done."""
     config, run = run
     with pytest.raises(UsageError, match=rf"data\.{key}: must be at least 1, not {value}"):
-        prepare.run(with_data(config, **{key: value}), run)
+        prepared(with_data(config, **{key: value}), run)
     assert not run.data.exists()
 
 
@@ -261,11 +266,11 @@ def test_unreadable_text_leaves_nothing_that_counts(run, book):
     (run.root / "text" / "a.txt").write_bytes(book.read_bytes())
     (run.root / "text" / "b.txt").write_bytes(b"\0\1\2")
     with pytest.raises(DataError, match=r"b\.txt: binary"):
-        prepare.run(with_data(config, source=f"files:{run.root / 'text'}"), run)
+        prepared(with_data(config, source=f"files:{run.root / 'text'}"), run)
     assert not (run.data / "rows").exists() and not (run.data / "tokens" / "00001" / "manifest.json").exists()
     (run.root / "text" / "b.txt").unlink()
-    mended = prepare.run(with_data(config, source=f"files:{run.root / 'text'}"), run)
-    assert mended["digest"] == prepare.run(config, run)["digest"]
+    mended = prepared(with_data(config, source=f"files:{run.root / 'text'}"), run)
+    assert mended["digest"] == prepared(config, run)["digest"]
 
 
 @pytest.fixture
@@ -286,10 +291,10 @@ def test_whoever_tokenizes_the_bytes_are_the_same(shelf, tmp_path, engine, capsy
     if engine == "ray":
         pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     config, run = shelf
-    facts = prepare.run(with_data(config, workers=1), run)
+    facts = prepared(with_data(config, workers=1), run)
     other = RunDir(tmp_path / "other")
     shutil.copytree(run.tokenizer, other.tokenizer)
-    assert prepare.run(with_data(config, engine=engine, workers=2), other) == facts
+    assert prepared(with_data(config, engine=engine, workers=2), other) == facts
     assert contents(other) == contents(run)
     assert [p.name for p in sorted((run.data / "tokens").iterdir())] == [f"{i:05d}" for i in range(5)]
     said = capsys.readouterr().err
@@ -304,15 +309,15 @@ def test_what_a_worker_cannot_read_is_named(shelf, engine):
     bad = run.root / "shelf" / "3.jsonl"
     bad.write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(DataError, match=r"3\.jsonl:2: not JSON"):
-        prepare.run(with_data(config, engine=engine, workers=2), run)
+        prepared(with_data(config, engine=engine, workers=2), run)
 
 
 def test_duplicates_are_left_out_by_choice_across_files(shelf):
     config, run = shelf
     documents = list(iterate_documents(config.data, "train"))
-    kept = prepare.run(config, run)["train"]
+    kept = prepared(config, run)["train"]
     tokens = times(run)
-    dropped = prepare.run(with_data(config, dedup=True), run)["train"]
+    dropped = prepared(with_data(config, dedup=True), run)["train"]
     assert kept["documents"] == len(documents) == kept["documents"]
     assert dropped["documents"] == len(set(documents)) == len(documents) - kept["duplicates"] < len(documents)
     assert dropped["duplicates"] == kept["duplicates"] and dropped["tokens"] < kept["tokens"]
@@ -321,7 +326,7 @@ def test_duplicates_are_left_out_by_choice_across_files(shelf):
 
 def test_a_mixture_is_packed_source_by_source(shelf, book):
     config, run = shelf
-    facts = prepare.run(with_data(config, source=f"1 {config.data.source} + 3 files:{book}"), run)
+    facts = prepared(with_data(config, source=f"1 {config.data.source} + 3 files:{book}"), run)
     sources = facts["train"]["sources"]
     assert [(s["source"], s["weight"]) for s in sources] == [(config.data.source, 0.25), (f"files:{book}", 0.75)]
     assert sum(s["rows"] for s in sources) == facts["train"]["rows"] and all(s["rows"] for s in sources)
@@ -333,7 +338,7 @@ def test_a_mixture_is_packed_source_by_source(shelf, book):
 @pytest.mark.parametrize("remainder", ["drop", "continue", "keep"])
 def test_held_out_rows_do_not_depend_on_what_training_does_with_rests(run, remainder):
     config, run = run
-    facts = prepare.run(with_data(config, remainder=remainder), run)
+    facts = prepared(with_data(config, remainder=remainder), run)
     documents = list(iterate_documents(config.data, "val"))
     tokenizer = Tokenizer.load(run.tokenizer)
     assert starts_of(Rows(run.data / "rows" / "val"), tokenizer.bos) == beginnings(documents, tokenizer)
@@ -350,7 +355,7 @@ def test_a_run_of_before_there_was_a_choice_keeps_its_rows(run):
     config, run = run
     record = {"format": 1, "status": "running", "start": "", "end": None, "seconds": 0.0, "facts": {}}
     write_json(run.stages, {"prepare": record | {"inputs": {"data.pack_docs": 20_000}}})
-    old = prepare.run(config, run)
+    old = prepared(config, run)
     tokenizer = Tokenizer.load(run.tokenizer)
     for split in ("train", "val"):
         documents = [
@@ -362,7 +367,7 @@ def test_a_run_of_before_there_was_a_choice_keeps_its_rows(run):
         assert all(np.array_equal(rows[i][0][rows[i][1] == 1], row) for i, row in enumerate(expected))
         assert old[split]["lost"] == 0
     run.stages.unlink()
-    new = prepare.run(config, run)
+    new = prepared(config, run)
     assert new["train"]["sha256"] == old["train"]["sha256"] and new["val"]["sha256"] != old["val"]["sha256"]
 
 
@@ -370,7 +375,7 @@ def test_a_source_of_its_own_is_held_out_whole(shelf):
     config, run = shelf
     last = run.root / "shelf" / "4.jsonl"
     chosen = with_data(config, val_source=f"files:{last}")
-    facts = prepare.run(chosen, run)
+    facts = prepared(chosen, run)
     texts = [json.loads(line)["text"] for line in last.read_text().splitlines()]
     texts = [text for text in texts if text]
     assert list(iterate_documents(chosen.data, "val")) == texts and facts["val"]["documents"] == len(texts)
@@ -378,7 +383,7 @@ def test_a_source_of_its_own_is_held_out_whole(shelf):
     assert len(trained) == 40 == facts["train"]["documents"]  # of the other four files all, whatever their hashes
     tokenizer = Tokenizer.load(run.tokenizer)
     assert starts_of(Rows(run.data / "rows" / "val"), tokenizer.bos) == beginnings(texts, tokenizer)
-    assert prepare.run(chosen, run) == facts
+    assert prepared(chosen, run) == facts
 
 
 @pytest.mark.parametrize(
@@ -395,16 +400,16 @@ def test_a_held_out_source_that_cannot_be_used_is_named(shelf, source, error, wo
     config, run = shelf
     (run.root / "shelf" / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(error, match=words):
-        prepare.run(with_data(config, val_source=source.format(shelf=run.root / "shelf")), run)
+        prepared(with_data(config, val_source=source.format(shelf=run.root / "shelf")), run)
 
 
 def test_too_few_held_out_rows_are_said(shelf, capsys):
     config, run = shelf
-    prepare.run(with_data(config, val_source=f"files:{run.root / 'shelf' / '4.jsonl'}"), run)
+    prepared(with_data(config, val_source=f"files:{run.root / 'shelf' / '4.jsonl'}"), run)
     assert "fewer than eval.rows" in capsys.readouterr().err
 
 
 def test_the_tokenizer_stage_must_have_run(tmp_path):
     with pytest.raises(DataError, match=r"tokenizer\.json: cannot be read|tokenizer: cannot be read"):
-        prepare.run(Config(), RunDir(tmp_path / "new"))
+        prepared(Config(), RunDir(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
