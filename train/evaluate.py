@@ -25,10 +25,9 @@ from jaxchat.tasks.files import MissingData, TaskFiles, identity_digest, listing
 from jaxchat.tasks.humaneval import open_sandbox
 from jaxchat.tasks.registry import TASKS, get_task
 from jaxchat.text.tokenizer import Tokenizer
-from train.bpb import with_error
 from train.copying import LONG, copied_passages
 from train.exams import Model, Scores, capped, core_summary, digest
-from train.report_exams import exam_table, standing
+from train.report_exams import bits, exam_table, standing
 from train.samples import CHAT_PROMPTS, held_out_openings, samples, written
 
 STAGES = ("base", "sft", "rl")
@@ -306,4 +305,4 @@ def _line(scores: Scores) -> str:
         beside = "".join(f", {name} {found['metric']:.1%}" for name, found in scores.get("readings", {}).items())
         cropped = f", {scores['cropped']} cropped" if scores.get("cropped") else ""
         return f"{scores['metric']:.1%} of {scores['n']} (95 %: {low:.1%} to {high:.1%}){beside}{cropped}"
-    return f"{with_error(scores['metric'], scores['se'])}  perplexity {scores['perplexity']:.1f} on {scores['n']} rows"
+    return f"{bits(scores)}  perplexity {scores['perplexity']:.1f} on {scores['n']} rows"
