@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 GPUS_PER_HOST = 8  # HGX and DGX boards; more of other cards in a host are rare
 MEMORY_FRACTION = 0.92  # of a device that a process may take (launch.py sets it)
+# MFU without a compiler: of GPUs what the compiled d20 gives on eight of them, of TPUs a guess.
 # Of the peak that matrix products and attention kernels reach on an H100 or H200 (650 and 425 of 989 TFLOP/s), and of
 # the data sheet's bandwidth that elementwise kernels do; measured on one H200: 770 to 800 TFLOP/s for one large product
 # alone, 4.3 of 4.8 TB/s for a copy. They turn what a compiled program does into seconds.
@@ -69,9 +70,9 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("h100", "cuda", 84_942_979_072, PEAK_FLOPS["H100"], 3.35e12, 450e9, 50e9, 0.43, 3.0),
-        Chip("h200", "cuda", 151_397_597_184, PEAK_FLOPS["H200"], 4.8e12, 450e9, 50e9, 0.47, 3.5),
-        Chip("a100-80g", "cuda", 85_100_068_864, PEAK_FLOPS["A100"], 2.04e12, 300e9, 25e9, 0.45, 1.8),
+        Chip("h100", "cuda", 84_942_979_072, PEAK_FLOPS["H100"], 3.35e12, 450e9, 50e9, 0.46, 3.0),
+        Chip("h200", "cuda", 151_397_597_184, PEAK_FLOPS["H200"], 4.8e12, 450e9, 50e9, 0.50, 3.5),
+        Chip("a100-80g", "cuda", 85_100_068_864, PEAK_FLOPS["A100"], 2.04e12, 300e9, 25e9, 0.52, 1.8),
         Chip("rtx3090", "cuda", int(23.69 * 2**30), PEAK_FLOPS["RTX 3090"], 0.936e12, 32e9, 1.6e9, 0.40, 0.25),
         Chip("rtx4090", "cuda", int(23.64 * 2**30), PEAK_FLOPS["RTX 4090"], 1.008e12, 32e9, 1.6e9, 0.40, 0.4),
         Chip("rtx5090", "cuda", int(31.36 * 2**30), PEAK_FLOPS["RTX 5090"], 1.792e12, 64e9, 1.6e9, 0.40, 0.7),
