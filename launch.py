@@ -245,6 +245,7 @@ def run(args: argparse.Namespace) -> int:
         if any(value is not None for value in (args.coordinator, args.processes, args.process_id)):
             raise UsageError("--rehearse: it takes one process, and the devices of one host")
         stages = select(args.stages, args.start)
+        keep_programs(config)
         return 0 if rehearse(config, directory, stages, reasons, args.keep, as_json=args.json) else 1
     elif args.doctor:
         from train.doctor import doctor

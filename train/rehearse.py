@@ -43,8 +43,10 @@ from jaxchat.tasks.registry import TASKS, get_task, parse_mixture_entry
 from jaxchat.text.chat import render
 from jaxchat.text.tokenizer import Tokenizer
 from train import evaluate, pretrain, rl, sft
+from train.accelerators import unused_accelerator
 from train.forecast import forecast, most_disk, problems
 from train.machine import hardware, peak_rss
+from train.preflight import LONGEST_HOURS
 from train.rehearse_table import show
 from train.stage import Stage
 from train.stages import run_stages
@@ -482,6 +484,10 @@ class Rehearsal:
         stages = forecast(self.config, self.measured)
         listed = self.problems + problems(self.config, self.measured)
         seconds = sum(stage["seconds"] for stage in stages.values())
+        if jax.default_backend() == "cpu" and seconds > LONGEST_HOURS * 3600 and not self.config.train.allow_slow:
+            line = unused_accelerator() or "take a machine with a GPU or TPU"
+            text = f"the run would take {seconds / 86400:,.0f} days on this CPU; {line}"
+            listed.append({"kind": "slow", "stage": "pretrain", "text": text})
         dollars = [stage["usd"] for stage in stages.values()]
         return {
             "tier": self.config.tier,
