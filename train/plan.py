@@ -31,8 +31,9 @@ from train.targets import (
     target_devices,
 )
 
-# Share of the activations that each `train.remat` keeps; from d20 and d32 compiled for h100:8
-KEPT = {"none": 1.0, "names": 0.4, "dots": 0.4, "full": 0.05}
+# Share of the activations that each `train.remat` keeps in bfloat16, from the tiers compiled for H100s; in float32
+# "none" keeps all of them
+KEPT = {"none": 0.43, "names": 0.43, "dots": 0.4, "full": 0.05}
 
 
 def plan(config: Config, target: str, as_json: bool) -> dict[str, Any]:
@@ -67,7 +68,8 @@ def estimate(config: Config, target: Target | str) -> dict[str, Any]:
     # masters and gradients in float32, Muon's one moment and Adam's two, all shared by the devices; the cast copy whole
     adam = count.total - (count.trunk if config.optim.kind == "muon" else 0)
     arguments = (4 * (2 * count.total - adam) + 4 * 2 * adam) // target.devices
-    activations = round(KEPT[config.train.remat] * activation_bytes(config.model, rows, item))
+    kept = 1.0 if item == 4 and config.train.remat == "none" else KEPT[config.train.remat]
+    activations = round(kept * activation_bytes(config.model, rows, item))
     temporary = 4 * count.total // target.devices + item * count.total + activations
     collectives = {}
     if target.devices > 1:
