@@ -31,6 +31,7 @@ from jaxchat.data.files import find_files
 from jaxchat.data.rows import Rows
 from jaxchat.data.spread import cores
 from jaxchat.engine import Engine
+from jaxchat.engine.loading import batch_rows
 from jaxchat.errors import DataError, InterruptedRun, JaxchatError
 from jaxchat.log import read_metrics, say
 from jaxchat.mesh import batch_devices, make_mesh, micro_batch
@@ -111,7 +112,7 @@ class Rehearsal:
         self.config, self.run, self.reasons = config, run, reasons
         self.mesh = make_mesh(config.mesh)
         self.batch_rows = micro_batch(config, batch_devices(self.mesh))[0]
-        self.small = smaller(config, self.batch_rows)
+        self.small = smaller(config, self.batch_rows, batch_rows(config.model, config.eval.batch_rows, self.mesh))
         self.begin = time.perf_counter()
         self.failed: set[str] = set()
         self.problems: list[dict[str, str]] = []
@@ -506,8 +507,12 @@ class Rehearsal:
         }
 
 
-def smaller(config: Config, batch_rows: int) -> Config:
-    """The configuration of a rehearsal: shapes, mesh, batch and precision stay, everything that is counted shrinks."""
+def smaller(config: Config, batch_rows: int, exam_rows: int) -> Config:
+    """The configuration of a rehearsal: shapes, mesh, batch and precision stay, everything that is counted shrinks.
+
+    `batch_rows`: of a micro-batch; `exam_rows`: what `eval.batch_rows` comes to on this machine.
+    """
+    config = replaced(config, "eval", batch_rows=exam_rows)
     train, rl_, exam = config.train, config.rl, config.eval
     answers = min(rl_.slots, rl_.prompts * rl_.samples)
     config = replaced(config, "data", val_source="")  # a part of the sample is held out instead
