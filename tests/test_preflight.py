@@ -152,7 +152,7 @@ def test_only_what_is_not_written_yet_needs_room(tmp_path):
 
 
 def test_the_issues_figures_of_d20():
-    """9.2 GB a checkpoint of float32 (8.5 compressed), about 115 GB in all: 30 % of the text more than is kept of it."""
+    """9.2 GB a checkpoint of float32 (8.5 compressed), about 115 GB in all: a quarter of the text is dropped."""
     config = resolve(load_config("d20"))
     assert checkpoint_bytes(config) == pytest.approx(9.2e9 * 0.93, rel=0.01)
     assert sum(part.bytes for part in disk_parts(config)) == pytest.approx(1.15e11, rel=0.05)
