@@ -35,6 +35,7 @@ from jaxchat.config import Config, MeshConfig, load_config
 from jaxchat.data.packing import PackStats, pack_documents
 from jaxchat.data.rows import Rows, finish_rows, write_rows
 from jaxchat.data.tokenize import read_documents
+from jaxchat.engine.loading import batch_rows
 from jaxchat.mesh import batch_devices, make_mesh, replicated
 from jaxchat.optim.horizon import resolve
 from jaxchat.paths import RunDir
@@ -202,10 +203,10 @@ def score(directory: str, stage: str, folder: Path) -> dict[str, Any]:
     count = write_rows(folder / "val", packed, row_len, tokenizer.bos, tokenizer.vocab_size)
     finish_rows(folder / "val", {"tokenizer": tokenizer.digest}, row_len, count, tokenizer.vocab_size)
     rows, mesh = Rows(folder / "val", tokenizer.digest), make_mesh(MeshConfig(), jax.local_devices())
-    batch_rows = -(-config.eval.batch_rows // batch_devices(mesh)) * batch_devices(mesh)
+    at_once = -(-batch_rows(config.model, config.eval.batch_rows, mesh) // batch_devices(mesh)) * batch_devices(mesh)
     params = jax.device_put(trained_params(run, stage), replicated(mesh))
     lengths = tokenizer.byte_lengths()
-    found = bits_per_byte(make_eval_step(config, mesh), params, rows, lengths, batch_rows, len(rows), mesh)
+    found = bits_per_byte(make_eval_step(config, mesh), params, rows, lengths, at_once, len(rows), mesh)
     sha256 = rows.meta["sha256"]["rows.bin"]
     return {"run": directory, "stage": stage, "rows": len(rows), "rows_sha256": sha256} | found
 
