@@ -28,7 +28,7 @@ class JaxchatConfig(PreTrainedConfig):
     """`layer_windows`: how many tokens before its own a layer sees; `value_embedding_layers`: which have a table."""
 
     model_type = "jaxchat"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (as the base class has it)
 
     def __init__(
         self,
@@ -253,5 +253,5 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
         z = self.lm_head(x[:, kept]).float()
         cap = self.config.final_logit_softcapping
         z = cap * torch.tanh(z / cap)
-        loss = None if labels is None else F.cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss: Any = None if labels is None else F.cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=z, past_key_values=past_key_values if use_cache else None)
