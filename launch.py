@@ -29,7 +29,7 @@ try:
     from jaxchat.config import Config, load_config, tier_files
     from jaxchat.errors import DataError, InterruptedRun, JaxchatError, OutOfMemoryError, UsageError
     from jaxchat.log import console, say
-    from jaxchat.paths import RunDir
+    from jaxchat.run_dir import RunDir
 except ModuleNotFoundError as missing:
     print(f"error: {missing.name} is not installed here; run pip install -r requirements.txt", file=sys.stderr)
     sys.exit(2)
@@ -140,8 +140,8 @@ def prepare_plan(target: str) -> None:
 
 def resolve_arguments(args: argparse.Namespace) -> tuple[Config, RunDir, dict[str, str]]:
     """(resolved configuration, run directory, why each derived key has its value)."""
-    from jaxchat.optim.horizon import derivations, resolve
-    from train.sizing import sized
+    from jaxchat.scaling import derivations, resolve
+    from train.prepare import sized
 
     given = given_config(args)
     config = resolve(sized(given))
@@ -174,7 +174,7 @@ def join_processes(args: argparse.Namespace) -> None:
     """Start JAX's runtime of several processes where flags or a cluster ask for it; all but process 0 fall silent."""
     import jax
 
-    from jaxchat import hosts
+    from jaxchat import distributed as hosts
 
     joined = hosts.start(
         args.coordinator,
@@ -222,12 +222,12 @@ def run(args: argparse.Namespace) -> int:
     if args.plan or args.budget or args.hours:
         prepare_plan(args.target)
     if args.budget or args.hours:
-        from train.budget import plan_budget
+        from train.plan import plan_budget
 
         plan_budget(given_config(args, "d20"), args.target, args.budget, args.hours, as_json=args.json)
         return 0
     if args.compare:
-        from train.comparison import compare
+        from train.compare import compare
 
         compare(args.compare[0], args.compare[1], as_json=args.json)
         return 0
@@ -263,8 +263,8 @@ def run(args: argparse.Namespace) -> int:
         serve(directory, config)
     else:
         from train.preflight import before_training
+        from train.report import summarize
         from train.stages import run_stages, select, unfinished
-        from train.summary import summarize
 
         stages = select(args.stages, args.start)
         told = (args.tier, args.config, args.data, args.seed, *args.set)
@@ -302,8 +302,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             advice = "out of device memory: lower eval.batch_rows (exams) or serve.slots (--serve)"
-            return _fail(advice, OutOfMemoryError.exit_code)  # training says by itself what fits: train/memory.py
-        hosts = sys.modules.get("jaxchat.hosts")
+            return _fail(advice, OutOfMemoryError.exit_code)  # training says by itself what fits: train/loop.py
+        hosts = sys.modules.get("jaxchat.distributed")
         if hosts and (lost := hosts.lost(error)):
             return _fail(str(lost), lost.exit_code)
         _leave("a fault, shown there", 1)
@@ -324,7 +324,7 @@ def _complain(message: str, code: int) -> None:
 
 def _leave(message: str = "", code: int = 0) -> None:
     """End JAX's runtime of several processes, if it was started; after a failure the others are told."""
-    if hosts := sys.modules.get("jaxchat.hosts"):
+    if hosts := sys.modules.get("jaxchat.distributed"):
         hosts.fail(message, code) if code else hosts.stop()
 
 

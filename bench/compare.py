@@ -14,8 +14,8 @@ from bench.peer import Program
 from bench.train_step import WARM_UP, batch_shape, describe, random_trainer
 from jaxchat.config import Config
 from jaxchat.errors import UsageError
-from jaxchat.mesh import make_mesh
-from jaxchat.model.layout import mlp_width
+from jaxchat.sharding import make_mesh
+from jaxchat.sizes import mlp_width
 
 WORKER = Path(__file__).with_name("nanochat_step.py")
 WALL_STEPS = 600

@@ -23,8 +23,8 @@ from bench.compare import start_peer
 from bench.train_step import Trainer, batch_shape
 from jaxchat.config import Config
 from jaxchat.errors import DataError
-from jaxchat.mesh import batch_devices, make_mesh
-from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
+from jaxchat.sharding import batch_devices, make_mesh
+from jaxchat.tokenizer import Tokenizer, train_tokenizer
 
 TOKENIZER_CHARS, DOCUMENT_CHARS = 60_000_000, 20_000  # that the tokenizer learns from
 BATCH_DOCUMENTS = 256

@@ -22,9 +22,9 @@ import numpy as np
 
 from bench import machine
 from jaxchat.config import MeshConfig
-from jaxchat.data import batches
-from jaxchat.data.rows import Rows, finish_rows, write_rows
-from jaxchat.mesh import batch_sharding, make_mesh
+from jaxchat.data import loader as batches
+from jaxchat.data.packing import Rows, finish_rows, write_rows
+from jaxchat.sharding import batch_sharding, make_mesh
 
 GOAL = 104e6  # tokens a second
 VOCABULARY = 32_768

@@ -27,18 +27,18 @@ import numpy as np
 
 from bench import machine, trace
 from bench.peer import add_peer_arguments, check_peer
+from jaxchat import model as gpt
 from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, MeshConfig, load_config
-from jaxchat.data.rows import Rows
+from jaxchat.data.packing import Rows
 from jaxchat.engine import Engine, Handle, Request
 from jaxchat.engine.loading import trained_stages
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.mesh import make_mesh
-from jaxchat.model import gpt
-from jaxchat.model.sizes import count_parameters, decode_bytes_per_step, matmul_parameters
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir
-from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
+from jaxchat.run_dir import RunDir
+from jaxchat.scaling import resolve
+from jaxchat.sharding import make_mesh
+from jaxchat.sizes import count_parameters, decode_bytes_per_step, matmul_parameters
+from jaxchat.tokenizer import Tokenizer, train_tokenizer
 
 NOISE = 0.02  # added to fresh weights, whose zero matrices would make every token equally likely
 GOALS = {("d20", 1): 0.40, ("d32", 1): 0.55, ("d20", 128): 0.60}  # shares of the limit of one H200, bfloat16

@@ -18,10 +18,10 @@ from bench import machine
 from bench.decode import step_bytes
 from jaxchat.config import MeshConfig, load_config
 from jaxchat.errors import JaxchatError
-from jaxchat.mesh import make_mesh
-from jaxchat.optim.horizon import resolve
+from jaxchat.scaling import resolve
+from jaxchat.sharding import make_mesh
 from train import compiled
-from train.hlo import attribute, bytes_moved, parse
+from train.compiled import attribute, bytes_moved, parse
 from train.targets import parse_target, target_devices
 
 KERNELS = ("fusion", "custom-call", "copy", "sort", "dot", "scatter", "reduce")

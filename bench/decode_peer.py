@@ -15,7 +15,7 @@ from bench.compare import nanochat_config
 from bench.peer import Program
 from jaxchat.config import Config
 from jaxchat.errors import UsageError
-from jaxchat.text.tokenizer import Tokenizer
+from jaxchat.tokenizer import Tokenizer
 
 WORKER = Path(__file__).with_name("nanochat_decode.py")
 

@@ -12,16 +12,18 @@ import jax
 import numpy as np
 
 from bench.compare import nanochat_config
+from jaxchat.chat import render_prompt
 from jaxchat.config import Config
 from jaxchat.engine.scoring import Scorer
 from jaxchat.errors import UsageError
-from jaxchat.tasks import arc, core, mmlu
+from jaxchat.tasks import choice as arc
+from jaxchat.tasks import choice as mmlu
+from jaxchat.tasks import core
+from jaxchat.tasks.choice import LETTERS
 from jaxchat.tasks.files import TaskFiles, read_jsonl, read_parquet
-from jaxchat.tasks.multiple_choice import LETTERS
 from jaxchat.tasks.registry import get_task
-from jaxchat.text.chat import render_prompt
-from jaxchat.text.tokenizer import Tokenizer
-from train.exams import capped
+from jaxchat.tokenizer import Tokenizer
+from train.evaluate import capped
 
 WORKER = Path(__file__).with_name("nanochat_exams.py")
 CORE = ("copa", "openbook_qa", "winograd", "winogrande", "lambada_openai", "bigbench_operators", "arc_easy", "boolq")

@@ -21,21 +21,19 @@ import numpy as np
 
 from bench import machine
 from bench.peer import add_peer_arguments, check_peer
+from jaxchat import model as gpt
+from jaxchat.chat import render_prompt
 from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, load_config
-from jaxchat.engine.branching import score_letters, score_targets
-from jaxchat.engine.scoring import Scorer
-from jaxchat.engine.spans import crop
+from jaxchat.engine.scoring import Scorer, crop, score_letters, score_targets
 from jaxchat.errors import JaxchatError
-from jaxchat.model import gpt
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir
+from jaxchat.run_dir import RunDir
+from jaxchat.scaling import resolve
 from jaxchat.tasks import core
 from jaxchat.tasks.files import MissingData, TaskFiles
 from jaxchat.tasks.registry import get_task
-from jaxchat.text.chat import render_prompt
-from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
-from train.exams import capped
+from jaxchat.tokenizer import Tokenizer, train_tokenizer
+from train.evaluate import capped
 
 NOISE = 0.2  # added to fresh weights: zero matrices would make every answer equally likely
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.errors import DataError, InterruptedRun, JaxchatError, UsageError
-from jaxchat.paths import read_json, write_json
+from jaxchat.run_dir import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {  # seconds; the functions are in bench/gpu_parts.py

@@ -21,16 +21,14 @@ import jax.numpy as jnp
 
 from bench import curve, decode, machine, trace
 from bench.train_step import measure, random_trainer
+from jaxchat.attention import attention, choose_backend, disagreement, has_fp8
 from jaxchat.config import Config, load_config
 from jaxchat.engine import Engine
-from jaxchat.mesh import make_mesh
-from jaxchat.model.attention import attention
-from jaxchat.model.backends import choose_backend, disagreement, has_fp8
-from jaxchat.model.fp8 import E4M3, fp8_dot
-from jaxchat.model.layout import mlp_width, scan_groups, windows
-from jaxchat.model.sizes import flops_per_token, peak_flops
-from jaxchat.optim.horizon import resolve
-from jaxchat.state import compute_dtype
+from jaxchat.low_precision import E4M3, fp8_dot
+from jaxchat.scaling import resolve
+from jaxchat.sharding import make_mesh
+from jaxchat.sizes import flops_per_token, mlp_width, peak_flops, scan_groups, windows
+from jaxchat.train_state import compute_dtype
 from train.compiled import compile_step, rows_and_accumulation
 
 Findings = Iterator[dict[str, Any]]

@@ -22,10 +22,10 @@ import jax
 import numpy as np
 import torch
 
+from jaxchat import model as gpt
 from jaxchat.errors import UsageError
 from jaxchat.interop.nanochat import read_nanochat
-from jaxchat.model import gpt
-from jaxchat.text.tokenizer import train_tokenizer
+from jaxchat.tokenizer import train_tokenizer
 
 SEQ_LEN, VOCAB = 256, 293
 

@@ -32,20 +32,18 @@ import numpy as np
 
 from jaxchat.checkpoint import trained_params
 from jaxchat.config import Config, MeshConfig, load_config
-from jaxchat.data.packing import PackStats, pack_documents
-from jaxchat.data.rows import Rows, finish_rows, write_rows
-from jaxchat.data.tokenize import read_documents
+from jaxchat.data.packing import PackStats, Rows, finish_rows, pack_documents, write_rows
+from jaxchat.data.shards import read_documents
 from jaxchat.engine.loading import batch_rows
-from jaxchat.mesh import batch_devices, make_mesh, replicated
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir
-from jaxchat.scores import make_eval_step
-from jaxchat.text.tokenizer import Tokenizer
+from jaxchat.run_dir import RunDir
+from jaxchat.scaling import resolve
+from jaxchat.sharding import batch_devices, make_mesh, replicated
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.train_state import make_eval_step
 from train import prepare
-from train import tokenizer as tokenizer_stage
-from train.bpb import bits_per_byte
-from train.loop import Job, fit
-from train.machine import hardware, versions
+from train import prepare as tokenizer_stage
+from train.doctor import hardware, versions
+from train.loop import Job, bits_per_byte, fit
 
 WINDOW = 1000  # documents that `crop` chooses from, nanochat's buffer
 
@@ -95,7 +93,7 @@ TRAINED = ("keep", "continue", "drop")
 def prepared(config: Config, folder: Path) -> RunDir:
     """Tokenizer, shards and held-out rows, the same for all."""
     run = RunDir(folder)
-    tokenizer_stage.run(config, run)
+    tokenizer_stage.run_tokenizer(config, run)
     prepare.run(config, run)
     return run
 

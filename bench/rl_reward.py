@@ -19,9 +19,9 @@ from typing import Any
 
 from jaxchat.config import Config, load_config
 from jaxchat.log import read_metrics
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir
-from jaxchat.state import TrainState
+from jaxchat.run_dir import RunDir
+from jaxchat.scaling import resolve
+from jaxchat.train_state import TrainState
 from train import rl
 
 

@@ -13,7 +13,7 @@ import json
 from typing import Any
 
 from jaxchat.config import Config, MeshConfig, load_config
-from jaxchat.optim.horizon import resolve
+from jaxchat.scaling import resolve
 from launch import prepare_plan
 
 RUNS = ("h100:8=-1,1,1", "h100:64=-1,1,1", "h100:64=8,8,1", "h100:512=-1,1,1", "h100:512=64,8,1", "v6e:2x4=-1,1,1",
@@ -22,7 +22,7 @@ RUNS = ("h100:8=-1,1,1", "h100:64=-1,1,1", "h100:64=8,8,1", "h100:512=-1,1,1", "
 
 def measure(config: Config, run: str, rows: int, accumulate: int) -> dict[str, Any]:
     """What one target and mesh (`h100:64=8,8,1`) would do: bytes and seconds of a step per device."""
-    from jaxchat.mesh import batch_devices, make_mesh
+    from jaxchat.sharding import batch_devices, make_mesh
     from train.plan import compile_plan
     from train.targets import parse_target, target_devices
 

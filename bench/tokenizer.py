@@ -17,10 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxchat.data.corpus import Unit, iterate_documents
-from jaxchat.data.spread import spread
-from jaxchat.data.tokenize import Job, tokenize_unit
-from jaxchat.text.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from jaxchat.data.shards import Job, spread, tokenize_unit
+from jaxchat.data.sources import Unit, iterate_documents
+from jaxchat.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
 FILES = 8
 PEER = r'''
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, Path(folder))
-    from train.machine import hardware, versions  # not above: every process of `tokenized` would load JAX with it
+    from train.doctor import hardware, versions  # not above: every process of `tokenized` would load JAX with it
 
     facts = {"bench": "tokenizer"} | vars(args) | result
     print(json.dumps(facts | {"versions": versions(), "hardware": hardware()}))

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData, ProfileOptions
 
-from train.hlo import COLLECTIVES, Instruction, attribute, parse
+from train.compiled import COLLECTIVES, Instruction, attribute, parse
 
 KINDS = ("products", "attention", "scatter", "collectives", "copies", "elementwise", "unknown")
 CONTAINERS = ("while", "call", "conditional", "async-start", "async-done")  # their kernels are events of their own
@@ -109,7 +109,7 @@ class Classifier:
         inside = [i, *self._computations.get(attribute(i, "calls"), [])]
         opcodes, root = {x.opcode for x in inside}, inside[-1]
         target = " ".join(re.findall(r'(?:custom_call_target=|"kind":)"([^"]*)"', i.attributes))
-        # the layer that an operation comes from stands in its name: jax.named_scope in jaxchat/model/attention.py
+        # the layer that an operation comes from stands in its name: jax.named_scope in jaxchat/attention.py
         if FLASH.search(target) or "/attention/" in i.attributes.replace("(attention)", "/attention/"):
             return "attention"
         if opcodes & {"dot", "convolution"} or PRODUCT.search(target):

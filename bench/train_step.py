@@ -25,14 +25,13 @@ import numpy as np
 
 from bench import machine
 from bench.peer import add_peer_arguments, check_peer
-from jaxchat.config import Config, load_config
+from jaxchat.config import Config, flatten, load_config
 from jaxchat.errors import JaxchatError
-from jaxchat.mesh import batch_devices, batch_sharding, make_mesh
-from jaxchat.model.sizes import count_parameters, flops_per_token, peak_flops
-from jaxchat.optim.groups import make_optimizer
-from jaxchat.optim.horizon import resolve
-from jaxchat.state import compute_dtype, init_state, make_train_step, trunk
-from jaxchat.toml import flatten
+from jaxchat.optimizer import make_optimizer
+from jaxchat.scaling import resolve
+from jaxchat.sharding import batch_devices, batch_sharding, make_mesh
+from jaxchat.sizes import count_parameters, flops_per_token, peak_flops
+from jaxchat.train_state import compute_dtype, init_state, make_train_step, trunk
 
 MFU_GOALS = {"d12": 0.50, "d20": 0.58, "d26": 0.60}  # of one H100 or H200, bfloat16
 WARM_UP = 3  # steps that no median counts

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxchat import hosts
+from jaxchat import distributed as hosts
 from jaxchat.errors import DataError
 from jaxchat.log import quiet_libraries, say
-from jaxchat.paths import CHECKSUMS, RunDir, damage, require_format, write_checksums
-from jaxchat.state import TrainState
+from jaxchat.run_dir import CHECKSUMS, RunDir, damage, require_format, write_checksums
+from jaxchat.train_state import TrainState
 
 FORMAT = 1
 TIMES = ("_CHECKPOINT_METADATA",)  # when Orbax began and ended; it is written once more at the very end

@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jaxchat.paths import atomic_write
+from jaxchat.run_dir import atomic_write
 
 T = TypeVar("T")
 console = Console(highlight=False, stderr=True, emoji=False)

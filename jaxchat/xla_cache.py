@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 from jaxchat.log import say
-from jaxchat.paths import locked
+from jaxchat.run_dir import locked
 
 LARGEST = 2 << 30  # bytes; JAX deletes the least recently used programs
 MOST = 4_000  # programs that a start leaves there: JAX reads the time of every one when it adds one

@@ -8,39 +8,182 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
+import json
 import logging
 import signal
 import socket
+import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import FrameType, MappingProxyType
 from typing import Any
 
+import orjson
 import uvicorn
 from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse
 from starlette.routing import Mount, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from jaxchat.config import Config
 from jaxchat.engine import Engine
 from jaxchat.engine.loading import trained_stages
 from jaxchat.errors import UsageError
 from jaxchat.log import progress, say
-from jaxchat.paths import RunDir
-from serve import chat_api, completions_api, errors, info_api, websocket
-from serve.errors import ApiError
-from serve.limits import BodyLimit, Keys
-from serve.logs import RequestLog, to_standard_error
-from serve.protocol import PatientProtocol
-from serve.replies import ChatChunk
-from serve.service import Service
-from serve.texts import wait_page
-from serve.worker import Worker
+from jaxchat.run_dir import RunDir
+
+from . import api as chat_api
+from . import api as completions_api
+from . import api as info_api
+from . import errors, websocket
+from .api import Service
+from .errors import ApiError
+from .limits import BodyLimit, Keys
+from .schemas import ChatChunk
+from .texts import wait_page
+from .worker import Worker
+
+# One JSON object a line on standard error: what happened, never what was said (unless `serve.log_text`).
+
 
 log = logging.getLogger("jaxchat.serve")
+LEVELS = {"WARNING": "warn"}
+
+
+def told(record: logging.LogRecord) -> bool:
+    """Not what an open page leaves at the end: its connection is cut, and uvicorn shows where, at length."""
+    raised = record.exc_info and record.exc_info[0]
+    cut = "timeout graceful shutdown exceeded" in record.getMessage()
+    return not cut and not (raised and issubclass(raised, asyncio.CancelledError))
+
+
+class JsonLines(logging.Formatter):
+    """time, level and event, then the record's own fields; a traceback under "traceback"."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        line: dict[str, Any] = {
+            "time": when.isoformat(timespec="milliseconds"),
+            "level": LEVELS.get(record.levelname, record.levelname.lower()),
+            "event": record.getMessage(),
+        }
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        try:
+            return orjson.dumps(line, default=str).decode()
+        except orjson.JSONEncodeError:  # a lone surrogate in somebody's text
+            return json.dumps(line, default=str)
+
+
+def to_standard_error() -> None:
+    """Our own records from INFO on, and uvicorn's from WARNING on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    handler.addFilter(told)
+    for name, level in (("jaxchat.serve", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+class RequestLog:
+    """A line for each request of the API: who, what, how it ended, how long it took; the page's own traffic has none.
+
+    Routes add fields to `request.state.log`. Counts the requests under way in `service.answering`.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, paths: Sequence[str]):
+        self._app, self._service, self._paths = app, service, tuple(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(self._paths):
+            await self._app(scope, receive, send)
+            return
+        fields: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "status": 500}
+        scope.setdefault("state", {})["log"] = fields
+        begun = time.perf_counter()
+
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                fields["status"] = message["status"]
+            await send(message)
+
+        answering = scope["method"] == "POST"
+        self._service.answering += answering
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            self._service.answering -= answering
+            failed = fields["status"] >= 400 and scope["path"] != "/health"
+            if failed:
+                self._service.metrics.error(fields["status"])
+            if answering or failed:
+                log.info("request", extra={"fields": fields | {"seconds": round(time.perf_counter() - begun, 4)}})
+
+
+# HTTP/1.1 as uvicorn speaks it, with an end to a client's patience test: heads have a size, requests a time.
+
+
+HEAD_BYTES = 64 << 10  # of request line and headers
+REQUEST_SECONDS = 60.0  # from a connection's start, or a request's first byte, to the end of its body
+
+
+class PatientProtocol(HttpToolsProtocol):
+    """Closes connections that send a head without end (431) or never finish a request (408)."""
+
+    def connection_made(self, transport: Any) -> None:
+        self._head: int | None = 0  # bytes of the head so far; None behind it
+        self._timer: asyncio.TimerHandle | None = None
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head is not None:
+            self._head += len(data)
+            if self._head > HEAD_BYTES:
+                self._refuse("431 Request Header Fields Too Large")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head = 0
+        self._wait()
+
+    def on_headers_complete(self) -> None:
+        self._head = None
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._done()
+        super().on_message_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._done()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._done()
+        self._timer = self.loop.call_later(REQUEST_SECONDS, self._refuse, "408 Request Timeout")
+
+    def _done(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self, status: str) -> None:
+        if self.transport.is_closing() or self.transport.get_protocol() is not self:  # gone, or a WebSocket by now
+            return
+        if self._head:  # no answer of ours is under way
+            self.transport.write(f"HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode())
+        self.transport.close()
+
+
 CLOSE_SECONDS = 1  # for connections to end after the answers have; an open page keeps one for good
 KEEP_ALIVE = 65  # seconds; longer than the minute after which clients and proxies drop an idle connection
 API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics")
@@ -69,8 +212,8 @@ def make_app(service: Service, make_page: PageMaker | None = None) -> FastAPI:
     app.state.service = service
     errors.install(app)
     for router in (
-        info_api.open_routes(service), chat_api.routes(service), completions_api.routes(service),
-        info_api.routes(service), websocket.routes(service),
+        info_api.open_routes(service), chat_api.chat_routes(service), completions_api.completion_routes(service),
+        info_api.info_routes(service), websocket.routes(service),
     ):  # fmt: skip
         app.include_router(router)
     _answer_other_methods(app)
@@ -227,7 +370,7 @@ def serve(run: RunDir, config: Config) -> None:
     service = Service(config, worker)
 
     def make_page(worker: Worker) -> Any:
-        from serve.page import mounted_page
+        from .page import mounted_page
 
         return mounted_page(run, config, worker, service.keys, service.rates, service.metrics.finished)
 

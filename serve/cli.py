@@ -16,12 +16,13 @@ from typing import Any, TextIO
 from jaxchat.checkpoint import recorded
 from jaxchat.config import Config
 from jaxchat.engine import Engine
+from jaxchat.engine.device import least_rows
 from jaxchat.engine.loading import trained_stages
-from jaxchat.engine.programs import least_rows
 from jaxchat.errors import UsageError
 from jaxchat.log import progress
-from jaxchat.paths import RunDir
-from serve.fitting import fitting_request
+from jaxchat.run_dir import RunDir
+
+from .worker import fitting_request
 
 HELP = """  /temperature X   0 takes the likeliest word each time, 1 is lively (now {temperature:g})
   /topk N          choose among the N likeliest tokens, 0 among all (now {top_k})

@@ -14,9 +14,10 @@ from starlette.responses import Response
 
 from jaxchat.engine import QueueFull
 from jaxchat.errors import JaxchatError
-from serve.schemas import FIELDS
-from serve.sse import ClientGone
-from serve.worker import EngineStopped, Unavailable
+
+from .schemas import FIELDS
+from .sse import ClientGone
+from .worker import EngineStopped, Unavailable
 
 log = logging.getLogger("jaxchat.serve")
 RETRY_SECONDS = 1  # after which a client may try again where the queue is full or the model still loads

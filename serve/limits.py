@@ -15,7 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxchat.config import ServeConfig
 from jaxchat.errors import UsageError
-from serve.errors import ApiError, bad_request, retry
+
+from .errors import ApiError, bad_request, retry
 
 REMEMBERED = 10_000  # clients whose rate is known at once; who asks more than a minute later is new anyway
 DRAINED = 10  # times the largest body is read and thrown away before a client hears that its body is too large ...

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import datetime
 import html
+import json
+import math
+import re
 import time
+import unicodedata
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -15,15 +21,233 @@ from gradio.i18n import I18nData
 
 from jaxchat.config import Config, ServeConfig
 from jaxchat.engine import Event, Handle, QueueFull
-from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.paths import RunDir
-from serve.errors import ApiError
-from serve.fitting import fitting_request
-from serve.limits import Keys, Rates, key_name
-from serve.page_card import is_base, model_card
-from serve.page_view import Messages, TokenSpans, next_turn, show, spoken, turn
-from serve.texts import EXAMPLES, LOGIN, texts
-from serve.worker import Unavailable, Worker
+from jaxchat.engine.loading import trained_stages
+from jaxchat.engine.request import Token
+from jaxchat.errors import DataError, JaxchatError, UsageError
+from jaxchat.run_dir import RunDir, read_json
+from jaxchat.sizes import count_parameters
+from jaxchat.tokenizer import Tokenizer
+
+from .errors import ApiError
+from .limits import Keys, Rates, key_name
+from .texts import EXAMPLES, LOGIN, texts
+from .worker import Unavailable, Worker, fitting_request
+
+# What the chat page shows of a conversation: lines of the chatbot, tool calls, tokens with their probabilities.
+#
+# A conversation is a list of messages as the engine takes it; a part of an answer may carry `html` besides: its text as
+# token spans, made while it came, so that what the browser has shown stays as it is.
+
+
+Messages = list[dict[str, Any]]
+
+BREAK = "\u2060"  # word joiner: no width, no meaning
+VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
+
+
+def turn(text: str, parts: list[dict[str, str]] | None = None) -> Messages:
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": parts or []}]
+
+
+def spoken(messages: Messages) -> Messages:
+    """The conversation as the engine takes it."""
+    return [
+        message
+        if message["role"] == "user"
+        else {
+            "role": "assistant",
+            "content": [{"type": part["type"], "text": part["text"]} for part in message["content"]],
+        }
+        for message in messages
+    ]
+
+
+def next_turn(messages: Messages, text: str, event: gr.EventData) -> tuple[Messages, str]:
+    """(conversation to go on from, what the person says): typed, an example, a message edited or asked again."""
+    data = event._data
+    if data is None:
+        return messages, text
+    if isinstance(data["value"], dict):
+        return messages, data["value"]["text"]
+    before = messages[: 2 * turns_before(messages, data["index"])]
+    if "previous_value" in data:
+        edited = data["value"].replace(BREAK, "")
+        return (before, edited) if edited.strip() else (messages, "")
+    return before, messages[len(before)]["content"]
+
+
+def show(messages: Messages) -> list[dict[str, Any]]:
+    """A conversation as lines of the chatbot. A tool call is a line of its own: `12+30 = 42`."""
+    lines: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] == "user":
+            lines.append({"role": "user", "content": plain(message["content"])})
+            continue
+        parts = message["content"]
+        for i, part in enumerate(parts):
+            if part["type"] == "python":
+                output = parts[i + 1]["text"] if parts[i + 1 :] and parts[i + 1]["type"] == "python_output" else None
+                lines.append({"role": "assistant", "content": gr.HTML(tool_call(part["text"], output))})
+            elif part["type"] == "text":
+                content = gr.HTML(part["html"]) if part.get("html") else plain(part["text"])
+                lines.append({"role": "assistant", "content": content})
+        if not any(part["type"] != "python_output" for part in parts):
+            lines.append({"role": "assistant", "content": "…"})  # nothing has come yet, or it was stopped before
+    return lines
+
+
+def turns_before(messages: Messages, index: int) -> int:
+    """Number of the turn to which line `index` of the shown conversation belongs."""
+    return max(sum(line["role"] == "user" for line in show(messages)[: index + 1]) - 1, 0)
+
+
+def plain(text: str) -> str:
+    """Text in which a browser finds no tag and no entity, and Gradio no indentation to remove.
+
+    Every sign stands as it was written: escaped signs would show in the box where a message is edited.
+    """
+    return re.sub(r"(?<=[<&])(?=[A-Za-z/!?#])|^(?=[ \t])", BREAK, text, flags=re.M)
+
+
+def tool_call(call: str, output: str | None) -> str:
+    return f"<code>{html.escape(call if output is None else f'{call} = {output}')}</code>"
+
+
+class TokenSpans:
+    """HTML of an answer's tokens as they come: a span for each, tinted by its probability.
+
+    Tokens that make a character only together share a span. `data-steps` holds, for every token of a span, [its text,
+    its probability, [[text, probability] of each alternative]] as JSON, which `page.js` shows beside it. The first span
+    can be reached by Tab, the others by the arrow keys.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._special = {number: name for name, number in tokenizer.special.items()}
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._group: list[Token] = []
+        self._held, self._any = "", False  # text of the group so far; whether there has been a span
+
+    def add(self, tokens: Sequence[Token]) -> str:
+        """The spans that these complete; a special token is none."""
+        spans = []
+        for token in tokens:
+            if token.id in self._special:
+                spans.append(self.end())
+                continue
+            self._group.append(token)
+            text = self._decoder.decode(self._tokenizer.token_bytes(token.id))
+            self._held = text if len(self._group) == 1 else self._held + text
+            if not self._decoder.getstate()[0]:
+                spans.append(self._close(self._held))
+        return "".join(spans)
+
+    def end(self) -> str:
+        """The span of what will not be completed any more."""
+        return self._close(self._held + self._decoder.decode(b"", final=True)) if self._group else ""
+
+    def _close(self, text: str) -> str:
+        steps = [
+            [self.readable(token.id), probability(token.logprob),
+             [[self.readable(number), probability(logprob)] for number, logprob in token.top]]
+            for token in self._group
+        ]  # fmt: skip
+        likely = probability(sum(token.logprob for token in self._group))
+        data = html.escape(json.dumps(steps, ensure_ascii=False, separators=(",", ":")))
+        index, self._any, self._group = -self._any, True, []
+        attributes = f'class="token" tabindex="{index}" style="--p:{likely}" data-steps="{data}"'
+        return f"<span {attributes}>{html.escape(text)}</span>"
+
+    def readable(self, token: int) -> str:
+        """A token by itself, so that a person sees what it is: spaces as signs, half a character as its bytes."""
+        if token in self._special:
+            return self._special[token]
+        raw = self._tokenizer.token_bytes(token)
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            return " ".join(f"{byte:02X}" for byte in raw)
+        return "".join(c if unicodedata.category(c)[0] != "C" else f"U+{ord(c):04X}" for c in text.translate(VISIBLE))
+
+
+def probability(logprob: float) -> float:
+    return round(math.exp(min(logprob, 0.0)), 4)
+
+
+# The model's card beside the chat: size, training time, exam scores, as far as the run has them.
+
+
+TRAINING = ("pretrain", "sft", "rl")
+TOGETHER = ("core", "chatcore")  # scores over many exams
+PROPER = {"core": "CORE", "chatcore": "ChatCORE", "mmlu": "MMLU", "arc_easy": "ARC-Easy",
+          "arc_challenge": "ARC-Challenge", "gsm8k": "GSM8K", "humaneval": "HumanEval"}  # fmt: skip
+
+
+def is_base(run: RunDir) -> bool:
+    """Whether the model had no SFT: it goes on with texts, and answers nothing."""
+    return trained_stages(run)[0] == "base"
+
+
+def model_card(run: RunDir, config: Config, words: dict[str, str]) -> str:
+    """Size, training time and exam scores as HTML."""
+    model = config.model
+    facts = [
+        ("parameters", f"{count_parameters(model).total:,}", ""),
+        ("layers", str(model.depth), ""),
+        ("context", f"{model.seq_len:,}", ""),
+    ]
+    if seconds := training_seconds(run):
+        facts.append(("trained", str(datetime.timedelta(seconds=round(seconds))), ""))
+    facts += exam_scores(run)
+    rows = "".join(
+        f"<dt>{html.escape(words.get(name, PROPER.get(name, name.replace('_', ' '))))}</dt>"
+        f'<dd title="{html.escape(hint)}">{html.escape(value)}</dd>'
+        for name, value, hint in facts
+    )
+    return f'<dl id="card">{rows}</dl>'
+
+
+def training_seconds(run: RunDir) -> float:
+    """Of all trained stages together; 0 where it is not known."""
+    stages = saved(run.stages)
+    return sum(_number(stage.get("seconds")) or 0.0 for name in TRAINING if isinstance(stage := stages.get(name), dict))
+
+
+def exam_scores(run: RunDir) -> list[tuple[str, str, str]]:
+    """(name, value, hint) of every exam: of the furthest stage that took it, of bits per byte the base model."""
+    tasks: dict[str, Any] = {}
+    together: list[tuple[str, str, str]] = []
+    for stage in ("rl", "sft", "base"):
+        report = saved(run.eval(stage))
+        taken = report.get("tasks")
+        for name, task in taken.items() if isinstance(taken, dict) else ():
+            if name not in TOGETHER and (name not in tasks or name == "bits_per_byte"):
+                tasks[name] = task
+        for name in TOGETHER:
+            if (score := _number(report.get(name))) is not None and name not in {known for known, *_ in together}:
+                together.append((name, f"{score:.3f}", ""))
+    facts = []
+    for name, task in sorted(tasks.items()):
+        metric = _number(task.get("metric")) if isinstance(task, dict) else None
+        if metric is not None:
+            count = task.get("n")
+            hint = f"n = {count:,}" if isinstance(count, int) else ""
+            facts.append((name, f"{metric:.1%}" if "accuracy" in task else f"{metric:.3f}", hint))
+    return sorted(together) + facts
+
+
+def saved(path: Path) -> dict[str, Any]:
+    """A JSON object of the run; a missing or damaged file keeps nobody from talking."""
+    try:
+        content = read_json(path)
+    except DataError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
 
 t = I18nData  # a text by its name, in the language of the browser
 

@@ -20,10 +20,10 @@ from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from jaxchat.engine import Event
-from serve.chat_api import prepare
-from serve.errors import ApiError, as_api_error, log
-from serve.schemas import ChatRequest
-from serve.service import Service
+
+from .api import Service, prepare
+from .errors import ApiError, as_api_error, log
+from .schemas import ChatRequest
 
 WAITING = 8  # messages that may come while an answer is made
 

@@ -21,7 +21,7 @@ if not {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"} & os.environ.keys():
 import jax
 from whole_run import arguments, finish, start, write_corpus
 
-from jaxchat.paths import locked
+from jaxchat.run_dir import locked
 
 
 @pytest.fixture(scope="module", autouse=True)

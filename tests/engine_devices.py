@@ -7,11 +7,12 @@ import jax
 import numpy as np
 from small_model import CAPACITY, CONFIG, QUESTION, tokenizer
 
+from jaxchat import model as gpt
 from jaxchat.config import MeshConfig
-from jaxchat.engine import Engine, Request, programs
-from jaxchat.engine.decode import decode_chunk
-from jaxchat.mesh import make_mesh
-from jaxchat.model import gpt
+from jaxchat.engine import Engine, Request
+from jaxchat.engine import device as programs
+from jaxchat.engine.device import decode_chunk
+from jaxchat.sharding import make_mesh
 
 programs.PIECE = programs.MIN_CACHE_BUCKET = 32
 

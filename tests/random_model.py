@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 
+from jaxchat import model as gpt
 from jaxchat.config import ModelConfig
 from jaxchat.interop.trained import Trained, write_run
-from jaxchat.model import gpt
-from jaxchat.paths import RunDir
-from jaxchat.recipes import resolve_model
-from jaxchat.text.tokenizer import train_tokenizer
+from jaxchat.run_dir import RunDir
+from jaxchat.scaling import resolve_model
+from jaxchat.tokenizer import train_tokenizer
 
 TEXTS = ["hello world <|user_end|> 한국어 " * 30, "the quick brown fox 12 34 5" * 9]
 KINDS = {

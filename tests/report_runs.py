@@ -3,8 +3,8 @@
 import json
 
 from jaxchat.config import load_config
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir, write_json
+from jaxchat.run_dir import RunDir, write_json
+from jaxchat.scaling import resolve
 from train.plots import loss_plot
 
 HARDWARE = {"platform": "cpu", "device": "x86_64", "devices": 1, "hosts": 1, "cpu_cores": 2, "memory_bytes": 2**33}

@@ -10,12 +10,12 @@ from test_rl import Brevity, run_config
 
 from jaxchat.checkpoint import restore_params
 from jaxchat.log import read_metrics
-from jaxchat.mesh import make_mesh
-from jaxchat.paths import RunDir
+from jaxchat.run_dir import RunDir
+from jaxchat.sharding import make_mesh
 from jaxchat.tasks import registry
-from jaxchat.text.tokenizer import Tokenizer
+from jaxchat.tokenizer import Tokenizer
 from train import rl
-from train.rl_rollouts import Rollouts
+from train.rl import Rollouts
 
 
 def programs(run: RunDir, devices: int) -> int:

@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxchat import model as gpt
 from jaxchat.config import MeshConfig, load_config
-from jaxchat.mesh import SMALL as SMALL_SIZE
-from jaxchat.mesh import batch_sharding, make_mesh
-from jaxchat.model import gpt
-from jaxchat.optim.groups import make_optimizer
-from jaxchat.optim.horizon import resolve
-from jaxchat.optim.muon import muon
-from jaxchat.scores import make_eval_step
-from jaxchat.state import compute_dtype, init_state, make_train_step, state_sharding
+from jaxchat.muon import muon
+from jaxchat.optimizer import make_optimizer
+from jaxchat.scaling import resolve
+from jaxchat.sharding import SMALL as SMALL_SIZE
+from jaxchat.sharding import batch_sharding, make_mesh
+from jaxchat.train_state import compute_dtype, init_state, make_eval_step, make_train_step, state_sharding
 
 SMALL = ["model.depth=4", "model.width=64", "model.n_heads=4", "model.head_width=16", "model.vocab_size=200",
          "model.seq_len=32", "model.window_short=5", "train.batch_tokens=512", "train.steps=30",

@@ -6,15 +6,13 @@ import jax
 import numpy as np
 import optax
 
+from jaxchat import model as gpt
+from jaxchat.chat import render
 from jaxchat.checkpoint import save_params
-from jaxchat.config import ModelConfig, load_config
-from jaxchat.model import gpt
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir, atomic_write
-from jaxchat.recipes import resolve_model
-from jaxchat.text.chat import render
-from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
-from jaxchat.toml import to_toml
+from jaxchat.config import ModelConfig, load_config, to_toml
+from jaxchat.run_dir import RunDir, atomic_write
+from jaxchat.scaling import resolve, resolve_model
+from jaxchat.tokenizer import Tokenizer, train_tokenizer
 
 QUESTION = [{"role": "user", "content": "Tom has 12 apples and buys 30 more. How many?"}]
 GREETING = [{"role": "user", "content": "hello 🙂"}]

@@ -4,11 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 from small_model import CAPACITY, CONFIG, learned, tokenizer
 
-from jaxchat.engine.admission import START, Admission, SharedPrompt
-from jaxchat.engine.programs import MIN_PROMPT_BUCKET, Programs
+from jaxchat.engine.device import MIN_PROMPT_BUCKET, Programs
 from jaxchat.engine.request import Handle, Request
+from jaxchat.engine.scheduler import START, Admission, SharedPrompt, Waiting
 from jaxchat.engine.turn import Turn
-from jaxchat.engine.waiting import Waiting
 
 
 def admission(slots):

@@ -8,8 +8,8 @@ import pytest
 from live_service import live, needs_openai, openai, slowed
 from small_model import CAPACITY, GREETING, QUESTION, tokenizer
 
-from serve.chat_api import Chat
-from serve.replies import ChatChunk, ChatCompletion
+from serve.api import Chat
+from serve.schemas import ChatChunk, ChatCompletion
 from serve.sse import DONE, event
 
 CHAT = "/v1/chat/completions"

@@ -8,12 +8,9 @@ import pytest
 from live_service import live, needs_openai, openai
 from small_model import CAPACITY, GREETING, QUESTION
 
-from jaxchat.text.chat import render_prompt
-from serve.completions_api import read_prompts, whole_ids
-from serve.info_api import open_routes, routes
-from serve.logprobs import CompletionLogprobs, Namer
-from serve.replies import Completion, Detokenized, ModelCard, ModelList, TokenizerInfo, Tokens
-from serve.schemas import CompletionRequest
+from jaxchat.chat import render_prompt
+from serve.api import CompletionLogprobs, Namer, info_routes, open_routes, read_prompts, whole_ids
+from serve.schemas import Completion, CompletionRequest, Detokenized, ModelCard, ModelList, TokenizerInfo, Tokens
 
 ROUTE = "/v1/completions"
 
@@ -218,4 +215,4 @@ def test_names_of_tokens_are_their_own(tokenizer):
 def test_which_routes_ask_for_a_key(service):
     open_paths = {route.path for route in open_routes(service.service).routes}
     assert open_paths == {"/health", "/metrics", "/v1/models", "/v1/models/{name:path}"}
-    assert not open_paths & {route.path for route in routes(service.service).routes}
+    assert not open_paths & {route.path for route in info_routes(service.service).routes}

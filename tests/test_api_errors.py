@@ -15,8 +15,7 @@ from jaxchat.errors import UsageError
 from serve import limits
 from serve.errors import ApiError, as_api_error
 from serve.limits import Keys, Rates
-from serve.replies import ErrorBody
-from serve.schemas import NOTHING, ChatRequest
+from serve.schemas import NOTHING, ChatRequest, ErrorBody
 
 SAID = {"role": "user"}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.model.attention import attention, cached_attention
-from jaxchat.model.splash import splash_attention
+from jaxchat.attention import attention, cached_attention, splash_attention
 
 
 def reference(q, k, v, window):

@@ -8,18 +8,17 @@ import jax.numpy as jnp
 import pytest
 from small_model import CONFIG, tokenizer
 
+from jaxchat import attention as attention_module
+from jaxchat import attention as backends
+from jaxchat import model as gpt
+from jaxchat.attention import choose_backend, cuda_capability, disagreement, trusted_backend
 from jaxchat.config import MeshConfig, ModelConfig, load_config
 from jaxchat.engine import Engine, Request
-from jaxchat.engine.scoring import Scorer
-from jaxchat.engine.spans import Span
+from jaxchat.engine.scoring import Scorer, Span
 from jaxchat.errors import UsageError
-from jaxchat.mesh import make_mesh
-from jaxchat.model import attention as attention_module
-from jaxchat.model import backends, gpt
-from jaxchat.model.backends import choose_backend, cuda_capability, disagreement, trusted_backend
-from jaxchat.optim.horizon import resolve
-from jaxchat.recipes import resolve_model
-from jaxchat.state import check_kernels, compute_dtype, decided, refuse_slow
+from jaxchat.scaling import resolve, resolve_model
+from jaxchat.sharding import make_mesh
+from jaxchat.train_state import check_kernels, compute_dtype, decided, refuse_slow
 
 D20 = resolve_model(ModelConfig(depth=20))
 GROUPED = resolve_model(ModelConfig(depth=2, width=64, n_heads=4, n_kv_heads=2, head_width=16, vocab_size=64))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxchat.config import MeshConfig
-from jaxchat.data.batches import Batches, Mixture, batch_number, epoch_rows, val_batches
-from jaxchat.data.rows import Rows, finish_rows, write_rows
-from jaxchat.mesh import batch_sharding, make_mesh
+from jaxchat.data.loader import Batches, Mixture, batch_number, epoch_rows, val_batches
+from jaxchat.data.packing import Rows, finish_rows, write_rows
+from jaxchat.sharding import batch_sharding, make_mesh
 
 COUNT, ROW_LEN = 50, 9
 

@@ -18,7 +18,7 @@ from bench.decode_compiled import loop_cost
 from bench.train_step import batch_shape
 from jaxchat.config import load_config
 from jaxchat.errors import UsageError
-from jaxchat.optim.horizon import resolve
+from jaxchat.scaling import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=128",

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxchat import kv_cache as cache_module
+from jaxchat import model as gpt
 from jaxchat.config import ModelConfig
-from jaxchat.model import cache as cache_module
-from jaxchat.model import gpt
-from jaxchat.model.cache import insert, layer_capacity, new_cache, prefill, serving_params
-from jaxchat.recipes import resolve_model
+from jaxchat.kv_cache import insert, layer_capacity, new_cache, prefill, serving_params
+from jaxchat.scaling import resolve_model
 
 SHAPE = {"depth": 5, "width": 64, "n_heads": 4, "n_kv_heads": 2, "seq_len": 48, "vocab_size": 100, "window_short": 6}
 T = 40

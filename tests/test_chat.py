@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 
-from jaxchat.data.corpus import iterate_documents
+from jaxchat.chat import normalize, render, render_prompt
+from jaxchat.data.sources import iterate_documents
 from jaxchat.errors import UsageError
-from jaxchat.text.chat import normalize, render, render_prompt
-from jaxchat.text.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from jaxchat.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import pytest
 from jaxchat.checkpoint import Checkpoints, params_sha256, restore_params
 from jaxchat.config import MeshConfig, load_config
 from jaxchat.errors import DataError
-from jaxchat.mesh import make_mesh
-from jaxchat.optim.groups import make_optimizer
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import damage
-from jaxchat.state import init_state
+from jaxchat.optimizer import make_optimizer
+from jaxchat.run_dir import damage
+from jaxchat.scaling import resolve
+from jaxchat.sharding import make_mesh
+from jaxchat.train_state import init_state
 
 TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=64",
         "model.seq_len=16", "train.batch_tokens=64", "train.steps=10"]  # fmt: skip

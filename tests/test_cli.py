@@ -13,7 +13,7 @@ import pytest
 from small_model import GREETING, QUESTION, write_run
 
 from jaxchat.engine import Engine
-from jaxchat.paths import RunDir, write_json
+from jaxchat.run_dir import RunDir, write_json
 from serve.cli import Chat, printable, standing
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,12 +13,13 @@ import small_model
 from whole_run import arguments, finish, start
 
 import launch
+from jaxchat import model as gpt
 from jaxchat.engine.scoring import Scorer
 from jaxchat.errors import DataError
-from jaxchat.model import gpt
-from jaxchat.paths import RunDir, read_json, write_json
-from train import comparison, comparison_text
-from train.paired import mcnemar, ratio_interval, share_interval
+from jaxchat.run_dir import RunDir, read_json, write_json
+from train import compare as comparison
+from train import compare as comparison_text
+from train.statistics import mcnemar, ratio_interval, share_interval
 
 
 @pytest.mark.parametrize(("a", "b"), [(0, 0), (0, 1), (1, 8), (5, 5), (30, 12), (400, 300), (3000, 3300)])

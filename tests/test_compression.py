@@ -8,9 +8,9 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from jaxchat.config import load_config
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir
-from train import compression
+from jaxchat.run_dir import RunDir
+from jaxchat.scaling import resolve
+from train import prepare as compression
 
 TEXT = [
     "It's 1234 o'clock, isn't it?  The other tokenizer tokenizes the text of 안녕 and 🙂.\n\nYes",

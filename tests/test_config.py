@@ -5,13 +5,11 @@ import re
 
 import pytest
 
-from jaxchat.config import CONFIG_DIR, Config, ModelConfig, load_config, tier_files
+from jaxchat.config import CONFIG_DIR, Config, ModelConfig, flatten, load_config, tier_files, to_toml
 from jaxchat.errors import UsageError
-from jaxchat.optim.horizon import derivations, resolve
-from jaxchat.recipes import is_derived, resolve_model
-from jaxchat.toml import flatten, to_toml
-from train.disk import disk_parts
-from train.sizing import sized
+from jaxchat.scaling import derivations, is_derived, resolve, resolve_model
+from train.preflight import disk_parts
+from train.prepare import sized
 
 TIERS = [path.stem for path in tier_files()]
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from train.copying import LONG, WINDOW, copied_passages
+from train.contamination import LONG_PASSAGE, WINDOW, copied_passages
 
 WORDS = [
     "river",
@@ -55,7 +55,7 @@ def test_nothing_in_common():
 def test_the_share_counts_long_passages_alone():
     document = text(random.Random(1), 400)
     new = "".join(chr(0x4E00 + i) for i in range(500))
-    long, short = document[200 : 200 + LONG + 50], document[900 : 900 + WINDOW + 8]
+    long, short = document[200 : 200 + LONG_PASSAGE + 50], document[900 : 900 + WINDOW + 8]
     sample = new[:100] + long + new[100:200] + short + new[200:]
     found = copied_passages([sample], [document])
     assert found["passage"] == long

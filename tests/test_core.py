@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from jaxchat.engine.spans import SpanScore
+from jaxchat.engine.scoring import SpanScore
 from jaxchat.errors import DataError
 from jaxchat.tasks import core
 from jaxchat.tasks.core import CORE_TASKS, Core
 from jaxchat.tasks.files import MissingData, TaskFiles
-from jaxchat.text.tokenizer import train_tokenizer
-from train.exams import core_summary
-from train.shares import accuracy
+from jaxchat.tokenizer import train_tokenizer
+from train.evaluate import core_summary
+from train.statistics import accuracy
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 BY_LABEL = {task.label: task for task in CORE_TASKS}

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.config import DataConfig
-from jaxchat.data import files
-from jaxchat.data.corpus import (
+from jaxchat.data import sources as files
+from jaxchat.data.sources import (
     document_hash,
     fingerprint,
     interleaved,

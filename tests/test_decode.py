@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxchat import kv_cache as model_cache
+from jaxchat import model as gpt
 from jaxchat.config import ModelConfig
-from jaxchat.engine import decode as engine_decode
-from jaxchat.engine import slots as engine
-from jaxchat.model import cache as model_cache
-from jaxchat.model import gpt
-from jaxchat.recipes import resolve_model
+from jaxchat.engine import device as engine
+from jaxchat.engine import device as engine_decode
+from jaxchat.scaling import resolve_model
 
 V, CAPACITY = 97, 64
 SHAPES = {

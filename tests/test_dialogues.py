@@ -4,10 +4,16 @@ import json
 
 import pytest
 
-from jaxchat.data.corpus import iterate_documents
-from jaxchat.data.dialogues import MAX_TURNS, chatterbot_pairs, chitchat_dialogues, file_conversations, is_other_bot
+from jaxchat.chat import normalize
+from jaxchat.data.sources import iterate_documents
 from jaxchat.errors import DataError
-from jaxchat.text.chat import normalize
+from jaxchat.tasks.conversations import (
+    MAX_TURNS,
+    chatterbot_pairs,
+    chitchat_dialogues,
+    file_conversations,
+    is_other_bot,
+)
 
 
 def lines(dialogues):

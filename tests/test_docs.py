@@ -10,16 +10,14 @@ import pytest
 
 import launch
 from jaxchat import errors
-from jaxchat.config import Config, load_config, tier_files
-from jaxchat.data.corpus import iterate_documents
+from jaxchat import scaling as horizon
+from jaxchat.config import Config, flatten, load_config, tier_files
+from jaxchat.data.sources import iterate_documents
 from jaxchat.engine import Request
-from jaxchat.optim import horizon
-from jaxchat.optim.groups import GROUPS
-from jaxchat.recipes import RECIPES
-from jaxchat.toml import flatten
+from jaxchat.optimizer import GROUPS
+from jaxchat.scaling import RECIPES
 from train.plan import parse_target
-from train.stage import FREE_KEYS
-from train.stages import select
+from train.stages import FREE_KEYS, select
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

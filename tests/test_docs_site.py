@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from jaxchat.config import load_config, tier_files
-from jaxchat.model.sizes import count_parameters, flops_per_token
-from jaxchat.optim.horizon import resolve
+from jaxchat.scaling import resolve
+from jaxchat.sizes import count_parameters, flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 BOTH = ("docs", "docs/ko")

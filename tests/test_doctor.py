@@ -13,9 +13,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxchat import attention
 from jaxchat.config import load_config
-from jaxchat.model import attention
-from jaxchat.optim.horizon import resolve
+from jaxchat.scaling import resolve
 from jaxchat.tools import sandbox
 from train import doctor
 

@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from jaxchat.data import duplicates
-from jaxchat.data.duplicates import Distinct, Seen
+from jaxchat.data import shards as duplicates
+from jaxchat.data.shards import Distinct, Seen
 
 
 @pytest.mark.parametrize("recent", [4, 64, 1 << 16])

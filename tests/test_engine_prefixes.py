@@ -10,9 +10,10 @@ from small_model import CAPACITY, CONFIG, QUESTION, learned, tokenizer
 from test_decode import CAPACITY as POSITIONS
 from test_decode import SHAPES, model, random_tokens, uncached_logits
 
-from jaxchat.engine import Engine, Request, programs
-from jaxchat.engine.held import Held
-from jaxchat.model import cache as model_cache
+from jaxchat import kv_cache as model_cache
+from jaxchat.engine import Engine, Request
+from jaxchat.engine import device as programs
+from jaxchat.engine.scheduler import Held
 
 STEP = jax.jit(model_cache.decode, static_argnums=(0, 5))
 EXTEND = jax.jit(model_cache.extend, static_argnums=0)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from small_model import CAPACITY, CONFIG, GREETING, QUESTION, learned, tokenizer
 
-from jaxchat.engine import Engine, QueueFull, Request, programs
-from jaxchat.engine.decode import decode_chunk
-from jaxchat.engine.likelihood import SHORTEST
+from jaxchat import model as gpt
+from jaxchat.engine import Engine, QueueFull, Request
+from jaxchat.engine import device as programs
+from jaxchat.engine.device import SHORTEST, decode_chunk
 from jaxchat.errors import UsageError
-from jaxchat.model import gpt
-from jaxchat.model.quantized import dot, quantize
+from jaxchat.low_precision import dot, quantize_int8
 
 
 def engine(**options):
@@ -209,14 +209,14 @@ def test_times_and_gauges():
 def test_quantized_products_are_close_and_exact_where_they_can_be():
     draw = np.random.default_rng(0)
     weight, x = draw.standard_normal((64, 48)).astype(np.float32), draw.standard_normal((5, 64)).astype(np.float32)
-    packed = quantize(jnp.asarray(weight))
+    packed = quantize_int8(jnp.asarray(weight))
     assert packed.values.dtype == jnp.int8 and packed.scale.shape == (48,)
     steps = np.abs(weight).max(0) / 127
     assert (np.abs(packed.values * packed.scale - weight) <= steps / 2 * 1.001).all()
     np.testing.assert_allclose(dot(x, packed), x @ (packed.values * packed.scale), rtol=1e-4, atol=1e-4)
     exact = np.round(draw.uniform(-127, 127, (64, 3))).astype(np.float32)
     exact[0] = 127
-    np.testing.assert_allclose(dot(x, quantize(jnp.asarray(exact))), x @ exact, rtol=1e-5, atol=1e-2)
+    np.testing.assert_allclose(dot(x, quantize_int8(jnp.asarray(exact))), x @ exact, rtol=1e-5, atol=1e-2)
 
 
 def test_a_model_of_8_bit_weights_says_nearly_the_same():

@@ -12,27 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxchat import model as gpt
+from jaxchat.chat import normalize, render_prompt
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import load_config
-from jaxchat.data.rows import Rows, finish_rows, write_rows
+from jaxchat.data.packing import Rows, finish_rows, write_rows
 from jaxchat.errors import DataError, UsageError
-from jaxchat.model import gpt
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir, read_json, write_json
-from jaxchat.state import TrainState
+from jaxchat.run_dir import RunDir, read_json, write_json
+from jaxchat.scaling import resolve
 from jaxchat.tasks import core
 from jaxchat.tasks.base import Example, WrittenTask, user
 from jaxchat.tasks.core import CORE_TASKS
 from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.humaneval import HumanEval
 from jaxchat.tasks.registry import TASKS, get_task
-from jaxchat.text.chat import normalize, render_prompt
-from jaxchat.text.tokenizer import train_tokenizer
+from jaxchat.tokenizer import train_tokenizer
+from jaxchat.train_state import TrainState
 from train import evaluate
-from train.exams import capped
-from train.report_markdown import code
-from train.samples import quote
-from train.shares import wilson
+from train.evaluate import capped, quote
+from train.report import code
+from train.statistics import wilson
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, LENGTH = 280, 64

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from jaxchat.config import MeshConfig, load_config
-from jaxchat.mesh import make_mesh
-from jaxchat.model.fp8 import E4M3, E5M2, fp8_dot, quantize
-from jaxchat.optim.groups import make_optimizer
-from jaxchat.optim.horizon import resolve
-from jaxchat.state import init_state, make_train_step
+from jaxchat.low_precision import E4M3, E5M2, fp8_dot, quantize_fp8
+from jaxchat.optimizer import make_optimizer
+from jaxchat.scaling import resolve
+from jaxchat.sharding import make_mesh
+from jaxchat.train_state import init_state, make_train_step
 
 
 def draw(*shape, seed=0, scale=1.0):
@@ -21,7 +21,7 @@ def draw(*shape, seed=0, scale=1.0):
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_quantization_uses_the_whole_range(dtype, scale):
     x = draw(64, 64, scale=scale)
-    q, s = quantize(x, dtype)
+    q, s = quantize_fp8(x, dtype)
     assert q.dtype == dtype and float(jnp.abs(q.astype(jnp.float32)).max()) == float(jnp.finfo(dtype).max)
     bits = jnp.finfo(dtype).nmant
     error = jnp.abs(q.astype(jnp.float32) * s - x)
@@ -30,7 +30,7 @@ def test_quantization_uses_the_whole_range(dtype, scale):
 
 
 def test_zeros_stay_zeros():
-    q, s = quantize(jnp.zeros((3, 4)), E4M3)
+    q, s = quantize_fp8(jnp.zeros((3, 4)), E4M3)
     assert not np.any(q.astype(jnp.float32)) and np.isfinite(float(s))
 
 

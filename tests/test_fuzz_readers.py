@@ -15,18 +15,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jaxchat.config import Config, load_config
-from jaxchat.data.corpus import Unit
+from jaxchat.chat import continued, render, render_prompt
+from jaxchat.config import Config, flatten, load_config, to_toml
 from jaxchat.data.files import read_file, read_records
-from jaxchat.data.rows import Rows, finish_rows, write_rows
-from jaxchat.data.tokenize import Job, read_documents, tokenize_unit
+from jaxchat.data.packing import Rows, finish_rows, write_rows
+from jaxchat.data.shards import Job, read_documents, tokenize_unit
+from jaxchat.data.sources import Unit
 from jaxchat.errors import DataError, JaxchatError, UsageError
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir
-from jaxchat.tasks.persona import load_persona
-from jaxchat.text.chat import continued, render, render_prompt
-from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
-from jaxchat.toml import flatten, to_toml
+from jaxchat.run_dir import RunDir
+from jaxchat.scaling import resolve
+from jaxchat.tasks.identity import load_persona
+from jaxchat.tokenizer import Tokenizer, train_tokenizer
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs the extra dev")
 st = hypothesis.strategies

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxchat import model as gpt
+from jaxchat import model as layers
 from jaxchat.config import ModelConfig
-from jaxchat.model import gpt, layers
-from jaxchat.model.layout import padded_vocab, scan_groups, value_layers, windows
-from jaxchat.recipes import resolve_model
+from jaxchat.scaling import resolve_model
+from jaxchat.sizes import padded_vocab, scan_groups, value_layers, windows
 
 SMALL = {"depth": 5, "width": 64, "n_heads": 4, "n_kv_heads": 2, "seq_len": 32, "vocab_size": 100, "window_short": 6}
 MODERN = resolve_model(ModelConfig(**SMALL))

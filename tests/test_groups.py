@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxchat import model as gpt
+from jaxchat import optimizer as schedules
 from jaxchat.config import load_config, tier_files
 from jaxchat.errors import UsageError
-from jaxchat.model import gpt
-from jaxchat.optim import schedules
-from jaxchat.optim.groups import carry_moments, label_parameters, make_optimizer, make_schedule
-from jaxchat.optim.horizon import resolve
+from jaxchat.optimizer import carry_moments, label_parameters, make_optimizer, make_schedule
+from jaxchat.scaling import resolve
 from train.rl import rl_config
 from train.sft import sft_config
 

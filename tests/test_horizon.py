@@ -2,11 +2,10 @@
 
 import pytest
 
-from jaxchat.config import Config, load_config
+from jaxchat.config import Config, flatten, load_config
 from jaxchat.errors import UsageError
-from jaxchat.model.sizes import count_parameters
-from jaxchat.optim.horizon import derivations, rate_scale, resolve
-from jaxchat.toml import flatten
+from jaxchat.scaling import derivations, rate_scale, resolve
+from jaxchat.sizes import count_parameters
 
 
 def test_modern_horizon_is_12_tokens_per_scaling_parameter():

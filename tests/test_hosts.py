@@ -14,12 +14,12 @@ import pytest
 from whole_run import ROOT, records
 
 import launch
-from jaxchat import hosts
-from jaxchat.data.batches import Batches, val_batches
-from jaxchat.data.rows import Rows, finish_rows, write_rows
+from jaxchat import distributed as hosts
+from jaxchat.data.loader import Batches, val_batches
+from jaxchat.data.packing import Rows, finish_rows, write_rows
 from jaxchat.errors import UsageError
 from jaxchat.log import read_metrics
-from train import machine
+from train import doctor as machine
 
 STEPS, MIDDLE = 6, 3
 TINY = ["model.depth=1", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=300",

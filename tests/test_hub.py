@@ -15,9 +15,11 @@ import pytest
 from fake_hub import COMMIT, FakeHub
 
 from jaxchat.config import DataConfig
-from jaxchat.data import corpus, hub, hub_files
-from jaxchat.data.corpus import iterate_documents
+from jaxchat.data import hub
+from jaxchat.data import hub as hub_files
+from jaxchat.data import sources as corpus
 from jaxchat.data.hub import fetch, parse, text_size
+from jaxchat.data.sources import iterate_documents
 from jaxchat.errors import DataError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent

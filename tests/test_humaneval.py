@@ -12,7 +12,7 @@ import pytest
 
 from jaxchat.config import load_config
 from jaxchat.errors import DataError, UsageError
-from jaxchat.optim.horizon import resolve
+from jaxchat.scaling import resolve
 from jaxchat.tasks import humaneval
 from jaxchat.tasks.files import MissingData, TaskFiles
 from jaxchat.tasks.humaneval import HumanEval, candidate_programs, extract_code

@@ -22,6 +22,7 @@ from random_model import KINDS, config, logits_of, random_model, random_params, 
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer as Backend
 
+from jaxchat.chat import render, render_prompt
 from jaxchat.checkpoint import params_sha256, restore_params, trained_params
 from jaxchat.config import load_config, tier_files
 from jaxchat.engine import Engine
@@ -30,21 +31,29 @@ from jaxchat.interop import huggingface
 from jaxchat.interop.__main__ import main, make_parser
 from jaxchat.interop.card import model_card
 from jaxchat.interop.exported.model import GPT
-from jaxchat.interop.hf_config import architecture_of, from_hf, to_hf
-from jaxchat.interop.huggingface import export_hf, import_hf, read_hf, write_hf
-from jaxchat.interop.names import assemble, leaves, places, tensor
+from jaxchat.interop.huggingface import (
+    architecture_of,
+    assemble,
+    export_hf,
+    from_hf,
+    import_hf,
+    leaves,
+    places,
+    read_hf,
+    tensor,
+    to_hf,
+    write_hf,
+)
 from jaxchat.interop.orbax_export import HOW, export_orbax, write_orbax
 from jaxchat.interop.tokenizer_files import MARK, read_tokenizer, tokenizer_files
 from jaxchat.interop.trained import load_trained
-from jaxchat.model.gpt import abstract_params
-from jaxchat.model.layout import value_layers, windows
-from jaxchat.model.sizes import count_parameters
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import read_json
-from jaxchat.text.chat import render, render_prompt
-from jaxchat.text.tokenizer import Tokenizer
-from train.export import FORMATS, check
-from train.export import run as stage_run
+from jaxchat.model import abstract_params
+from jaxchat.run_dir import read_json
+from jaxchat.scaling import resolve
+from jaxchat.sizes import count_parameters, value_layers, windows
+from jaxchat.tokenizer import Tokenizer
+from train.stages import FORMATS, check
+from train.stages import run_export as stage_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -308,7 +317,7 @@ def test_an_imported_model_is_examined_and_trains_on(tmp_path, corpus):
 
 
 def load(root):
-    from jaxchat.paths import RunDir
+    from jaxchat.run_dir import RunDir
 
     return RunDir(root)
 

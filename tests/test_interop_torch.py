@@ -20,6 +20,7 @@ import torch
 from random_model import KINDS, TEXTS, config, logits_of, random_model, random_run, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from jaxchat.chat import render_prompt
 from jaxchat.checkpoint import params_sha256
 from jaxchat.engine import Engine, Request
 from jaxchat.errors import DataError, UsageError
@@ -27,11 +28,10 @@ from jaxchat.interop.__main__ import main, make_parser
 from jaxchat.interop.exported.modeling_jaxchat import JaxchatConfig, JaxchatForCausalLM
 from jaxchat.interop.huggingface import export_hf, read_hf, write_hf
 from jaxchat.interop.nanochat import import_nanochat, read_nanochat
-from jaxchat.interop.tiktoken_ranks import read_tiktoken
+from jaxchat.interop.tokenizer_files import read_tiktoken
 from jaxchat.interop.trained import load_trained
-from jaxchat.paths import RunDir
-from jaxchat.text.chat import render_prompt
-from jaxchat.text.tokenizer import SPECIAL_TOKENS
+from jaxchat.run_dir import RunDir
+from jaxchat.tokenizer import SPECIAL_TOKENS
 
 torch.set_num_threads(2)
 

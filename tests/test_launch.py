@@ -249,7 +249,7 @@ def test_selection_of_stages():
 
 def test_inputs_leave_out_what_may_change(finished):
     from jaxchat.config import load_config
-    from jaxchat.optim.horizon import resolve
+    from jaxchat.scaling import resolve
 
     config = resolve(load_config(finished / "config.toml"))
     inputs = stage_inputs(stages.select("pretrain", None)[-1], config, records(finished))

@@ -7,8 +7,7 @@ pytest.importorskip("lm_eval", reason="needs pip install lm-eval")
 from lm_eval.api.instance import Instance
 from small_model import CAPACITY, GREETING, learned, tokenizer, write_run
 
-from jaxchat.engine.scoring import Scorer
-from jaxchat.engine.spans import Span
+from jaxchat.engine.scoring import Scorer, Span
 from jaxchat.interop.lm_eval import JaxChat
 
 

@@ -7,17 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxchat import model as gpt
 from jaxchat.checkpoint import Checkpoints, params_sha256
-from jaxchat.config import Config, ModelConfig
+from jaxchat.config import Config, ModelConfig, to_toml
 from jaxchat.engine import Engine, Request
 from jaxchat.engine.loading import load_run
 from jaxchat.errors import DataError, UsageError
-from jaxchat.model import gpt
-from jaxchat.paths import RunDir, write_json
-from jaxchat.recipes import resolve_model
-from jaxchat.state import TrainState
-from jaxchat.text.tokenizer import train_tokenizer
-from jaxchat.toml import to_toml
+from jaxchat.run_dir import RunDir, write_json
+from jaxchat.scaling import resolve_model
+from jaxchat.tokenizer import train_tokenizer
+from jaxchat.train_state import TrainState
 
 MODEL = ModelConfig(depth=1, seq_len=64, vocab_size=270, width=32, n_heads=2, head_width=16)
 SEEDS = {"base": 1, "sft": 2}

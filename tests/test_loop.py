@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 
 from jaxchat.config import MeshConfig, load_config
-from jaxchat.data.batches import Batches
-from jaxchat.data.rows import Rows, finish_rows, write_rows
+from jaxchat.data.loader import Batches
+from jaxchat.data.packing import Rows, finish_rows, write_rows
 from jaxchat.errors import DivergedError, UsageError
 from jaxchat.log import read_metrics
-from jaxchat.mesh import make_mesh, micro_batch
-from jaxchat.optim.horizon import resolve
-from train.bpb import bits_per_byte
-from train.draws import rows_in_order
-from train.loop import Job, fit
+from jaxchat.scaling import resolve
+from jaxchat.sharding import make_mesh, micro_batch
+from train.loop import Job, bits_per_byte, fit, rows_in_order, signals
 from train.pretrain import run as pretrain
-from train.signals import signals
 
 TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=64",
         "model.seq_len=16", "train.batch_tokens=64", "train.steps=12", "train.eval_every=5",
@@ -174,8 +171,8 @@ def test_pretraining_refuses_rows_of_another_tokenizer(finished, tmp_path):
     import shutil
 
     from jaxchat.errors import DataError
-    from jaxchat.paths import RunDir
-    from jaxchat.text.tokenizer import train_tokenizer
+    from jaxchat.run_dir import RunDir
+    from jaxchat.tokenizer import train_tokenizer
 
     shutil.copytree(finished / "data", tmp_path / "data")
     other = train_tokenizer(["another text " * 50, "altogether different " * 50], 270, 10**5, 10**5)

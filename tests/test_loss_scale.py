@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.optim.loss_scale import GROW_AFTER, SMALLEST, START, LossScaleState, dynamic_loss_scale
+from jaxchat.low_precision import GROW_AFTER, SMALLEST, START, LossScaleState, dynamic_loss_scale
 
 
 def after(*gradients, start=None):

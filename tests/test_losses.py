@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.losses import LossSpec, chunked_loss
+from jaxchat.loss import LossSpec, chunked_loss
 
 B, T, D, V, REAL = 3, 24, 16, 64, 50
 

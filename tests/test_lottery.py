@@ -5,14 +5,14 @@ import random
 
 import pytest
 
+from jaxchat.chat import normalize, render, render_prompt
 from jaxchat.config import load_config
 from jaxchat.data import lottery
 from jaxchat.data.lottery import FIELDS, Session, documents, is_held_out, random_session, read_answer, sessions
 from jaxchat.tasks.base import assistant, user
 from jaxchat.tasks.lottery import Lottery
 from jaxchat.tasks.registry import get_task
-from jaxchat.text.chat import normalize, render, render_prompt
-from jaxchat.text.tokenizer import train_tokenizer
+from jaxchat.tokenizer import train_tokenizer
 
 WINNING, BONUS = (1, 2, 3, 4, 5, 6), 7
 TICKETS = {

@@ -12,9 +12,9 @@ from whole_run import TINY, arguments, write_corpus
 
 from jaxchat.config import load_config
 from jaxchat.errors import OutOfMemoryError
-from jaxchat.optim.horizon import resolve
-from train import memory
-from train.machine import available_memory
+from jaxchat.scaling import resolve
+from train import loop as memory
+from train.doctor import available_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 # The limit comes after JAX's start, whose threads reserve more address space the more cores there are.
@@ -61,7 +61,7 @@ def test_too_many_rows_end_with_4_and_the_number_that_fits(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space")
 def test_free_memory_is_what_the_process_may_take(tmp_path):
     program = (
-        "import resource, mmap\nfrom train.machine import available_memory as free\n"
+        "import resource, mmap\nfrom train.doctor import available_memory as free\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28),) * 2)\n"
         "n = free()\nmmap.mmap(-1, int(0.9 * n))\n"

@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat.config import MeshConfig, ModelConfig
 from jaxchat.errors import UsageError
-from jaxchat.mesh import (
+from jaxchat.scaling import resolve_model
+from jaxchat.sharding import (
     batch_devices,
     batch_sharding,
     gathered_sharding,
@@ -16,8 +17,7 @@ from jaxchat.mesh import (
     master_sharding,
     parameter_sharding,
 )
-from jaxchat.model.layout import check_mesh
-from jaxchat.recipes import resolve_model
+from jaxchat.sizes import check_mesh
 
 
 def mesh_of(count, **axes):

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.errors import DataError
+from jaxchat.tasks.choice import question
 from jaxchat.tasks.files import MissingData, TaskFiles
-from jaxchat.tasks.multiple_choice import question
 from jaxchat.tasks.registry import get_task
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"

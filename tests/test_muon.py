@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxchat.optim.muon import (
+from jaxchat.muon import (
     add_cautious_decay,
     equilibrate_rows,
     muon,

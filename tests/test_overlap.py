@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from jaxchat.config import load_config
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir, read_json, write_json
+from jaxchat.run_dir import RunDir, read_json, write_json
+from jaxchat.scaling import resolve
 from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.registry import get_task
-from train import overlap
+from train import contamination as overlap
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 N = overlap.WORDS

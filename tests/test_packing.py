@@ -9,9 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jaxchat.data.corpus import iterate_documents
 from jaxchat.data.packing import MIN_CUT, PackStats, pack_conversations, pack_documents
-from jaxchat.text.tokenizer import train_tokenizer
+from jaxchat.data.sources import iterate_documents
+from jaxchat.tokenizer import train_tokenizer
 
 BOS = 0
 

@@ -18,11 +18,10 @@ from jaxchat.config import load_config
 from jaxchat.engine import Engine, QueueFull
 from jaxchat.engine.request import Token
 from jaxchat.errors import UsageError
-from jaxchat.optim.horizon import resolve
+from jaxchat.scaling import resolve
 from serve.errors import ApiError
 from serve.limits import Keys, Rates
-from serve.page import CSS, HEAD, answer, chat_column, check, complaint, mounted_page
-from serve.page_view import BREAK, TokenSpans, show, turn
+from serve.page import BREAK, CSS, HEAD, TokenSpans, answer, chat_column, check, complaint, mounted_page, show, turn
 from serve.texts import TEXTS
 from serve.worker import EngineStopped, Unavailable
 

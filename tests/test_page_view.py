@@ -12,11 +12,9 @@ from live_service import config
 from small_model import tokenizer
 
 from jaxchat.engine.request import Token
-from jaxchat.paths import RunDir
-from serve.logs import told
-from serve.page import undo
-from serve.page_card import is_base, model_card
-from serve.page_view import BREAK, TokenSpans, next_turn, show, spoken, turn
+from jaxchat.run_dir import RunDir
+from serve.app import told
+from serve.page import BREAK, TokenSpans, is_base, model_card, next_turn, show, spoken, turn, undo
 from serve.texts import TEXTS, texts, wait_page
 
 PARTS = [{"type": "python", "text": "12+30"}, {"type": "python_output", "text": "42"}, {"type": "text", "text": "So."}]

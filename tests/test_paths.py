@@ -10,7 +10,7 @@ import pytest
 
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import MetricsFile, progress, read_metrics
-from jaxchat.paths import RunDir, atomic_write, read_json, sha256_file, write_json
+from jaxchat.run_dir import RunDir, atomic_write, read_json, sha256_file, write_json
 
 
 def test_atomic_write_replaces_whole_and_leaves_nothing_aside(tmp_path):
@@ -39,7 +39,7 @@ def test_json_round_trip_and_errors(tmp_path):
 def test_the_lock_names_the_other_process_and_ends_with_it(tmp_path):
     run = RunDir(tmp_path / "run")
     code = (
-        "import sys; from jaxchat.paths import RunDir\n"
+        "import sys; from jaxchat.run_dir import RunDir\n"
         f"with RunDir({str(run.root)!r}).lock(): print('in', flush=True); sys.stdin.read()"
     )
     root = Path(__file__).resolve().parent.parent

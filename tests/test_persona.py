@@ -4,15 +4,24 @@ import random
 
 import pytest
 
+from jaxchat.chat import normalize
 from jaxchat.config import CONFIG_DIR
 from jaxchat.errors import DataError, UsageError
 from jaxchat.tasks.base import Example
 from jaxchat.tasks.files import TaskFiles
-from jaxchat.tasks.identity import Identity, is_held_out, small_talk
-from jaxchat.tasks.persona import Fact, Persona, load_persona, topics_of
-from jaxchat.tasks.persona_texts import CORES, TONES, WORDINGS
+from jaxchat.tasks.identity import (
+    CORES,
+    TONES,
+    WORDINGS,
+    Fact,
+    Identity,
+    Persona,
+    is_held_out,
+    load_persona,
+    small_talk,
+    topics_of,
+)
 from jaxchat.tasks.registry import get_task
-from jaxchat.text.chat import normalize
 
 EXAMPLE = CONFIG_DIR / "identity" / "example.toml"
 

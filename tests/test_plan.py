@@ -6,8 +6,8 @@ import pytest
 
 from jaxchat.config import load_config
 from jaxchat.errors import UsageError
-from jaxchat.optim.horizon import resolve
-from train.hlo import Program, Transfer
+from jaxchat.scaling import resolve
+from train.compiled import Program, Transfer
 from train.plan import estimate, parse_target, plan, step_seconds
 from train.targets import ATTENTION_SHARE, BANDWIDTH_SHARE, PRODUCT_SHARE
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxchat.config import load_config
 from jaxchat.errors import UsageError
-from train.budget import plan_budget
+from train.plan import plan_budget
 
 
 @pytest.mark.parametrize(("budget", "hours", "target", "message"), [

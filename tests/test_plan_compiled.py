@@ -14,10 +14,10 @@ import jax
 import pytest
 
 from jaxchat.config import load_config
-from jaxchat.mesh import make_mesh
-from jaxchat.optim.horizon import resolve
+from jaxchat.scaling import resolve
+from jaxchat.sharding import make_mesh
 from train.compiled import largest_rows
-from train.plan_table import show
+from train.plan import show
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["model.depth=2", "model.width=128", "model.head_width=64", "model.vocab_size=512", "model.seq_len=256",

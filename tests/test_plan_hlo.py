@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from train.hlo import analyse, shape_bytes
+from train.compiled import analyse, shape_bytes
 
 HERE = Path(__file__).resolve().parent
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxchat.errors import UsageError
-from jaxchat.model.sizes import peak_flops
+from jaxchat.sizes import peak_flops
 from train.targets import CHIPS, SLICES, NoCompiler, chip_of, parse_target, target_devices
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,12 +12,21 @@ from whole_run import ROOT, TINY, arguments
 import launch
 from jaxchat.config import load_config
 from jaxchat.errors import DataError, UsageError
-from jaxchat.model.sizes import flops_per_token
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir
-from train.accelerators import look
-from train.disk import check_room, checkpoint_bytes, disk_parts, sft_tokens, used
-from train.preflight import before_training, check_time, product_rate, training_flops
+from jaxchat.run_dir import RunDir
+from jaxchat.scaling import resolve
+from jaxchat.sizes import flops_per_token
+from train.doctor import look
+from train.preflight import (
+    before_training,
+    check_room,
+    check_time,
+    checkpoint_bytes,
+    disk_parts,
+    product_rate,
+    sft_tokens,
+    training_flops,
+    used,
+)
 from train.stages import STAGES, remaining, select
 
 ALL = {stage.name for stage in STAGES}
@@ -78,7 +87,7 @@ def test_what_is_no_device(tmp_path, files):
 
 def test_the_line_comes_where_jax_is_on_the_cpu_and_was_not_told_to_be(tmp_path):
     machine(tmp_path, GPU)
-    code = "from train.accelerators import unused_accelerator as u; from pathlib import Path; import sys\n"
+    code = "from train.doctor import unused_accelerator as u; from pathlib import Path; import sys\n"
     code += "print(u(Path(sys.argv[1])))"
     said = {}
     for platforms in ("", "cpu"):

@@ -14,17 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxchat.config import Config, DataConfig, ModelConfig
-from jaxchat.data.corpus import iterate_documents
-from jaxchat.data.packing import PackStats, pack_documents
-from jaxchat.data.rows import Rows
-from jaxchat.data.tokenize import read_documents
+from jaxchat.config import Config, DataConfig, ModelConfig, to_toml
+from jaxchat.data.packing import PackStats, Rows, pack_documents
+from jaxchat.data.shards import read_documents
+from jaxchat.data.sources import iterate_documents
 from jaxchat.errors import DataError, UsageError
-from jaxchat.paths import RunDir, write_json
-from jaxchat.text.tokenizer import Tokenizer
-from jaxchat.toml import to_toml
+from jaxchat.run_dir import RunDir, write_json
+from jaxchat.tokenizer import Tokenizer
 from train import prepare
-from train import tokenizer as tokenizer_stage
+from train import prepare as tokenizer_stage
 
 SEQ_LEN = 64
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +42,7 @@ def run(book, tmp_path):
         data=DataConfig(source=f"files:{book}", val_fraction=0.1, shard_tokens=50_000),
     )
     run = RunDir(tmp_path / "run")
-    tokenizer_stage.run(config, run)
+    tokenizer_stage.run_tokenizer(config, run)
     return config, run
 
 
@@ -124,8 +122,8 @@ def test_what_an_interrupted_run_has_finished_is_kept(run):
 KILLED = """
 import os, signal, sys
 from jaxchat.config import load_config
-from jaxchat.data.corpus import Unit
-from jaxchat.paths import RunDir
+from jaxchat.data.sources import Unit
+from jaxchat.run_dir import RunDir
 from train import prepare
 
 place, config, folder = sys.argv[1:]
@@ -233,7 +231,7 @@ def test_shards_of_another_tokenizer_are_not_used(run):
     facts = prepared(config, run)
     smaller = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=390))
     old = Tokenizer.load(run.tokenizer)
-    tokenizer_stage.run(smaller, run)
+    tokenizer_stage.run_tokenizer(smaller, run)
     with pytest.raises(DataError, match="made with another tokenizer"):
         list(read_documents(run.data / "tokens" / "00000", "train", Tokenizer.load(run.tokenizer).digest))
     with pytest.raises(DataError, match="made with another tokenizer"):

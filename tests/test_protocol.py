@@ -6,7 +6,7 @@ import time
 import pytest
 from live_service import live
 
-from serve import protocol
+from serve import app as protocol
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ from whole_run import arguments, finish, start
 import launch
 from jaxchat.config import load_config
 from jaxchat.log import read_metrics
-from jaxchat.optim.horizon import resolve
-from jaxchat.text.tokenizer import train_tokenizer
-from train import forecast, rehearse
+from jaxchat.scaling import resolve
+from jaxchat.tokenizer import train_tokenizer
+from train import rehearse
+from train import rehearse as forecast
 
 # so few steps that none of them is saved on its way: at this size a save takes longer than all of them
 SELDOM = ["train.checkpoint_every=1000", "rl.checkpoint_every=1000"]

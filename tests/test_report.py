@@ -7,14 +7,13 @@ import pytest
 from report_runs import BATCH, EXAMS, FACTS, HARDWARE, SECONDS, make_config, make_run, metrics
 
 from jaxchat.config import load_config
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import read_json, write_json
-from train import cost, report, report_exams
-from train.report_blocks import Fold, Listing, Table, Turn
-from train.report_markdown import code, markdown
-from train.report_plots import dynamics_plot
-from train.report_text import card_blocks, duration, turns
-from train.samples import quote
+from jaxchat.run_dir import read_json, write_json
+from jaxchat.scaling import resolve
+from train import report
+from train import report as report_exams
+from train import targets as cost
+from train.evaluate import quote
+from train.report import Fold, Listing, Table, Turn, card_blocks, code, duration, dynamics_plot, markdown, turns
 
 
 @pytest.fixture(scope="module")

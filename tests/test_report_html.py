@@ -8,9 +8,10 @@ from html.parser import HTMLParser
 import pytest
 from report_runs import EXAMS, make_config, make_run
 
-from jaxchat.paths import read_json
-from train import report, report_html
-from train.report_blocks import Mono, Paragraph, Table
+from jaxchat.run_dir import read_json
+from train import report
+from train import report as report_html
+from train.report import Mono, Paragraph, Table
 
 VOID = {"meta", "source", "img"}
 LOADING = {"src", "srcset", "href", "data", "action", "poster", "background", "xlink:href"}

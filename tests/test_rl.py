@@ -18,24 +18,32 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from small_model import write_run
 
+from jaxchat import model as gpt
 from jaxchat.checkpoint import params_sha256, restore_params
 from jaxchat.config import MeshConfig, load_config
 from jaxchat.errors import DataError, InterruptedRun, UsageError
 from jaxchat.log import read_metrics
-from jaxchat.mesh import batch_sharding, make_mesh
-from jaxchat.model import gpt
-from jaxchat.optim.groups import make_optimizer
-from jaxchat.optim.horizon import resolve
-from jaxchat.scores import make_nll_step
-from jaxchat.state import TrainState, init_state, make_train_step
+from jaxchat.optimizer import make_optimizer
+from jaxchat.scaling import resolve
+from jaxchat.sharding import batch_sharding, make_mesh
 from jaxchat.tasks import registry
 from jaxchat.tasks.base import Example, WrittenTask, user
+from jaxchat.train_state import TrainState, init_state, make_nll_step, make_train_step
 from train import rl
-from train.rl_batch import advantages, build, longest, micro_batches, on_mesh, rewards, row_lengths
-from train.rl_rollouts import Answers, sample_seed
-from train.rl_scores import kl_per_token
-from train.shares import pass_at_k
+from train.rl import (
+    Answers,
+    advantages,
+    build,
+    kl_per_token,
+    longest,
+    micro_batches,
+    on_mesh,
+    rewards,
+    row_lengths,
+    sample_seed,
+)
 from train.stages import STAGES
+from train.statistics import pass_at_k
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSIC = ["model.recipe=classic", "model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16",

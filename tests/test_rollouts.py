@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 from small_model import CAPACITY, CONFIG, GREETING, QUESTION, SHAPES, learned, tokenizer
 
+from jaxchat import model as gpt
 from jaxchat.config import load_config
 from jaxchat.engine import Engine, Request
-from jaxchat.engine.programs import Programs
+from jaxchat.engine.device import Programs
 from jaxchat.engine.turn import TOOL_ERROR, Turn
-from jaxchat.mesh import make_mesh
-from jaxchat.model import gpt
-from jaxchat.optim.horizon import resolve
+from jaxchat.scaling import resolve
+from jaxchat.sharding import make_mesh
 from jaxchat.tasks.base import Example, user
 from jaxchat.tasks.files import NO_FILES
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.registry import get_task
-from train.rl_batch import advantages, rewards
-from train.rl_rollouts import Rollouts, sample_seed
+from train.rl import Rollouts, advantages, rewards, sample_seed
 
 WARM = {"temperature": 1.0, "top_k": 50, "max_tokens": 20}
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from jaxchat.data.rows import Rows, finish_rows, write_rows
+from jaxchat.data.packing import Rows, finish_rows, write_rows
 from jaxchat.errors import DataError
-from jaxchat.paths import write_sealed
+from jaxchat.run_dir import write_sealed
 
 PAD, VOCAB, ROW_LEN = 7, 300, 16
 

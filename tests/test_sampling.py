@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.engine.sampling import _largest_by_digits, _largest_by_guessing, _threshold, sample
+from jaxchat.engine.device import _largest_by_digits, _largest_by_guessing, _threshold, sample
 
 V = 50
 

@@ -33,18 +33,15 @@ from hostile_programs import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxchat.tools import (
-    sandbox,
-    sandbox_child,
-    sandbox_landlock,
-    sandbox_limits,
-    sandbox_process,
-    sandbox_scratch,
-    sandbox_seccomp,
-    sandbox_values,
-)
+from jaxchat.tools import sandbox, sandbox_child
+from jaxchat.tools import sandbox as sandbox_process
+from jaxchat.tools import sandbox as sandbox_scratch
+from jaxchat.tools import sandbox_child as sandbox_landlock
+from jaxchat.tools import sandbox_child as sandbox_limits
+from jaxchat.tools import sandbox_child as sandbox_seccomp
+from jaxchat.tools import sandbox_child as sandbox_values
 from jaxchat.tools.sandbox import Layers, Policy, Probe, Sandbox, SandboxError
-from jaxchat.tools.sandbox_values import BadMessage, Opaque, pack, unpack
+from jaxchat.tools.sandbox_child import BadMessage, Opaque, pack, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (1, 2, 3)

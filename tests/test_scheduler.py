@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 from small_model import CAPACITY, CONFIG, GREETING, QUESTION, learned, tokenizer
 
-from jaxchat.engine import Engine, Event, Request, programs
+from jaxchat.engine import Engine, Event, Request
+from jaxchat.engine import device as programs
 from jaxchat.errors import DataError, UsageError
-from jaxchat.text.tokenizer import train_tokenizer
+from jaxchat.tokenizer import train_tokenizer
 
 NAMES = ("admit", "decode_chunk", "mark", "prolong", "release", "resume", "score_tokens", "start", "swap", "take")
 

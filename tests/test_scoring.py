@@ -15,13 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxchat import model as gpt
 from jaxchat.config import MeshConfig, ModelConfig
-from jaxchat.engine.branching import score_targets
-from jaxchat.engine.scoring import Scorer
-from jaxchat.engine.spans import Span, common_prefix, lengths, tails
-from jaxchat.mesh import make_mesh
-from jaxchat.model import gpt
-from jaxchat.recipes import resolve_model
+from jaxchat.engine.scoring import Scorer, Span, common_prefix, lengths, score_targets, tails
+from jaxchat.scaling import resolve_model
+from jaxchat.sharding import make_mesh
 
 V, CONTEXT = 90, 128
 SHAPES = {

@@ -10,7 +10,7 @@ import pytest
 from live_service import live, slowed
 from small_model import GREETING, QUESTION
 
-from serve.logs import JsonLines
+from serve.app import JsonLines
 from serve.metrics import Metrics
 
 CHAT = "/v1/chat/completions"

@@ -16,7 +16,7 @@ from small_model import GREETING, write_run
 
 from jaxchat.engine.loading import trained_stages
 from jaxchat.errors import DataError, UsageError
-from jaxchat.paths import RunDir
+from jaxchat.run_dir import RunDir
 from serve.app import bind
 
 ROOT = Path(__file__).resolve().parent.parent

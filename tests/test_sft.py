@@ -10,21 +10,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jaxchat.chat import render
 from jaxchat.config import Config, DataConfig, SftConfig, load_config
-from jaxchat.data.corpus import iterate_documents
-from jaxchat.data.dialogues import spoken
-from jaxchat.data.packing import PackStats, pack_conversations
-from jaxchat.data.rows import Rows
+from jaxchat.data.packing import PackStats, Rows, pack_conversations
+from jaxchat.data.sources import iterate_documents
 from jaxchat.errors import DataError, UsageError
-from jaxchat.optim.horizon import resolve
-from jaxchat.optim.schedules import trapezoid
-from jaxchat.paths import RunDir
+from jaxchat.optimizer import trapezoid
+from jaxchat.run_dir import RunDir
+from jaxchat.scaling import resolve
+from jaxchat.tasks.conversations import SmolTalk, spoken
 from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.identity import Identity
 from jaxchat.tasks.registry import get_task
-from jaxchat.tasks.smoltalk import SmolTalk
-from jaxchat.text.chat import render
-from jaxchat.text.tokenizer import ASSISTANT_END, train_tokenizer
+from jaxchat.tokenizer import ASSISTANT_END, train_tokenizer
 from train import sft
 from train.loop import Job, fit
 from train.sft import mixture, sft_config

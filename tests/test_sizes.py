@@ -5,10 +5,11 @@ import dataclasses
 import jax
 import pytest
 
+from jaxchat import model as gpt
 from jaxchat.config import ModelConfig, load_config, tier_files
-from jaxchat.mesh import LOGICAL_TO_MESH
-from jaxchat.model import gpt
-from jaxchat.model.sizes import (
+from jaxchat.scaling import resolve, resolve_model
+from jaxchat.sharding import LOGICAL_TO_MESH
+from jaxchat.sizes import (
     count_parameters,
     decode_bytes_per_step,
     exam_row_bytes,
@@ -18,8 +19,6 @@ from jaxchat.model.sizes import (
     matmul_parameters,
     peak_flops,
 )
-from jaxchat.optim.horizon import resolve
-from jaxchat.recipes import resolve_model
 
 TIERS = [load_config(path.stem) for path in tier_files()]
 MODELS = [resolve(config).model for config in TIERS if not config.data.size_model]  # that one's is its text's

@@ -7,13 +7,12 @@ import re
 
 import pytest
 
-from jaxchat.config import load_config
-from jaxchat.data.corpus import iterate_documents
+from jaxchat.config import load_config, to_toml
+from jaxchat.data.sources import iterate_documents
 from jaxchat.errors import DataError, UsageError
-from jaxchat.optim.horizon import derivations, resolve
-from jaxchat.text.tokenizer import train_tokenizer
-from jaxchat.toml import to_toml
-from train.sizing import sized
+from jaxchat.scaling import derivations, resolve
+from jaxchat.tokenizer import train_tokenizer
+from train.prepare import sized
 
 
 def book(path, size):

@@ -5,18 +5,18 @@ import re
 import pytest
 from small_model import tokenizer
 
+from jaxchat.chat import render
 from jaxchat.engine.turn import Turn
 from jaxchat.tasks.base import Example
+from jaxchat.tasks.generated import QUESTIONS, spelling_solution, words
 from jaxchat.tasks.registry import get_task
-from jaxchat.tasks.spelling_bee import QUESTIONS, solution, words
-from jaxchat.text.chat import render
 
 TASK = get_task("spelling_bee")
 WORDING = {word for text in QUESTIONS for word in re.findall("[a-z]+", text.lower())}
 
 
 def test_a_solution_spells_counts_and_checks():
-    assert solution("strawberry", "r")["content"] == [
+    assert spelling_solution("strawberry", "r")["content"] == [
         {"type": "text", "text": "strawberry: s, t, r 1, a, w, b, e, r 2, r 3, y. Check: "},
         {"type": "python", "text": "'strawberry'.count('r')"},
         {"type": "python_output", "text": "3"},

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxchat import model as gpt
 from jaxchat.config import load_config
-from jaxchat.model import gpt
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RunDir
-from jaxchat.state import TrainState
-from jaxchat.text.tokenizer import train_tokenizer
-from train.exams import Model
-from train.spot_check import spot_checks
+from jaxchat.run_dir import RunDir
+from jaxchat.scaling import resolve
+from jaxchat.tokenizer import train_tokenizer
+from jaxchat.train_state import TrainState
+from train.evaluate import Model, spot_checks
 
 SHAPE = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=300",
          "model.seq_len=128", "train.batch_tokens=512", "train.steps=1", "eval.batch_rows=4"]  # fmt: skip
@@ -43,7 +42,7 @@ def test_exams_of_a_model_on_its_way(tmp_path, tokenizer, capsys):
     check(state, 6)
     model = Model(config, RunDir(tmp_path / "other"), "sft", jax.device_get(params), tokenizer)
     from jaxchat.tasks.identity import Identity
-    from train.exams import capped
+    from train.evaluate import capped
 
     asked = model.written(Identity(), capped(len(Identity().examples()), 3))
     assert found["exam/identity"] == asked["metric"]

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxchat.data import spread as module
+from jaxchat.data import shards as module
 from jaxchat.data.files import check_encoding
-from jaxchat.data.spread import spread, workers_for
-from jaxchat.data.tokenize import token_dtype
+from jaxchat.data.shards import spread, token_dtype, workers_for
 from jaxchat.errors import DataError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +87,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 import sys
 sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]
 from sleeper import sleep
-from jaxchat.data.spread import spread
+from jaxchat.data.shards import spread
 if __name__ == "__main__":
     list(spread(sleep, [{str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}], "local", 2))
 """

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxchat import model as gpt
 from jaxchat.config import MeshConfig, load_config
-from jaxchat.mesh import make_mesh
-from jaxchat.model import gpt
-from jaxchat.optim.groups import make_optimizer
-from jaxchat.optim.horizon import resolve
-from jaxchat.optim.loss_scale import find_scale
-from jaxchat.scores import make_eval_step
-from jaxchat.state import compute_dtype, init_state, make_train_step, scan_unroll
+from jaxchat.low_precision import find_scale
+from jaxchat.optimizer import make_optimizer
+from jaxchat.scaling import resolve
+from jaxchat.sharding import make_mesh
+from jaxchat.train_state import compute_dtype, init_state, make_eval_step, make_train_step, scan_unroll
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=64",

@@ -6,8 +6,8 @@ import shutil
 from whole_run import arguments, finish, records, start
 
 from jaxchat.log import console
-from jaxchat.paths import RunDir
-from train.summary import headline, summarize
+from jaxchat.run_dir import RunDir
+from train.report import headline, summarize
 
 
 def said(run, left):

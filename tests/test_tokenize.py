@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from jaxchat.data import tokenize
-from jaxchat.data.corpus import Unit, document_hash
-from jaxchat.data.tokenize import Job, read_documents, read_manifest, token_dtype, tokenize_unit
+from jaxchat.data import shards as tokenize
+from jaxchat.data.shards import Job, read_documents, read_manifest, token_dtype, tokenize_unit
+from jaxchat.data.sources import Unit, document_hash
 from jaxchat.errors import DataError
-from jaxchat.paths import write_sealed
-from jaxchat.text.tokenizer import train_tokenizer
+from jaxchat.run_dir import write_sealed
+from jaxchat.tokenizer import train_tokenizer
 
 TEXTS = [f"Document {i}: " + "안녕 hello <|bos|> \ud800" * (i % 7) for i in range(1200)]
 LIMIT = 0.1

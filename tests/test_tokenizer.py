@@ -12,12 +12,11 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from jaxchat.config import Config, DataConfig, ModelConfig, TokenizerConfig
-from jaxchat.data.corpus import iterate_documents
+from jaxchat.data.sources import iterate_documents
 from jaxchat.errors import DataError, UsageError
-from jaxchat.paths import RunDir, read_json
-from jaxchat.text.ranks import from_ranks
-from jaxchat.text.tokenizer import BOS, SPECIAL_TOKENS, SPLIT, Tokenizer, train_tokenizer
-from train import tokenizer as stage
+from jaxchat.run_dir import RunDir, read_json
+from jaxchat.tokenizer import BOS, SPECIAL_TOKENS, SPLIT, Tokenizer, from_ranks, train_tokenizer
+from train import prepare as stage
 
 VOCAB = 700
 HARD_TEXTS = [
@@ -284,7 +283,7 @@ def test_stage_trains_on_the_training_text_and_measures_on_the_rest(tmp_path, sa
         model=ModelConfig(vocab_size=500), data=DataConfig(source=f"files:{tmp_path}/*.txt", val_fraction=0.1)
     )
     run = RunDir(tmp_path / "run")
-    facts = stage.run(config, run)
+    facts = stage.run_tokenizer(config, run)
     loaded = Tokenizer.load(run.tokenizer)
     assert facts["vocab_size"] == loaded.vocab_size == 500 and facts["digest"] == loaded.digest and facts["trained"]
     expected = train_tokenizer(iterate_documents(config.data.source, "train", 0.1), 500, 10**9, 10_000)
@@ -294,13 +293,15 @@ def test_stage_trains_on_the_training_text_and_measures_on_the_rest(tmp_path, sa
     assert facts["bytes_per_token"] == pytest.approx(size / sum(map(len, map(loaded.encode, held_out))))
     # an existing one is taken as it is, if the model has room for it
     taken = TokenizerConfig(path=str(run.tokenizer / "tokenizer.json"))
-    again = stage.run(
+    again = stage.run_tokenizer(
         Config(model=ModelConfig(vocab_size=512), data=config.data, tokenizer=taken), RunDir(tmp_path / "b")
     )
     assert again["digest"] == facts["digest"] and not again["trained"]
     shutil.rmtree(tmp_path / "b")
     with pytest.raises(UsageError, match="model.vocab_size=500"):
-        stage.run(Config(model=ModelConfig(vocab_size=499), data=config.data, tokenizer=taken), RunDir(tmp_path / "b"))
+        stage.run_tokenizer(
+            Config(model=ModelConfig(vocab_size=499), data=config.data, tokenizer=taken), RunDir(tmp_path / "b")
+        )
     assert not (tmp_path / "b").exists()
 
 
@@ -317,7 +318,9 @@ def test_a_stage_that_cannot_do_it_leaves_nothing(tmp_path, sample, options, err
     (tmp_path / "a.txt").write_text("\n\n".join(sample[:50]), encoding="utf-8")
     source = DataConfig(source=f"files:{tmp_path}/a.txt", val_fraction=0.1)
     with pytest.raises(error, match=words):
-        stage.run(Config(model=ModelConfig(vocab_size=9000), data=source, tokenizer=options), RunDir(tmp_path / "run"))
+        stage.run_tokenizer(
+            Config(model=ModelConfig(vocab_size=9000), data=source, tokenizer=options), RunDir(tmp_path / "run")
+        )
     assert not (tmp_path / "run").exists()
 
 

@@ -15,7 +15,7 @@ from test_loop import job, rows  # noqa: F401 - a fixture
 from jaxchat.config import load_config
 from jaxchat.errors import InterruptedRun, UsageError
 from jaxchat.log import read_metrics
-from jaxchat.paths import RunDir
+from jaxchat.run_dir import RunDir
 from train import trackers
 from train.loop import fit
 from train.stages import run_stages, select

@@ -4,10 +4,10 @@ import functools
 
 import pytest
 
-from jaxchat.engine.decode import FORCED
+from jaxchat.engine.device import FORCED
 from jaxchat.engine.request import Event
 from jaxchat.engine.turn import TOOL_ERROR, Turn
-from jaxchat.text.tokenizer import Tokenizer, train_tokenizer
+from jaxchat.tokenizer import Tokenizer, train_tokenizer
 
 
 @functools.cache

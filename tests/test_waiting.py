@@ -2,11 +2,10 @@
 
 from small_model import tokenizer
 
-from jaxchat.engine.outcome import take_in
+from jaxchat.engine.device import FULL, RUNNING, STOPPED
 from jaxchat.engine.request import Handle, Request
-from jaxchat.engine.slots import FULL, RUNNING, STOPPED
+from jaxchat.engine.scheduler import Waiting, take_in
 from jaxchat.engine.turn import Turn
-from jaxchat.engine.waiting import Waiting
 
 
 def handle(client="", **settings):

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from jaxchat.errors import UsageError
+from jaxchat.tasks.generated import WordProblems, is_held_out_problem
 from jaxchat.tasks.registry import TASKS, get_task, parse_mixture_entry
-from jaxchat.tasks.word_problems import WordProblems, is_held_out
 from jaxchat.tools.calculator import calculate
 
 TASK = WordProblems()
@@ -26,9 +26,9 @@ def test_training_never_shows_an_exam_pair():
 
 
 def test_about_one_pair_in_ten_is_held_out_in_either_order():
-    held_out = [(a, b) for a in range(2, 100) for b in range(2, 100) if is_held_out(a, b)]
+    held_out = [(a, b) for a in range(2, 100) for b in range(2, 100) if is_held_out_problem(a, b)]
     assert 0.08 < len(held_out) / 98**2 < 0.12
-    assert all(is_held_out(b, a) for a, b in held_out)
+    assert all(is_held_out_problem(b, a) for a, b in held_out)
 
 
 def test_solutions_are_the_calculators():

@@ -9,8 +9,7 @@ from small_model import CONFIG, GREETING, QUESTION, learned, tokenizer
 
 from jaxchat.engine import Engine
 from jaxchat.errors import UsageError
-from serve.fitting import fitting_request
-from serve.worker import EngineStopped, Worker
+from serve.worker import EngineStopped, Worker, fitting_request
 
 
 @pytest.fixture(scope="module")

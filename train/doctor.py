@@ -8,10 +8,14 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,17 +24,187 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from jaxchat.attention import TOLERANCE, choose_backend, disagreement
 from jaxchat.config import Config, MeshConfig
 from jaxchat.log import waiting
-from jaxchat.mesh import make_mesh
-from jaxchat.model.backends import TOLERANCE, choose_backend, disagreement
-from jaxchat.model.sizes import peak_flops
-from jaxchat.state import compute_dtype
+from jaxchat.sharding import make_mesh
+from jaxchat.sizes import peak_flops
 from jaxchat.tools.sandbox import LEVELS, probe
-from jaxchat.tools.sandbox_landlock import abi
-from train.accelerators import unused_accelerator
-from train.machine import available_memory, hardware, versions
-from train.targets import install_command
+from jaxchat.tools.sandbox_child import abi
+from jaxchat.train_state import compute_dtype
+
+from .targets import install_command
+
+# What a run was made with: versions, hardware, the code's commit, the peak of memory.
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide what a run computes."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def hardware() -> dict[str, Any]:
+    """Devices and processes of the whole run; cores and memory of this host."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind if device.platform != "cpu" else (platform.processor() or platform.machine()),
+        "devices": jax.device_count(),
+        "hosts": jax.process_count(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
+    }
+
+
+def peak_rss() -> int | None:
+    """Bytes, or None on Windows; Linux counts kilobytes, macOS bytes."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory() -> int | None:
+    """Bytes that this process could still take: the host's, within the limits of container and process.
+
+    None where the system does not say (anything but Linux).
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        found.append(limit - used)
+    with contextlib.suppress(OSError, ImportError):
+        import resource
+
+        limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], int(Path("/proc/self/statm").read_text().split()[0])
+        if limit != resource.RLIM_INFINITY:
+            found.append(limit - used * resource.getpagesize())
+    return max(0, min(found)) if found else None
+
+
+def commit() -> str | None:
+    """The code's git commit, with + where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None  # installed inside somebody else's checkout
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# Accelerators of this machine, found without JAX, and the line that brings the JAX for one that it does not use.
+
+
+NEW_DRIVER = 580  # from which on CUDA 13 runs; older ones need CUDA 12
+NEW_CAPABILITY = 7.5  # the least that CUDA 13 compiles for
+GOOGLE, TPUS = "0x1ae0", ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # PCI; v2 to TPU7x
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A device of this machine, whether or not JAX can use it. `install`: what brings its JAX."""
+
+    name: str
+    install: str
+    plugins: tuple[str, ...]  # modules, any of which means that its JAX is installed
+
+
+def look(root: Path = Path("/")) -> list[Accelerator]:
+    """Return the NVIDIA, AMD and TPU devices of the machine whose file system is `root`, found without JAX."""
+    found = []
+    card = _nvidia_smi(root)
+    if card or any((root / "dev").glob("nvidia[0-9]*")):
+        name, driver, capability = card or ("NVIDIA GPU", _driver(root), None)
+        old = (driver or NEW_DRIVER) < NEW_DRIVER or (capability or NEW_CAPABILITY) < NEW_CAPABILITY
+        plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+        found.append(Accelerator(name, install_command("cuda12" if old else "cuda"), plugins))
+    if (root / "dev/kfd").exists() and _has_amd_gpu(root):
+        line = f"pip install 'jax[rocm7-local]=={jax.__version__}' (needs ROCm 7; not tried with jaxchat)"
+        found.append(Accelerator("AMD GPU", line, ("jax_plugins.xla_rocm7", "jax_plugins.xla_rocm10")))
+    if any((root / "dev").glob("accel[0-9]*")) or _has_tpu(root):
+        found.append(Accelerator("TPU", install_command("tpu"), ("libtpu",)))
+    return found
+
+
+def unused_accelerator(root: Path = Path("/")) -> str | None:
+    """Return one line that names a device JAX does not use and what to do; None where there is none.
+
+    None too where the user asked for the CPU (JAX_PLATFORMS).
+    """
+    # ours says what to install; it must be there before JAX looks for devices
+    logging.getLogger("jax._src.xla_bridge").addFilter(_is_other)
+    if getattr(jax.config, "jax_platforms", None) == "cpu" or jax.default_backend() != "cpu":
+        return None
+    if not (found := look(root)):
+        return None
+    device = found[0]
+    if any(map(_is_installed, device.plugins)):
+        return f"{device.name}: its JAX is installed but does not start; python launch.py --doctor says why"
+    return f"{device.name}: this JAX computes on the CPU; {device.install}"
+
+
+def _is_other(record: logging.LogRecord) -> bool:
+    """Whether a line of JAX's log is not its own hint that a device may be present."""
+    return "may be present" not in record.getMessage()
+
+
+def _nvidia_smi(root: Path) -> tuple[str, int, float] | None:
+    """(name, driver's major version, compute capability) of the first card that nvidia-smi lists."""
+    places = [root / "usr/bin/nvidia-smi", root / "usr/lib/wsl/lib/nvidia-smi"]
+    if root == Path("/") and (elsewhere := shutil.which("nvidia-smi")):
+        places.append(Path(elsewhere))
+    for program in (path for path in places if path.is_file()):
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+            query = [str(program), "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+            done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+            name, driver, capability = done.stdout.splitlines()[0].split(", ")
+            return name, int(driver.split(".")[0]), float(capability)
+    return None
+
+
+def _driver(root: Path) -> int | None:
+    with contextlib.suppress(OSError):
+        text = (root / "proc/driver/nvidia/version").read_text()
+        if match := re.search(r"Kernel Module.*?\s(\d+)\.\d+", text):
+            return int(match[1])
+    return None
+
+
+def _has_amd_gpu(root: Path) -> bool:
+    """Whether the kernel's list of AMD compute nodes has one with SIMD units; True where there is no list."""
+    nodes = list((root / "sys/class/kfd/kfd/topology/nodes").glob("*/properties"))
+    return not nodes or any(re.search(r"simd_count [1-9]", _read(node)) for node in nodes)
+
+
+def _has_tpu(root: Path) -> bool:
+    """Whether a TPU is on the PCI bus: newer TPU machines have it under /dev/vfio, as any other device."""
+    vendors = (root / "sys/bus/pci/devices").glob("*/vendor")
+    return any(_read(v) == GOOGLE and _read(v.with_name("device")) in TPUS for v in vendors)
+
+
+def _read(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text().strip()
+    return ""
+
+
+def _is_installed(module: str) -> bool:
+    with contextlib.suppress(ModuleNotFoundError):  # of the package it would be in
+        return importlib.util.find_spec(module) is not None
+    return False
+
 
 # extra of pyproject.toml -> (a module that comes with it, what it is for)
 EXTRAS = {

@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
+import math
 import signal
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,32 +22,203 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxchat import hosts
+from jaxchat import distributed as hosts
 from jaxchat.checkpoint import Checkpoints, check_recorded, params_sha256
 from jaxchat.config import Config
-from jaxchat.data.rows import Rows
-from jaxchat.errors import DivergedError, InterruptedRun
+from jaxchat.data.loader import Batches, own_columns, place, val_batches
+from jaxchat.data.packing import Rows
+from jaxchat.errors import DivergedError, InterruptedRun, JaxchatError, OutOfMemoryError
 from jaxchat.log import MetricsFile, Task, animated, progress, say
-from jaxchat.mesh import batch_devices, make_mesh, micro_batch
-from jaxchat.model.sizes import flops_per_token, peak_flops
-from jaxchat.optim.groups import advance_schedules, carry_moments, make_optimizer, make_schedule
-from jaxchat.paths import RunDir
-from jaxchat.scores import make_eval_step
-from jaxchat.state import (
+from jaxchat.optimizer import advance_schedules, carry_moments, make_optimizer, make_schedule
+from jaxchat.run_dir import RunDir
+from jaxchat.sharding import batch_devices, batch_sharding, make_mesh, micro_batch
+from jaxchat.sizes import flops_per_token, peak_flops
+from jaxchat.train_state import (
     Batch,
     TrainState,
     abstract_state,
     check_kernels,
     compute_dtype,
     init_state,
+    make_eval_step,
     make_train_step,
 )
-from train.bpb import bits_per_byte, with_error
-from train.draws import Draw, rows_in_order
-from train.memory import explained
-from train.plots import loss_plot
-from train.signals import signals
-from train.trackers import trackers
+
+from .doctor import available_memory
+from .plots import loss_plot
+from .statistics import Z95
+from .trackers import trackers
+
+# Signals that ask a training to save and leave.
+
+
+@contextlib.contextmanager
+def signals(asked: Callable[[int], None]) -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGHUP (the terminal is gone) call `asked`, so that the loop saves and leaves.
+
+    A second SIGINT stops at once.
+
+    Main thread only; elsewhere nothing happens.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        asked(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's is left alone
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# What a training step learns from.
+
+
+@dataclass
+class Draw:
+    """What one step trains on. `batch` None: there is nothing to learn, and the step makes no update.
+
+    `tokens`: how many the step adds to the count; `trained`: how many go through the update, for the MFU; `facts` go
+    into its record.
+    """
+
+    batch: Batch | None
+    tokens: int
+    trained: int
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+def rows_in_order(
+    config: Config,
+    rows: Rows,
+    shape: tuple[int, int],
+    done: int,
+    mesh: Mesh,
+    left_out: Sequence[int] = (),
+) -> Callable[[TrainState, int], Draw]:
+    """Batches of `rows`, of shape (rows of a micro-batch, micro-batches), from step `done` on and read ahead.
+
+    What is drawn does not depend on the state. The batches of the numbers `left_out` never come.
+    """
+    batches = Batches(rows, *shape, config.seed).iterate(done, batch_sharding(mesh), left_out)
+    tokens = config.train.batch_tokens
+    return lambda state, step: Draw(next(batches), tokens, tokens)
+
+
+# Bits per byte of held-out rows: nats over the targets that stand for text, by the bytes of that text.
+
+
+def bits_per_byte(
+    eval_step: Any, params: Any, rows: Rows, byte_lengths: np.ndarray, batch_rows: int, max_rows: int, mesh: Mesh
+) -> dict[str, Any]:
+    """`bits_per_byte` with its standard error `se` and 95 % `interval`, mean `loss` (nats per target), `perplexity`,
+    and the `targets` and `bytes` behind them.
+
+    The error takes rows as drawn at random (the variance of a ratio by linearization; None for a single row).
+    Special tokens count neither way in bits per byte; loss and perplexity are over every weighted target.
+    `eval_step` comes from `scores.make_eval_step`; `byte_lengths` is (V,) int32, 0 for special tokens.
+    """
+    sums, by_row = {"all_nats": 0.0, "targets": 0.0}, []
+    lengths = np.asarray(byte_lengths, np.int32)
+    shape, sharding = (1, batch_rows, rows.meta["row_len"] - 1), batch_sharding(mesh)
+    columns = own_columns(sharding, shape)
+    for batch in val_batches(rows, batch_rows, max_rows, columns):
+        found = jax.device_get(eval_step(params, place(batch, sharding, shape, columns), lengths))
+        sums = {name: total + float(found[name]) for name, total in sums.items()}
+        by_row.append(np.stack([found["nats"], found["bytes"]]).astype(np.float64))
+    nats, sizes = np.concatenate(by_row, axis=1)
+    score = nats.sum() / math.log(2) / max(sizes.sum(), 1.0)
+    error = standard_error(nats / math.log(2), sizes)
+    loss = sums["all_nats"] / max(sums["targets"], 1.0)
+    return {
+        "bits_per_byte": float(score),
+        "se": error,
+        "interval": None if error is None else (float(score - Z95 * error), float(score + Z95 * error)),
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "targets": int(sums["targets"]),
+        "bytes": int(sizes.sum()),
+    }
+
+
+def with_error(value: float, error: float | None, digits: int = 4) -> str:
+    """A value and its standard error as text: 1.5740 ± 0.0100."""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def standard_error(amounts: np.ndarray, sizes: np.ndarray) -> float | None:
+    """Of sum(amounts) / sum(sizes); rows without size (padding of the last batch) say nothing."""
+    amounts, sizes = amounts[sizes > 0], sizes[sizes > 0]
+    n = len(sizes)
+    if n < 2:
+        return None
+    ratio = amounts.sum() / sizes.sum()
+    return float(math.sqrt(n / (n - 1) * np.square(amounts - ratio * sizes).sum()) / sizes.sum())
+
+
+# Out of device memory: one line with the key to lower and the largest value that fits.
+
+
+GIB = 2**30
+
+
+def explained(fit: Callable[..., Any]) -> Callable[..., Any]:
+    """`fit(job)`, whose running out of device memory, compiling or training, becomes an `OutOfMemoryError`."""
+
+    @functools.wraps(fit)
+    def wrapped(job: Any) -> Any:
+        try:
+            return fit(job)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the state; compiling for a GPU needs room too
+            gc.collect()
+        raise OutOfMemoryError(advice(job.config))
+
+    return wrapped
+
+
+def advice(config: Config) -> str:
+    """What did not fit and which `train.device_batch_rows` does, found by compiling the step with fewer rows.
+
+    Several processes cannot compile one by one: they get the next smaller value, and the command that finds the best.
+    """
+    from .compiled import largest_rows, rows_and_accumulation  # it knows the training loop, which is wrapped here
+    from .targets import MEMORY_FRACTION
+
+    mesh, device = make_mesh(config.mesh), jax.local_devices()[0]
+    rows, accumulate = rows_and_accumulation(config, mesh)
+    smaller = max((n for n in range(1, rows) if rows * accumulate % n == 0), default=0)
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and (free := available_memory()) is not None:
+        limit = int(MEMORY_FRACTION * free) // jax.local_device_count()
+    size = f" ({limit / GIB:.1f} GiB)" if limit else ""
+    begin = f"out of device memory{size} with train.device_batch_rows={rows}"
+    fits = None
+    if limit and smaller and not hosts.several():
+        say("  out of device memory; compiling smaller batches to find the largest that fits")
+        try:
+            fits = largest_rows(config, mesh, int(limit / MEMORY_FRACTION))
+        except (JaxchatError, jax.errors.JaxRuntimeError) as error:  # the advice below is better than none
+            say(f"  which fits could not be found: {(str(error).splitlines() or [''])[0][:200]}", style="yellow")
+    if fits == 0 or not smaller:
+        return (
+            f"{begin}; no smaller batch fits: shard with mesh.fsdp, recompute with train.remat=full, or a smaller model"
+        )
+    if fits is None or fits >= rows:
+        held = "by the compiled step it fits, so something else takes memory; " if fits else ""
+        return f"{begin}; {held}take --set train.device_batch_rows={smaller}, or see what fits with --plan"
+    return f"{begin}; {fits} is the most that fits: the same command with --set train.device_batch_rows={fits} goes on"
+
 
 SAY_SECONDS = 30.0  # between lines of progress where there is no terminal to draw on
 Evaluator = Callable[[TrainState, int], Iterable[tuple[str, float]]]

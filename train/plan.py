@@ -1,24 +1,25 @@
-"""`--plan`: what a run would need, before anyone pays for it.
-
-The train step and the decode step are compiled for the target (`compiled.py`), and their memory, products and
-collectives read from the program (`hlo.py`). Where the target's compiler is missing, arithmetic on the configuration
-answers (`"method": "analytic"`). Every assumption travels with the result.
-"""
+"""`--budget` and `--hours`: the deepest model that a sum of money or a time buys on a target."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 import time
 from typing import Any
 
-from jaxchat.config import Config
+from rich.console import Console
+from rich.table import Table
+
+from jaxchat.config import Config, load_config, tier_files
+from jaxchat.errors import UsageError
 from jaxchat.log import say, waiting
-from jaxchat.model.layout import padded_vocab
-from jaxchat.model.sizes import activation_bytes, count_parameters, decode_bytes_per_step, flops_per_token
-from train.disk import disk_parts
-from train.plan_table import show
-from train.targets import (
+from jaxchat.scaling import resolve
+from jaxchat.sizes import activation_bytes, count_parameters, decode_bytes_per_step, flops_per_token, padded_vocab
+
+from .preflight import disk_parts
+from .targets import (
     ATTENTION_SHARE,
     BANDWIDTH_SHARE,
     GPUS_PER_HOST,
@@ -30,6 +31,146 @@ from train.targets import (
     parse_target,
     target_devices,
 )
+
+# A plan on the terminal.
+
+
+GIB = 2**30
+console = Console(highlight=False)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the contract's object for a person, to standard output."""
+    title = f"{result['tier']} on {result['target']}: " + (
+        f"compiled in {result['plan_seconds']:.0f} s" if result["method"] == "compiled" else "analytic estimate"
+    )
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for section in (_run(result), _memory(result), _program_lines(result), _cost(result), _disk(result)):
+        for name, value in section.items():
+            table.add_row(name, value)
+        if section:
+            table.add_section()
+            table.add_row("", "")
+    console.print(table)
+    console.print("Assumed: " + "; ".join(_assumptions(result)), style="dim", soft_wrap=False)
+
+
+def _run(r: dict[str, Any]) -> dict[str, str]:
+    mesh = ", ".join(f"{axis} {size}" for axis, size in r.get("mesh", {}).items())
+    return {
+        "devices": f"{r['devices']}" + (f"  (mesh: {mesh})" if mesh else ""),
+        "parameters": f"{r['params']:,} in {r['depth']} layers",
+        "tokens": f"{r['tokens']:,} in {r['steps']:,} steps",
+        "rows a device": f"{r['device_batch_rows']} x {r['grad_accum']} micro-batches",
+        "training FLOPs": f"{r['flops_total']:.3g}  ({r['flops_per_token']:.3g} a token)",
+    }
+
+
+def _memory(r: dict[str, Any]) -> dict[str, str]:
+    fits = "fits" if r["fits"] else "does NOT fit"
+    rows = {"memory a device": f"{_gib(r['peak_bytes_per_device'])} of {_gib(r['device_bytes'])}: {fits}"}
+    names = {"parameters": "masters", "optimizer": "optimizer state", "batch": "batch", "temporaries": "temporaries"}
+    for key, name in names.items():
+        if key in r.get("memory", {}):
+            rows[f"  {name}"] = _gib(r["memory"][key])
+    if per_row := r.get("activation_bytes_per_row"):
+        activations = per_row * r["device_batch_rows"]
+        rows["  temporaries"] += f"  of it activations {_gib(activations)} ({_gib(per_row)} a row)"
+    if "largest_device_batch_rows" in r:
+        largest = r["largest_device_batch_rows"]
+        tried = "; ".join(f"{n} take {_gib(c['peak_bytes'])}{_again(c)}" for n, c in r["by_rows"].items())
+        rows["largest rows"] = (
+            f"{largest} a device" if largest else "none: more fsdp, or train.remat"
+        ) + f"  ({tried})"
+    if decode := r.get("decode"):
+        fits = "fits" if decode["fits"] else "does NOT fit"
+        rows["serving, one device"] = (
+            f"{_gib(decode['peak_bytes'])}: {fits}  ({decode['slots']} slots of {decode['context']:,} tokens; weights "
+            f"{_gib(decode['weight_bytes'])}, cache {_gib(decode['cache_bytes'])}; at most "
+            f"{decode['tokens_per_second_limit']:,.0f} tokens/s by bandwidth)"
+        )
+    return rows
+
+
+def _disk(r: dict[str, Any]) -> dict[str, str]:
+    if "disk_bytes" not in r:
+        return {}
+    parts = ", ".join(f"{name} {_gb(size)}" for name, size in r["disk"].items() if size > r["disk_bytes"] / 50)
+    return {"disk": f"{_gb(r['disk_bytes'])}  ({parts})"}
+
+
+def _program_lines(r: dict[str, Any]) -> dict[str, str]:
+    rows = {}
+    for i, (kind, c) in enumerate(sorted(r["collectives"].items())):
+        rows["collectives a step" if i == 0 else " " * i] = f"{kind} x {c['count']}: {_gib(c['bytes'])}"
+    if r.get("flops_per_step_per_device"):
+        counted = r["flops_per_step_per_device"] * r["devices"] * r["steps"] / r["flops_total"]
+        types = ", ".join(f"{k} {v:.3g}" for k, v in r["product_flops"].items() if v)
+        rows["FLOPs a step, device"] = f"{types}  ({counted:.3f} of the formula)"
+        rows["optimizer's share"] = f"{r['update_flops_share']:.2%} of the FLOPs"
+        rows["computed again"] = f"{r['recomputed_flops_share']:.1%}, to save memory"
+    if "bytes_per_step_per_device" in r:
+        kinds = ", ".join(f"{kind} {_tb(size)}" for kind, size in r["bytes_by_kind"].items() if size)
+        rows["bytes moved a step"] = (
+            f"{_tb(r['bytes_per_step_per_device'])} a device: {r['memory_seconds']:.3g} s at "
+            f"{r['assumptions']['memory_bytes_per_second'] / 1e12:.4g} TB/s  ({kinds})"
+        )
+    if r.get("kernels"):
+        shown = sorted(r["kernels"].items(), key=lambda kv: -kv[1])[:6]
+        rows["kernels"] = ", ".join(f"{k} x {v}" for k, v in shown)
+    if "float32_logits" in r:
+        rows["full float32 logits"] = ", ".join(r["float32_logits"]) or "none"
+    return rows
+
+
+def _cost(r: dict[str, Any]) -> dict[str, str]:
+    parts = r.get("seconds_by_kind", {"products": r["compute_seconds_estimate"]})
+    shown = [f"{kind} {seconds:.3g} s" for kind, seconds in parts.items()]
+    shown.append(f"collectives {r['collective_seconds_estimate']:.3g} s")
+    rows = {"step": f"{r['step_seconds_estimate']:.3g} s  ({', '.join(shown)})"}
+    if "seconds_by_kind" in r:
+        rows["MFU that follows"] = f"{r['mfu_assumed']:.1%}, before collectives"
+    return rows | {"time": f"{r['hours_estimate']:.2f} h", "cost": f"{r['usd_estimate']:,.0f} USD"}
+
+
+def _assumptions(r: dict[str, Any]) -> list[str]:
+    a = r["assumptions"]
+    return [
+        ("peak" if "seconds_by_kind" in r else f"MFU {r['mfu_assumed']:.0%} of")
+        + f" {a['peak_flops'] / 1e12:.4g} TFLOP/s",
+        f"links {a['link_bytes_per_second'] / 1e9:g} and network {a['network_bytes_per_second'] / 1e9:g} GB/s a device",
+        f"{a['usd_per_device_hour']:g} USD ({a['prices']})",
+        f"{a['memory_fraction']:.0%} of the memory usable",
+        a["time"],
+        a["sources"],
+    ]
+
+
+def _again(tried: dict[str, Any]) -> str:
+    share = tried["recomputed_flops_share"]
+    return f" and compute {share:.0%} again" if share and share >= 0.005 else ""
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _tb(count: float) -> str:
+    return f"{count / 1e12:.3g} TB" if count >= 1e11 else f"{count / 1e9:.3g} GB"
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= 0.1 * GIB else f"{count / 2**20:.1f} MiB"
+
+
+# `--plan`: what a run would need, before anyone pays for it.
+#
+# The train step and the decode step are compiled for the target (`compiled.py`), and their memory, products and
+# collectives read from the program (`hlo.py`). Where the target's compiler is missing, arithmetic on the configuration
+# answers (`"method": "analytic"`). Every assumption travels with the result.
+
 
 # Share of the activations that each `train.remat` keeps in bfloat16, from the tiers compiled for H100s; in float32
 # "none" keeps all of them
@@ -95,8 +236,9 @@ def estimate(config: Config, target: Target | str) -> dict[str, Any]:
 
 def compile_plan(config: Config, target: Target, search: bool = True) -> dict[str, Any]:
     """The contract's object from the compiled steps. Raises `NoCompiler`, and `UsageError` for what cannot be."""
-    from jaxchat.mesh import make_mesh
-    from train import compiled
+    from jaxchat.sharding import make_mesh
+
+    from . import compiled
 
     begin = time.perf_counter()
     mesh = make_mesh(config.mesh, target_devices(target))
@@ -305,3 +447,119 @@ def _rate(target: Target, group: tuple[int, ...]) -> float:
 
 def _slowest_rate(target: Target) -> float:
     return _rate(target, tuple(range(target.devices)))
+
+
+DEPTHS = range(2, 49)
+
+
+def plan_budget(given: Config, target: str, budget: str | None, hours: float | None, as_json: bool) -> dict[str, Any]:
+    """Print and return the plan of the deepest model that both limits allow; nothing is trained.
+
+    Args:
+      given: not resolved: every depth derives its own width, batch and steps.
+      budget: `100usd`, or just the number.
+    """
+    usd = _parse_usd(budget)
+    where = parse_target(target)
+    if usd is not None and not where.chip.price:
+        raise UsageError(f"--budget {budget}: {where.chip.name} has no price; give --hours, or another --target")
+    affordable = [c for c in (_at_depth(given, d) for d in DEPTHS) if c and _allows(c, where, usd, hours)]
+    if not affordable:
+        least = estimate(_fitting(_at_depth(given, DEPTHS[0]) or resolve(given), where), where)
+        raise UsageError(
+            f"{_limits(usd, hours)} on {target}: not even {DEPTHS[0]} layers; they take {least['hours_estimate']:.3g} "
+            f"hours and {least['usd_estimate']:.3g} USD"
+        )
+    config, result = _deepest_that_fits(affordable, where, usd, hours)
+    result["deepest_tier"] = _deepest_tier(where, usd, hours)
+    result["command"] = _command(given, config)
+    result |= disk(config)
+    if as_json:
+        print(json.dumps(result))
+        return result
+    show(result)
+    tier = f"; of the tiers, {result['deepest_tier']}" if result["deepest_tier"] else "; no tier is that small"
+    console.print(f"{_limits(usd, hours)} on {target}: {config.model.depth} layers at most{tier}. To run it:")
+    console.print(f"    {result['command']}", soft_wrap=True, markup=False)
+    return result
+
+
+def _parse_usd(text: str | None) -> float | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"\$?(\d+(?:\.\d+)?)\s*(?:usd|\$)?", text.strip().lower())
+    if not found or not float(found[1]):
+        raise UsageError(f"--budget {text}: give an amount such as 100usd")
+    return float(found[1])
+
+
+def _limits(usd: float | None, hours: float | None) -> str:
+    return " and ".join(([f"{usd:g} USD"] if usd else []) + ([f"{hours:g} hours"] if hours else []))
+
+
+def _at_depth(given: Config, depth: int) -> Config | None:
+    try:
+        return resolve(dataclasses.replace(given, model=dataclasses.replace(given.model, depth=depth)))
+    except UsageError:  # shapes set by hand that this depth cannot have
+        return None
+
+
+def _fitting(config: Config, target: Target) -> Config:
+    """With as few rows a device as memory asks for."""
+    rows = config.train.device_batch_rows
+    while rows > 1 and not estimate(_with_rows(config, rows), target)["fits"]:
+        rows //= 2
+    return _with_rows(config, rows)
+
+
+def _with_rows(config: Config, rows: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, device_batch_rows=rows))
+
+
+def _allows(config: Config, target: Target, usd: float | None, hours: float | None) -> bool:
+    batch = config.train.batch_tokens // config.model.seq_len
+    result = estimate(_fitting(config, target), target)
+    return _within(result, usd, hours) and result["fits"] and batch % target.devices == 0
+
+
+def _within(result: dict[str, Any], usd: float | None, hours: float | None) -> bool:
+    return result["hours_estimate"] <= (hours or 1e30) and result["usd_estimate"] <= (usd or 1e30)
+
+
+def _deepest_that_fits(
+    affordable: list[Config], target: Target, usd: float | None, hours: float | None
+) -> tuple[Config, dict[str, Any]]:
+    """Compiled from the deepest down, with the rows that the compiler finds; analytic where there is no compiler."""
+    for config in reversed(affordable):
+        try:
+            result = compile_plan(config, target)
+        except NoCompiler as missing:
+            say(f"{missing}; this is the analytic estimate")
+            fitting = _fitting(config, target)
+            return fitting, estimate(fitting, target)
+        rows = result["largest_device_batch_rows"]
+        if not result["fits"] and rows:
+            config = _with_rows(config, rows)
+            kept = {key: result[key] for key in ("largest_device_batch_rows", "by_rows", "decode")}
+            result = compile_plan(config, target, search=False) | kept
+        if result["fits"] and _within(result, usd, hours):
+            return config, result
+        say(f"{config.model.depth} layers do not fit {target.text}, or not into the limits once compiled")
+    raise UsageError(f"--target {target.text}: no depth that the limits allow fits the memory; take more devices")
+
+
+def _deepest_tier(target: Target, usd: float | None, hours: float | None) -> str | None:
+    given = [load_config(path.stem) for path in tier_files()]
+    tiers = [resolve(config) for config in given if not config.data.size_model]  # that one's depth is its text's
+    fitting = [c for c in tiers if _allows(c, target, usd, hours)]
+    return max(fitting, key=lambda c: c.model.depth).tier if fitting else None
+
+
+def _command(given: Config, config: Config) -> str:
+    """What trains that configuration; keys set on this command line have to be repeated by hand."""
+    parts = [f"python launch.py --tier {given.tier}"]
+    if config.model.depth != given.model.depth:
+        parts.append(f"--set model.depth={config.model.depth} --run-dir runs/d{config.model.depth}")
+    if config.train.device_batch_rows != given.train.device_batch_rows:
+        parts.append(f"--set train.device_batch_rows={config.train.device_batch_rows}")
+    return " ".join(parts)

@@ -5,22 +5,209 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
+import shutil
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from jaxchat.config import Config
-from jaxchat.errors import UsageError
+from jaxchat.data.files import find_files
+from jaxchat.data.hub import MARGIN, text_size
+from jaxchat.data.hub import parse as parse_hub
+from jaxchat.data.lottery import DOCUMENTS
+from jaxchat.data.shards import token_dtype
+from jaxchat.data.sources import parse
+from jaxchat.errors import DataError, UsageError
 from jaxchat.log import say
-from jaxchat.model.sizes import flops_per_token
-from jaxchat.paths import RunDir
-from train.accelerators import unused_accelerator
-from train.disk import check_room, rl_steps, sft_tokens
-from train.stage import Stage
-from train.stages import remaining
-from train.targets import CPU
+from jaxchat.run_dir import RunDir
+from jaxchat.sizes import count_parameters, flops_per_token
+from jaxchat.tasks.registry import parse_mixture_entry
+
+from .doctor import unused_accelerator
+from .stages import Stage, remaining
+from .targets import CPU
+
+# Disk that a run takes: what each stage writes and where, from the configuration, and whether there is room.
+
+
+WRITTEN = 0.93  # bytes of a checkpoint over those of its float32 arrays: Orbax compresses (nano: 47.8 MB of 51.9)
+HUB_TEXT = 2.5  # bytes of text in a byte of a compressed hub file (nanochat: 250 M characters in 100 MB)
+CHITCHAT_BYTES, LOTTERY_BYTES = 12_737_462, 226  # of text: all of it; one document
+# Conversations of a data set where the mixture gives no count, and tokens of one. The generated ones and those of
+# packages were counted with nano's tokenizer; smoltalk, mmlu and gsm8k (rows from their cards) are estimates.
+CONVERSATIONS = {
+    "smoltalk": (460_341, 850), "mmlu": (99_842, 350), "gsm8k": (7_473, 200), "spelling_bee": (10_000, 66),
+    "identity": (1_000, 37), "word_problems": (4_000, 56), "chitchat": (7_168, 133), "chatterbot": (757, 59),
+    "chatterbot_korean": (124, 82), "lottery": (20_000, 184), "arithmetic": (1_000, 14),
+}  # fmt: skip
+DATASETS = {"smoltalk": 1_000_000_000, "core": 200_000_000, "mmlu": 100_000_000}  # downloads, about
+LOG_BYTES, METRICS_BYTES = 3_000_000, 250  # reports, samples and plots of a run; `metrics.jsonl`, a step
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes in one folder of the run directory (`place` "run") or of `--cache-dir` ("cache"), and who writes them."""
+
+    name: str
+    bytes: int
+    stages: tuple[str, ...]
+    place: str = "run"
+    folder: str = ""  # "": nothing there can be counted as written before
+
+
+def disk_parts(config: Config) -> list[Part]:
+    """Return everything that a resolved configuration's run writes, at the moment when it takes most."""
+    text, download, repos = _text(config)
+    item = token_dtype(config.model.vocab_size).itemsize
+    tokens = round(text / bytes_per_token(config.model.vocab_size))
+    one = checkpoint_bytes(config)
+    saves = {stage: _saves(config, stage) for stage in ("pretrain", "sft", "rl")}
+    kept = {stage: _kept(config, steps) for stage, steps in saves.items()}
+    more = any(len(saves[stage]) > kept[stage] for stage in saves)
+    weights = 2 if config.export.dtype == "bfloat16" else 4
+    parameters = count_parameters(config.model).total
+    named = {parse_mixture_entry(entry)[0] for entry in config.sft.mixture} | set(config.eval.exams)
+    datasets = 0 if config.tasks.data_dir else sum(size for name, size in DATASETS.items() if name in named)
+    parts = [
+        Part("text", download, ("tokenizer", "prepare"), "cache", repos[0] if len(repos) == 1 else "data"),
+        Part("conversations and exams", datasets, ("sft", "rl", "eval"), "cache", "tasks"),
+        Part("token shards", tokens * item, ("prepare",), folder="data/tokens"),
+        Part("rows", tokens * item, ("prepare",), folder="data/rows"),
+        Part("conversation rows", sft_tokens(config) * (item + 1), ("sft",), folder="data/sft"),
+        Part("checkpoints, base", one * kept["pretrain"], ("pretrain",), folder="base"),
+        Part("checkpoints, sft", one * kept["sft"], ("sft",), folder="sft"),
+        Part("checkpoints, rl", one * kept["rl"], ("rl",), folder="rl"),
+        Part("a checkpoint being written", one * more, ("pretrain", "sft", "rl")),
+        Part("exports", weights * parameters * len(config.export.formats), ("export",), folder="export"),
+        Part("logs and reports", LOG_BYTES + METRICS_BYTES * config.train.steps, ("pretrain", "eval", "report")),
+    ]
+    return [part for part in parts if part.bytes]
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Return the bytes of one checkpoint: parameters and moments in float32, one for Muon's, two for Adam's."""
+    count = count_parameters(config.model)
+    moments = 2 * count.total - (count.trunk if config.optim.kind == "muon" else 0)
+    return round(WRITTEN * 4 * (count.total + moments))
+
+
+def bytes_per_token(vocab_size: int) -> float:
+    """Return the bytes of text in a token, about: 3.75 with 4,096 tokens (chitchat), 4.6 with 32,768 (web text)."""
+    return max(1.5, 3.75 + (4.6 - 3.75) / 3 * math.log2(vocab_size / 4096))
+
+
+def sft_tokens(config: Config) -> int:
+    """Return the tokens of SFT's conversations, repeated as the mixture says."""
+    total = 0.0
+    for entry in config.sft.mixture:
+        name, count, epochs = parse_mixture_entry(entry)
+        if name.startswith("files:"):
+            total += epochs * _files_bytes(name) / bytes_per_token(config.model.vocab_size)
+        else:
+            known, tokens = CONVERSATIONS.get(name, (1_000, 200))
+            total += epochs * (count or known) * tokens
+    return round(total)
+
+
+def rl_steps(config: Config) -> int:
+    """Return RL's steps, from the questions where none are given."""
+    if not (config.rl.environment and config.sft.mixture):
+        return 0
+    questions = CONVERSATIONS.get(config.rl.environment, (1_000, 0))[0]
+    return config.rl.steps if config.rl.steps > 0 else max(1, round(config.rl.epochs * questions / config.rl.prompts))
+
+
+def check_room(config: Config, run: RunDir, left: Collection[str]) -> None:
+    """`DataError` where a file system has less room than what the stages `left` have not written yet."""
+    places = {"run": run.root, "cache": Path(config.data.cache_dir).expanduser()}
+    needs: dict[int, list[tuple[Part, int]]] = {}
+    for part in disk_parts(config):
+        if any(stage in left for stage in part.stages):
+            root = places[part.place]
+            there = used(root / part.folder) if part.folder else 0
+            needs.setdefault(os.stat(_existing(root)).st_dev, []).append((part, max(0, part.bytes - there)))
+    for missing in needs.values():
+        total, where = sum(size for _, size in missing), sorted({part.place for part, _ in missing}, reverse=True)
+        roots = [places[place] for place in where]
+        free = shutil.disk_usage(_existing(roots[0])).free
+        if total > free:
+            listed = ", ".join(f"{part.name} {_size(size)}" for part, size in missing if size > total / 50)
+            flags = " or ".join({"run": "--run-dir", "cache": "--cache-dir"}[place] for place in where)
+            lower = "lower train.keep_last, set export.formats=[], or take" if "run" in where else "take"
+            raise DataError(
+                f"{' and '.join(map(str, roots))}: {_size(total)} are needed and {_size(free)} are free ({listed}); "
+                f"{lower} {flags} on a larger disk"
+            )
+
+
+def used(folder: Path) -> int:
+    """Return the bytes of all files below a folder; 0 where there is none."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # another process removes files meanwhile
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
+
+
+def _text(config: Config) -> tuple[float, int, list[str]]:
+    """(bytes of pretraining text, bytes to download, folders of the cache that hold them)."""
+    data, text, download, repos = config.data, 0.0, 0.0, []
+    for source, share in parse(data.source):
+        if source.startswith("hf:"):
+            wanted = max(0, data.text_bytes) * share * MARGIN  # 0: all files, of unknown size
+            text += wanted
+            download += 0 if data.mirror else wanted / HUB_TEXT
+            repos.append(f"data/{parse_hub(source).repo.replace('/', '--')}")
+        elif source.startswith("files:"):
+            text += _files_bytes(source)
+        else:
+            text += CHITCHAT_BYTES if source == "chitchat" else LOTTERY_BYTES * int(_count(source) or DOCUMENTS)
+    return text, round(download), repos
+
+
+def _count(source: str) -> str:
+    return source.removeprefix("synthetic:lottery").removeprefix(":")
+
+
+def _files_bytes(source: str) -> int:
+    total = 0
+    with contextlib.suppress(DataError):  # what is wrong with them is said when they are read
+        total = sum(map(text_size, find_files(source)))
+    return total
+
+
+def _saves(config: Config, stage: str) -> list[int]:
+    """Steps after which a stage writes a checkpoint, the last one included."""
+    steps, every = config.train.steps, config.train.checkpoint_every
+    if stage == "sft":
+        steps = -(-round(sft_tokens(config) * config.sft.epochs) // config.sft.batch_tokens)
+    elif stage == "rl":
+        steps, every = rl_steps(config), config.rl.checkpoint_every
+    return [*range(every, steps, every), steps] if steps else []
+
+
+def _kept(config: Config, saves: list[int]) -> int:
+    """How many of them stay: the last, and where `keep_every` is set its multiples."""
+    last, period = config.train.keep_last, config.train.keep_every
+    return len(saves[-last:]) + sum(period > 0 and step % period == 0 for step in saves[:-last])
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _size(count: float) -> str:
+    return f"{count / GB:.1f} GB" if count >= GB else f"{count / 1e6:.0f} MB"
+
 
 LONGEST_HOURS = 48.0  # on a CPU, without train.allow_slow
 SLOWEST_RATE = 1e9  # FLOP/s of any CPU: what is short even there is not measured

@@ -2,29 +2,270 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer as Backend
 
 from jaxchat.config import Config
-from jaxchat.data.corpus import Part, open_corpus, open_val, training_limit
-from jaxchat.data.duplicates import Distinct
-from jaxchat.data.packing import PackStats, pack_documents
-from jaxchat.data.rows import finish_rows, finished_rows, write_rows
-from jaxchat.data.spread import cores, spread, workers_for
-from jaxchat.data.tokenize import SPLITS, Job, read_documents, tokenize_unit
+from jaxchat.data.packing import PackStats, finish_rows, finished_rows, pack_documents, write_rows
+from jaxchat.data.shards import (
+    SPLITS,
+    Distinct,
+    Job,
+    batches_of,
+    cores,
+    read_documents,
+    spread,
+    tokenize_unit,
+    workers_for,
+)
+from jaxchat.data.sources import Part, interleaved, iterate_documents, open_corpus, open_val, training_limit
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
-from jaxchat.paths import RunDir
-from jaxchat.text.tokenizer import Tokenizer
+from jaxchat.run_dir import RunDir
+from jaxchat.tokenizer import Tokenizer, from_ranks, train_tokenizer
+
+# Stage tokenizer: train a byte-level BPE on the training text, or take an existing one.
+
+
+READS = (
+    "tokenizer.", "data.source", "data.val_fraction", "data.val_source", "data.text_bytes", "data.encoding",
+    "model.vocab_size",
+)  # fmt: skip
+SAMPLE_DOCUMENTS, SAMPLE_CHARS = 2000, 8_000_000  # of the held-out text at most, to measure the compression
+
+
+def first_documents(documents: Iterable[str], count: int) -> list[str]:
+    """The first ones, no more than `SAMPLE_CHARS` characters of them; at least one, if there is any."""
+    found, size = [], 0
+    for document in itertools.islice(documents, count):
+        found.append(document)
+        size += len(document)
+        if size >= SAMPLE_CHARS:
+            break
+    return found
+
+
+def run_tokenizer(config: Config, run: RunDir) -> dict[str, Any]:
+    """Write `tokenizer/`; facts: vocabulary, bytes per token on held-out text, digest."""
+    data, options = config.data, config.tokenizer
+    if options.path:
+        if options.normalize != "none":
+            raise UsageError(
+                "tokenizer.normalize: is for a tokenizer that is trained; set it to none with tokenizer.path"
+            )
+        tokenizer = Tokenizer.load(Path(options.path).expanduser())
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise UsageError(
+                f"tokenizer.path: {options.path} has {tokenizer.vocab_size} tokens, special tokens included; "
+                f"set model.vocab_size={tokenizer.vocab_size}"
+            )
+    else:
+        for key, value in (("train_chars", options.train_chars), ("doc_chars", options.doc_chars)):
+            if value < 1:
+                raise UsageError(f"tokenizer.{key}: must be at least 1, not {value}")
+        parts = open_corpus(data)
+        documents = interleaved(parts, "train", training_limit(parts, data))
+        with progress("tokenizer", None) as bar:
+            tokenizer = train_tokenizer(
+                bar.track(documents), config.model.vocab_size, options.train_chars, options.doc_chars, options.normalize
+            )
+    tokenizer.save(run.tokenizer)
+    sample = first_documents(iterate_documents(data, "val"), SAMPLE_DOCUMENTS)
+    tokens = sum(len(ids) for batch in batches_of(sample) for ids in tokenizer.encode_batch(batch))
+    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in sample)
+    facts = {
+        "vocab_size": tokenizer.vocab_size,
+        "trained": not options.path,
+        "bytes_per_token": size / max(tokens, 1),
+        "chars_per_token": sum(map(len, sample)) / max(tokens, 1),
+        "digest": tokenizer.digest,
+    }
+    say(f"  {facts['vocab_size']:,} tokens, {facts['bytes_per_token']:.2f} bytes per token on held-out text")
+    return facts
+
+
+# The tokenizer beside GPT-2's and GPT-4's on the same held-out text, where their files are at hand.
+
+
+DOCUMENTS = 2000  # of the held-out text, as in stage tokenizer
+HUB_CACHE = Path("~/.cache/huggingface/hub")
+GPT4_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# name -> files inside tasks.data_dir, and repositories whose tokenizer.json may lie in the hub's cache
+OTHERS = {
+    "GPT-2": (("tokenizers/gpt2.json", "gpt2/tokenizer.json"), ("openai-community/gpt2", "gpt2")),
+    "GPT-4": (
+        ("tokenizers/gpt4.json", "gpt-4/tokenizer.json", "tokenizers/cl100k_base.tiktoken", "cl100k_base.tiktoken"),
+        ("Xenova/gpt-4",),
+    ),
+}
+
+
+def other_tokenizers(config: Config, run: RunDir, cache: Path = HUB_CACHE) -> list[dict[str, Any]]:
+    """Vocabulary and bytes per token of each, and how many of our tokens one of its takes on average."""
+    found = {name: _find(config.tasks.data_dir, *places, cache.expanduser()) for name, places in OTHERS.items()}
+    if not any(found.values()):
+        return []
+    try:
+        documents = iterate_documents(config.data, "val")
+        texts, tokenizer = first_documents(documents, DOCUMENTS), Tokenizer.load(run.tokenizer)
+        ours = sum(len(ids) for batch in batches_of(texts) for ids in tokenizer.encode_batch(batch))
+    except DataError as error:
+        say(f"  other tokenizers: {error}", style="yellow")
+        return []
+    size, results = sum(len(text.encode("utf-8", "replace")) for text in texts), []
+    for name, path in found.items():
+        if path is None:
+            continue
+        try:
+            backend = load(path)
+        except Exception as error:  # the library raises plain Exception
+            say(f"  {path}: not a tokenizer ({error}); left out", style="yellow")
+            continue
+        count = max(1, _count(backend, texts))
+        results.append(
+            {
+                "name": name,
+                "vocab_size": backend.get_vocab_size(),
+                "bytes_per_token": size / count,
+                "ours_per_token": ours / count,
+            }
+        )
+    return results
+
+
+def _find(data_dir: str, files: Sequence[str], repos: Sequence[str], cache: Path) -> Path | None:
+    places = [Path(data_dir).expanduser() / file for file in files] if data_dir else []
+    for repo in repos:
+        places += sorted((cache / f"models--{repo.replace('/', '--')}").glob("snapshots/*/tokenizer.json"))
+    return next((path for path in places if path.is_file()), None)
+
+
+def _count(backend: Backend, texts: Sequence[str]) -> int:
+    clean = [text.encode("utf-8", "replace").decode() for text in texts]
+    return sum(len(encoding.ids) for encoding in backend.encode_batch_fast(clean, add_special_tokens=False))
+
+
+def load(path: Path) -> Backend:
+    """From a `tokenizer.json`, or from tiktoken's file of GPT-4's ranks (a line: a token in base64 and its rank).
+
+    Raises `ValueError` for a damaged file of ranks, and what the library raises for a damaged `tokenizer.json`.
+    """
+    if path.suffix != ".tiktoken":
+        return Backend.from_file(str(path))
+    ranks = {}
+    for line in path.read_bytes().splitlines():
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(f"line {len(ranks) + 1} is no token with its rank") from None
+    return from_ranks(ranks, GPT4_SPLIT)
+
+
+# How large a model, vocabulary and horizon a text of one's own asks for: the tier `book`.
+
+
+EPOCHS = 4  # of a text that is small: then the held-out score of Shakespeare's plays was best (docs/book.md)
+SMALL_RUN = 4_000_000  # tokens, about ten minutes on two cores; a longer text is read once at least
+SIZING_CHARS = 1_500_000  # of the text at most, to learn how many tokens it comes to
+BYTES_PER_TOKEN = 3.0  # taken where the text is too small to tell
+VOCABULARIES = (384, 8192)  # at least and at most; one token for every kilobyte of text between
+# (tokens of the text from which on, layers, width, heads)
+SHAPES = ((0, 3, 128, 2), (100_000, 4, 192, 3), (3_000_000, 6, 256, 4), (20_000_000, 8, 384, 6))
+BATCH_TOKENS = 2_048
+SEQ_LEN = 256
+
+
+def sized(config: Config) -> Config:
+    """The configuration with what is -1 of layers, width, heads, context, vocabulary, batch and steps fitted to the
+    text; as it was without `data.size_model`.
+
+    Raises `DataError` where the text, or the tokenizer of `tokenizer.path`, cannot be read.
+    """
+    model, train = config.model, config.train
+    keys = ("depth", "vocab_size", "seq_len")
+    if not config.data.size_model or not (any(getattr(model, key) == -1 for key in keys) or train.steps == -1):
+        return config
+    if "hf:" in config.data.source and config.data.text_bytes < 1:
+        raise UsageError(
+            "data.size_model: how much of the hub's text? Set data.text_bytes, as --set data.text_bytes=20000000"
+        )
+    size, sample = _measured(config)
+    path, (low, high) = config.tokenizer.path, VOCABULARIES
+    own = Tokenizer.load(Path(path).expanduser()) if path else None
+    fitted = own.vocab_size if own else min(high, max(low, 1 << (max(1, size // 1000).bit_length() - 1)))
+    vocabulary = _given(model.vocab_size, fitted)
+    tokenizer = own or _trained(config, vocabulary, sample)
+    tokens = size / _bytes_per_token(tokenizer, sample) * (1 - config.data.val_fraction)
+    _, depth, width, heads = next(shape for shape in reversed(SHAPES) if tokens >= shape[0])
+    if model.depth != -1:  # the depth decides the rest, as everywhere
+        width = heads = -1
+    seen = max(tokens, min(EPOCHS * tokens, SMALL_RUN))
+    model = dataclasses.replace(
+        model,
+        depth=_given(model.depth, depth),
+        width=_given(model.width, width),
+        n_heads=_given(model.n_heads, heads),
+        vocab_size=vocabulary,
+        seq_len=_given(model.seq_len, SEQ_LEN),
+    )
+    batch = _given(train.batch_tokens, max(BATCH_TOKENS, model.seq_len))
+    train = dataclasses.replace(train, batch_tokens=batch, steps=_given(train.steps, max(1, round(seen / batch))))
+    say(
+        f"{size:,} bytes of text in UTF-8: {model.depth} layers, a vocabulary of {model.vocab_size:,} tokens, "
+        f"{train.steps:,} step{'s' * (train.steps > 1)} (the text about {train.steps * batch / tokens:.1f} times)"
+    )
+    return dataclasses.replace(config, model=model, train=train)
+
+
+def _measured(config: Config) -> tuple[int, list[str]]:
+    """(bytes of the whole text, its first documents)."""
+    size, chars, sample = 0, 0, list[str]()
+    for text in iterate_documents(config.data):
+        size += len(text.encode("utf-8", "replace"))
+        if chars < SIZING_CHARS:
+            sample.append(text)
+            chars += len(text)
+    return size, sample
+
+
+def _trained(config: Config, vocabulary: int, sample: list[str]) -> Tokenizer | None:
+    """One like that which stage tokenizer will train; None where the text is too small for it, which the stage says."""
+    options = config.tokenizer
+    try:
+        return train_tokenizer(sample, vocabulary, options.train_chars, options.doc_chars, options.normalize)
+    except DataError:
+        return None
+
+
+def _bytes_per_token(tokenizer: Tokenizer | None, sample: list[str]) -> float:
+    """Measured, for languages differ too much for one figure."""
+    if tokenizer is None:
+        return BYTES_PER_TOKEN
+    tokens = sum(len(ids) for batch in batches_of(sample) for ids in tokenizer.encode_batch(batch))
+    return sum(len(text.encode("utf-8", "replace")) for text in sample) / max(tokens, 1)
+
+
+def _given(value: int, fitted: int) -> int:
+    return fitted if value == -1 else value
+
 
 FACTS = (
     "documents", "duplicates", "tokens", "lost", "bytes", "chars", "cuts", "fill", "documents_per_row",

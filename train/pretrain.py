@@ -6,18 +6,19 @@ from typing import Any
 
 import jax
 
-from jaxchat import hosts
+from jaxchat import distributed as hosts
 from jaxchat.config import Config
-from jaxchat.data.batches import epoch_rows
-from jaxchat.data.rows import Rows
+from jaxchat.data.loader import epoch_rows
+from jaxchat.data.packing import Rows
 from jaxchat.engine import Engine
 from jaxchat.log import say
-from jaxchat.model.sizes import count_parameters, flops_per_token
-from jaxchat.paths import RunDir, atomic_write
-from jaxchat.state import TrainState
-from jaxchat.text.tokenizer import Tokenizer
-from train.loop import Job, fit
-from train.samples import held_out_openings, samples
+from jaxchat.run_dir import RunDir, atomic_write
+from jaxchat.sizes import count_parameters, flops_per_token
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.train_state import TrainState
+
+from .evaluate import held_out_openings, samples
+from .loop import Job, fit
 
 MANY_EPOCHS = 4  # up to which repeated text is nearly worth as much as new text (2305.16264)
 

@@ -18,10 +18,19 @@ from typing import Any, TypeVar
 import numpy as np
 
 import jaxchat
-from jaxchat import hosts
+from jaxchat import distributed as hosts
+from jaxchat.chat import Message
 from jaxchat.config import Config
-from jaxchat.data.corpus import Unit, document_hash, limit_of_hashes
-from jaxchat.data.dialogues import (
+from jaxchat.data.files import find_files
+from jaxchat.data.packing import PackStats, Rows, finish_rows, finished_rows, pack_conversations, write_rows
+from jaxchat.data.shards import spread, workers_for
+from jaxchat.data.sources import Unit, document_hash, limit_of_hashes
+from jaxchat.errors import DataError, UsageError
+from jaxchat.log import progress, say
+from jaxchat.run_dir import RunDir, read_json, write_json
+from jaxchat.scaling import fine_tuning_optim
+from jaxchat.tasks.base import Task
+from jaxchat.tasks.conversations import (
     Rendered,
     RenderJob,
     chatterbot_pairs,
@@ -31,22 +40,13 @@ from jaxchat.data.dialogues import (
     render_job,
     spoken,
 )
-from jaxchat.data.files import find_files
-from jaxchat.data.packing import PackStats, pack_conversations
-from jaxchat.data.rows import Rows, finish_rows, finished_rows, write_rows
-from jaxchat.data.spread import spread, workers_for
-from jaxchat.errors import DataError, UsageError
-from jaxchat.log import progress, say
-from jaxchat.optim.horizon import fine_tuning_optim
-from jaxchat.paths import RunDir, read_json, write_json
-from jaxchat.tasks.base import Task
 from jaxchat.tasks.files import TaskFiles, identity_digest
 from jaxchat.tasks.registry import get_task, parse_mixture_entry
-from jaxchat.text.chat import Message
-from jaxchat.text.tokenizer import ASSISTANT_END, Tokenizer
-from train import evaluate
-from train.loop import Job, continued, fit
-from train.spot_check import spot_checks
+from jaxchat.tokenizer import ASSISTANT_END, Tokenizer
+
+from . import evaluate
+from .evaluate import spot_checks
+from .loop import Job, continued, fit
 
 Conversation = list[Message]
 T = TypeVar("T")

@@ -9,29 +9,173 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from jaxchat import hosts
-from jaxchat.config import Config, load_config
+from jaxchat import distributed as hosts
+from jaxchat.config import Config, flatten, load_config, to_toml
 from jaxchat.errors import UsageError
+from jaxchat.interop.huggingface import write_hf
+from jaxchat.interop.orbax_export import write_orbax
+from jaxchat.interop.trained import Trained, check_dtype, load_trained
 from jaxchat.log import say
-from jaxchat.mesh import make_mesh
-from jaxchat.paths import RECORD_FORMAT, RunDir, atomic_write, write_json
-from jaxchat.state import check_attention
+from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, sync_directory, write_json
+from jaxchat.sharding import make_mesh
 from jaxchat.tasks.files import identity_digest
-from jaxchat.toml import flatten, to_toml
-from train import evaluate, export, prepare, pretrain, report, rl, sft, tokenizer
-from train.machine import commit, hardware, peak_rss, versions
-from train.stage import FREE_KEYS, Stage, among, changed_inputs, complete, made, refuse_changes, stage_inputs
-from train.trackers import check_trackers
+from jaxchat.train_state import check_attention
+
+from . import evaluate, prepare, pretrain, report, rl, sft
+from .doctor import commit, hardware, peak_rss, versions
+from .trackers import check_trackers
+
+# One stage: what it reads and needs, what it leaves, and whether that still fits its record in `stages.json`.
+
+
+# Keys that change how fast or how often, never what is computed (beyond float rounding).
+FREE_KEYS = (
+    "mesh.",
+    "serve.",
+    "data.engine",
+    "data.workers",
+    "data.cache_dir",
+    "data.mirror",
+    "train.device_batch_rows",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_every",
+    "train.eval_",
+    "train.sample_every",
+    "train.loss_chunk",
+    "train.remat",
+    "train.scan_unroll",
+    "train.max_bad_steps",
+    "train.allow_slow",
+    "train.tensorboard",
+    "train.wandb",
+    "sft.eval_every",
+    "sft.exam_cases",
+    "rl.eval_",
+    "rl.checkpoint_every",
+    "rl.slots",
+    "eval.batch_rows",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`run(config, run_dir)` returns facts for the record, `digest` among them; `outputs` must exist when done."""
+
+    name: str
+    run: Callable[[Config, RunDir], dict[str, Any]]
+    reads: tuple[str, ...]  # configuration keys, or prefixes that end in a dot
+    needs: tuple[str, ...]  # stages whose digests are inputs
+    outputs: tuple[str, ...]  # paths inside the run directory; <step> stands for a complete checkpoint
+    trained: bool  # refuses changed inputs instead of running again
+    uses: tuple[str, ...] = ()  # stages whose digests are inputs where they are done, but which need not be
+    check: Callable[[Config], None] = lambda config: None  # of settings, before anything runs
+    wanted: Callable[[Config], bool] = lambda config: True  # False: this configuration goes without it
+    looks: Callable[[Config], str] = lambda config: ""  # what it finds outside the run, an input too
+    joint: bool = False  # by all processes together; the others by process 0, while the rest waits
+
+
+def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[str, Any]:
+    """Configuration keys and digests that decide what the stage produces."""
+    inputs: dict[str, Any] = {}
+    for key, value in flatten(config).items():
+        if among(stage.reads, key) and not among(FREE_KEYS, key):
+            inputs[key] = value
+    inputs |= {f"{stage.name}.files": found} if (found := stage.looks(config)) else {}
+    for need in stage.needs:
+        done = records.get(need, {})
+        if done.get("status") != "done":
+            raise UsageError(f"stage {stage.name}: needs stage {need} first; run --stages {need},{stage.name}")
+        inputs[f"{need}.digest"] = done["facts"]["digest"]
+    for use in stage.uses:
+        if records.get(use, {}).get("status") == "done":
+            inputs[f"{use}.digest"] = records[use]["facts"]["digest"]
+    return json.loads(json.dumps(inputs))
+
+
+def among(names: Sequence[str], key: str) -> bool:
+    """Whether a key is one of the names, or begins with one that ends with a dot or an underscore."""
+    return any(key == name or (name.endswith((".", "_")) and key.startswith(name)) for name in names)
+
+
+def changed_inputs(record: dict[str, Any], inputs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(value then, value now) of the inputs that differ from a record's. A setting that is new since then had its
+    default."""
+    given = {key: value for key, value in record["inputs"].items() if not among(FREE_KEYS, key)}
+    before = json.loads(json.dumps(flatten(Config()))) | given
+    keys = sorted(given.keys() | inputs.keys())
+    return {key: (before.get(key), inputs.get(key)) for key in keys if before.get(key) != inputs.get(key)}
+
+
+def refuse_changes(stage: Stage, record: dict[str, Any], inputs: dict[str, Any], run: RunDir) -> None:
+    changed = changed_inputs(record, inputs)
+    if text := ", ".join(f"{key} ({before!r} -> {now!r})" for key, (before, now) in changed.items()):
+        advice = "take them back, or choose another --run-dir"
+        raise UsageError(f"stage {stage.name}: {run.root} was made with other settings: {text}; {advice}")
+
+
+def complete(stage: Stage, run: RunDir) -> bool:
+    missing = [path for path, there in zip(stage.outputs, made(stage, run), strict=True) if not there]
+    if missing:
+        say(f"{stage.name:<10} recorded as done, but {', '.join(missing)} is missing: running it again")
+    return not missing
+
+
+def made(stage: Stage, run: RunDir) -> list[bool]:
+    """For each output, whether it is there."""
+    found = []
+    for path in stage.outputs:
+        folder = run.root / path.removesuffix("/<step>")
+        steps = path.endswith("/<step>")
+        found.append(any(p.name.isdigit() for p in folder.glob("*")) if steps else folder.exists())
+    return found
+
+
+# Stage export: the furthest trained model in `export/`, in the formats that other people load.
+
+
+FORMATS: dict[str, Callable[[Trained, Path], dict[str, Any]]] = {"orbax": write_orbax, "hf": write_hf}
+
+
+def run_export(config: Config, run: RunDir) -> dict[str, Any]:
+    """Write `export/<format>/` anew; facts: what each holds, digest."""
+    model, facts = load_trained(run, dtype=config.export.dtype), {}
+    left = [run.export / name for name in FORMATS if name not in config.export.formats]
+    for path in [*run.export.glob(".*"), *left]:  # what was killed half way, and what another setting had made
+        shutil.rmtree(path, ignore_errors=True)
+    for name in config.export.formats:
+        folder, new, old = (run.export / part for part in (name, f".{name}.new", f".{name}.old"))
+        facts[name] = FORMATS[name](model, new)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+        sync_directory(run.export)
+        shutil.rmtree(old, ignore_errors=True)
+        say(f"  {folder}: {facts[name]['bytes'] / 1e6:,.0f} MB of {facts[name]['dtype']}")
+    return facts | {"stage": model.stage, "digest": hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()}
+
+
+def check(config: Config) -> None:
+    """`UsageError` for a format or dtype that does not exist, before any work."""
+    for name in config.export.formats:
+        if name not in FORMATS:
+            raise UsageError(f"export.formats: {name!r} is unknown; choose from {', '.join(FORMATS)}")
+    check_dtype(config.export.dtype)
+
 
 SHARED_SECONDS = 60.0  # until what process 0 wrote must be seen by the others
 
 
 STAGES = (
-    Stage("tokenizer", tokenizer.run, tokenizer.READS, (), ("tokenizer/tokenizer.json",), True),
+    Stage("tokenizer", prepare.run_tokenizer, prepare.READS, (), ("tokenizer/tokenizer.json",), True),
     Stage("prepare", prepare.run, ("data.", "model.seq_len"), ("tokenizer",), prepare.OUTPUTS, True),
     Stage(
         "pretrain",
@@ -79,13 +223,13 @@ STAGES = (
     Stage("report", report.run, (), ("eval",), ("report.md", "report.json"), False),
     Stage(
         "export",
-        export.run,
+        run_export,
         ("export.",),
         ("pretrain",),
         ("export",),
         False,
         uses=("sft", "rl", "report"),
-        check=export.check,
+        check=check,
         wanted=lambda config: bool(config.export.formats),
     ),
 )

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxchat.config import Config
+from jaxchat.config import Config, flatten
 from jaxchat.errors import UsageError
 from jaxchat.log import say
-from jaxchat.paths import atomic_write
-from jaxchat.toml import flatten
+from jaxchat.run_dir import atomic_write
 
 Log = Callable[[int, Mapping[str, Any]], None]  # (step, name -> number); None and text are passed over
 

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxchat.attention import trusted_backend
 from jaxchat.checkpoint import trained_params
 from jaxchat.config import MeshConfig, ModelConfig, ServeConfig, load_config
 from jaxchat.errors import DataError
-from jaxchat.mesh import make_mesh
-from jaxchat.model.backends import trusted_backend
-from jaxchat.model.sizes import exam_rows
-from jaxchat.paths import RunDir
-from jaxchat.recipes import resolve_model
-from jaxchat.text.tokenizer import Tokenizer
+from jaxchat.run_dir import RunDir
+from jaxchat.scaling import resolve_model
+from jaxchat.sharding import make_mesh
+from jaxchat.sizes import exam_rows
+from jaxchat.tokenizer import Tokenizer
 
 CPU_ROWS = 32  # of exams at once; more leave a CPU's caches
 STAGES = ("rl", "sft", "base")  # furthest trained first

@@ -8,8 +8,10 @@ of rows for each; so at most twelve programs are compiled for spans, and six for
 from __future__ import annotations
 
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,12 +20,213 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxchat.attention import attention, choose_backend, piece_attention, with_attention
 from jaxchat.config import ModelConfig
 from jaxchat.engine import loading
-from jaxchat.engine.branching import Rows, score_letters, score_targets, scoring_params
-from jaxchat.engine.spans import Row, Span, SpanScore, common_prefix, crop, lengths, tails
-from jaxchat.mesh import BATCH_AXES, batch_devices, replicated
-from jaxchat.model.backends import with_attention
+from jaxchat.model import Params, Trunk, cast_params, embed, logits, rotary, through_layers
+from jaxchat.sharding import BATCH_AXES, batch_devices, replicated
+from jaxchat.sizes import scan_groups, score_bound
+
+# What is asked of a scorer: spans of texts, and the rows of few lengths that they are laid into. No JAX.
+
+
+LENGTHS = 6  # prefix lengths at most
+SMALLEST = 64  # tokens
+TAILS = (32, 128)  # smallest and largest room for continuations, a quarter of the prefix in between
+
+
+@dataclass(frozen=True)
+class Span:
+    """`tokens[start:end]` are scored, given what stands before them; start is at least 1."""
+
+    tokens: list[int]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class SpanScore:
+    """`loss`: nats of the whole span; `best`: every token was the likeliest one; `cropped`: tokens left out before."""
+
+    loss: float
+    count: int
+    best: bool
+    cropped: int = 0
+
+    @property
+    def mean(self) -> float:
+        """NaN for an empty span."""
+        return self.loss / self.count if self.count else math.nan
+
+
+@dataclass
+class Row:
+    """A prefix, its continuations, and (index of the sequence, span) asked of each; -1 is the prefix itself."""
+
+    prefix: list[int]
+    tails: list[list[int]]
+    spans: list[tuple[int, int, int]]  # of each continuation (or of the prefix alone): sequence, start, end
+
+
+def lengths(seq_len: int) -> list[int]:
+    """Prefix lengths: powers of two from 64 on, and the context rounded up to whole tiles of 128; six at most."""
+    longest = seq_len if seq_len <= SMALLEST else -(-seq_len // 128) * 128
+    powers = [1 << n for n in range(SMALLEST.bit_length() - 1, 31) if 1 << n < longest]
+    return [*powers, longest][-LENGTHS:]
+
+
+def tails(T: int) -> int:
+    """Room for continuations beside a prefix of T positions."""
+    return min(max(TAILS[0], T // 4), TAILS[1])
+
+
+def common_prefix(sequences: Sequence[list[int]]) -> int:
+    """How many first tokens all share."""
+    first, last = min(sequences), max(sequences)  # in the order of a dictionary, so what these two share all do
+    low, high = 0, min(len(first), len(last))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == last[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def crop(group: Sequence[Span], context: int) -> tuple[list[Span], int]:
+    """The group with at most `context` tokens each (0: any number), and how many were taken off its left.
+
+    All sequences lose as many, so that the options of a question keep the same context; one that is still too long
+    then loses more by itself. A span that began in what is lost begins at its second kept token.
+    """
+    over = max((len(span.tokens) for span in group), default=0) - context
+    if not context or over <= 0:
+        return list(group), 0
+    shared = min(over, common_prefix([span.tokens for span in group]), *(max(0, x.start - 1) for x in group))
+    short = []
+    for span in group:
+        cut = max(shared, len(span.tokens) - context)
+        short.append(Span(span.tokens[cut:], max(1, span.start - cut), max(1, span.end - cut)))
+    return short, over
+
+
+# Forward pass for scoring: rows that hold a prefix and several continuations of it, and logits only where asked for.
+#
+# The options of a multiple-choice question share nearly all of their tokens, so the prefix runs through the model once
+# and every continuation attends to it. A row without continuations is an ordinary row.
+#
+# Axes: B rows, T prefix positions, Q positions for continuations, M questions asked of a batch, V vocabulary, C
+# letters.
+
+
+QUESTION_CHUNK = {"cpu": 256}  # questions whose logits are alive at once
+ACCELERATOR_CHUNK = 2048
+UNROLLED = 8  # layers; a deeper trunk is a scan, which compiles faster
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Rows:
+    """tokens (B, T + Q) int32, the prefix right-padded to T; length (B,) int32, tokens of the prefix, at least 1.
+
+    Of the continuations: branch (B, Q) int32 says which one a token belongs to, position (B, Q) int32 where it stands
+    in its text, before (B, Q) int32 the id of the token before it. Q is 0 for rows without any.
+    """
+
+    tokens: Any
+    length: Any
+    branch: Any
+    position: Any
+    before: Any
+
+
+def scoring_params(params: Params, dtype: jnp.dtype | type) -> Params:
+    """All weights in the compute dtype, the unembedding too; scalars stay float32."""
+    cast = cast_params(params, dtype)
+    return cast | {"unembedding": cast["unembedding"].astype(dtype)}
+
+
+def final_activations(config: ModelConfig, params: Params, rows: Rows) -> jax.Array:
+    """(B, T + Q, D) after the last norm; `params` from `scoring_params`."""
+    B, Q = rows.branch.shape
+    T = rows.tokens.shape[1] - Q
+    prefix, tails, dtype = rows.tokens[:, :T], rows.tokens[:, T:], params["embedding"].dtype
+    backend, _ = choose_backend(config, dtype, jax.devices()[0], T)
+    groups, period = scan_groups(config)
+    trunk = Trunk(unroll=groups if groups * period <= UNROLLED else 1, backend=backend)
+    positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+    x, _ = embed(config, params, prefix)
+    if Q:
+        positions = jnp.concatenate([positions, rows.position], axis=1)
+        _, previous = embed(config, params, rows.before.reshape(B * Q, 1))
+        x_tails, _ = embed(config, params, tails.reshape(B * Q, 1), previous[:, 0])
+        x = jnp.concatenate([x, x_tails.reshape(B, Q, -1)], axis=1)
+
+    def attend(window: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        y = attention(q[:, :T], k[:, :T], v[:, :T], window, backend, score_bound(config))
+        if not Q:
+            return y
+        keys, values = (a.swapaxes(1, 2) for a in (k, v))
+        tails = piece_attention(q[:, T:], keys, values, _visible(rows, T, window))
+        return jnp.concatenate([y, tails], axis=1)
+
+    return through_layers(config, params, x, rows.tokens, rotary(config, positions, dtype), attend, trunk)
+
+
+def _visible(rows: Rows, T: int, window: int) -> jax.Array:
+    """(B, Q, T + Q): what a token of a continuation sees, the prefix and its own continuation up to itself."""
+    place = jnp.arange(T)[None, None, :]
+    at = rows.position[:, :, None]
+    of_prefix = (place < rows.length[:, None, None]) & (at - place <= window)
+    distance = at - rows.position[:, None, :]
+    own = (rows.branch[:, :, None] == rows.branch[:, None, :]) & (distance >= 0) & (distance <= window)
+    return jnp.concatenate([of_prefix, own], axis=2)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def score_targets(
+    config: ModelConfig, params: Params, rows: Rows, where: jax.Array, target: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """How likely given tokens are, and whether they are the likeliest.
+
+    Args:
+      where: (M,) int32, for each question the flat index into (B, T + Q) of the position that predicts its token;
+      target: (M,) int32, the token; count: (1,) int32, how many of the questions are meant, the first ones.
+
+    Returns: nll (M,) float32 in nats and best (M,) bool (the first of equal logits wins); 0 and False beyond `count`.
+    """
+    x = final_activations(config, params, rows)
+    x = x.reshape(-1, x.shape[-1])
+    M = where.shape[0]
+    chunk = min(M, QUESTION_CHUNK.get(jax.default_backend(), ACCELERATOR_CHUNK))
+    spare = -M % chunk
+    where, target = (jnp.pad(a, (0, spare)) for a in (where, target))
+
+    def one(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        at = jax.lax.dynamic_slice_in_dim(where, i * chunk, chunk)
+        to = jax.lax.dynamic_slice_in_dim(target, i * chunk, chunk)
+        z = logits(config, params, x[at])
+        nll = jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, to[:, None], axis=-1)[:, 0]
+        best = jnp.argmax(z, axis=-1) == to
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(all_, new, i * chunk, 0)
+            for all_, new in zip(found, (nll, best), strict=True)
+        )  # type: ignore[return-value]
+
+    nothing = jnp.zeros(M + spare, jnp.float32), jnp.zeros(M + spare, bool)
+    nll, best = jax.lax.fori_loop(0, -(-count[0] // chunk), one, nothing)
+    meant = jnp.arange(M) < count[0]
+    return jnp.where(meant, nll[:M], 0.0), best[:M] & meant
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def score_letters(config: ModelConfig, params: Params, rows: Rows, where: jax.Array, letters: jax.Array) -> jax.Array:
+    """Float32 logits (B, C) of the ids letters (B, C) after position where (B,) of each row."""
+    x = final_activations(config, params, rows)
+    last = jnp.take_along_axis(x, where[:, None, None], axis=1)[:, 0]
+    z = jnp.einsum("bd,bcd->bc", last, params["unembedding"][letters], preferred_element_type=jnp.float32)
+    return config.softcap * jnp.tanh(z / config.softcap)
+
 
 ROW_TOKENS = 512  # a batch of n rows has about n times this many tokens, whatever the rows' length
 CPU_TOKENS = 2048  # of a batch on a CPU at most: more leave its caches and run slower

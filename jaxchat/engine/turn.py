@@ -9,9 +9,9 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+from jaxchat.engine.device import FORCED
 from jaxchat.engine.request import Event, Token
-from jaxchat.engine.slots import FORCED
-from jaxchat.text.tokenizer import OUTPUT_END, OUTPUT_START, PYTHON_END, PYTHON_START, Tokenizer
+from jaxchat.tokenizer import OUTPUT_END, OUTPUT_START, PYTHON_END, PYTHON_START, Tokenizer
 from jaxchat.tools.calculator import calculate
 
 TOOL_ERROR = "error"  # the output of a call that the calculator refuses

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from jaxchat.errors import InterruptedRun, JaxchatError, OutOfMemoryError, UsageError
 from jaxchat.log import say
-from jaxchat.paths import RunDir
+from jaxchat.run_dir import RunDir
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxchat.interop.trained import Trained
-from jaxchat.model.sizes import count_parameters
+from jaxchat.sizes import count_parameters
 
 KINDS = {"base": "a base model that continues text", "sft": "a chat model", "rl": "a chat model after RL"}
 

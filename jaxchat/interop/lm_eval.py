@@ -19,10 +19,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from jaxchat.engine import Engine, Handle, Request
 from jaxchat.engine.loading import batch_rows as rows_at_once
 from jaxchat.engine.loading import load_run
-from jaxchat.engine.scoring import Scorer
-from jaxchat.engine.spans import Span
+from jaxchat.engine.scoring import Scorer, Span
 from jaxchat.errors import UsageError
-from jaxchat.paths import RunDir
+from jaxchat.run_dir import RunDir
 
 MAX_TOKENS = 256  # of an answer, where a task names no number
 HARNESS = {"batch_size", "max_batch_size", "device"}  # what the harness adds by itself; JAX decides these

@@ -14,14 +14,13 @@ import numpy as np
 
 from jaxchat.config import ModelConfig
 from jaxchat.errors import DataError, UsageError
-from jaxchat.interop.names import assemble
-from jaxchat.interop.tiktoken_ranks import read_tiktoken
-from jaxchat.interop.tokenizer_files import read_tokenizer
+from jaxchat.interop.huggingface import assemble
+from jaxchat.interop.tokenizer_files import read_tiktoken, read_tokenizer
 from jaxchat.interop.trained import STAGES, Trained, write_run
-from jaxchat.model.layout import VE_GATE_CHANNELS
-from jaxchat.paths import read_json, sha256_file
-from jaxchat.recipes import resolve_model
-from jaxchat.text.tokenizer import Tokenizer
+from jaxchat.run_dir import read_json, sha256_file
+from jaxchat.scaling import resolve_model
+from jaxchat.sizes import VE_GATE_CHANNELS
+from jaxchat.tokenizer import Tokenizer
 
 FOLDERS = {"base": "base", "mid": "sft", "chatsft": "sft", "sft": "sft", "chatrl": "rl", "rl": "rl"}  # X_checkpoints
 SAFE_TORCH = (2, 10)  # before 2.6 weights_only runs code (CVE-2025-32434), before 2.10 it corrupts memory

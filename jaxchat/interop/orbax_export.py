@@ -13,18 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxchat.attention import attention
 from jaxchat.checkpoint import this_process
 from jaxchat.errors import DataError
 from jaxchat.interop.card import model_card
 from jaxchat.interop.tokenizer_files import tokenizer_files
 from jaxchat.interop.trained import Trained, appearing, load_trained
 from jaxchat.log import quiet_libraries
-from jaxchat.model.attention import attention
-from jaxchat.model.gpt import layer_params
-from jaxchat.model.layers import Params, block, embed, finish, logits, rotary, unembedding
-from jaxchat.model.layout import score_bound, value_layers, windows
-from jaxchat.paths import RunDir, atomic_write, write_checksums, write_json
-from jaxchat.text.tokenizer import ASSISTANT_END
+from jaxchat.model import Params, block, embed, finish, layer_params, logits, rotary, unembedding
+from jaxchat.run_dir import RunDir, atomic_write, write_checksums, write_json
+from jaxchat.sizes import score_bound, value_layers, windows
+from jaxchat.tokenizer import ASSISTANT_END
 
 FORMAT = 1
 GOLDEN_TOKENS = 64  # whose logits are kept

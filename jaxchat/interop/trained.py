@@ -18,15 +18,14 @@ import jax
 import numpy as np
 
 from jaxchat.checkpoint import RECORDS, params_sha256, recorded, save_params
-from jaxchat.config import Config, ModelConfig, RlConfig, ServeConfig
+from jaxchat.config import Config, ModelConfig, RlConfig, ServeConfig, to_toml
 from jaxchat.engine.loading import STAGES as FURTHEST_FIRST
 from jaxchat.engine.loading import load_run, trained_stages
 from jaxchat.errors import DataError, UsageError
-from jaxchat.model.layers import Params
-from jaxchat.optim.horizon import resolve
-from jaxchat.paths import RECORD_FORMAT, RunDir, atomic_write, read_json, sync_directory, write_json
-from jaxchat.text.tokenizer import Tokenizer
-from jaxchat.toml import to_toml
+from jaxchat.model import Params
+from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, read_json, sync_directory, write_json
+from jaxchat.scaling import resolve
+from jaxchat.tokenizer import Tokenizer
 
 STAGES = tuple(reversed(FURTHEST_FIRST))
 CARD = "card.md"  # the model card that an imported model came with

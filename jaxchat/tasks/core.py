@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxchat.engine.spans import Span, SpanScore, common_prefix
+from jaxchat.engine.scoring import Span, SpanScore, common_prefix
 from jaxchat.errors import DataError
 from jaxchat.tasks.base import Task, sound
 from jaxchat.tasks.files import Archive, MissingData, TaskFiles, read_jsonl
-from jaxchat.text.tokenizer import Tokenizer
+from jaxchat.tokenizer import Tokenizer
 
 BUNDLE = Archive("https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip", (".jsonl", ".yaml", ".csv"))
 ORDER_SEED, SHOTS_SEED = 1337, 1234

@@ -19,10 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxchat.config import CONFIG_DIR, Config
-from jaxchat.data.hub_files import Hub
+from jaxchat.data.hub import Hub
 from jaxchat.errors import DataError
 from jaxchat.log import progress
-from jaxchat.paths import locked, sha256_file, write_json
+from jaxchat.run_dir import locked, sha256_file, write_json
 
 TIMEOUT = 30.0  # seconds without an answer from a server
 PIECE = 1 << 20  # bytes read at once

@@ -7,20 +7,16 @@ import re
 from collections.abc import Callable
 
 from jaxchat.errors import UsageError
-from jaxchat.tasks.arc import Arc
-from jaxchat.tasks.arithmetic import Arithmetic
 from jaxchat.tasks.base import Task
+from jaxchat.tasks.choice import MMLU, Arc
+from jaxchat.tasks.conversations import SmolTalk
 from jaxchat.tasks.core import Core
 from jaxchat.tasks.files import NO_FILES, TaskFiles
+from jaxchat.tasks.generated import Arithmetic, SpellingBee, WordProblems
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.humaneval import HumanEval
-from jaxchat.tasks.identity import Identity
+from jaxchat.tasks.identity import Identity, Persona, load_persona
 from jaxchat.tasks.lottery import Lottery
-from jaxchat.tasks.mmlu import MMLU
-from jaxchat.tasks.persona import Persona, load_persona
-from jaxchat.tasks.smoltalk import SmolTalk
-from jaxchat.tasks.spelling_bee import SpellingBee
-from jaxchat.tasks.word_problems import WordProblems
 
 # name -> the task, made from where its data lies; nothing is read before its examples are asked for
 TASKS: dict[str, Callable[[TaskFiles], Task]] = {

@@ -14,7 +14,7 @@ import pytest
 from whole_run import arguments, finish, records, start
 
 from jaxchat.checkpoint import Checkpoints
-from jaxchat.paths import damage
+from jaxchat.run_dir import damage
 
 pytestmark = pytest.mark.slow
 CASES, WHOLE_RUNS = 50, 5

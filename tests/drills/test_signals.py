@@ -15,7 +15,7 @@ from test_kills import TRAINED, stage_of
 from whole_run import arguments, finish, records, start
 
 from jaxchat.config import load_config
-from jaxchat.paths import RunDir
+from jaxchat.run_dir import RunDir
 from train.stages import unfinished
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,269 @@
+"""Byte-level BPE with the chat's special tokens: train, load, encode, decode, count bytes.
+
+Any string can be encoded. Text never becomes a special token: special tokens stand outside the BPE model and are put
+in by id alone (`special`), so "<|bos|>" typed by a person is seven ordinary characters. Lone surrogates, which no
+UTF-8 can hold, become U+FFFD.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from jaxchat.errors import DataError, UsageError
+from jaxchat.run_dir import atomic_write, read_json, require_format, write_json
+
+# A tokenizer from tiktoken's ranks: every token's bytes in the order in which they were merged.
+
+
+Ranks = dict[bytes, int]
+
+
+def from_ranks(ranks: Ranks, pattern: str) -> tokenizers.Tokenizer:
+    """Byte-level BPE that encodes as tiktoken does, words cut by `pattern`; without special tokens.
+
+    tiktoken merges the pair whose bytes have the lowest rank, so a token's two halves are what its own bytes come to
+    with lower ranks; and it takes a whole word that is a token without merging (`ignore_merges`). Raises what the
+    library raises for a pattern or ranks that cannot be.
+    """
+    printable = {byte: character for character, byte in byte_alphabet().items()}
+
+    def shown(token: bytes) -> str:
+        return "".join(printable[byte] for byte in token)
+
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        halves = _merged(token, ranks, rank)
+        if len(token) > 1 and len(halves) == 2:
+            merges.append((shown(halves[0]), shown(halves[1])))
+    vocab = {shown(token): rank for token, rank in ranks.items()}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _merged(token: bytes, ranks: Ranks, below: int) -> list[bytes]:
+    """What byte-pair merging with the ranks below makes of a token's bytes."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while True:
+        pairs = [(ranks.get(a + b, below), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
+        rank, i = min(pairs, default=(below, 0))
+        if rank >= below:
+            return parts
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+BOS = "<|bos|>"
+USER_START, USER_END = "<|user_start|>", "<|user_end|>"
+ASSISTANT_START, ASSISTANT_END = "<|assistant_start|>", "<|assistant_end|>"
+PYTHON_START, PYTHON_END = "<|python_start|>", "<|python_end|>"
+OUTPUT_START, OUTPUT_END = "<|output_start|>", "<|output_end|>"
+SPECIAL_TOKENS = (
+    BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END, PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END
+)  # fmt: skip
+# GPT-4's split, with digits in groups of at most 2 (a small vocabulary has no room for 1,000 numbers)
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+FORMAT = 1
+PROBE = "Two  spaces,\n\ttabs, Ünïcode, 한국어 and 😀 <|bos|>\n "  # what a tokenizer from elsewhere must give back
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer in which every special token of the chat has an id.
+
+    Another project's tokenizer keeps its ids, and its normalizer where it has one; what it lacks of `SPECIAL_TOKENS`
+    is added behind them.
+    """
+
+    def __init__(self, backend: Backend):
+        self._backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        there = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        backend.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS if t not in there])
+        backend.encode_special_tokens = True  # special tokens written in a text are encoded as text
+        ids = backend.get_vocab(with_added_tokens=True)
+        if len(set(ids.values())) < len(ids):  # the library numbers added tokens by count, not by the largest id
+            raise DataError("the tokenizer's ids have gaps that its special tokens would fall into; take another one")
+        self.special = {name: ids[name] for name in SPECIAL_TOKENS}
+        self.bos = self.special[BOS]
+        self.vocab_size = max(ids.values()) + 1
+        if self.vocab_size > 2 * len(ids):  # every id takes a row of the embedding
+            raise DataError(
+                f"the tokenizer has {len(ids):,} tokens, but ids up to {self.vocab_size - 1:,}; take another one"
+            )
+        special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._bytes = _byte_table(backend, self.vocab_size, special)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """From a `tokenizer.json` or a directory that holds one. `DataError` names a missing or foreign file."""
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: cannot be read as a tokenizer ({error})") from None
+        if path.is_dir() and (meta := path / "meta.json").exists():
+            require_format(read_json(meta), FORMAT, meta)
+        return cls.parse(text, file)
+
+    @classmethod
+    def parse(cls, text: str, source: object) -> Tokenizer:
+        """From the content of a `tokenizer.json`; `DataError` names `source` where it cannot be used here."""
+        try:
+            content = json.loads(text)  # by Python's rules too: the library's parser takes more than JSON
+            backend = Backend.from_str(text)
+        except BaseException as error:  # the library raises plain Exception, and Rust's panics are not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise DataError(f"{source}: not a tokenizer.json of Hugging Face's format ({error})") from None
+        if not isinstance(backend.model, models.BPE) or "ByteLevel" not in str(content.get("decoder")):
+            raise DataError(f"{source}: only byte-level BPE tokenizers can encode every text; this is another kind")
+        try:
+            tokenizer = cls(backend)
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from None
+        lacking = 256 - len({token for token in tokenizer._bytes if len(token) == 1})
+        if lacking:
+            raise DataError(f"{source}: {lacking} of the 256 bytes have no token, so it cannot encode every text")
+        if any(tokenizer.decode(tokenizer.encode(text)) != text for text in (PROBE, " " + PROBE)):
+            raise DataError(f"{source}: does not give a text back as it was (it adds, drops or changes characters)")
+        return tokenizer
+
+    def to_json(self) -> str:
+        """The content of `tokenizer.json`, in Hugging Face's format."""
+        return str(self._backend.to_str(pretty=True))
+
+    def save(self, directory: str | Path) -> None:
+        """Write `tokenizer.json` (Hugging Face's format) and `meta.json`."""
+        directory = Path(directory)
+        atomic_write(directory / "tokenizer.json", self.to_json())
+        meta = {"format": FORMAT, "vocab_size": self.vocab_size, "digest": self.digest, "special_tokens": self.special}
+        write_json(directory / "meta.json", meta)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of what decides the encoding; equal for equal tokenizers, whatever the file's layout."""
+        content = json.loads(self.to_json())
+        deciding = {key: content[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """ids of the text, without `<|bos|>`; never a special token, whatever stands in the text."""
+        return self._backend.encode(_clean(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, over all cores."""
+        found = self._backend.encode_batch_fast([_clean(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for; empty for special tokens and for ids without a token."""
+        return self._bytes[token] if 0 <= token < len(self._bytes) else b""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the ordinary tokens among ids; may end inside a character."""
+        return b"".join(self.token_bytes(i) for i in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ordinary tokens among ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def byte_lengths(self) -> np.ndarray:
+        """(V,) int32: bytes each token stands for, 0 for special tokens."""
+        return np.array([len(b) for b in self._bytes], np.int32)
+
+
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, max_chars: int, doc_chars: int, normalize: str = "none"
+) -> Tokenizer:
+    """Byte-level BPE of exactly `vocab_size` ids (special tokens included) from a stream of documents.
+
+    `normalize` "nfc": it composes what it encodes, so that the two ways to write Hangul or an accent are one.
+    Sees at most `max_chars` characters, `doc_chars` of each document; holds only word counts, never the text.
+    `DataError` if the text is too small to fill the vocabulary, `UsageError` if the vocabulary cannot hold the bytes.
+    """
+    if vocab_size < 256 + len(SPECIAL_TOKENS):
+        raise UsageError(
+            f"model.vocab_size: {vocab_size} is below {256 + len(SPECIAL_TOKENS)}, "
+            f"the 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+        )
+    backend = Backend(models.BPE(byte_fallback=False))
+    if normalize == "nfc":
+        backend.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        min_frequency=0,
+    )
+    backend.train_from_iterator(_limited(documents, max_chars, doc_chars), trainer)
+    tokenizer = Tokenizer(backend)
+    if tokenizer.vocab_size < vocab_size:
+        raise DataError(
+            f"the text is too small for model.vocab_size {vocab_size}: it gives {tokenizer.vocab_size} tokens; "
+            f"add text, or set model.vocab_size={tokenizer.vocab_size} or less"
+        )
+    return tokenizer
+
+
+def _limited(documents: Iterable[str], max_chars: int, doc_chars: int) -> Iterator[str]:
+    left = max_chars
+    for document in documents:
+        if left <= 0:
+            return
+        piece = _clean(document[: min(doc_chars, left)])
+        left -= len(piece)
+        yield piece
+
+
+def _clean(text: str) -> str:
+    """Lone surrogates (from damaged JSON escapes) replaced by U+FFFD; everything else untouched."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable alphabet of byte-level BPE (GPT-2's): which byte a character stands for."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    alphabet = {chr(b): b for b in printable}
+    for n, byte in enumerate(b for b in range(256) if b not in printable):
+        alphabet[chr(256 + n)] = byte
+    return alphabet
+
+
+def _byte_table(backend: Backend, size: int, special: set[int]) -> list[bytes]:
+    """The bytes of every id."""
+    alphabet, table = byte_alphabet(), []
+    for i in range(size):
+        token = backend.id_to_token(i)
+        if token is None or i in special:
+            table.append(b"")
+        elif all(c in alphabet for c in token):
+            table.append(bytes(alphabet[c] for c in token))
+        else:
+            table.append(token.encode("utf-8"))  # an added ordinary token is stored as its text
+    return table
