@@ -1,6 +1,6 @@
 """`docs/llms.txt`: one file that lets a language model answer questions about jaxchat, after llmstxt.org.
 
-python tests/llms_text.py      writes it anew from documents and docstrings; a test compares
+python tests/llms_text.py      writes it anew from documents and docstrings
 """
 
 import ast

@@ -306,7 +306,7 @@ def test_an_unknown_exam_is_refused_before_any_work(config):
     evaluate.check(config)
 
 
-@pytest.mark.parametrize("page", ["docs/evaluation.md", "docs/ko/evaluation.md"])
+@pytest.mark.parametrize("page", ["docs/exams.md", "docs/ko/exams.md"])
 def test_the_task_of_the_page_is_an_exam_and_a_source_of_conversations(page, config, run, facts, monkeypatch):
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
     module = {"__name__": "jaxchat.tasks.backwards"}

@@ -371,7 +371,7 @@ def test_the_card_says_what_the_model_is_and_scored():
     assert "## Exams" not in model_card(random_model("classic", stage="base"), "", "jax")
 
 
-@pytest.mark.parametrize("page", ["docs/interop.md", "docs/ko/interop.md"])
+@pytest.mark.parametrize("page", ["docs/weights.md", "docs/ko/weights.md"])
 def test_the_page_prints_the_same_lines_and_commands_that_parse(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     printed = re.findall(r"```python\n(.*?)```", text, re.S)[0]

@@ -128,7 +128,7 @@ def test_beam_search_with_a_cache_is_the_one_without(pair):
     assert torch.equal(with_cache, without), "beams that change places take their smear along"
 
 
-@pytest.mark.parametrize("page", ["docs/interop.md", "docs/ko/interop.md"])
+@pytest.mark.parametrize("page", ["docs/weights.md", "docs/ko/weights.md"])
 def test_the_lines_of_the_page_run(pair, page, capsys):
     text = (Path(__file__).resolve().parent.parent / page).read_text(encoding="utf-8")
     lines = re.findall(r"```python\n(.*?)```", text, re.S)[1]

@@ -1,4 +1,4 @@
-"""docs/serving.md: every example runs as printed, but for the address."""
+"""Examples of docs/chat.md against a live service: they run as printed, but for the address."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from serve.errors import CODES, TYPES
 from serve.schemas import NOTHING, ChatRequest, CompletionRequest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "docs/serving.md", ROOT / "docs/ko/serving.md"]
+PAGES = [ROOT / "docs/chat.md", ROOT / "docs/ko/chat.md"]
 HERE = "127.0.0.1:8000"
 
 
@@ -29,6 +29,11 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
+def service_examples():
+    """The Python examples that talk to a service; the others load a run (tests/test_docs.py)."""
+    return [example for example in blocks(PAGES[0], "python") if HERE in example]
+
+
 def shell(command, service, **options):
     assert HERE in command
     there = command.replace(HERE, f"127.0.0.1:{service.port}")
@@ -40,7 +45,7 @@ def shell(command, service, **options):
 def test_both_languages_show_the_same_examples():
     for language in ("sh", "python"):
         assert blocks(PAGES[0], language) == blocks(PAGES[1], language)
-    assert len(blocks(PAGES[0], "sh")) == 5 and len(blocks(PAGES[0], "python")) == 2
+    assert len(blocks(PAGES[0], "sh")) == 5 and len(service_examples()) == 2
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
@@ -57,9 +62,8 @@ def test_curl(service):
 
 @pytest.mark.parametrize("number", [pytest.param(0, marks=needs_openai), 1], ids=["openai", "websocket"])
 def test_python(service, number, capsys):
-    example = blocks(PAGES[0], "python")[number]
-    assert HERE in example
-    exec(compile(example.replace(HERE, f"127.0.0.1:{service.port}"), "serving.md", "exec"), {})
+    example = service_examples()[number]
+    exec(compile(example.replace(HERE, f"127.0.0.1:{service.port}"), "chat.md", "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
@@ -102,13 +106,13 @@ def test_lm_eval(service, tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=["en", "ko"])
 def test_fields_errors_and_what_is_refused(page):
     text = page.read_text(encoding="utf-8")
-    fields, errors, *_ = re.split(r"^## ", text, flags=re.M)[5:]
-    rows = re.findall(r"^\| (`.*?) \|", fields, re.M)
-    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)} | {"max_completion_tokens"}
-    assert named == set(ChatRequest.model_fields) | set(CompletionRequest.model_fields)
+    fields = next(table for table in re.findall(r"(?:^\|.*\n)+", text, re.M) if "| `stream`" in table)
+    named = {name for row in re.findall(r"^\| (`.*?) \|", fields, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert named | {"max_completion_tokens"} == set(ChatRequest.model_fields) | set(CompletionRequest.model_fields)
+    errors = next(table for table in re.findall(r"(?:^\|.*\n)+", text, re.M) if "| 429 |" in table)
     assert {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", errors, re.M) for code in row.split(", ")} == (
         set(CODES) | {400, 503}
     )
     assert set(TYPES) <= set(CODES) | {403}
     for name in ("tools", "response_format", "logit_bias", "suffix", "best_of"):
-        assert name in NOTHING and f"`{name}`" in fields
+        assert name in NOTHING and f"`{name}`" in text

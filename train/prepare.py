@@ -182,7 +182,7 @@ def load(path: Path) -> Backend:
 # How large a model, vocabulary and horizon a text of one's own asks for: the tier `book`.
 
 
-EPOCHS = 4  # of a text that is small: then the held-out score of Shakespeare's plays was best (docs/book.md)
+EPOCHS = 4  # of a text that is small: then the held-out score of Shakespeare's plays was best (docs/small.md)
 SMALL_RUN = 4_000_000  # tokens, about ten minutes on two cores; a longer text is read once at least
 SIZING_CHARS = 1_500_000  # of the text at most, to learn how many tokens it comes to
 BYTES_PER_TOKEN = 3.0  # taken where the text is too small to tell

@@ -1,7 +1,7 @@
 """The interface behind which every exam, every generated SFT set and every RL environment lies.
 
 Messages have the form of `text/chat.py`: {"role", "content"}, where an assistant's content is a string or a list of
-{"type": "text" | "python" | "python_output", "text"}. A task is one small file: see `docs/evaluation.md`.
+{"type": "text" | "python" | "python_output", "text"}. A task is one small file: see `docs/exams.md`.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class HumanEval(WrittenTask):
         """Opened at the first answer, with a warning where it is weak."""
         box = open_sandbox(self.files.sandbox)
         if box.level < STRICT:
-            say(f"  humaneval runs a model's code with little around it: {box} (see docs/sandbox.md)", style="yellow")
+            say(f"  humaneval runs code with little around it: {box} (docs/reliability.md)", style="yellow")
         return box
 
     def setting(self) -> Sequence[str]:

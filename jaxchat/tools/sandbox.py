@@ -2,7 +2,7 @@
 
 Layer 1, always: own process and session, `-I -S`, empty environment, an empty scratch folder, limits on memory, time,
 files and output, no children, no privileges, death with the parent. Layer 2: Landlock and seccomp. Layer 3: bubblewrap.
-Which of them hold here is tried once, by a program that does what they forbid. See `docs/sandbox.md`.
+Which of them hold here is tried once, by a program that does what they forbid. See `docs/reliability.md`.
 """
 
 from __future__ import annotations

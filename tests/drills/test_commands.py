@@ -33,7 +33,7 @@ ELSEWHERE = {
     "lm_eval": "another library: tests/test_lm_eval.py",
     "python -m pytest": "tests themselves",
     "python -m venv": "an environment",
-    "model.vocab_size=8192": "shapes of its own, for minutes: docs/korean.md has what came out",
+    "model.vocab_size=8192": "shapes of its own, for minutes: docs/korean.md has the results",
 }
 # a tier's own settings that would take long here, or that are asked of a network
 LITTLE = [*TINY, "eval.exams=[\"auto\"]", "mesh.data=-1", "mesh.fsdp=1", "tokenizer.path=", "eval.sample_prompts=1",
