@@ -76,9 +76,11 @@ EXAMS = {
         "identity": share(83, 83, [0.95577, 1.0], groups={}),
     },
 }
-SAMPLES = (
-    "# Samples: {0}\n\nTemperature in bold.\n\n## Before\n\n> ` hi `\n\n- **0**: ` old `\n\n## After\n\n> ` {0} `\n"
-)
+
+
+def samples(stage):
+    turn = lambda prompt, text: {"prompt": prompt, "answers": [{"temperature": 0.0, "text": text}]}  # noqa: E731
+    return {"before": [turn("hi", "old")], "after": [turn(stage, f"new {stage}")]}
 
 
 def standing(stage, changes):
@@ -121,7 +123,7 @@ def make_run(folder, stages=tuple(FACTS), **changes):
             metrics(run.stage(stage) / "metrics.jsonl", mfu=changes.get("mfu"))
             loss_plot(run.stage(stage) / "metrics.jsonl", run.stage(stage) / "loss.png", stage)
         if "eval" in stages:
-            (run.stage(stage) / "samples.md").write_text(SAMPLES.format(stage), encoding="utf-8")
+            write_json(run.stage(stage) / "samples.json", samples(stage))
             write_json(run.eval(stage), {"tasks": EXAMS[stage], "inputs": {}} | standing(stage, changes))
     return run
 

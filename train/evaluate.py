@@ -66,10 +66,10 @@ def samples(
     chat: bool,
     max_tokens: int = 64,
     temperatures: Sequence[float] = TEMPERATURES,
-) -> str:
-    """Markdown with every prompt's continuations (`chat`: answers), one per temperature; always the same.
+) -> list[dict[str, Any]]:
+    """Return `{"prompt", "answers": [{"temperature", "text"}, ...]}` for every prompt; always the same.
 
-    Prompts that are longer than the context are left out.
+    Answers continue the prompt, or reply to it (`chat`). Prompts that are longer than the context are left out.
     """
     prompts = [p for p in prompts if len(_request(engine, p, chat).tokens) <= engine.capacity]
     requests = [
@@ -78,10 +78,18 @@ def samples(
         for temperature in temperatures
     ]
     results = iter(engine.generate(requests))
+    return [
+        {"prompt": p, "answers": [{"temperature": t, "text": shown(next(results))} for t in temperatures]}
+        for p in prompts
+    ]
+
+
+def samples_markdown(turns: Sequence[dict[str, Any]]) -> str:
+    """Return the samples as Markdown: prompts quoted, temperatures in bold."""
     lines: list[str] = []
-    for prompt in prompts:
-        lines += [quote(prompt), ""]
-        lines += [f"- **{temperature:g}**: {_shown(next(results))}" for temperature in temperatures]
+    for turn in turns:
+        lines += [quote(turn["prompt"]), ""]
+        lines += [f"- **{a['temperature']:g}**: {code(a['text']) or '(nothing)'}" for a in turn["answers"]]
         lines.append("")
     return "\n".join(lines)
 
@@ -106,12 +114,12 @@ def _request(engine: Engine, prompt: str, chat: bool, **settings: Any) -> Reques
     return engine.text_request(prompt, **settings)
 
 
-def _shown(result: Result) -> str:
-    """One line, tool calls visible, nothing interpreted as Markdown."""
+def shown(result: Result) -> str:
+    """Return an answer with its tool calls in brackets, and dots where it was cut off."""
     frames = {"text": "{}", "python": "[{} =", "python_output": " {}] "}
     text = "".join(frames[part["type"]].format(part["text"]) for part in result.parts)
     text = text.rstrip("\ufffd") + " ..." if result.finish_reason == "length" else text  # cut inside a character
-    return code(text) if text.strip() else "(nothing)"
+    return text if text.strip() else ""
 
 
 def answer_line(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
@@ -120,7 +128,7 @@ def answer_line(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     for token in tokens:
         turn.add(token)
     turn.flush()
-    return _shown(Result(turn.tokens, turn.parts, "stop", 0, 0))
+    return code(shown(Result(turn.tokens, turn.parts, "stop", 0, 0))) or "(nothing)"
 
 
 def quote(prompt: str) -> str:
@@ -609,7 +617,7 @@ class Examiner:
 
 
 def write_samples(model: Model, before: Any) -> None:
-    """`samples.md` of a stage: the same prompts to the model the stage began with and the one it made."""
+    """Write `samples.json` and `samples.md` of a stage: the same prompts before the stage and after it."""
     run, stage, config = model.run, model.stage, model.config
     chat = stage != "base"
     if chat:
@@ -618,10 +626,13 @@ def write_samples(model: Model, before: Any) -> None:
         rows = Rows(run.data / "rows" / "val", verify=False)
         prompts = held_out_openings(rows, model.tokenizer, config.eval.sample_prompts)
     tokens = min(config.eval.sample_tokens, config.model.seq_len // 2)
+    turns = {}
     text = [f"# Samples: {stage}", "", "Temperature in bold; tool calls in brackets.", ""]
-    for title, params in (("Before", before), ("After", model.params)):
+    for name, params in (("before", before), ("after", model.params)):
         model.engine.load(params)
-        text += [f"## {title}", "", samples(model.engine, prompts, chat, tokens, config.eval.sample_temperatures)]
+        turns[name] = samples(model.engine, prompts, chat, tokens, config.eval.sample_temperatures)
+        text += [f"## {name.title()}", "", samples_markdown(turns[name])]
+    write_json(run.stage(stage) / "samples.json", turns)
     atomic_write(run.stage(stage) / "samples.md", "\n".join(text))
 
 

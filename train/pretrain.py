@@ -17,7 +17,7 @@ from jaxchat.sizes import count_parameters, flops_per_token
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import TrainState
 
-from .evaluate import held_out_openings, samples
+from .evaluate import held_out_openings, samples, samples_markdown
 from .loop import Job, fit
 
 MANY_EPOCHS = 4  # up to which repeated text is nearly worth as much as new text (2305.16264)
@@ -50,14 +50,15 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
 
         def write() -> None:
             engine = Engine(config.model, params, tokenizer, slots=8)
-            text = samples(
+            turns = samples(
                 engine,
                 held_out_openings(val_rows, tokenizer, min(3, config.eval.sample_prompts)),
                 False,
                 config.eval.sample_tokens,
                 config.eval.sample_temperatures,
             )
-            atomic_write(run.stage("base") / "samples" / f"step_{step:06d}.md", f"# Step {step}\n\n{text}")
+            text = f"# Step {step}\n\n{samples_markdown(turns)}"
+            atomic_write(run.stage("base") / "samples" / f"step_{step:06d}.md", text)
 
         hosts.on_first(write)
 

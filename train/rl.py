@@ -41,7 +41,7 @@ from jaxchat.train_state import Batch, TrainState, decided, make_nll_step
 
 from .evaluate import answer_line, quote
 from .loop import Draw, Job, continued, fit
-from .report import rl_plot
+from .plots import rl_plot
 from .statistics import pass_at_k
 
 # How far RL has come from the model that it started with.
