@@ -197,7 +197,7 @@ def score(directory: str, stage: str, folder: Path) -> dict[str, Any]:
     config, tokenizer = resolve(load_config(run.config)), Tokenizer.load(run.tokenizer)
     row_len, stats = config.model.seq_len + 1, PackStats()
     documents = run_documents(run, "val", tokenizer.digest)
-    packed = pack_documents(documents, row_len, tokenizer.bos, config.data.pack_docs, stats, "whole")
+    packed = pack_documents(documents, row_len, tokenizer.bos, prepare.WINDOW, stats, "whole")
     count = write_rows(folder / "val", packed, row_len, tokenizer.bos, tokenizer.vocab_size)
     finish_rows(folder / "val", {"tokenizer": tokenizer.digest}, row_len, count, tokenizer.vocab_size)
     rows, mesh = Rows(folder / "val", tokenizer.digest), make_mesh(MeshConfig(), jax.local_devices())

@@ -1,8 +1,7 @@
-"""Configuration: frozen dataclasses, TOML tiers, and strict overrides.
+"""Configuration: every key once, read from TOML files and `key=value` overrides.
 
-A number of -1, a string "auto" or a bool of None means "derived": `recipes.py` fills the shapes from the depth,
-`optim/horizon.py` the steps, the batch and the rates.
-Loading is strict: an unknown key or a wrong type is a `UsageError` that names the key and the nearest known one.
+A default of -1, "auto" or None means "derived": `jaxchat/scaling.py` computes the value from the depth, the data or the
+device. `python -m bench.config_docs` writes docs/configuration.md from the declarations below.
 """
 
 from __future__ import annotations
@@ -15,324 +14,274 @@ import tomllib
 import types
 import typing
 import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jaxchat.errors import UsageError
 
-# Frozen dataclasses of settings as TOML and back, strictly: an unknown key or a wrong type is an error naming it.
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"model.depth": 4, ...}` of a configuration, in the order of the fields."""
-    flat: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{f.name}.")
-        else:
-            flat[prefix + f.name] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def to_toml(config: Any, reasons: dict[str, str] | None = None) -> str:
-    """The configuration as TOML that `config.load_config` reads back to an equal object; `reasons` become comments."""
-    lines, sections = [], []
-    reasons = reasons or {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            sections.append(f.name)
-        else:
-            lines.append(f"{f.name} = {_toml_value(value)}")
-    for name in sections:
-        lines += ["", f"[{name}]"]
-        for key, value in flatten(getattr(config, name)).items():
-            if value is not None:
-                reason = reasons.get(f"{name}.{key}")
-                lines.append(f"{key} = {_toml_value(value)}" + (f"  # {reason}" if reason else ""))
-    return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    # JSON's strings are TOML's basic strings, except that TOML also wants DEL escaped
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def parse_value(key: str, text: str) -> Any:
-    """A TOML value; anything that is not one is taken as a plain string (so `--set data.source=files:x` works)."""
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def insert(table: dict[str, Any], key: str, value: Any) -> None:
-    """Put a value where a dotted key says."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        table = table.setdefault(parent, {})
-        if not isinstance(table, dict):
-            raise UsageError(f"{key}: unknown key")
-    table[last] = value
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """Advice: the known name most like this one, "" if none is."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else ""
-
-
-def build(cls: type, table: dict[str, Any], prefix: str = "", root: type | None = None) -> Any:
-    """An object of the frozen dataclass `cls` from nested tables; `UsageError` names a wrong key or type.
-
-    `root`: of which the known keys are, for the advice; `cls` itself by default.
-    """
-    root = root or cls
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        if key not in hints:
-            raise UsageError(f"{prefix}{key}: unknown key{_suggest(root, prefix + key)}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise UsageError(f"{prefix}{key}: is a section, not a value")
-            values[key] = build(typing.cast(type, hint), value, f"{prefix}{key}.", root)
-        else:
-            values[key] = _convert(f"{prefix}{key}", hint, value)
-    return cls(**values)
-
-
-def _suggest(root: type, key: str) -> str:
-    """Nearest known key, by the whole dotted name or by its last part."""
-    known = list(flatten(root()))
-    by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    near = f", did you mean {by_leaf[0]}?" if by_leaf else nearest(key, known)
-    return near or "; docs/configuration.md has every key"
-
-
-def _convert(key: str, hint: Any, value: Any) -> Any:
-    if isinstance(hint, types.UnionType):
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        values = value if isinstance(value, list) else [value]  # --set serve.api_keys=one
-        if any(type(v) is not item and not (item is float and type(v) is int) for v in values):
-            raise UsageError(f"{key}: needs a list of {'strings' if item is str else 'numbers'}, not {value!r}")
-        return tuple(_convert(key, item, v) for v in values)
-    if hint is float and type(value) is int:
-        value = float(value)
-    if type(value) is not hint:
-        plain = unicodedata.normalize("NFKC", value) if isinstance(value, str) else value
-        advice = f"; did you mean {plain}, in plain digits?" if plain != value and hint is not str else ""
-        raise UsageError(f"{key}: needs {_TYPE_NAMES[hint]}, not {value!r}{advice}")
-    if hint is float and not math.isfinite(value):
-        raise UsageError(f"{key}: needs a finite number, not {value!r}")
-    return value
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-
-
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Shapes of the GPT. `recipe` fills what is not given; see `RECIPES`."""
+class Key:
+    """Declaration of a configuration key."""
 
-    recipe: str = "modern"  # "modern" | "classic"
-    depth: int = 4  # layers; the one dial
-    seq_len: int = 2048  # context, tokens
-    vocab_size: int = 32768  # tokens, special tokens included
-    width: int = -1
-    n_heads: int = -1
-    n_kv_heads: int = -1
-    head_width: int = -1
-    mlp_factor: float = 4.0
-    tie_embeddings: bool = False
-    rotary_base: float = -1.0
-    window_pattern: str = "auto"  # S: short window, L: full context; tiled over the layers, the last is always L
-    window_short: int = -1  # tokens before the current one that a short window sees
-    qk_scale: float = -1.0  # on q and on k after their norm
-    value_embeddings: bool | None = None
-    residual_scalars: bool | None = None
-    smear: bool | None = None
-    backout: bool | None = None
-    softcap: float = 15.0  # logits = softcap * tanh(logits / softcap)
-    norm_eps: float = 1.1920929e-7  # float32's machine epsilon, as nanochat; Hugging Face's NanoChat has 1e-6
-    attention: str = "auto"  # "auto" | "cudnn" | "splash" | "blocked" | "xla"
+    default: Any
+    meaning: str  # one line of Markdown
+    low: float
+    high: float
+    choices: tuple[str, ...]  # empty: any value
+    free: bool  # may change in a finished run: how fast or how often, never what is computed beyond rounding
+    type: Any = None
+
+
+def key(
+    default: Any,
+    meaning: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: tuple[str, ...] = (),
+    free: bool = False,
+) -> Any:
+    """Declare a key as a dataclass field; bounds are inclusive and hold for every number of a list."""
+    return field(default=default, metadata={"key": Key(default, meaning, low, high, choices, free)})
+
+
+# fmt: off
+@dataclass(frozen=True)
+class ModelConfig:
+    recipe: str = key("modern", "modern or classic: nanochat's model of July 2026 or of October 2025",
+        choices=("modern", "classic"))
+    depth: int = key(4, "layers; the one dial", 1, 10_000)
+    seq_len: int = key(2048, "context, tokens", 1, 2**24)
+    vocab_size: int = key(32768, "tokens, special tokens included", 1, 2**31)
+    width: int = key(-1, "-1: 64 x depth, up to a multiple of the head width", 1, 2**20)
+    n_heads: int = key(-1, "-1: width / head width", 1, 2**16)
+    n_kv_heads: int = key(-1, "-1: as many as heads; fewer share keys and values", 1, 2**16)
+    head_width: int = key(-1, "-1: 128, or width / heads", 1, 2**16)
+    mlp_factor: float = key(4.0, "width of the MLP over the model's", 0.01, 1000)
+    tie_embeddings: bool = key(False, "one table for embedding and unembedding")
+    rotary_base: float = key(-1.0, "-1: by recipe (classic 10,000, modern 100,000)", 1)
+    window_pattern: str = key("auto", "S short window, L full context, tiled over the layers, the last always L; auto: "
+        "by recipe")
+    window_short: int = key(-1, "tokens before the current one that a short window sees; -1: a quarter of the context, "
+        "up to a multiple of 128", 0, 2**24)
+    qk_scale: float = key(-1.0, "factor on q and k after their norm; -1: by recipe", 0)
+    value_embeddings: bool | None = key(None, "tables added to the values of every second layer; by recipe")
+    residual_scalars: bool | None = key(None, "learned scales of the residual stream and of the embedding in it; by "
+        "recipe")
+    smear: bool | None = key(None, "mixes the token before into each embedding; by recipe")
+    backout: bool | None = key(None, "subtracts the middle layer's output at the end; by recipe")
+    # at most 40: the loss subtracts the cap, not the maximum, and exp(-2 * 40) is not yet zero
+    softcap: float = key(15.0, "logits = softcap * tanh(logits / softcap)", 0.01, 40)
+    norm_eps: float = key(1.1920929e-7, "float32's machine epsilon, as nanochat; Hugging Face's NanoChat has 1e-6",
+        0, 1)
+    attention: str = key("auto", "auto: cudnn on NVIDIA GPUs, splash on TPUs, blocked on CPUs; xla where those cannot "
+        "run (one warning says why; from 12 layers on training stops instead, see `train.allow_slow`). A kernel is "
+        "compared with a reference once in a process; training, exams, RL and serving follow the result",
+        choices=("auto", "cudnn", "splash", "blocked", "xla"))
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    path: str = ""  # an existing tokenizer.json; empty: train one
-    normalize: str = "none"  # of a trained one: "none" | "nfc" (letters and their marks composed into one character)
-    train_chars: int = 2_000_000_000  # characters of the training text that BPE sees
-    doc_chars: int = 10_000  # of one document at most, so that a few giants do not decide the merges
+    path: str = key("", "an existing tokenizer.json; empty: train one")
+    normalize: str = key("none", "of a trained one; nfc: letters and their marks are composed into one character "
+        "first, which for Korean makes the two ways to write a syllable one", choices=("none", "nfc"))
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "chitchat"  # files:GLOB, hf:OWNER/NAME[@REV][:PATTERN], synthetic:lottery, or a mixture of them
-    text_bytes: int = -1  # of text wanted from the hub, of which no more files are downloaded; 0: all
-    mirror: str = ""  # a folder that holds the hub's files
-    cache_dir: str = "~/.cache/jaxchat"  # downloads and compiled programs, shared by all runs
-    encoding: str = "auto"  # of text files: "auto" (by byte order mark, else UTF-8) | Python's name of one
-    size_model: bool = False  # fit what is -1 of model and steps to the amount of text (`train/prepare.py`)
-    val_fraction: float = 0.01  # of documents, chosen by a hash of their text
-    val_source: str = ""  # hf: or files: source that is held out whole, instead of `val_fraction` of every source
-    remainder: str = "auto"  # of a cut document: "keep" | "continue" | "drop" (`data/packing.py`), "auto": by source
-    dedup: bool = False  # leave out documents that came before, letter for letter
-    shard_tokens: int = 100_000_000  # tokens in one token shard, at most
-    pack_docs: int = 20_000  # documents in one best-fit window
-    engine: str = "local"  # who tokenizes and renders: "local" (this machine's cores) | "ray" (a cluster)
-    workers: int = -1  # processes of "local"; -1: one a core
+    source: str = key("chitchat", "chitchat, files:GLOB, hf:OWNER/NAME[@REVISION][:PATTERN], "
+        "synthetic:lottery[:COUNT], or a mixture of them, see data.md")
+    text_bytes: int = key(-1, "bytes of text to download from the hub; 0: all; -1: the tokens of the horizon times 5, "
+        "and what dropped remainders take", 0)
+    mirror: str = key("", "a folder that holds the hub's files", free=True)
+    cache_dir: str = key("~/.cache/jaxchat", "downloads and compiled programs, shared by all runs (`--cache-dir`)",
+        free=True)
+    encoding: str = key("auto", "of text and jsonl files: what a byte order mark says, or UTF-8; or Python's name of "
+        "one, such as cp949")
+    size_model: bool = key(False, "fit what is -1 of layers, width, vocabulary, context and steps to the amount of "
+        "text (tier `book`)")
+    val_fraction: float = key(0.01, "share of the documents that is held out, chosen by a hash of their text", 0, 0.9)
+    val_source: str = key("", "an hf: or files: source that is held out whole instead; its files are left out of the "
+        "training text")
+    remainder: str = key("auto", "what becomes of the rest of a document that is cut: keep (a row piece with a "
+        "`<|bos|>` of its own), continue (at the next row's start, without one), drop (thrown away); auto: drop for "
+        "hub text of which only a part is downloaded, keep for everything else",
+        choices=("auto", "keep", "continue", "drop"))
+    dedup: bool = key(False, "leave out documents that came before, letter for letter; they are counted in any case")
+    engine: str = key("local", "where text is tokenized and conversations are rendered: local (this machine's cores) "
+        "or ray (a cluster); the bytes are the same", choices=("local", "ray"), free=True)
+    workers: int = key(-1, "processes of local; -1: one a core", 1, free=True)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = -1  # optimizer steps
-    token_ratio: float = -1.0  # tokens per scaling parameter; sets the steps
-    batch_tokens: int = -1  # tokens per optimizer step
-    device_batch_rows: int = 32  # rows per device and micro-batch; gradient accumulation makes up the rest
-    checkpoint_every: int = 250  # steps
-    keep_last: int = 2  # checkpoints kept
-    keep_every: int = 0  # steps: checkpoints at multiples of it are kept too; 0: none
-    eval_every: int = 250  # steps; 0: only at the end
-    eval_rows: int = 512  # held-out rows at most per evaluation
-    sample_every: int = 0  # steps between samples during pretraining; 0: only before and after
-    compute_dtype: str = "auto"  # "auto" | "bfloat16" | "float16" (with loss scaling) | "float32"
-    matmul: str = "plain"  # of the layers: "plain" (in compute_dtype) | "fp8"
-    remat: str = "none"  # "none" | "names" | "dots" | "full": what the backward pass computes again
-    loss_chunk: int = -1  # tokens per chunk of the loss
-    scan_unroll: int = -1  # groups of layers unrolled in the trunk's scan
-    max_bad_steps: int = 5  # consecutive non-finite steps until the run goes back, once, or stops
-    allow_slow: bool = False  # go on where training would be slow: days on a CPU, or attention without its fast kernel
-    deterministic: bool = False  # on GPUs: only kernels that add in a fixed order, so that a repeated run has its bits
-    tensorboard: bool = False  # curves for TensorBoard too, in the run's `tensorboard/`
-    wandb: str = ""  # project on Weights & Biases that gets the curves too; empty: nothing leaves the machine
+    steps: int = key(-1, "optimizer steps; -1: token_ratio x scaling parameters / batch_tokens", 1)
+    token_ratio: float = key(-1.0, "tokens per scaling parameter; -1: 12 (modern), 20 (classic)", 1e-6)
+    batch_tokens: int = key(-1, "tokens per optimizer step; -1: 2^19 (tokens / tokens of d12)^0.383, a power of two", 1)
+    device_batch_rows: int = key(32, "rows per device and micro-batch; gradient accumulation makes up the rest",
+        1, free=True)
+    checkpoint_every: int = key(250, "steps between checkpoints", 1, free=True)
+    keep_last: int = key(2, "checkpoints kept", 1, free=True)
+    keep_every: int = key(0, "steps: checkpoints at multiples of it are kept too; 0: none", 0, free=True)
+    eval_every: int = key(250, "steps between evaluations; 0: only at the end", 0, free=True)
+    eval_rows: int = key(512, "held-out rows at most per evaluation", 1, free=True)
+    sample_every: int = key(0, "steps between samples during pretraining; 0: only before and after", 0, free=True)
+    compute_dtype: str = key("auto", "auto: float32 on CPUs, bfloat16 elsewhere, float16 on NVIDIA cards without it "
+        "(T4, V100); float16 scales the loss, halving the scale where a step overflows (skipped and counted)",
+        choices=("auto", "float32", "bfloat16", "float16"))
+    matmul: str = key("plain", "products of the layers: `plain` in the compute dtype, `fp8` with 8-bit operands (e4m3, "
+        "gradients e5m2, one scale a tensor)", choices=("plain", "fp8"))
+    remat: str = key("none", "what the backward pass computes again to save memory: `none`, `names` (on float32 norms, "
+        "rotary and activation functions; in bfloat16 their results are kept and little is computed again), `dots`, "
+        "`full` (whole layers)", choices=("none", "names", "dots", "full"), free=True)
+    scan_unroll: int = key(-1, "groups of layers unrolled in the trunk's scan; -1: all on a GPU ([fewer bytes "
+        "moved](performance.md#bytes-moved)), elsewhere all of a small model and one of a large", 1, free=True)
+    max_bad_steps: int = key(5, "consecutive non-finite steps that are skipped before the run goes back once, then "
+        "stops", 1, free=True)
+    allow_slow: bool = key(False, "go on where training would be slow: more than two days on a CPU, or attention "
+        "without its fast kernel", free=True)
+    deterministic: bool = key(False, "on GPUs: only kernels that add in a fixed order, so that a repeated run has the "
+        "same bits (not tried on one yet)")
+    tensorboard: bool = key(False, "curves for TensorBoard too, in the run's `tensorboard/`", free=True)
+    wandb: str = key("", "project on Weights & Biases that gets the curves too; empty: nothing leaves the machine",
+        free=True)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    kind: str = "muon"  # "muon" (matrices; AdamW for the rest) | "adamw" (everything)
-    lr_scale: float = -1.0  # multiplies every rate below but smear's and backout's
-    matrix_lr: float = 0.02
-    unembedding_lr: float = -1.0
-    embedding_lr: float = -1.0
-    scalar_lr: float = 0.5
-    mixing_lr: float = 0.2  # of smear and backout; never multiplied by lr_scale
-    adamw_lr: float = 6e-4  # kind = "adamw": one rate for everything
-    weight_decay: float = -1.0
-    warmup_steps: int = -1
-    warmdown_ratio: float = -1.0  # share of the steps in which the rate falls
-    final_lr: float = -1.0  # lr_mult at the last step
-    grad_clip: float = -1.0  # global norm; 0: off
-    momentum: tuple[float, ...] = (0.85, 0.97, 0.90)  # Muon's: first step, after its warm-up, last step
-    momentum_warmup_steps: int = 400
-    ns_steps: int = 5  # Polar Express iterations
+    kind: str = key("muon", "muon (AdamW for what is no matrix) or adamw (everything)", choices=("muon", "adamw"))
+    lr_scale: float = key(-1.0, "multiplies every rate but smear's and backout's; -1: from the batch, see training.md",
+        1e-9)
+    matrix_lr: float = key(0.02, "Muon's rate", 0)
+    unembedding_lr: float = key(-1.0, "-1: by recipe; also x (width / 768)^-0.5", 0)
+    embedding_lr: float = key(-1.0, "-1: by recipe; also x (width / 768)^-0.5; value embeddings take half; a tied "
+        "table takes `optim.unembedding_lr`", 0)
+    scalar_lr: float = key(0.5, "of the x0 scalars; the residual ones take a hundredth", 0)
+    mixing_lr: float = key(0.2, "of smear and backout; never multiplied by `optim.lr_scale`", 0)
+    adamw_lr: float = key(6e-4, 'kind = "adamw": one rate for everything', 0)
+    weight_decay: float = key(-1.0, "-1: by recipe, so that rate x decay x steps stays as at d12", 0)
+    warmup_steps: int = key(-1, "-1: by recipe", 0)
+    warmdown_ratio: float = key(-1.0, "share of the steps in which the rate falls; -1: by recipe", 0, 1)
+    final_lr: float = key(-1.0, "multiplier at the last step; -1: by recipe", 0, 1)
+    grad_clip: float = key(-1.0, "global norm; 0: off; -1: by recipe", 0)
+    momentum: tuple[float, float, float] = key((0.85, 0.97, 0.90), "Muon's momentum at the first step, after its "
+        "warm-up, and at the last step; SFT and RL have their own", 0, 1)
+    momentum_warmup_steps: int = key(400, "steps in which Muon's momentum rises from the first to the second", 0)
 
 
 @dataclass(frozen=True)
 class SftConfig:
-    mixture: tuple[str, ...] = ("chitchat", "chatterbot", "identity:500", "word_problems:20000")
-    identity: str = ""  # an identity.toml: who the model is (`tasks/persona.py`); empty: jaxchat
-    epochs: float = 1.0
-    lr_ratio: float = 0.8  # first rate over pretraining's
-    warmdown_ratio: float = 0.5
-    batch_tokens: int = -1
-    eval_every: int = 0
-    exam_cases: int = 0  # questions of each chat exam at every evaluation
+    mixture: tuple[str, ...] = key(("chitchat", "chatterbot", "identity:500", "word_problems:20000"), "`NAME`, "
+        "`NAME:COUNT`, `NAME*EPOCHS` or `NAME:COUNT*EPOCHS`, see data.md")
+    identity: str = key("", "an identity.toml: who the model is, see data.md; empty: jaxchat")
+    epochs: float = key(1.0, "passes over the mixture", 1e-6)
+    lr_ratio: float = key(0.8, "first rate over pretraining's", 0)
+    batch_tokens: int = key(-1, "tokens per optimizer step; -1: as in pretraining", 1)
+    eval_every: int = key(0, "steps between evaluations; 0: only at the end", 0, free=True)
+    exam_cases: int = key(0, "questions of each chat exam at every evaluation, as `exam/NAME` and `chatcore` in "
+        "`metrics.jsonl`", 0, free=True)
 
 
 @dataclass(frozen=True)
 class RlConfig:
-    environment: str = "gsm8k"  # a task that has questions for training; "": no RL
-    steps: int = -1
-    epochs: float = 1.0  # passes over the questions, where no steps are given
-    prompts: int = 16  # questions a step
-    samples: int = 16  # answers to each
-    max_tokens: int = 256  # of an answer
-    temperature: float = 1.0
-    top_k: int = 50  # 0: off
-    format_bonus: float = 0.0  # added to the reward of 1 where the answer has the task's form
-    lr_ratio: float = 0.05  # first rate over pretraining's; falls to 0 in a line
-    eval_every: int = 60  # steps; 0: only before and after
-    eval_prompts: int = 400  # of the exam's questions
-    eval_samples: int = 8  # answers to each: pass@1 to pass@8
-    checkpoint_every: int = 20  # steps
-    slots: int = 128  # answers made at once on a device, a power of two
+    environment: str = key("gsm8k", "a task with questions for training (gsm8k, word_problems, spelling_bee, "
+        "arithmetic); empty: no RL")
+    steps: int = key(-1, "optimizer steps; -1: one pass over the training questions", 1)
+    prompts: int = key(16, "questions a step", 1)
+    samples: int = key(16, "answers to each question, at least 2", 2)  # one alone has nothing to be compared with
+    max_tokens: int = key(256, "longest answer", 1)
+    temperature: float = key(1.0, "of the sampling", 1e-3, 10)  # greedy answers of a group are all the same
+    top_k: int = key(50, "likeliest tokens that may be sampled; 0: all", 0)
+    format_bonus: float = key(0.0, "added to the reward where the answer has the task's form (GSM8K: ends with one "
+        "`####` line)", 0, 1)
+    lr_ratio: float = key(0.05, "first rate over pretraining's; falls to 0 in a straight line", 0)
+    eval_every: int = key(60, "steps between evaluations; 0: only before and after", 0, free=True)
+    eval_prompts: int = key(400, "questions of the exam for pass@k, at most", 1, free=True)
+    eval_samples: int = key(8, "answers to each of them: pass@1 up to pass@8", 1, free=True)
+    checkpoint_every: int = key(20, "steps between checkpoints", 1, free=True)
+    slots: int = key(128, "answers made at once on a device, a power of two", 1, 4096, free=True)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    exams: tuple[str, ...] = ("auto",)  # names of exams; "auto": the generated ones, and those whose data is at hand
-    max_per_task: int = -1  # examples; -1: all
-    rows: int = 2048  # held-out rows at most for the final bits per byte
-    batch_rows: int = -1  # engine slots and rows per scoring batch; -1: 32 on a CPU, elsewhere 256 or what fits
-    sample_tokens: int = 64
-    sample_prompts: int = 5  # openings of held-out texts that a base model continues
-    sample_temperatures: tuple[float, ...] = (0.0, 0.8)
-    chat_prompts: tuple[str, ...] = ()  # questions in a chat model's samples; empty: English ones
-    copied: bool = False  # search the training text for the longest passage that the base model repeats
-    samples: int = 0  # drawn answers to each written question, for pass@1 to pass@k; 0: only the one at temperature 0
-    temperature: float = 0.8  # of those
-    overlap_documents: int = 100_000  # training documents searched for the exams' text; -1: all, 0: none
+    exams: tuple[str, ...] = key(("auto",), "names of exams; `auto`: those made here, and those whose data is at hand")
+    max_per_task: int = key(-1, "questions of an exam, the first of a fixed shuffle; -1: all", 0)
+    rows: int = key(2048, "held-out rows at most for the final bits per byte", 1)
+    batch_rows: int = key(-1, "engine slots and rows per scoring batch, of all devices together; -1: 32 on a CPU, "
+        "elsewhere 256 or what fits in memory, see [exams](exams.md#how-many-rows-at-once)", 1, free=True)
+    sample_tokens: int = key(64, "length of a sample", 1)
+    sample_prompts: int = key(5, "openings of held-out texts that a base model continues in its samples", 0)
+    sample_temperatures: tuple[float, ...] = key((0.0, 0.8), "of the samples", 0, 10)
+    chat_prompts: tuple[str, ...] = key((), "questions in a chat model's samples, and suggestions on the page; none: "
+        "English ones")
+    copied: bool = key(False, "search the training text for passages that the base model repeats letter for letter")
+    samples: int = key(0, "answers drawn to each written question beside the one at temperature 0, for pass@1 to "
+        "pass@k; 0: none", 0, 1024)
+    temperature: float = key(0.8, "of those", 1e-3, 10)
+    overlap_documents: int = key(100_000, "training documents searched for the exams' text, see exams.md; -1: all, 0: "
+        "none", -1)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    data: int = -1  # -1 fills with the devices that are left
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = key(-1, "devices that work on different rows; -1, for one of the three: all that are left",
+        -1, free=True)
+    fsdp: int = key(1, "devices over which parameters are split by width", -1, free=True)
+    tensor: int = key(1, "devices over which heads, MLP and vocabulary are split", -1, free=True)
 
 
 @dataclass(frozen=True)
 class TasksConfig:
-    data_dir: str = ""  # local mirror of the exams' data sets
-    sandbox: str = "auto"  # of a model's code: "auto" (the strongest there is) | "strict" (level 2 at least)
+    data_dir: str = key("", "local mirror of the data sets of exams and SFT, see exams.md")
+    sandbox: str = key("auto", "around a model's code: `auto` the strongest level there is, `strict` refuses below "
+        "level 2, see [reliability.md](reliability.md#running-a-models-code)", choices=("auto", "strict"))
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    host: str = "127.0.0.1"
-    port: int = 8000
-    language: str = "auto"  # of the page: "auto" (the browser's) | "en" | "ko"
-    api_keys: tuple[str, ...] = ()  # whoever brings none of them is refused; empty: everybody is served
-    slots: int = 8  # answers made at once
-    weights: str = "auto"  # auto, float32, bfloat16 or int8
-    max_tokens: int = 256  # of an answer, at most and where nobody says otherwise
-    temperature: float = 0.7
-    top_k: int = 50
-    model_name: str = ""  # in the API; empty: the tier's
-    queue_length: int = 256  # answers that may wait for a slot
-    requests_per_minute: int = 0  # of one key or address; 0: any number
-    max_messages: int = 500  # of one conversation
-    message_chars: int = 8_000  # characters of one message
-    total_chars: int = 32_000  # characters of one conversation or prompt
-    body_bytes: int = 2_000_000  # of one HTTP request or WebSocket message
-    drain_seconds: float = 30.0  # that running answers get to finish when the service is stopped
-    log_text: bool = False  # whether logs hold prompts and answers
-    origins: tuple[str, ...] = ()  # web pages from elsewhere that may use the API, as https://example.org
-    trusted_proxies: tuple[str, ...] = ()  # addresses whose X-Forwarded-For is believed
+    host: str = key("127.0.0.1", "address to listen on", free=True)
+    port: int = key(8000, "port", 0, 65_535, free=True)
+    language: str = key("auto", "of the page: auto (the browser's), en or ko", choices=("auto", "en", "ko"), free=True)
+    api_keys: tuple[str, ...] = key((), "keys that the API asks for and the page takes as password; none: everybody is "
+        "served. The environment variable `JAXCHAT_API_KEYS` (separated by commas) takes precedence", free=True)
+    slots: int = key(8, "answers made at once, a power of two", 1, 4096, free=True)
+    weights: str = key("auto", "numbers of the served weights: `float32`, `bfloat16` or `int8` (8-bit kernels with a "
+        "scale for each output channel); `auto`: float32 on a CPU, bfloat16 elsewhere",
+        choices=("auto", "float32", "bfloat16", "int8"), free=True)
+    max_tokens: int = key(256, "longest answer, and its length where the client names none", 1, free=True)
+    temperature: float = key(0.7, "where the client names none", 0, 10, free=True)
+    top_k: int = key(50, "where the client names none", 0, free=True)
+    model_name: str = key("", "name of the model in the API; empty: the tier's", free=True)
+    queue_length: int = key(256, "answers that may wait for a slot; one more is refused (429)", 0, free=True)
+    requests_per_minute: int = key(0, "of one key or address; 0: any number", 0, free=True)
+    message_chars: int = key(8_000, "characters of one message", 1, free=True)
+    total_chars: int = key(32_000, "characters of one conversation or prompt", 1, free=True)
+    body_bytes: int = key(2_000_000, "bytes of one HTTP request or WebSocket message", 1_000, 2**31, free=True)
+    drain_seconds: float = key(30.0, "that running answers get to finish when the service is stopped",
+        0, 86_400, free=True)
+    log_text: bool = key(False, "whether logs hold prompts and answers", free=True)
+    origins: tuple[str, ...] = key((), "web pages from elsewhere that may use the API, as `https://example.org`",
+        free=True)
+    trusted_proxies: tuple[str, ...] = key((), "addresses of proxies whose X-Forwarded-For is believed", free=True)
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    formats: tuple[str, ...] = ("orbax", "hf")  # folders of `export/`; empty: no export
-    dtype: str = "auto"  # of the weights there: "auto" (as trained) | "float32" | "bfloat16"
+    formats: tuple[str, ...] = key(("orbax", "hf"), "folders that the last stage leaves in `export/`, see "
+        "[weights.md](weights.md); none: no export")
+    dtype: str = key("auto", "of the weights there: `auto` as trained, `float32` or `bfloat16`",
+        choices=("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
 class Config:
-    format: int = 1  # of this file
-    tier: str = "nano"
-    seed: int = 42
+    format: int = key(1, "of this file; one of another format is refused")
+    tier: str = key("nano", "name of the tier; names the default run directory")
+    seed: int = key(42, "one seed for everything", 0, 2**63 - 1)
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -346,11 +295,147 @@ class Config:
     serve: ServeConfig = field(default_factory=ServeConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
+# fmt: on
 
-def load_config(tier: str | Path = "nano", overrides: typing.Sequence[str] = ()) -> Config:
+
+def _declarations(cls: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if "key" in f.metadata:
+            yield prefix + f.name, dataclasses.replace(f.metadata["key"], type=hints[f.name])
+        else:
+            yield from _declarations(hints[f.name], f"{f.name}.")
+
+
+KEYS = dict(_declarations(Config))
+SIZED = ("model.depth", "model.seq_len", "model.vocab_size")  # may be -1 where data.size_model fits them to the text
+SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if "key" not in f.metadata)
+# Keys of older versions. Their behaviour at this value is what happens now; files and records with it are still read.
+REMOVED: dict[str, Any] = {
+    "tokenizer.train_chars": 2_000_000_000,
+    "tokenizer.doc_chars": 10_000,
+    "data.shard_tokens": 100_000_000,
+    "data.pack_docs": 20_000,
+    "train.loss_chunk": -1,
+    "optim.ns_steps": 5,
+    "sft.warmdown_ratio": 0.5,
+    "rl.epochs": 1.0,
+    "serve.max_messages": 500,
+}
+
+
+def is_derived(value: Any) -> bool:
+    """Return whether a value says "derive me"."""
+    return value is None or value == "auto" or (type(value) in (int, float) and value == -1)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Return `{"model.depth": 4, ...}` in the order of the declarations, lists for tuples."""
+    values = {}
+    for name in KEYS:
+        section, _, leaf = name.rpartition(".")
+        value = getattr(getattr(config, section) if section else config, leaf)
+        values[name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def to_toml(config: Config, reasons: dict[str, str] | None = None) -> str:
+    """Return the TOML that `load_config` reads back to an equal object; `reasons` become comments of their keys."""
+    lines, section = [], ""
+    for name, value in flatten(config).items():
+        before, (section, _, leaf) = section, name.rpartition(".")
+        if section != before:
+            lines += ["", f"[{section}]"]
+        if value is not None:
+            # JSON's strings and lists are TOML's, except that TOML also wants DEL escaped
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            reason = (reasons or {}).get(name)
+            lines.append(f"{leaf} = {text}" + (f"  # {reason}" if reason else ""))
+    return "\n".join(lines) + "\n"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the advice ", did you mean X?" with the most similar known name, "" if none is similar."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def build(table: dict[str, Any]) -> Config:
+    """Return the configuration of nested tables, as TOML has them. `UsageError` names a bad key or value."""
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        if name not in SECTIONS:
+            values |= _entry(name, value)
+            continue
+        if not isinstance(value, dict):
+            raise UsageError(f"{name}: is a section, not a value")
+        entries = [_entry(f"{name}.{leaf}", v) for leaf, v in value.items()]
+        section = type(getattr(Config(), name))
+        values[name] = section(**{leaf: v for entry in entries for leaf, v in entry.items()})
+    return Config(**values)
+
+
+def _entry(name: str, value: Any) -> dict[str, Any]:
+    """Return {last part of the key: checked value}, nothing for a removed key with its old default."""
+    if name in KEYS:
+        return {name.rpartition(".")[2]: _checked(name, KEYS[name], value)}
+    if name in REMOVED:
+        if value == REMOVED[name]:
+            return {}
+        raise UsageError(
+            f"{name}: this key is gone, and its value is always {REMOVED[name]}, not {value!r}; leave it out"
+        )
+    leaf = name.rpartition(".")[2]
+    same_leaf = [known for known in KEYS if known.rpartition(".")[2] == leaf]
+    advice = f", did you mean {same_leaf[0]}?" if same_leaf else nearest(name, KEYS)
+    raise UsageError(f"{name}: unknown key{advice or '; docs/configuration.md has every key'}")
+
+
+def _checked(name: str, declared: Key, value: Any) -> Any:
+    """Return the value in its declared type. `UsageError` for a wrong type, a bad number or an unknown choice."""
+    kind = declared.type
+    if value is None and declared.default is None:
+        return None
+    if isinstance(kind, types.UnionType):  # bool | None
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        values = value if isinstance(value, list) else [value]  # --set serve.api_keys=one
+        if kinds[-1] is not ... and len(values) != len(kinds):
+            raise UsageError(f"{name}: needs {len(kinds)} numbers, not {value!r}")
+        item = dataclasses.replace(declared, type=kinds[0])
+        return tuple(_checked(name, item, v) for v in values)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        plain = unicodedata.normalize("NFKC", value) if isinstance(value, str) else value
+        advice = f"; did you mean {plain}, in plain digits?" if plain != value and kind is not str else ""
+        raise UsageError(f"{name}: needs {_TYPE_NAMES[kind]}, not {value!r}{advice}")
+    if kind is float and not math.isfinite(value):
+        raise UsageError(f"{name}: needs a finite number, not {value!r}")
+    derived = is_derived(value) and (is_derived(declared.default) or name in SIZED)
+    if kind in (int, float) and not derived and not declared.low <= value <= declared.high:
+        bound = f"at least {declared.low:g}" if value < declared.low else f"at most {declared.high:g}"
+        raise UsageError(f"{name}: must be {bound}, not {value}")
+    if declared.choices and value not in declared.choices:
+        raise UsageError(f"{name}: {value!r} is unknown; choose from {', '.join(declared.choices)}")
+    return value
+
+
+def check_section(name: str, section: Any) -> None:
+    """Raise `UsageError` for a bad value in a section that was not read from TOML."""
+    for f in dataclasses.fields(section):
+        _checked(f"{name}.{f.name}", KEYS[f"{name}.{f.name}"], getattr(section, f.name))
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+
+
+def load_config(tier: str | Path = "nano", overrides: Sequence[str] = ()) -> Config:
     """Read a tier (a name in `configs/` or a path to a TOML file) and apply `key=value` overrides.
 
-    Raises `UsageError` that names an unknown tier, an unknown key (with the nearest known one) or a wrong type.
+    An override's value is TOML; what is not is taken as a string, so `data.source=files:x` needs no quotes.
+    `UsageError` names an unknown tier, an unknown key (with the nearest known one) or a bad value.
     """
     path = Path(tier) if str(tier).endswith(".toml") else CONFIG_DIR / f"{tier}.toml"
     if not path.is_file():
@@ -361,16 +446,26 @@ def load_config(tier: str | Path = "nano", overrides: typing.Sequence[str] = ())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid TOML ({error})") from None
     for override in overrides:
-        key, equals, text = override.partition("=")
+        name, equals, text = (part.strip() for part in override.partition("="))
         if not equals:
             raise UsageError(f"--set {override}: write it as key=value, for example --set model.depth=10")
-        insert(table, key.strip(), parse_value(key.strip(), text.strip()))
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        section, _, leaf = name.rpartition(".")
+        if section and section not in SECTIONS:
+            _entry(name, value)  # raises
+        target = table.setdefault(section, {}) if section else table
+        if not isinstance(target, dict):
+            raise UsageError(f"{section}: is a section, not a value")
+        target[leaf] = value
     if table.get("format", 1) != Config.format:
         raise UsageError(f"{path}: has format {table['format']!r}, and this version reads format {Config.format}")
-    config = build(Config, table)
+    config = build(table)
     return config if "tier" in table else dataclasses.replace(config, tier=path.stem)
 
 
 def tier_files() -> list[Path]:
-    """The tiers that exist, smallest first."""
+    """Return the files of the tiers, smallest tier first."""
     return sorted(CONFIG_DIR.glob("*.toml"), key=lambda p: (p.stem != "nano", len(p.stem), p.stem))

@@ -156,7 +156,6 @@ def _unscaled(config: Config, compute_dtype: jnp.dtype | type, mesh: Mesh | None
     matrix = muon(
         momentum=momentum if modern else 0.95,
         weight_decay=cosine_to_zero(steps, c.weight_decay),
-        steps=c.ns_steps,
         dtype=compute_dtype,
         mesh=mesh,
     )

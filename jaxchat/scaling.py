@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from jaxchat.config import Config, ModelConfig, OptimConfig, TrainConfig, flatten
+from jaxchat.config import SIZED, Config, ModelConfig, OptimConfig, TrainConfig, check_section, flatten, is_derived
 from jaxchat.errors import UsageError
 from jaxchat.sizes import count_parameters
 
@@ -40,11 +40,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def is_derived(value: Any) -> bool:
-    """True where a field still says "derive me"."""
-    return value is None or value == "auto" or (type(value) in (int, float) and value == -1)
-
-
 def fill(section: Any, values: dict[str, Any]) -> Any:
     """Copy of a dataclass with its still derived fields among `values` filled."""
     return dataclasses.replace(section, **{k: v for k, v in values.items() if is_derived(getattr(section, k))})
@@ -56,12 +51,10 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
     The aspect ratio 64 and the head width 128 are nanochat's; a short window is T/4 rounded up to the 128 positions
     of an attention kernel's tile. Raises `UsageError` for shapes that cannot be.
     """
-    if model.recipe not in RECIPES:
-        raise UsageError(f"model.recipe: {model.recipe!r} is unknown; choose from {', '.join(RECIPES)}")
-    for name in ("depth", "seq_len", "vocab_size", "width", "n_heads", "n_kv_heads", "head_width"):
-        value = getattr(model, name)
-        if value < 1 and not (value == -1 and name not in ("depth", "seq_len", "vocab_size")):
-            raise UsageError(f"model.{name}: must be at least 1, not {value}")
+    check_section("model", model)
+    for name in SIZED:
+        if getattr(model, name.removeprefix("model.")) == -1:
+            raise UsageError(f"{name}: must be at least 1; -1 is for data.size_model=true")
     given_width, given_heads, given_head = model.width, model.n_heads, model.head_width
     if given_width == -1:
         given_width = given_heads * given_head if given_heads > 0 and given_head > 0 else 64 * model.depth
@@ -91,145 +84,18 @@ def _check_model(model: ModelConfig) -> None:
         raise UsageError(f"model.window_pattern: {model.window_pattern!r} may only hold S and L")
     if model.width < 24 and (model.smear or model.value_embeddings):
         raise UsageError(f"model.width: {model.width} is below the 24 channels that gate smear and value embeddings")
-    if model.attention not in ("auto", "cudnn", "splash", "blocked", "xla"):
-        raise UsageError(
-            f"model.attention: {model.attention!r} is unknown; choose from auto, cudnn, splash, blocked, xla"
-        )
 
 
 REFERENCE_BATCH = 2**19  # tokens a step: where nanochat tuned its rates, at depth 12
 SMALL_BATCH_POWER = 0.125  # of the rate below that batch; see `rate_scale`
-SIZED = "fitted to the amount of text"
 BYTES_PER_TOKEN = 5  # of text: 4.6 to 4.8 with 32,768 tokens on web text, less with fewer; the rest is reserve
+FITTED = "fitted to the amount of text"
 DROPPED = 600  # tokens: rows of T keep T / (T + 600) of web text whose rests are dropped (docs/data.md)
 ADAMW = {"weight_decay": 0.1, "warmup_steps": 200, "warmdown_ratio": 1.0, "final_lr": 0.1, "grad_clip": 1.0}
 
 
-# Smallest and largest value of a key, where not every number makes sense (-1 stays where it means "derived").
-INFINITE = float("inf")
-RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**63 - 1),
-    "model.depth": (1, 10_000),
-    "model.seq_len": (1, 2**24),
-    "model.vocab_size": (1, 2**31),
-    "model.width": (1, 2**20),
-    "model.n_heads": (1, 2**16),
-    "model.n_kv_heads": (1, 2**16),
-    "model.head_width": (1, 2**16),
-    "model.window_short": (0, 2**24),
-    "model.mlp_factor": (0.01, 1000),
-    "model.softcap": (0.01, 40),  # the loss subtracts the cap, not the maximum, and exp(-2 * 40) is not yet zero
-    "model.norm_eps": (0, 1),
-    "model.rotary_base": (1, INFINITE),
-    "model.qk_scale": (0, INFINITE),
-    "data.val_fraction": (0, 0.9),
-    "data.text_bytes": (0, INFINITE),
-    "data.workers": (1, INFINITE),
-    "train.steps": (1, INFINITE),
-    "train.token_ratio": (1e-6, INFINITE),
-    "train.batch_tokens": (1, INFINITE),
-    "train.device_batch_rows": (1, INFINITE),
-    "train.checkpoint_every": (1, INFINITE),
-    "train.keep_last": (1, INFINITE),
-    "train.keep_every": (0, INFINITE),
-    "train.eval_every": (0, INFINITE),
-    "train.eval_rows": (1, INFINITE),
-    "train.sample_every": (0, INFINITE),
-    "train.loss_chunk": (1, INFINITE),
-    "train.scan_unroll": (1, INFINITE),
-    "train.max_bad_steps": (1, INFINITE),
-    "optim.lr_scale": (1e-9, INFINITE),
-    "optim.matrix_lr": (0, INFINITE),
-    "optim.unembedding_lr": (0, INFINITE),
-    "optim.embedding_lr": (0, INFINITE),
-    "optim.scalar_lr": (0, INFINITE),
-    "optim.mixing_lr": (0, INFINITE),
-    "optim.adamw_lr": (0, INFINITE),
-    "optim.weight_decay": (0, INFINITE),
-    "optim.warmup_steps": (0, INFINITE),
-    "optim.warmdown_ratio": (0, 1),
-    "optim.final_lr": (0, 1),
-    "optim.grad_clip": (0, INFINITE),
-    "optim.momentum": (0, 1),
-    "optim.momentum_warmup_steps": (0, INFINITE),
-    "optim.ns_steps": (1, 20),
-    "sft.epochs": (1e-6, INFINITE),
-    "sft.lr_ratio": (0, INFINITE),
-    "sft.warmdown_ratio": (0, 1),
-    "sft.batch_tokens": (1, INFINITE),
-    "sft.eval_every": (0, INFINITE),
-    "sft.exam_cases": (0, INFINITE),
-    "rl.steps": (1, INFINITE),
-    "rl.epochs": (1e-6, INFINITE),
-    "rl.prompts": (1, INFINITE),
-    "rl.samples": (2, INFINITE),  # one alone has nothing to be compared with
-    "rl.max_tokens": (1, INFINITE),
-    "rl.temperature": (1e-3, 10),  # greedy answers of a group are all the same
-    "rl.top_k": (0, INFINITE),
-    "rl.format_bonus": (0, 1),
-    "rl.lr_ratio": (0, INFINITE),
-    "rl.eval_every": (0, INFINITE),
-    "rl.eval_prompts": (1, INFINITE),
-    "rl.eval_samples": (1, INFINITE),
-    "rl.checkpoint_every": (1, INFINITE),
-    "rl.slots": (1, 4096),
-    "eval.max_per_task": (0, INFINITE),
-    "eval.rows": (1, INFINITE),
-    "eval.batch_rows": (1, INFINITE),
-    "eval.sample_tokens": (1, INFINITE),
-    "eval.sample_prompts": (0, INFINITE),
-    "eval.sample_temperatures": (0, 10),
-    "eval.samples": (0, 1024),
-    "eval.temperature": (1e-3, 10),
-    "eval.overlap_documents": (-1, INFINITE),
-    "serve.port": (0, 65_535),
-    "serve.slots": (1, 4096),
-    "serve.max_tokens": (1, INFINITE),
-    "serve.temperature": (0, 10),
-    "serve.top_k": (0, INFINITE),
-    "serve.queue_length": (0, INFINITE),
-    "serve.requests_per_minute": (0, INFINITE),
-    "serve.max_messages": (1, INFINITE),
-    "serve.message_chars": (1, INFINITE),
-    "serve.total_chars": (1, INFINITE),
-    "serve.body_bytes": (1_000, 2**31),
-    "serve.drain_seconds": (0, 86_400),
-}
-CHOICES: dict[str, tuple[str, ...]] = {
-    "tokenizer.normalize": ("none", "nfc"),
-    "data.engine": ("local", "ray"),
-    "data.remainder": ("auto", "keep", "continue", "drop"),
-    "train.compute_dtype": ("auto", "float32", "bfloat16", "float16"),
-    "train.matmul": ("plain", "fp8"),
-    "train.remat": ("none", "names", "dots", "full"),
-    "optim.kind": ("muon", "adamw"),
-    "tasks.sandbox": ("auto", "strict"),
-    "serve.language": ("auto", "en", "ko"),
-}
-MAY_BE_DERIVED = {key for key, value in flatten(Config()).items() if is_derived(value)}
-
-
-def check_ranges(config: Config) -> None:
-    """`UsageError` names the first key whose value makes no sense."""
-    for key, value in flatten(config).items():
-        low, high = RANGES.get(key, (-INFINITE, INFINITE))
-        derived = key in MAY_BE_DERIVED and is_derived(value)
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, (int, float)) and not derived and not low <= number <= high:
-                bound = f"at least {low:g}" if number < low else f"at most {high:g}"
-                raise UsageError(f"{key}: must be {bound}, not {number}")
-    if not config.eval.sample_temperatures:
-        raise UsageError("eval.sample_temperatures: needs at least one number")
-    if len(config.optim.momentum) != 3:
-        raise UsageError("optim.momentum: needs three numbers: at the first step, after the warm-up, at the last step")
-    for key, choices in CHOICES.items():
-        if flatten(config)[key] not in choices:
-            raise UsageError(f"{key}: {flatten(config)[key]!r} is unknown; choose from {', '.join(choices)}")
-
-
 def resolve(config: Config) -> Config:
     """The configuration with nothing left to derive (but what the device decides). Raises `UsageError`."""
-    check_ranges(config)
     model = resolve_model(config.model)
     recipe = RECIPES[model.recipe]
     train = fill(config.train, recipe["train"])
@@ -326,12 +192,12 @@ def derivations(given: Config, resolved: Config) -> dict[str, str]:
         "model.n_heads": "width / head width",
         "model.n_kv_heads": "as many as query heads",
         "model.window_short": "a quarter of the context, up to a multiple of 128",
-        "model.depth": SIZED,
-        "model.vocab_size": SIZED,
-        "model.seq_len": SIZED,
+        "model.depth": FITTED,
+        "model.vocab_size": FITTED,
+        "model.seq_len": FITTED,
         "data.text_bytes": f"tokens of the horizon x {BYTES_PER_TOKEN}, and what dropped rests take",
         "train.batch_tokens": "2^19 (tokens / tokens of d12)^0.383, a power of two; 2^19 for classic",
-        "train.steps": SIZED if given.data.size_model else "token_ratio x scaling parameters / batch_tokens",
+        "train.steps": FITTED if given.data.size_model else "token_ratio x scaling parameters / batch_tokens",
         "optim.lr_scale": "(batch / 2^19)^(1/2), below 2^19 tokens ^(1/8)",
         "optim.weight_decay": f"{recipe}; rate x decay x steps as at d12",
         "sft.batch_tokens": "as in pretraining",

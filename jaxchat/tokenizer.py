@@ -189,8 +189,16 @@ class Tokenizer:
         return np.array([len(b) for b in self._bytes], np.int32)
 
 
+TRAIN_CHARS = 2_000_000_000  # that BPE sees of the training text
+DOC_CHARS = 10_000  # of one document, so that a few giants do not decide the merges
+
+
 def train_tokenizer(
-    documents: Iterable[str], vocab_size: int, max_chars: int, doc_chars: int, normalize: str = "none"
+    documents: Iterable[str],
+    vocab_size: int,
+    max_chars: int = TRAIN_CHARS,
+    doc_chars: int = DOC_CHARS,
+    normalize: str = "none",
 ) -> Tokenizer:
     """Byte-level BPE of exactly `vocab_size` ids (special tokens included) from a stream of documents.
 

@@ -115,8 +115,7 @@ def scan_unroll(config: Config, platform: str = "cpu") -> int:
 
 
 def loss_spec(config: Config, mesh: Mesh) -> LossSpec:
-    chunk = config.train.loss_chunk if config.train.loss_chunk > 0 else default_chunk(platform(mesh))
-    return LossSpec(config.model.vocab_size, config.model.softcap, chunk, mesh)
+    return LossSpec(config.model.vocab_size, config.model.softcap, default_chunk(platform(mesh)), mesh)
 
 
 def trunk(config: Config, mesh: Mesh) -> gpt.Trunk:

@@ -18,6 +18,7 @@ from jaxchat.errors import UsageError
 
 from .errors import ApiError, bad_request, retry
 
+MAX_MESSAGES = 500  # of one conversation
 REMEMBERED = 10_000  # clients whose rate is known at once; who asks more than a minute later is new anyway
 DRAINED = 10  # times the largest body is read and thrown away before a client hears that its body is too large ...
 DRAIN_SECONDS = 10.0  # ... or for so long
@@ -82,8 +83,8 @@ class Rates:
 
 def check_messages(limits: ServeConfig, messages: Sequence[dict[str, Any]]) -> None:
     """`ApiError` 400 names the first limit that a conversation goes over."""
-    if len(messages) > limits.max_messages:
-        advice = f"{len(messages)} messages; at most {limits.max_messages}"
+    if len(messages) > MAX_MESSAGES:
+        advice = f"{len(messages)} messages; at most {MAX_MESSAGES}"
         raise bad_request("messages", advice, "array_above_max_length")
     total = 0
     for i, message in enumerate(messages):

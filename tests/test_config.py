@@ -5,9 +5,20 @@ import re
 
 import pytest
 
-from jaxchat.config import CONFIG_DIR, Config, ModelConfig, flatten, load_config, tier_files, to_toml
+from jaxchat.config import (
+    CONFIG_DIR,
+    KEYS,
+    REMOVED,
+    Config,
+    ModelConfig,
+    flatten,
+    is_derived,
+    load_config,
+    tier_files,
+    to_toml,
+)
 from jaxchat.errors import UsageError
-from jaxchat.scaling import derivations, is_derived, resolve, resolve_model
+from jaxchat.scaling import derivations, resolve, resolve_model
 from train.preflight import disk_parts
 from train.prepare import sized
 
@@ -30,7 +41,7 @@ def book(tmp_path_factory):
 def test_every_tier_resolves_with_nothing_left_to_derive(tier, book):
     config = resolve(sized(load_config(tier, book if tier == "book" else [])))
     left = [k for k, v in flatten(config).items() if k.startswith(("model.", "optim.", "train.")) and is_derived(v)]
-    device_decides = {"model.attention", "train.compute_dtype", "train.loss_chunk", "train.scan_unroll"}
+    device_decides = {"model.attention", "train.compute_dtype", "train.scan_unroll"}
     assert set(left) <= device_decides
 
 
@@ -68,14 +79,18 @@ def test_tier_head_comment_says_the_disk_that_is_counted(tier):
         ("depth=3", "depth: unknown key, did you mean model.depth?"),
         ("model.depth=three", "model.depth: needs a whole number, not 'three'"),
         ("model.depth=\uff16", "needs a whole number, not '\uff16'; did you mean 6, in plain digits?"),
-        ("모델.깊이=3", "모델: unknown key; docs/configuration.md has every key"),
+        ("모델.깊이=3", "모델.깊이: unknown key; docs/configuration.md has every key"),
         ("model.depth=3.5", "model.depth: needs a whole number, not 3.5"),
         ("model.depth=true", "model.depth: needs a whole number, not True"),
         ("model.smear=1", "model.smear: needs true or false, not 1"),
         ("optim.matrix_lr=nan", "optim.matrix_lr: needs a finite number, not nan"),
-        ("serve.api_keys=[1]", "serve.api_keys: needs a list of strings"),
+        ("serve.api_keys=[1]", "serve.api_keys: needs a string, not 1"),
         ("model=3", "model: is a section, not a value"),
         ("model.depth", "write it as key=value"),
+        ("data.pack_docs=3", "data.pack_docs: this key is gone"),
+        ("optim.momentum=[0.9]", "optim.momentum: needs 3 numbers"),
+        ("train.checkpoint_every=0", "train.checkpoint_every: must be at least 1, not 0"),
+        ("train.compute_dtype=foo", "train.compute_dtype: 'foo' is unknown"),
         ("data.source.x=1", "data.source.x: unknown key"),
     ],
 )
@@ -83,6 +98,11 @@ def test_strict_errors_name_the_key(override, message):
     with pytest.raises(UsageError) as error:
         load_config("nano", [override])
     assert message in str(error.value)
+
+
+def test_a_removed_key_with_its_old_default_is_ignored():
+    assert load_config("nano", [f"{key}={value}" for key, value in REMOVED.items()]) == load_config("nano")
+    assert not set(REMOVED) & set(KEYS)
 
 
 def test_a_tier_of_ones_own_is_named_after_its_file(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxchat.config import Config, flatten, load_config
+from jaxchat.config import KEYS, load_config
 from jaxchat.errors import UsageError
 from jaxchat.scaling import derivations, rate_scale, resolve
 from jaxchat.sizes import count_parameters
@@ -69,7 +69,7 @@ def test_every_derived_key_has_a_reason():
     assert all(text.startswith("derived: ") for text in reasons.values())
 
 
-NUMBERS = [k for k, v in flatten(Config()).items() if type(v) in (int, float)]
+NUMBERS = [name for name, key in KEYS.items() if type(key.default) in (int, float)]
 
 
 @pytest.mark.parametrize("key", NUMBERS)

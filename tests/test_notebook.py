@@ -12,7 +12,7 @@ nbformat = pytest.importorskip("nbformat", reason="needs the extra dev")
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 ENGLISH, KOREAN = DOCS / "tinystories.ipynb", DOCS / "ko" / "tinystories.ipynb"
 LITTLE = [t for t in TINY if t.startswith(("model.", "train."))]
-LITTLE += ["model.vocab_size=384", "eval.sample_tokens=8", "data.val_fraction=0.05", "tokenizer.train_chars=100000"]
+LITTLE += ["model.vocab_size=384", "eval.sample_tokens=8", "data.val_fraction=0.05"]
 
 
 def cells(path):

@@ -21,7 +21,7 @@ from train.plan import show
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["model.depth=2", "model.width=128", "model.head_width=64", "model.vocab_size=512", "model.seq_len=256",
-         "train.batch_tokens=16384", "train.device_batch_rows=4", "train.loss_chunk=256", "train.steps=10",
+         "train.batch_tokens=16384", "train.device_batch_rows=4", "train.steps=10",
          "serve.slots=4"]  # fmt: skip
 
 

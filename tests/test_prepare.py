@@ -36,10 +36,11 @@ def book(tmp_path_factory):
 
 
 @pytest.fixture
-def run(book, tmp_path):
+def run(book, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 50_000)
     config = Config(
         model=ModelConfig(vocab_size=400, seq_len=SEQ_LEN),
-        data=DataConfig(source=f"files:{book}", val_fraction=0.1, shard_tokens=50_000),
+        data=DataConfig(source=f"files:{book}", val_fraction=0.1),
     )
     run = RunDir(tmp_path / "run")
     tokenizer_stage.run_tokenizer(config, run)
@@ -99,11 +100,14 @@ def test_every_token_of_the_text_is_in_one_row(run):
     assert not [p for p in run.data.rglob("*") if "part" in p.name]
 
 
-def test_the_same_again_does_nothing_and_other_settings_do(run):
+def test_the_same_again_does_nothing_and_other_settings_do(run, monkeypatch):
     config, run = run
     facts, before = prepared(config, run), times(run)
     assert prepared(config, run) == facts and times(run) == before
-    other = prepared(with_data(config, pack_docs=3), run)  # packs anew, from the same tokens
+    monkeypatch.setattr(prepare, "WINDOW", 3)
+    other = prepared(config, run)  # packs anew, from the same tokens
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 50_000)
     changed = {p.parent.parent.name for p, t in times(run).items() if before.get(p) != t}
     assert changed == {"rows"} and other["digest"] != facts["digest"]
     assert other["train"]["tokens"] == facts["train"]["tokens"]
@@ -127,6 +131,7 @@ from jaxchat.run_dir import RunDir
 from train import prepare
 
 place, config, folder = sys.argv[1:]
+prepare.SHARD_TOKENS = 200_000 if place == "nowhere" else 50_000
 
 def die_at(items, number):
     for i, item in enumerate(items):
@@ -176,7 +181,7 @@ def test_twenty_kills_at_random_moments_leave_the_same_bytes(run, tmp_path):
     draw = random.Random(0)
     words = " ".join(itertools.islice(iterate_documents("chitchat"), 200)).split()
     book.write_text("\n\n".join(" ".join(draw.choices(words, k=300)) for _ in range(12_000)), encoding="utf-8")
-    config = with_data(config, source=f"files:{book}", shard_tokens=200_000)
+    config = with_data(config, source=f"files:{book}")
     (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
 
     def start(root):
@@ -246,16 +251,6 @@ def test_a_corpus_too_small_for_one_row(run):
     with pytest.raises(DataError, match=r"tokens to train on are too few for one row of 1000001; add text, or lower"):
         prepared(long, run)
     assert not (run.data / "rows").exists()
-
-
-@pytest.mark.parametrize("key", ["pack_docs", "shard_tokens"])
-@pytest.mark.parametrize("value", [0, -5])
-def test_sizes_that_are_none_are_refused(run, key, value):
-    """A window of no documents once gave no rows, and said that it was done."""
-    config, run = run
-    with pytest.raises(UsageError, match=rf"data\.{key}: must be at least 1, not {value}"):
-        prepared(with_data(config, **{key: value}), run)
-    assert not run.data.exists()
 
 
 def test_unreadable_text_leaves_nothing_that_counts(run, book):
@@ -361,7 +356,7 @@ def test_a_run_of_before_there_was_a_choice_keeps_its_rows(run):
             for ids in tokenizer.encode_batch(list(iterate_documents(config.data, split)))
         ]
         rows = Rows(run.data / "rows" / split)
-        expected = pack_documents(documents, SEQ_LEN + 1, tokenizer.bos, config.data.pack_docs, PackStats(), "keep")
+        expected = pack_documents(documents, SEQ_LEN + 1, tokenizer.bos, prepare.WINDOW, PackStats(), "keep")
         assert all(np.array_equal(rows[i][0][rows[i][1] == 1], row) for i, row in enumerate(expected))
         assert old[split]["lost"] == 0
     run.stages.unlink()

@@ -458,9 +458,9 @@ def test_every_epoch_has_every_question_once(brevity, tmp_path):
 
 
 def test_steps_and_rates():
-    given = resolve(load_config("nano", ["rl.epochs=2", "rl.steps=-1"]))
+    given = resolve(load_config("nano", ["rl.steps=-1"]))
     found = rl.rl_config(given, 8192, 8)
-    assert found.train.steps == 2 * 8192 // given.rl.prompts
+    assert found.train.steps == 8192 // given.rl.prompts
     assert found.optim.lr_scale == pytest.approx(given.optim.lr_scale * given.rl.lr_ratio)
     assert found.optim.weight_decay == 0 and found.train.batch_tokens % (8 * given.model.seq_len) == 0
     assert rl.rl_config(resolve(load_config("nano", ["rl.steps=7"])), 8192, 1).train.steps == 7

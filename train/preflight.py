@@ -122,7 +122,7 @@ def rl_steps(config: Config) -> int:
     if not (config.rl.environment and config.sft.mixture):
         return 0
     questions = CONVERSATIONS.get(config.rl.environment, (1_000, 0))[0]
-    return config.rl.steps if config.rl.steps > 0 else max(1, round(config.rl.epochs * questions / config.rl.prompts))
+    return config.rl.steps if config.rl.steps > 0 else max(1, round(questions / config.rl.prompts))
 
 
 def check_room(config: Config, run: RunDir, left: Collection[str]) -> None:

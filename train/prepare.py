@@ -74,15 +74,10 @@ def run_tokenizer(config: Config, run: RunDir) -> dict[str, Any]:
                 f"set model.vocab_size={tokenizer.vocab_size}"
             )
     else:
-        for key, value in (("train_chars", options.train_chars), ("doc_chars", options.doc_chars)):
-            if value < 1:
-                raise UsageError(f"tokenizer.{key}: must be at least 1, not {value}")
         parts = open_corpus(data)
         documents = interleaved(parts, "train", training_limit(parts, data))
         with progress("tokenizer", None) as bar:
-            tokenizer = train_tokenizer(
-                bar.track(documents), config.model.vocab_size, options.train_chars, options.doc_chars, options.normalize
-            )
+            tokenizer = train_tokenizer(bar.track(documents), config.model.vocab_size, normalize=options.normalize)
     tokenizer.save(run.tokenizer)
     sample = first_documents(iterate_documents(data, "val"), SAMPLE_DOCUMENTS)
     tokens = sum(len(ids) for batch in batches_of(sample) for ids in tokenizer.encode_batch(batch))
@@ -248,9 +243,8 @@ def _measured(config: Config) -> tuple[int, list[str]]:
 
 def _trained(config: Config, vocabulary: int, sample: list[str]) -> Tokenizer | None:
     """One like that which stage tokenizer will train; None where the text is too small for it, which the stage says."""
-    options = config.tokenizer
     try:
-        return train_tokenizer(sample, vocabulary, options.train_chars, options.doc_chars, options.normalize)
+        return train_tokenizer(sample, vocabulary, normalize=config.tokenizer.normalize)
     except DataError:
         return None
 
@@ -267,6 +261,8 @@ def _given(value: int, fitted: int) -> int:
     return fitted if value == -1 else value
 
 
+SHARD_TOKENS = 100_000_000  # tokens in one token shard, at most
+WINDOW = 20_000  # documents in one best-fit window
 FACTS = (
     "documents", "duplicates", "tokens", "lost", "bytes", "chars", "cuts", "fill", "documents_per_row",
     "tokenizer", "rows", "sha256", "sources",
@@ -284,9 +280,6 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
 
     What an interrupted run has finished, of the same source and with the same settings, is kept.
     """
-    for key in ("pack_docs", "shard_tokens"):
-        if getattr(config.data, key) < 1:
-            raise UsageError(f"data.{key}: must be at least 1, not {getattr(config.data, key)}")
     tokenizer = Tokenizer.load(run.tokenizer)
     parts, held_out = open_corpus(config.data), open_val(config.data)
     limit = training_limit(parts, config.data)
@@ -330,9 +323,9 @@ def _jobs(
     """One for every unit of every part, in order; `first`: the number of the first one's folder."""
     jobs: list[Job] = []
     for unit in (unit for part in parts for unit in part.units):
-        origin = _digest([unit.content(), limit, config.data.shard_tokens, tokenizer.digest])
+        origin = _digest([unit.content(), limit, SHARD_TOKENS, tokenizer.digest])
         folder = (run.data / "tokens" / f"{first + len(jobs):05d}").resolve()
-        jobs.append(Job(unit, limit, str(run.tokenizer.resolve()), str(folder), config.data.shard_tokens, origin))
+        jobs.append(Job(unit, limit, str(run.tokenizer.resolve()), str(folder), SHARD_TOKENS, origin))
     return jobs
 
 
@@ -382,7 +375,7 @@ def _rows(
     target = run.data / "rows" / split
     modes = remainders(config, parts, run, split)
     how = [] if set(modes) == {"keep"} else [modes]  # rows that were packed before there was a choice are kept
-    origin = _digest([[job.origin for job in jobs], split, data.dedup, row_len, data.pack_docs, *how])
+    origin = _digest([[job.origin for job in jobs], split, data.dedup, row_len, WINDOW, *how])
     meta = finished_rows(target, origin)
     done = meta is not None
     if meta is None:
@@ -425,11 +418,11 @@ class _Packer:
         self._sources: list[dict[str, Any]] = []
 
     def rows(self) -> Iterator[np.ndarray]:
-        data, stats, row_len = self._config.data, self._stats, self._config.model.seq_len + 1
+        stats, row_len = self._stats, self._config.model.seq_len + 1
         for part, mode in zip(self._parts, self._modes, strict=True):
             rows, tokens, lost = stats.rows, stats.tokens, stats.lost
             documents = self._documents([next(self._jobs) for _ in part.units])
-            yield from pack_documents(documents, row_len, self._tokenizer.bos, data.pack_docs, stats, mode)
+            yield from pack_documents(documents, row_len, self._tokenizer.bos, WINDOW, stats, mode)
             counts = {"rows": stats.rows - rows, "tokens": stats.tokens - tokens, "lost": stats.lost - lost}
             self._sources.append({"source": part.source, "weight": part.weight, "remainder": mode} | counts)
 

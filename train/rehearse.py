@@ -44,7 +44,7 @@ from jaxchat.sharding import batch_devices, make_mesh, micro_batch
 from jaxchat.tasks.base import GeneratedTask, Task, WrittenTask
 from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.registry import TASKS, get_task, parse_mixture_entry
-from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer import TRAIN_CHARS, Tokenizer
 from jaxchat.train_state import compute_dtype
 
 from . import evaluate, pretrain, rl, sft
@@ -193,7 +193,7 @@ def text_ratio(measured: Measured) -> float:
 
 def tokenizer_seconds(config: Config, m: Measured) -> float:
     """Counting words grows with the text; merging grows less, so this is a bound."""
-    seen, sample = (min(config.tokenizer.train_chars, m["text"][key]) for key in ("bytes", "sample_bytes"))
+    seen, sample = (min(TRAIN_CHARS, m["text"][key]) for key in ("bytes", "sample_bytes"))
     return m["tokenizer"]["seconds"] * (1.0 if config.tokenizer.path else max(1.0, seen / max(1, sample)))
 
 
@@ -576,7 +576,7 @@ class Rehearsal:
             self.made_up.append(f"questions of {name} for RL ({STAND_IN} instead)")
             known = PUBLISHED.get(name, (1_000, 0))[0]
             steps = self.config.rl.steps
-            steps = steps if steps > 0 else max(1, round(self.config.rl.epochs * known / self.config.rl.prompts))
+            steps = steps if steps > 0 else max(1, round(known / self.config.rl.prompts))
             self.small = replaced(self.small, "rl", environment=STAND_IN, steps=steps, format_bonus=0.0)
 
     # What is done otherwise than in the run

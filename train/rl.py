@@ -309,7 +309,7 @@ def environment(config: Config) -> WrittenTask:
 def rl_config(config: Config, questions: int, devices: int) -> Config:
     """The configuration the loop trains with: steps from the questions, and the rates of `rl`."""
     rl = config.rl
-    steps = rl.steps if rl.steps > 0 else max(1, round(rl.epochs * questions / rl.prompts))
+    steps = rl.steps if rl.steps > 0 else max(1, round(questions / rl.prompts))
     rows = -(-rl.prompts * rl.samples // devices) * devices
     return dataclasses.replace(
         config,

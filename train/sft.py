@@ -57,6 +57,7 @@ NO_TASKS = ("chitchat", *CHATTERBOT)  # conversations of packages; everything el
 MOMENTUM, MOMENTUM_STEPS = (0.85, 0.95, 0.95), 300  # Muon's, as in nanochat's SFT
 CHITCHAT_VAL = 200  # dialogues held out of chitchat, at most
 CHUNK = 256  # conversations rendered at once
+WARMDOWN_RATIO = 0.5  # share of the steps in which the rate falls to 0
 FEW = 10_000  # conversations that are rendered in this process: about two seconds, which starting others takes too
 PACKAGE = Path(jaxchat.__file__).parent
 
@@ -125,7 +126,7 @@ def sft_config(config: Config, rows: int) -> Config:
         train=dataclasses.replace(config.train, steps=steps, batch_tokens=sft.batch_tokens, eval_every=sft.eval_every),
         optim=dataclasses.replace(
             fine_tuning_optim(config, sft.lr_ratio),
-            warmdown_ratio=sft.warmdown_ratio,
+            warmdown_ratio=WARMDOWN_RATIO,
             momentum=MOMENTUM,
             momentum_warmup_steps=MOMENTUM_STEPS,
         ),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat import distributed as hosts
-from jaxchat.config import Config, flatten, load_config, to_toml
+from jaxchat.config import KEYS, REMOVED, Config, flatten, load_config, to_toml
 from jaxchat.errors import UsageError
 from jaxchat.interop.huggingface import write_hf
 from jaxchat.interop.orbax_export import write_orbax
@@ -34,36 +34,6 @@ from .doctor import commit, hardware, peak_rss, versions
 from .trackers import check_trackers
 
 # One stage: what it reads and needs, what it leaves, and whether that still fits its record in `stages.json`.
-
-
-# Keys that change how fast or how often, never what is computed (beyond float rounding).
-FREE_KEYS = (
-    "mesh.",
-    "serve.",
-    "data.engine",
-    "data.workers",
-    "data.cache_dir",
-    "data.mirror",
-    "train.device_batch_rows",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.keep_every",
-    "train.eval_",
-    "train.sample_every",
-    "train.loss_chunk",
-    "train.remat",
-    "train.scan_unroll",
-    "train.max_bad_steps",
-    "train.allow_slow",
-    "train.tensorboard",
-    "train.wandb",
-    "sft.eval_every",
-    "sft.exam_cases",
-    "rl.eval_",
-    "rl.checkpoint_every",
-    "rl.slots",
-    "eval.batch_rows",
-)
 
 
 @dataclass(frozen=True)
@@ -87,7 +57,7 @@ def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[
     """Configuration keys and digests that decide what the stage produces."""
     inputs: dict[str, Any] = {}
     for key, value in flatten(config).items():
-        if among(stage.reads, key) and not among(FREE_KEYS, key):
+        if among(stage.reads, key) and not KEYS[key].free:
             inputs[key] = value
     inputs |= {f"{stage.name}.files": found} if (found := stage.looks(config)) else {}
     for need in stage.needs:
@@ -109,7 +79,11 @@ def among(names: Sequence[str], key: str) -> bool:
 def changed_inputs(record: dict[str, Any], inputs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """(value then, value now) of the inputs that differ from a record's. A setting that is new since then had its
     default."""
-    given = {key: value for key, value in record["inputs"].items() if not among(FREE_KEYS, key)}
+    given = {
+        key: value
+        for key, value in record["inputs"].items()
+        if not (key in KEYS and KEYS[key].free) and not (key in REMOVED and value == REMOVED[key])
+    }
     before = json.loads(json.dumps(flatten(Config()))) | given
     keys = sorted(given.keys() | inputs.keys())
     return {key: (before.get(key), inputs.get(key)) for key in keys if before.get(key) != inputs.get(key)}
@@ -319,7 +293,7 @@ def _refuse_training(stage: Stage, config: Config, run: RunDir) -> None:
     """What an imported stage would have been trained with cannot change any more, and is not ignored in silence."""
     before, now = flatten(load_config(run.config)), flatten(config)
     own = ("train.steps", "train.token_ratio") if stage.name == "pretrain" else (f"{stage.name}.",)
-    if changed := [k for k in now if among(own, k) and not among(FREE_KEYS, k) and before.get(k) != now[k]]:
+    if changed := [k for k in now if among(own, k) and not KEYS[k].free and before.get(k) != now[k]]:
         raise UsageError(
             f"stage {stage.name}: {run.root} has imported weights there, which {', '.join(changed)} cannot change; "
             "take it back, or import with --stage base to fine-tune them"
