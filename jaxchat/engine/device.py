@@ -751,7 +751,7 @@ class Programs:
         slot, zeros = self.only(self.slots * D), np.zeros(D, np.int32)
         rows = _shapes(self.take(zeros, zeros, zeros))  # also the first program
 
-        def start(count: int) -> dict[str, Any]:
+        def nothing_starts(count: int) -> dict[str, Any]:
             target = np.full((count * D, 2), self.slots, np.int32)
             return _starts(target, np.ones(count * D, np.int32), blank_settings(count * D))
 
@@ -762,14 +762,14 @@ class Programs:
         for bucket in reversed(self.prompt_buckets):
             for size in {1, self.group} if self.group else ():
                 prompts = {"tokens": np.zeros((size * D, bucket), np.int32), "length": np.ones(size * D, np.int32)}
-                yield admit, {}, {"slots": slots, "params": params, **prompts, **start(size)}
+                yield admit, {}, {"slots": slots, "params": params, **prompts, **nothing_starts(size)}
             piece = {"tokens": np.zeros((D, bucket), np.int32), "count": zeros}
             yield prolong, {}, {"params": params, "rows": rows, **piece}
         for length in lengths(self.capacity):
             yield score_tokens, {}, {"params": params, "tokens": np.zeros((rows_of(length), length), np.int32)}
         seen = np.broadcast_to(np.zeros(self.config.vocab_size, bool), (D, self.config.vocab_size))
         forced = np.zeros((D, FORCED), np.int32)
-        yield start, {}, {"slots": slots, "rows": rows, **start(1)}
+        yield start, {}, {"slots": slots, "rows": rows, **nothing_starts(1)}
         yield mark, {}, {"slots": slots, "slot": slot, "seen": seen}
         yield resume, {}, {"slots": slots, "slot": slot, "forced": forced, "count": zeros}
         yield swap, {}, {"slots": slots, "pair": np.stack([slot, slot], axis=1)}
