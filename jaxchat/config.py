@@ -238,7 +238,7 @@ class MeshConfig:
 class TasksConfig:
     data_dir: str = key("", "local mirror of the data sets of exams and SFT, see exams.md")
     sandbox: str = key("auto", "around a model's code: `auto` the strongest level there is, `strict` refuses below "
-        "level 2, see [reliability.md](reliability.md#running-a-models-code)", choices=("auto", "strict"))
+        "level 2, see [reliability.md](reliability.md#the-sandbox)", choices=("auto", "strict"))
 
 
 @dataclass(frozen=True)
