@@ -36,7 +36,7 @@ def joined(monkeypatch, command, environment):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    args = launch.make_parser().parse_args(command[2:])
+    args = launch.parse(command[2:])
     assert command[:2] == ["python", "launch.py"] and args.tier == "d20"
     return args.coordinator, args.processes, args.process_id
 
@@ -71,7 +71,7 @@ def test_slurm_queues_a_stopped_run_again_and_no_other(options, tmp_path, code, 
     environment = {"PATH": path, "SLURM_JOB_ID": "4711", "SLURM_SUBMIT_DIR": str(tmp_path)}
     assert subprocess.run(["bash", FILES / "slurm.sbatch"], env=environment, check=False).returncode == code
     assert (tmp_path / "queued").exists() == again and options["signal"].startswith("TERM@")
-    args = launch.make_parser().parse_args((tmp_path / "ran").read_text().splitlines()[1:])
+    args = launch.parse((tmp_path / "ran").read_text().splitlines()[1:])
     assert (args.tier, args.data, args.run_dir) == ("d20", "files:text/*.parquet", "runs/d20")
 
 

@@ -213,8 +213,8 @@ def test_keys_come_from_a_secret_and_reach_the_service(pod, monkeypatch):
     import launch
 
     monkeypatch.setenv(variable["name"], "one, two")
-    assert launch.given_config(launch.make_parser().parse_args(["--serve"])).serve.api_keys == ("one", "two")
-    assert launch.given_config(launch.make_parser().parse_args(["--chat"])).serve.api_keys == ()
+    assert launch.given_config(launch.parse(["--serve"])).serve.api_keys == ("one", "two")
+    assert launch.given_config(launch.parse(["--chat"])).serve.api_keys == ()
 
 
 def test_what_the_service_imports_is_copied():

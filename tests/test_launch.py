@@ -1,6 +1,7 @@
 """The whole way on a tiny model: stages, resume, kill, repeat, refuse, exit codes. Real processes."""
 
 import json
+import math
 import os
 import re
 import select
@@ -12,6 +13,7 @@ import time
 import pytest
 from whole_run import ROOT, STEPS, arguments, finish, records, start
 
+import jaxchat
 import launch
 from jaxchat.config import load_config
 from jaxchat.log import read_metrics
@@ -75,9 +77,60 @@ def test_killed_and_started_again_ends_bit_equal(corpus, finished, tmp_path):
 
 
 def test_a_python_without_the_packages_is_told_what_to_install():
-    done = subprocess.run([sys.executable, "-S", "launch.py", "--tiers"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-S", "launch.py", "--plan"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "is not installed here; run pip install -r requirements.txt" in done.stderr
+
+
+def test_help_and_version_answer_at_once():
+    """Without JAX, numpy and rich, and without starting the process again."""
+    code = "import sys, launch\ntry:\n    launch.main(['--help'])\nfinally:\n    print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not {"jax", "numpy", "rich", "huggingface_hub", "jaxchat.log"} & set(done.stderr.split())
+    assert len(done.stdout.splitlines()) <= 26 and all(f"\n    {name}" in done.stdout for name in launch.COMMANDS)
+    best = math.inf
+    for _ in range(5):
+        begin = time.perf_counter()
+        done = subprocess.run([sys.executable, "launch.py", "--version"], cwd=ROOT, capture_output=True, text=True)
+        best = min(best, time.perf_counter() - begin)
+        assert done.stdout == f"jaxchat {jaxchat.__version__}\n"
+    assert best < 0.3
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ("", "train --tier nano"),
+        ("--tier d20", "train --tier d20"),
+        ("--run-dir runs/nano --chat", "chat --run-dir runs/nano"),
+        ("--serve --run-dir runs/nano --port 1", "serve --run-dir runs/nano --port 1"),
+        ("--tier d20 --plan --target h100:8", "plan --tier d20 --target h100:8"),
+        ("--budget 100usd --target h100:8", "plan --budget 100usd --target h100:8"),
+        ("--hours=1", "plan --hours 1"),
+        ("--compare a b --json", "compare a b --json"),
+        ("--rehearse --keep", "rehearse --keep"),
+        ("--doctor --json", "doctor --json"),
+        ("--tiers", "tiers"),
+    ],
+)
+def test_flags_of_older_versions_are_commands(line, command):
+    old, new = launch.parse(line.split()), launch.parse(command.split())
+    if not line:
+        new.tier = None
+    assert vars(old) == vars(new)
+
+
+def test_a_run_can_be_named_after_the_command(finished):
+    args = launch.parse(["chat", str(finished)])
+    config, directory, _ = launch.resolve_arguments(args)
+    assert directory.root == finished and config.model.depth == 2
+
+
+@pytest.mark.parametrize("name", sorted(launch.COMMANDS))
+def test_every_command_has_its_own_help(name, capsys):
+    with pytest.raises(SystemExit) as done:
+        launch.main([name, "--help"])
+    assert done.value.code == 0 and len(capsys.readouterr().out.splitlines()) > 3
 
 
 INSIDE = """
@@ -173,6 +226,7 @@ def test_two_at_once_on_one_directory(corpus, tmp_path):
         (["--set", "model.detph=3"], 2, "model.detph: unknown key, did you mean model.depth?"),
         (["--stages", "pretrian"], 2, "stage 'pretrian' is unknown"),
         (["--nonsense"], 2, "unrecognized arguments: --nonsense"),
+        (["--keep"], 2, "unrecognized arguments: --keep"),
         (["--data", "files:/no/such/*.txt"], 3, "/no/such/*.txt"),
         (["--data", "ftp:x"], 2, "data.source"),
         (["--set", 'sft.mixture=["foo"]'], 2, "foo"),

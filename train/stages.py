@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxchat import __version__
 from jaxchat import distributed as hosts
 from jaxchat.config import KEYS, REMOVED, Config, flatten, load_config, to_toml
 from jaxchat.errors import UsageError
@@ -334,6 +335,7 @@ def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any],
         "start": previous["start"] if resumed else _now(),
         "end": None,
         "seconds": previous.get("seconds", 0.0) if resumed else 0.0,
+        "version": __version__,
         "commit": commit(),
         "versions": versions(),
         "hardware": hardware(),

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxchat import __version__
 from jaxchat.checkpoint import RECORDS, params_sha256, recorded, save_params
 from jaxchat.config import Config, ModelConfig, RlConfig, ServeConfig, to_toml
 from jaxchat.engine.loading import STAGES as FURTHEST_FIRST
@@ -165,6 +166,7 @@ def _record(inputs: dict[str, Any], facts: dict[str, Any], origin: dict[str, Any
         "start": now,
         "end": now,
         "seconds": 0.0,
+        "version": __version__,
         "inputs": inputs,
         "facts": facts,
     }
