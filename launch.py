@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     if args.command == "compare":
         from train.compare import compare
 
-        compare(*args.runs, as_json=args.json)
+        compare(args.runs[0], args.runs[1], as_json=args.json)
         return 0
     if args.command == "plan":
         prepare_plan(args.target)
