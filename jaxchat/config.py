@@ -63,7 +63,7 @@ class ModelConfig:
     head_width: int = key(-1, "-1: 128, or width / heads", 1, 2**16)
     mlp_factor: float = key(4.0, "width of the MLP over the model's", 0.01, 1000)
     tie_embeddings: bool = key(False, "one table for embedding and unembedding")
-    rotary_base: float = key(-1.0, "-1: by recipe (classic 10,000, modern 100,000)", 1)
+    rotary_base: float = key(-1.0, "-1: by recipe; classic 10,000, modern 100,000", 1)
     window_pattern: str = key("auto", "S short window, L full context, tiled over the layers, the last always L; auto: "
         "by recipe")
     window_short: int = key(-1, "tokens before the current one that a short window sees; -1: a quarter of the context, "
@@ -154,8 +154,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     kind: str = key("muon", "muon (AdamW for what is no matrix) or adamw (everything)", choices=("muon", "adamw"))
-    lr_scale: float = key(-1.0, "multiplies every rate but smear's and backout's; -1: from the batch, see training.md",
-        1e-9)
+    lr_scale: float = key(-1.0, "multiplies every rate but smear's and backout's; -1: (batch / 2^19)^(1/2), below 2^19 "
+        "tokens ^(1/8)", 1e-9)
     matrix_lr: float = key(0.02, "Muon's rate", 0)
     unembedding_lr: float = key(-1.0, "-1: by recipe; also x (width / 768)^-0.5", 0)
     embedding_lr: float = key(-1.0, "-1: by recipe; also x (width / 768)^-0.5; value embeddings take half; a tied "

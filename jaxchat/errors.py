@@ -1,7 +1,7 @@
 """Errors meant for the person at the keyboard, each with the exit code of the contract.
 
-A message says what was wrong, where, and what to do. `launch.py` prints it as one line and exits;
-anything else that escapes is a bug and shows a traceback.
+A message says what is wrong, where, and what to do. `launch.py` prints it as one line and exits.
+Any other exception is a bug and shows a traceback.
 """
 
 
@@ -36,6 +36,6 @@ class DivergedError(JaxchatError):
 
 
 class InterruptedRun(BaseException):
-    """Stopped by a signal; the same command resumes. No `Exception`: nothing on the way may take it for a fault."""
+    """Stopped by a signal; the same command resumes. Not an `Exception`, so that no handler takes it for a fault."""
 
     exit_code = 75

@@ -1,4 +1,4 @@
-"""What a person sees (console, progress) and what machines read (metrics as JSON lines)."""
+"""Console lines and progress bars for people; metrics as JSON lines for programs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ console = Console(highlight=False, stderr=True, emoji=False)
 
 
 def say(text: str, style: str | None = None) -> None:
-    """One line to the person, if the terminal is still there; rich markup inside `text` is not interpreted."""
+    """Print one line if the terminal is still there; rich markup inside `text` is not interpreted."""
     try:
         console.print(text, style=style, markup=False, soft_wrap=True)
     except OSError as error:
@@ -38,12 +38,12 @@ def say(text: str, style: str | None = None) -> None:
 
 
 def animated() -> bool:
-    """Whether there is a terminal that bars can be drawn on."""
+    """Return whether progress bars can be drawn."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
 class Task:
-    """One bar of progress; `update` shows a short live text beside it."""
+    """A progress bar."""
 
     def __init__(self, bars: Progress, task: Any):
         self._bars, self._task = bars, task
@@ -52,7 +52,7 @@ class Task:
         self._bars.advance(self._task, amount)
 
     def reach(self, done: float, total: float) -> None:
-        """Where only the work itself knows how much there is."""
+        """Set how much is done and how much there is."""
         self._bars.update(self._task, completed=done, total=total)
 
     def track(self, items: Iterable[T]) -> Iterator[T]:
@@ -62,12 +62,13 @@ class Task:
             yield item
 
     def update(self, text: str) -> None:
+        """Show a short text beside the bar."""
         self._bars.update(self._task, status=text)
 
 
 @contextlib.contextmanager
 def progress(description: str, total: float | None, done: int = 0) -> Iterator[Task]:
-    """A live bar on a terminal; silent when the output is a file or a pipe (the caller's `say` lines remain)."""
+    """Show a bar on a terminal; nothing where the output is a file or a pipe."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -82,7 +83,7 @@ def progress(description: str, total: float | None, done: int = 0) -> Iterator[T
 
 @contextlib.contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """A line for something that takes long and cannot be counted; on a terminal its seconds run below."""
+    """Print a line for work of unknown length; a terminal shows the seconds."""
     say(text)
     with Progress(
         SpinnerColumn(), TimeElapsedColumn(), console=console, transient=True, disable=not animated()
@@ -93,8 +94,7 @@ def waiting(text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hold back the lines of third-party loggers (absl through Orbax and Grain, and the asyncio that runs them); what
-    fails raises, and we say it."""
+    """Silence the loggers of Orbax and Grain (absl) and asyncio: failures raise, and we report those."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -107,9 +107,9 @@ def quiet_libraries() -> Iterator[None]:
 
 
 class MetricsFile:
-    """Append-only JSON lines, one object per optimizer step; truncated to the checkpoint on resume.
+    """JSON lines, one object per optimizer step; truncated to the checkpoint on resume.
 
-    `write`: of several processes that train together only one may.
+    `write`: False in all but one of several processes.
     """
 
     def __init__(self, path: str | Path, write: bool = True):
@@ -123,7 +123,7 @@ class MetricsFile:
             file.write(json.dumps(record) + "\n")
 
     def last(self) -> dict[str, Any] | None:
-        """The newest whole record."""
+        """Return the newest whole record."""
         records = read_metrics(self.path)
         return records[-1] if records else None
 
@@ -135,7 +135,7 @@ class MetricsFile:
             self._rewrite(records)
 
     def truncate_to(self, step: int) -> None:
-        """Keep the records of steps below `step`; a torn last line (from a kill) goes too."""
+        """Keep the records of steps below `step`; a torn last line (from a kill) goes, too."""
         if self.write and self.path.exists():
             self._rewrite([r for r in read_metrics(self.path) if r["step"] < step])
 
@@ -144,7 +144,7 @@ class MetricsFile:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics file (none if it does not exist)."""
+    """Return all whole records of a metrics file, none if it does not exist."""
     if not os.path.exists(path):
         return []
     records = []

@@ -7,52 +7,31 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from jaxchat.errors import DataError, UsageError
 
 RECORD_FORMAT = 1  # of an entry of `stages.json`
 RECORD_FIELDS = {"status": str, "start": str, "inputs": dict, "facts": dict, "seconds": int | float}
 CHECKSUMS = "SHA256SUMS"
-LOCK_POLL = 0.2  # seconds between looks at a lock that another process has
 
 
 class RunDir:
-    """Names of everything inside one run directory; creates nothing by itself."""
+    """Paths of everything inside one run directory."""
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.toml"
-
-    @property
-    def stages(self) -> Path:
-        return self.root / "stages.json"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.root / "tokenizer"
-
-    @property
-    def data(self) -> Path:
-        return self.root / "data"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.md"
-
-    @property
-    def plots(self) -> Path:
-        return self.root / "plots"
-
-    @property
-    def export(self) -> Path:
-        return self.root / "export"
+        self.config = self.root / "config.toml"
+        self.stages = self.root / "stages.json"
+        self.tokenizer = self.root / "tokenizer"
+        self.data = self.root / "data"
+        self.report = self.root / "report.md"
+        self.plots = self.root / "plots"
+        self.export = self.root / "export"
 
     def stage(self, name: str) -> Path:
         """Directory of a trained stage: `base`, `sft`, `rl`."""
@@ -62,23 +41,23 @@ class RunDir:
         return self.root / "eval" / f"{name}.json"
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """The entries of `stages.json`, none for a new run; `DataError` where it is damaged or of another version."""
+        """Return the entries of `stages.json`, {} for a new run. `DataError` if it is damaged or of another version."""
         advice = "put it back from a copy, or choose another --run-dir"
         try:
-            found = json.loads(self.stages.read_bytes()) if self.stages.exists() else {}
+            records = json.loads(self.stages.read_bytes()) if self.stages.exists() else {}
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.stages}: damaged ({error}); {advice}") from None
-        if not isinstance(found, dict):
+        if not isinstance(records, dict):
             raise DataError(f"{self.stages}: damaged; {advice}")
-        for name, record in found.items():
+        for name, record in records.items():
             require_format(record, RECORD_FORMAT, f"{self.stages}, {name}")
             fields = record if isinstance(record, dict) else {}
             wrong = [key for key, kind in RECORD_FIELDS.items() if not isinstance(fields.get(key), kind)]
             if not wrong and record["status"] == "done" and not isinstance(record["facts"].get("digest"), str):
                 wrong = ["facts.digest"]
             if wrong:
-                raise DataError(f"{self.stages}: damaged, {name} has no sound {', '.join(wrong)}; {advice}")
-        return found
+                raise DataError(f"{self.stages}: damaged, {name} has no valid {', '.join(wrong)}; {advice}")
+        return records
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -100,19 +79,14 @@ class RunDir:
             file.flush()
             try:
                 yield
-            finally:  # the number of a process that is gone may be another's tomorrow
+            finally:  # another process may get this number later
                 file.truncate(0)
 
 
-@contextlib.contextmanager
-def locked(path: str | Path) -> Iterator[None]:
-    """Hold a lock file, waiting for whoever has it: of several processes one downloads and the others find it done."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        while not _try_lock(file):
-            time.sleep(LOCK_POLL)
-        yield
+def locked(path: str | Path) -> filelock.BaseFileLock:
+    """Return a lock to enter, which waits for other processes: one downloads and the others find it done."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(path)
 
 
 def _try_lock(file: Any) -> bool:
@@ -134,9 +108,9 @@ def _try_lock(file: Any) -> bool:
 
 
 def atomic_write(path: str | Path, content: bytes | str) -> None:
-    """Write aside, fsync, rename: readers see the old file or the whole new one, also after a power cut.
+    """Write a file so that readers see the old one or the whole new one, also after a power cut.
 
-    A surrogate without its other half, which UTF-8 cannot hold, becomes "\\udXXX", as JSON writes it.
+    A lone surrogate, which UTF-8 cannot hold, becomes "\\udXXX", as JSON writes it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,27 +155,27 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_sealed(path: str | Path, value: dict[str, Any]) -> None:
-    """As `write_json`, with the SHA-256 of the object in it, for what other checksums and counts rest on."""
+    """Write a JSON object with its own SHA-256 in it, for files whose checksums and counts others rely on."""
     write_json(path, {**value, "seal": _seal(value)})
 
 
 def read_sealed(path: str | Path, known: int, advice: str) -> dict[str, Any]:
-    """The object that `write_sealed` wrote; `DataError` where it is another, or not of the format `known`."""
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("format") != known:
+    """Return the object that `write_sealed` wrote. `DataError` if it was changed or is not of the format `known`."""
+    value = read_json(path)
+    if not isinstance(value, dict) or value.get("format") != known:
         raise DataError(f"{path}: damaged, or of another version; {advice}")
-    if found.pop("seal", None) != _seal(found):
+    if value.pop("seal", None) != _seal(value):
         raise DataError(f"{path}: damaged (its seal does not fit); {advice}")
-    return found
+    return value
 
 
 def _seal(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def require_format(found: Any, known: int, source: object) -> None:
-    """`DataError` where another version wrote a file in a form that this one does not read; no number stands for 1."""
-    number = found.get("format", 1) if isinstance(found, dict) else 1
+def require_format(value: Any, known: int, source: object) -> None:
+    """Raise `DataError` if a file has another format than `known`; a file without a number has format 1."""
+    number = value.get("format", 1) if isinstance(value, dict) else 1
     if number != known:
         advice = "update jaxchat" if isinstance(number, int) and number > known else "make it again"
         raise DataError(f"{source}: has format {number!r}, and this version reads format {known}; {advice}")
@@ -213,13 +187,13 @@ def sha256_file(path: str | Path) -> str:
 
 
 def write_checksums(folder: Path, but: Sequence[str] = ()) -> None:
-    """`SHA256SUMS` over every file of the folder `but` these, as `sha256sum --check` reads it."""
+    """Write `SHA256SUMS` over every file of the folder `but` these, as `sha256sum --check` reads it."""
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name not in but)
     atomic_write(folder / CHECKSUMS, "".join(f"{sha256_file(folder / f)}  {f}\n" for f in files))
 
 
 def damage(folder: Path, within: Sequence[str] = ("",)) -> str | None:
-    """The first file of a folder that is not what its `SHA256SUMS` says, and why; None where all are, or it has none.
+    """Return the first file that does not match the folder's `SHA256SUMS`, and why; None without such a file.
 
     `within`: only files whose names begin with one of these.
     """

@@ -1,4 +1,4 @@
-"""Everything about a run that follows from its model: tokens, batch, steps and rates, each with its reason."""
+"""Everything that follows from the depth: shapes, tokens, batch size, steps and learning rates."""
 
 from __future__ import annotations
 
@@ -6,13 +6,25 @@ import dataclasses
 import math
 from typing import Any
 
-from jaxchat.config import SIZED, Config, ModelConfig, OptimConfig, TrainConfig, check_section, flatten, is_derived
+from jaxchat.config import (
+    KEYS,
+    SIZED,
+    Config,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    check_section,
+    flatten,
+    is_derived,
+)
 from jaxchat.errors import UsageError
 from jaxchat.sizes import count_parameters
 
-# The two recipes, and every shape that follows from the depth.
-
-
+REFERENCE_BATCH = 2**19  # tokens a step: where nanochat tuned its rates, at depth 12
+SMALL_BATCH_POWER = 0.125  # of the rate below that batch; see `rate_scale`
+BYTES_PER_TOKEN = 5  # of text: 4.6 to 4.8 with 32,768 tokens on web text, less with fewer; the rest is reserve
+DROPPED = 600  # tokens: rows of T keep T / (T + 600) of web text whose remainders are dropped (docs/data.md)
+ADAMW = {"weight_decay": 0.1, "warmup_steps": 200, "warmdown_ratio": 1.0, "final_lr": 0.1, "grad_clip": 1.0}
 # What a recipe sets when the tier does not. Sources: nanochat of October 2025 and of July 2026.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "classic": {
@@ -41,41 +53,37 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def fill(section: Any, values: dict[str, Any]) -> Any:
-    """Copy of a dataclass with its still derived fields among `values` filled."""
+    """Return a copy of a dataclass in which the fields of `values` that are still derived are filled."""
     return dataclasses.replace(section, **{k: v for k, v in values.items() if is_derived(getattr(section, k))})
 
 
 def resolve_model(model: ModelConfig) -> ModelConfig:
-    """Every shape from the depth: width 64 a layer, heads of 128, no sharing of kv heads, short windows of T/4.
+    """Return the model with every shape: width 64 a layer, heads of 128, one kv head a head, short windows of T/4.
 
     The aspect ratio 64 and the head width 128 are nanochat's; a short window is T/4 rounded up to the 128 positions
-    of an attention kernel's tile. Raises `UsageError` for shapes that cannot be.
+    of an attention kernel's tile. `UsageError` for impossible shapes.
     """
     check_section("model", model)
     for name in SIZED:
         if getattr(model, name.removeprefix("model.")) == -1:
             raise UsageError(f"{name}: must be at least 1; -1 is for data.size_model=true")
-    given_width, given_heads, given_head = model.width, model.n_heads, model.head_width
-    if given_width == -1:
-        given_width = given_heads * given_head if given_heads > 0 and given_head > 0 else 64 * model.depth
-    head_width = given_head if given_head > 0 else (given_width // given_heads if given_heads > 0 else 128)
-    if given_head == -1 and given_heads == -1:
-        if model.width == -1:
-            given_width = -(-given_width // head_width) * head_width  # the width is a multiple of the head width
-        elif given_width % head_width:
+    width, heads, head_width = model.width, model.n_heads, model.head_width
+    if width == -1:
+        width = heads * head_width if heads > 0 and head_width > 0 else 64 * model.depth
+    if head_width == -1:
+        head_width = width // heads if heads > 0 else 128
+    if heads == -1:
+        heads = -(-width // head_width)
+        if model.width == -1 and model.head_width == -1:
+            width = heads * head_width
+        elif model.head_width == -1 and width % head_width:
             raise UsageError(
-                f"model.width: {given_width} is no multiple of the head width {head_width}; "
-                f"set model.head_width or model.n_heads, or take {-(-given_width // head_width) * head_width}"
+                f"model.width: {width} is no multiple of the head width {head_width}; "
+                f"set model.head_width or model.n_heads, or take {heads * head_width}"
             )
-    n_heads = given_heads if given_heads > 0 else -(-given_width // head_width)
-    model = fill(model, {"width": given_width, "head_width": head_width, "n_heads": n_heads, "n_kv_heads": n_heads})
+    model = fill(model, {"width": width, "head_width": head_width, "n_heads": heads, "n_kv_heads": heads})
     model = fill(model, RECIPES[model.recipe]["model"])
     model = fill(model, {"window_short": -(-model.seq_len // 4 // 128) * 128})
-    _check_model(model)
-    return model
-
-
-def _check_model(model: ModelConfig) -> None:
     if model.n_heads % model.n_kv_heads:
         raise UsageError(f"model.n_kv_heads: {model.n_kv_heads} does not divide the {model.n_heads} heads")
     if model.head_width % 2:
@@ -84,18 +92,11 @@ def _check_model(model: ModelConfig) -> None:
         raise UsageError(f"model.window_pattern: {model.window_pattern!r} may only hold S and L")
     if model.width < 24 and (model.smear or model.value_embeddings):
         raise UsageError(f"model.width: {model.width} is below the 24 channels that gate smear and value embeddings")
-
-
-REFERENCE_BATCH = 2**19  # tokens a step: where nanochat tuned its rates, at depth 12
-SMALL_BATCH_POWER = 0.125  # of the rate below that batch; see `rate_scale`
-BYTES_PER_TOKEN = 5  # of text: 4.6 to 4.8 with 32,768 tokens on web text, less with fewer; the rest is reserve
-FITTED = "fitted to the amount of text"
-DROPPED = 600  # tokens: rows of T keep T / (T + 600) of web text whose rests are dropped (docs/data.md)
-ADAMW = {"weight_decay": 0.1, "warmup_steps": 200, "warmdown_ratio": 1.0, "final_lr": 0.1, "grad_clip": 1.0}
+    return model
 
 
 def resolve(config: Config) -> Config:
-    """The configuration with nothing left to derive (but what the device decides). Raises `UsageError`."""
+    """Return the configuration with nothing left to derive but what the device decides. Raises `UsageError`."""
     model = resolve_model(config.model)
     recipe = RECIPES[model.recipe]
     train = fill(config.train, recipe["train"])
@@ -107,7 +108,7 @@ def resolve(config: Config) -> Config:
     sft = fill(config.sft, {"batch_tokens": train.batch_tokens})
     _check_batch("sft.batch_tokens", sft.batch_tokens, model.seq_len)
     data = config.data
-    if "hf:" in data.source:  # of files at hand everything is read
+    if "hf:" in data.source:  # other sources are read whole
         kept = model.seq_len / (model.seq_len + DROPPED) if data.remainder in ("auto", "drop") else 1.0
         data = fill(data, {"text_bytes": round(train.steps * train.batch_tokens * BYTES_PER_TOKEN / kept)})
     return dataclasses.replace(config, model=model, data=data, train=train, optim=optim, sft=sft)
@@ -135,7 +136,7 @@ def _resolve_optim(config: Config, model: ModelConfig, train: TrainConfig) -> Op
 
 
 def fine_tuning_optim(config: Config, ratio: float) -> OptimConfig:
-    """Optimizer of SFT and RL: every rate of pretraining times `ratio`, down to 0, without weight decay.
+    """Return the optimizer of SFT and RL: pretraining's rates times `ratio`, down to 0, without weight decay.
 
     As in nanochat, the rates are those for 2^19 tokens a step, without the factor that pretraining takes for larger
     batches. The factor below 1 for smaller batches stays.
@@ -153,7 +154,7 @@ def fine_tuning_optim(config: Config, ratio: float) -> OptimConfig:
 
 
 def rate_scale(batch: int) -> float:
-    """Learning-rate multiplier of a batch of so many tokens.
+    """Return the learning-rate multiplier of a batch of so many tokens.
 
     Above the reference the square-root rule of nanochat; below it the power 1/8, which meets the optimum known for 2^11
     tokens a step (8 times what the square root gives). Between the two it has not been tested.
@@ -163,7 +164,7 @@ def rate_scale(batch: int) -> float:
 
 
 def batch_tokens(model: ModelConfig, tokens: float, token_ratio: float) -> int:
-    """Tokens per step: 2^19 for classic; for modern 2^19 (D / D_d12)^0.383 (2505.13738), rounded to a power of two."""
+    """Return tokens per step: classic 2^19; modern 2^19 (D / D_d12)^0.383 (2505.13738), to a power of two."""
     if model.recipe == "classic":
         return REFERENCE_BATCH
     reference = token_ratio * _horizon_parameters(_reference(model))
@@ -172,35 +173,25 @@ def batch_tokens(model: ModelConfig, tokens: float, token_ratio: float) -> int:
 
 
 def _horizon_parameters(model: ModelConfig) -> int:
-    """Modern counts trunk and unembedding, classic everything (20 tokens each, Chinchilla's rule)."""
+    """Return the parameters that `token_ratio` multiplies: trunk and unembedding (modern), all (classic)."""
     count = count_parameters(model)
     return count.scaling if model.recipe == "modern" else count.total
 
 
 def _reference(model: ModelConfig) -> ModelConfig:
-    """The d12 model with the same vocabulary and context, where the rates were tuned."""
+    """Return the d12 model with the same vocabulary, where the rates were tuned."""
     return resolve_model(ModelConfig(recipe=model.recipe, depth=12, seq_len=2048, vocab_size=model.vocab_size))
 
 
 def derivations(given: Config, resolved: Config) -> dict[str, str]:
-    """For every key that was derived, why it has its value: the comments of the saved configuration."""
+    """Return, for every derived key, why it has its value: the comments of the saved configuration."""
     before, after = flatten(given), flatten(resolved)
     recipe = f"{resolved.model.recipe} recipe"
-    reasons = {
-        "model.width": "64 x depth, a multiple of the head width",
-        "model.head_width": "128 as nanochat, or width / heads",
-        "model.n_heads": "width / head width",
-        "model.n_kv_heads": "as many as query heads",
-        "model.window_short": "a quarter of the context, up to a multiple of 128",
-        "model.depth": FITTED,
-        "model.vocab_size": FITTED,
-        "model.seq_len": FITTED,
-        "data.text_bytes": f"tokens of the horizon x {BYTES_PER_TOKEN}, and what dropped rests take",
-        "train.batch_tokens": "2^19 (tokens / tokens of d12)^0.383, a power of two; 2^19 for classic",
-        "train.steps": FITTED if given.data.size_model else "token_ratio x scaling parameters / batch_tokens",
-        "optim.lr_scale": "(batch / 2^19)^(1/2), below 2^19 tokens ^(1/8)",
-        "optim.weight_decay": f"{recipe}; rate x decay x steps as at d12",
-        "sft.batch_tokens": "as in pretraining",
-    }
-    changed = [key for key in after if before[key] != after[key]]
-    return {key: "derived: " + reasons.get(key, recipe) for key in changed}
+    reasons = {}
+    for key in after:
+        if before[key] != after[key]:
+            _, derived, rule = KEYS[key].meaning.rpartition("-1: ")
+            if given.data.size_model and key in (*SIZED, "train.steps"):
+                rule = "fitted to the amount of text"
+            reasons[key] = "derived: " + (rule.partition(";")[0].replace("by recipe", recipe) if derived else recipe)
+    return reasons

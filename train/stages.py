@@ -23,7 +23,7 @@ from jaxchat.config import KEYS, REMOVED, Config, flatten, load_config, to_toml
 from jaxchat.errors import UsageError
 from jaxchat.interop.huggingface import write_hf
 from jaxchat.interop.orbax_export import write_orbax
-from jaxchat.interop.trained import Trained, check_dtype, load_trained
+from jaxchat.interop.trained import Trained, load_trained
 from jaxchat.log import say
 from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, sync_directory, write_json
 from jaxchat.sharding import make_mesh
@@ -139,11 +139,10 @@ def run_export(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """`UsageError` for a format or dtype that does not exist, before any work."""
+    """Raise `UsageError` for a format that does not exist."""
     for name in config.export.formats:
         if name not in FORMATS:
             raise UsageError(f"export.formats: {name!r} is unknown; choose from {', '.join(FORMATS)}")
-    check_dtype(config.export.dtype)
 
 
 SHARED_SECONDS = 60.0  # until what process 0 wrote must be seen by the others
