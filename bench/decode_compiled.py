@@ -21,7 +21,7 @@ from jaxchat.errors import JaxchatError
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh
 from train import compiled
-from train.compiled import attribute, bytes_moved, parse
+from train.hlo import bytes_moved, parse
 from train.targets import parse_target, target_devices
 
 KERNELS = ("fusion", "custom-call", "copy", "sort", "dot", "scatter", "reduce")
@@ -31,8 +31,8 @@ def loop_cost(text: str) -> tuple[int, int]:
     """(kernels, bytes read and written) of one turn of the entry's first loop, in an optimized module's text."""
     computations, entry = parse(text)
     loop = next(i for i in computations[entry] if i.opcode == "while")
-    kernels = [i for i in computations[attribute(loop, "body")] if i.opcode in KERNELS]
-    by_name = {i.name: i for i in computations[attribute(loop, "body")]}
+    kernels = [i for i in computations[loop.called("body")] if i.opcode in KERNELS]
+    by_name = {i.name: i for i in computations[loop.called("body")]}
     return len(kernels), round(sum(bytes_moved(i, by_name, computations) for i in kernels))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData, ProfileOptions
 
-from train.compiled import COLLECTIVES, Instruction, attribute, parse
+from train.hlo import COLLECTIVES, Instruction, parse
 
 KINDS = ("products", "attention", "scatter", "collectives", "copies", "elementwise", "unknown")
 CONTAINERS = ("while", "call", "conditional", "async-start", "async-done")  # their kernels are events of their own
@@ -85,7 +85,7 @@ class Classifier:
     def __init__(self, text: str = ""):
         self._computations, _ = parse(text)
         fused = {
-            attribute(i, "calls") for c in self._computations.values() for i in c if i.opcode == "fusion"
+            i.called("calls") for c in self._computations.values() for i in c if i.opcode == "fusion"
         }  # fmt: skip
         run = (i for name, c in self._computations.items() if name not in fused for i in c)
         self._instructions = {_plain(i.name): i for i in run}
@@ -106,7 +106,7 @@ class Classifier:
         """The kind of an instruction that is not inside a fusion."""
         if i.opcode in CONTAINERS:
             return None
-        inside = [i, *self._computations.get(attribute(i, "calls"), [])]
+        inside = [i, *self._computations.get(i.called("calls"), [])]
         opcodes, root = {x.opcode for x in inside}, inside[-1]
         target = " ".join(re.findall(r'(?:custom_call_target=|"kind":)"([^"]*)"', i.attributes))
         # the layer that an operation comes from stands in its name: jax.named_scope in jaxchat/attention.py

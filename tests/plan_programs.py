@@ -1,5 +1,5 @@
 """Run in a process of its own with 8 simulated devices: small programs whose collectives and products are known by
-hand, compiled, and what `train.compiled` reads from them, as JSON."""
+hand, compiled, and what `train.hlo` reads from them, as JSON."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train.compiled import analyse
+from train.hlo import analyse
 
 MESH = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 ROW = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(MESH, P(("a", "b"))))  # 64 floats a device

@@ -7,7 +7,7 @@ import pytest
 from jaxchat.config import load_config
 from jaxchat.errors import UsageError
 from jaxchat.scaling import resolve
-from train.compiled import Program, Transfer
+from train.hlo import Program, Transfer
 from train.plan import estimate, parse_target, plan, step_seconds
 from train.targets import ATTENTION_SHARE, BANDWIDTH_SHARE, PRODUCT_SHARE
 
@@ -73,9 +73,9 @@ def test_the_time_of_a_compiled_step_follows_from_products_attention_and_bytes()
     program = Program(product_flops=2 * product, attention_flops=0.1 * ATTENTION_SHARE * 989e12)
     program.product_types.update({"bf16 x bf16": int(product), "f8e4m3fn x f8e4m3fn": int(product)})
     program.transfers = [
-        Transfer("products", 5e9, 7, "dot", ""),
-        Transfer("other", 1e9, 100, "copy", ""),
-        Transfer("other", 2e9, 10, "add", ""),
+        Transfer("products", 5e9, 7, "dot"),
+        Transfer("other", 1e9, 100, "copy"),
+        Transfer("other", 2e9, 10, "add"),
     ]
     seconds = step_seconds(target, program)
     assert seconds["products"] == pytest.approx(1.5) and seconds["attention"] == pytest.approx(0.1)

@@ -13,7 +13,7 @@ from jaxchat.log import read_metrics
 from jaxchat.scaling import resolve
 from jaxchat.tokenizer import train_tokenizer
 from train import rehearse
-from train import rehearse as forecast
+from train.preflight import disk_parts
 
 # so few steps that none of them is saved on its way: at this size a save takes longer than all of them
 SELDOM = ["train.checkpoint_every=1000", "rl.checkpoint_every=1000"]
@@ -102,69 +102,57 @@ def test_made_up_text_fills_a_vocabulary_and_is_the_same_every_time():
     assert train_tokenizer(documents, 8192, 2_000_000, 10_000).vocab_size == 8192
 
 
-PACE = ["train.steps=1000", "train.batch_tokens=2048", "train.eval_every=200", "train.checkpoint_every=200",
-        "train.sample_every=400"]  # fmt: skip
+# Round numbers; a tenth of the text was rehearsed.
+LOOP = {"steps": 1000, "fixed_seconds": 2.0, "compile_seconds": 10.0, "step_seconds": 0.5, "save_seconds": 0.25,
+        "seconds": 30.0, "checkpoint_seconds": 3.0, "loader_seconds": 0.1, "saves": 5,
+        "timings": {"validate": [6.0, 1.0], "sample": [9.0, 3.0]},
+        "beside": {"validate": (5, 40 / 8), "sample": (2, 1.0), "never": (0, 1.0)}}  # fmt: skip
+RECORD = {
+    "machine": {"platform": "cpu", "device": "x86_64", "devices": 1},
+    "compile_share": 0.5,
+    "attention": {"backend": "blocked", "fallback": ""},
+    "text": {"sample_bytes": 1_000, "bytes": 10_000},
+    "tokenizer": {"seconds": 4.0},
+    "prepare": {"seconds": 5.0, "tokenize_seconds": 3.0, "pack_seconds": 1.0, "documents": 10, "val_rows": 4},
+    "pretrain": LOOP,
+}
 
 
 def config(*overrides):
-    return resolve(load_config("nano", [*PACE, *overrides]))
+    return resolve(load_config("nano", ["train.steps=1000", "train.checkpoint_every=200", *overrides]))
 
 
-def record():
-    """Round numbers, one hub file of ten rehearsed."""
-    loop = {"fixed_seconds": 2.0, "compile_seconds": 10.0, "step_seconds": 0.5, "save_seconds": 0.25, "seconds": 30.0,
-            "checkpoint_seconds": 3.0, "checkpoint_bytes": 100, "eval_rows": 8, "mfu": None}  # fmt: skip
-    return {
-        "machine": {"platform": "cpu", "device": "x86_64", "devices": 1},
-        "compile_share": 0.5,
-        "attention": {"backend": "blocked", "fallback": ""},
-        "free_bytes": 10**12,
-        "text": {"sample_bytes": 1_000, "bytes": 10_000, "hub_bytes": 0},
-        "tokenizer": {"seconds": 4.0},
-        "prepare": {"seconds": 5.0, "tokenize_seconds": 3.0, "pack_seconds": 1.0, "documents": 10, "val_rows": 4,
-                    "disk_bytes": 50},
-        "pretrain": loop | {"steps": 1000, "loader_seconds": 0.1,
-                            "timings": {"validate": [6.0, 1.0], "sample": [9.0, 3.0]}},
-    }  # fmt: skip
+def test_time_of_text():
+    assert rehearse.tokenizer_seconds(config(), RECORD) == 40.0
+    assert rehearse.prepare_seconds(config(), RECORD) == 1 + 4 * 10
 
 
-def test_the_arithmetic_of_text():
-    found = record()
-    assert forecast.tokenizer_seconds(config(), found) == 40.0
-    assert forecast.prepare_seconds(config(), found) == 1 + 4 * 10
-    assert forecast.disk_bytes(config(), found) == {"prepare": 500, "pretrain": 200}  # two checkpoints stay
-    assert forecast.most_disk(config(), found) == 800  # and a third is being written
-
-
-def test_the_arithmetic_of_training():
+def test_time_of_training():
     steps = 2.0 + 0.5 * 10.0 + 1000 * 0.5
-    evaluations = 0.5 * 5.0 + 5 * 1.0 * 40 / 8  # at 200 to 1,000; 4 rows of a tenth of the text were there
-    samples = 0.5 * 6.0 + 2 * 3.0  # after 400 and 800
-    assert forecast.pretrain_seconds(config(), record()) == pytest.approx(steps + evaluations + samples + 5 * 0.25)
+    evaluations = 0.5 * 5.0 + 5 * 1.0 * 40 / 8
+    samples = 0.5 * 6.0 + 2 * 3.0
+    assert rehearse.loop_seconds(LOOP, 0.5) == pytest.approx(steps + evaluations + samples + 5 * 0.25)
+    rl = LOOP | {"run_step_seconds": 0.75, "other_seconds": 9.0, "beside": {}}
+    assert rehearse.loop_seconds(rl, 0.5) == pytest.approx(2.0 + 0.5 * 10.0 + 750 + 5 * 0.25 + 9)
+    assert rehearse.times(1000, 200, 400) == 5 and rehearse.times(1000, 0) == 1 and rehearse.times(1000, 300, 400) == 6
 
 
-def test_the_arithmetic_of_rl():
-    rl = record()["pretrain"] | {
-        "steps": 40, "answers": 128, "length": 40.0, "expected_length": 20.0, "rollout_seconds": 1.0,
-        "update_seconds": 2.0, "exam_questions": 500, "eval_answers": 64, "timings": {"evaluate": [4.5, 2.5]},
-    }  # fmt: skip
-    step = 1.0 / 2 + 2.0 * forecast.LIVE
-    beside = (4.5 - 0.5 + 2.5 - 0.5) * 0.5  # 64 answers take half a second
-    answers = 2 * 64 * 4 / 128 / 2  # before and after, half as long
-    expected = 2.0 + 5.0 + 40 * step + beside + answers + 4 * 0.25
-    assert forecast.rl_seconds(config(), record() | {"rl": rl}) == pytest.approx(expected)
-
-
-def test_the_arithmetic_of_an_exam():
+def test_time_of_an_exam():
     exam = {"seconds": 5.0, "again_seconds": 1.0, "n": 32, "questions": 320, "shorter": 0.5}
-    assert forecast.exam_seconds(exam, 0.25) == 4.0 * 0.25 + 10 * 0.5
+    assert rehearse.exam_seconds(exam, 0.25) == 4.0 * 0.25 + 10 * 0.5
+
+
+def test_disk_is_the_plans():
+    stages, parts = rehearse.forecast(config(), RECORD), {p.name: p.bytes for p in disk_parts(config())}
+    assert stages["pretrain"]["disk_bytes"] >= parts["checkpoints, base"]
+    assert stages["prepare"]["disk_bytes"] == parts["rows"] + parts["token shards"]
 
 
 def test_dollars_are_devices_times_hours_times_price():
     gpu = {"platform": "gpu", "device": "NVIDIA H100 80GB HBM3", "devices": 8}
-    assert forecast.usd(gpu, 1800) == pytest.approx(8 * 0.5 * 3.0)
-    assert forecast.usd(gpu | {"device": "unheard of"}, 1800) is None
-    assert forecast.usd({"platform": "cpu", "device": "x86_64", "devices": 1}, 1800) == 0
+    assert rehearse.usd(gpu, 1800) == pytest.approx(8 * 0.5 * 3.0)
+    assert rehearse.usd(gpu | {"device": "unheard of"}, 1800) is None
+    assert rehearse.usd({"platform": "cpu", "device": "x86_64", "devices": 1}, 1800) == 0
 
 
 @pytest.mark.parametrize(
@@ -172,13 +160,10 @@ def test_dollars_are_devices_times_hours_times_price():
     [
         ({}, None),
         ({"attention": {"backend": "xla", "fallback": "no cuDNN"}}, "attention"),
-        ({"free_bytes": 799}, "disk"),
         ({"pretrain": {"checkpoint_seconds": 101.0}}, "save"),
         ({"pretrain": {"loader_seconds": 0.6}}, "loader"),
     ],
 )
 def test_what_would_go_wrong(change, kind):
-    found = record()
-    for key, value in change.items():
-        found[key] = found[key] | value if isinstance(value, dict) else value
-    assert [problem["kind"] for problem in forecast.problems(config(), found)] == ([kind] if kind else [])
+    changed = RECORD | {key: RECORD[key] | value for key, value in change.items()}
+    assert [problem["kind"] for problem in rehearse.problems(config(), changed)] == ([kind] if kind else [])

@@ -1,7 +1,4 @@
-"""Before a run trains: accelerators that JAX does not use, days on a CPU, room on the disks.
-
-`before_training` is for real runs; a rehearsal trains a few steps only and does not call it.
-"""
+"""Before a run trains: the disk and the time that it takes, and accelerators that JAX does not use."""
 
 from __future__ import annotations
 
@@ -34,22 +31,41 @@ from .doctor import unused_accelerator
 from .stages import Stage, remaining
 from .targets import CPU
 
-# Disk that a run takes: what each stage writes and where, from the configuration, and whether there is room.
-
-
 WRITTEN = 0.93  # bytes of a checkpoint over those of its float32 arrays: Orbax compresses (nano: 47.8 MB of 51.9)
 HUB_TEXT = 2.5  # bytes of text in a byte of a compressed hub file (nanochat: 250 M characters in 100 MB)
 CHITCHAT_BYTES, LOTTERY_BYTES = 12_737_462, 226  # of text: all of it; one document
 # Conversations of a data set where the mixture gives no count, and tokens of one. The generated ones and those of
-# packages were counted with nano's tokenizer; smoltalk, mmlu and gsm8k (rows from their cards) are estimates.
+# packages were counted with nano's tokenizer; the others (rows from their cards) are estimates.
 CONVERSATIONS = {
     "smoltalk": (460_341, 850), "mmlu": (99_842, 350), "gsm8k": (7_473, 200), "spelling_bee": (10_000, 66),
     "identity": (1_000, 37), "word_problems": (4_000, 56), "chitchat": (7_168, 133), "chatterbot": (757, 59),
-    "chatterbot_korean": (124, 82), "lottery": (20_000, 184), "arithmetic": (1_000, 14),
+    "chatterbot_korean": (124, 82), "lottery": (20_000, 184), "arithmetic": (1_000, 14), "arc_easy": (2_251, 100),
+    "arc_challenge": (1_119, 100),
 }  # fmt: skip
+UNKNOWN = (1_000, 200)  # of any other data set
 DATASETS = {"smoltalk": 1_000_000_000, "core": 200_000_000, "mmlu": 100_000_000}  # downloads, about
 LOG_BYTES, METRICS_BYTES = 3_000_000, 250  # reports, samples and plots of a run; `metrics.jsonl`, a step
-GB = 1e9
+LONGEST_HOURS = 48.0  # on a CPU, without train.allow_slow
+SLOWEST_RATE = 1e9  # FLOP/s of any CPU: what is short even there is not measured
+PRODUCT = 1536  # side of the measured matrices
+
+
+def before_training(config: Config, run: RunDir, stages: Sequence[Stage]) -> None:
+    """Name an accelerator that JAX does not use; stop where training takes days on a CPU or a disk is too small.
+
+    Only stages that are not done count. Raises `UsageError` for the time and `DataError` for the disk.
+    """
+    left = {stage.name for stage in remaining(config, run, stages)}
+    if not left:
+        return
+    line = unused_accelerator()
+    if line:
+        say(f"  {line}", style="yellow")
+    check_time(config, run, left, line)
+    check_room(config, run, left)
+
+
+# Disk
 
 
 @dataclass(frozen=True)
@@ -64,8 +80,8 @@ class Part:
 
 
 def disk_parts(config: Config) -> list[Part]:
-    """Return everything that a resolved configuration's run writes, at the moment when it takes most."""
-    text, download, repos = _text(config)
+    """Return everything that the run of a resolved configuration writes, at the moment when it takes most."""
+    text, download, folder = _text(config)
     item = token_dtype(config.model.vocab_size).itemsize
     tokens = round(text / bytes_per_token(config.model.vocab_size))
     one = checkpoint_bytes(config)
@@ -77,7 +93,7 @@ def disk_parts(config: Config) -> list[Part]:
     named = {parse_mixture_entry(entry)[0] for entry in config.sft.mixture} | set(config.eval.exams)
     datasets = 0 if config.tasks.data_dir else sum(size for name, size in DATASETS.items() if name in named)
     parts = [
-        Part("text", download, ("tokenizer", "prepare"), "cache", repos[0] if len(repos) == 1 else "data"),
+        Part("text", download, ("tokenizer", "prepare"), "cache", folder),
         Part("conversations and exams", datasets, ("sft", "rl", "eval"), "cache", "tasks"),
         Part("token shards", tokens * item, ("prepare",), folder="data/tokens"),
         Part("rows", tokens * item, ("prepare",), folder="data/rows"),
@@ -92,8 +108,31 @@ def disk_parts(config: Config) -> list[Part]:
     return [part for part in parts if part.bytes]
 
 
+def check_room(config: Config, run: RunDir, left: Collection[str]) -> None:
+    """Raise `DataError` where a file system has less room than the stages `left` have still to write."""
+    places = {"run": run.root, "cache": Path(config.data.cache_dir).expanduser()}
+    needs: dict[int, list[tuple[Part, int]]] = {}  # by file system
+    for part in disk_parts(config):
+        if any(stage in left for stage in part.stages):
+            root = places[part.place]
+            written = used(root / part.folder) if part.folder else 0
+            needs.setdefault(os.stat(_existing(root)).st_dev, []).append((part, max(0, part.bytes - written)))
+    for parts in needs.values():
+        total = sum(size for _, size in parts)
+        where = [place for place in ("run", "cache") if any(part.place == place for part, _ in parts)]
+        free = shutil.disk_usage(_existing(places[where[0]])).free
+        if total > free:
+            listed = ", ".join(f"{part.name} {size_text(size)}" for part, size in parts if size > total / 50)
+            flags = " or ".join({"run": "--run-dir", "cache": "--cache-dir"}[place] for place in where)
+            lower = "lower train.keep_last, set export.formats=[], or take" if "run" in where else "take"
+            raise DataError(
+                f"{' and '.join(str(places[place]) for place in where)}: {size_text(total)} are needed and "
+                f"{size_text(free)} are free ({listed}); {lower} {flags} on a larger disk"
+            )
+
+
 def checkpoint_bytes(config: Config) -> int:
-    """Return the bytes of one checkpoint: parameters and moments in float32, one for Muon's, two for Adam's."""
+    """Return the bytes of a checkpoint: parameters and moments in float32, one moment for Muon's, two for Adam's."""
     count = count_parameters(config.model)
     moments = 2 * count.total - (count.trunk if config.optim.kind == "muon" else 0)
     return round(WRITTEN * 4 * (count.total + moments))
@@ -112,40 +151,17 @@ def sft_tokens(config: Config) -> int:
         if name.startswith("files:"):
             total += epochs * _files_bytes(name) / bytes_per_token(config.model.vocab_size)
         else:
-            known, tokens = CONVERSATIONS.get(name, (1_000, 200))
+            known, tokens = CONVERSATIONS.get(name, UNKNOWN)
             total += epochs * (count or known) * tokens
     return round(total)
 
 
 def rl_steps(config: Config) -> int:
-    """Return RL's steps, from the questions where none are given."""
+    """Return RL's steps, from the questions where `rl.steps` gives none."""
     if not (config.rl.environment and config.sft.mixture):
         return 0
-    questions = CONVERSATIONS.get(config.rl.environment, (1_000, 0))[0]
+    questions = CONVERSATIONS.get(config.rl.environment, UNKNOWN)[0]
     return config.rl.steps if config.rl.steps > 0 else max(1, round(questions / config.rl.prompts))
-
-
-def check_room(config: Config, run: RunDir, left: Collection[str]) -> None:
-    """`DataError` where a file system has less room than what the stages `left` have not written yet."""
-    places = {"run": run.root, "cache": Path(config.data.cache_dir).expanduser()}
-    needs: dict[int, list[tuple[Part, int]]] = {}
-    for part in disk_parts(config):
-        if any(stage in left for stage in part.stages):
-            root = places[part.place]
-            there = used(root / part.folder) if part.folder else 0
-            needs.setdefault(os.stat(_existing(root)).st_dev, []).append((part, max(0, part.bytes - there)))
-    for missing in needs.values():
-        total, where = sum(size for _, size in missing), sorted({part.place for part, _ in missing}, reverse=True)
-        roots = [places[place] for place in where]
-        free = shutil.disk_usage(_existing(roots[0])).free
-        if total > free:
-            listed = ", ".join(f"{part.name} {_size(size)}" for part, size in missing if size > total / 50)
-            flags = " or ".join({"run": "--run-dir", "cache": "--cache-dir"}[place] for place in where)
-            lower = "lower train.keep_last, set export.formats=[], or take" if "run" in where else "take"
-            raise DataError(
-                f"{' and '.join(map(str, roots))}: {_size(total)} are needed and {_size(free)} are free ({listed}); "
-                f"{lower} {flags} on a larger disk"
-            )
 
 
 def used(folder: Path) -> int:
@@ -158,31 +174,33 @@ def used(folder: Path) -> int:
     return total
 
 
-def _text(config: Config) -> tuple[float, int, list[str]]:
-    """(bytes of pretraining text, bytes to download, folders of the cache that hold them)."""
-    data, text, download, repos = config.data, 0.0, 0.0, []
+def size_text(count: float) -> str:
+    """Return bytes in words: 1.5 GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _text(config: Config) -> tuple[float, int, str]:
+    """(bytes of pretraining text, bytes to download, folder of the cache that holds them)."""
+    data, text, download, folders = config.data, 0.0, 0.0, []
     for source, share in parse(data.source):
         if source.startswith("hf:"):
-            wanted = max(0, data.text_bytes) * share * MARGIN  # 0: all files, of unknown size
-            text += wanted
-            download += 0 if data.mirror else wanted / HUB_TEXT
-            repos.append(f"data/{parse_hub(source).repo.replace('/', '--')}")
+            size = max(0, data.text_bytes) * share * MARGIN  # 0: all files, of unknown size
+            text += size
+            download += 0 if data.mirror else size / HUB_TEXT
+            folders.append(f"data/{parse_hub(source).repo.replace('/', '--')}")
         elif source.startswith("files:"):
             text += _files_bytes(source)
+        elif source == "chitchat":
+            text += CHITCHAT_BYTES
         else:
-            text += CHITCHAT_BYTES if source == "chitchat" else LOTTERY_BYTES * int(_count(source) or DOCUMENTS)
-    return text, round(download), repos
-
-
-def _count(source: str) -> str:
-    return source.removeprefix("synthetic:lottery").removeprefix(":")
+            text += LOTTERY_BYTES * int(source.removeprefix("synthetic:lottery").removeprefix(":") or DOCUMENTS)
+    return text, round(download), folders[0] if len(folders) == 1 else "data"
 
 
 def _files_bytes(source: str) -> int:
-    total = 0
-    with contextlib.suppress(DataError):  # what is wrong with them is said when they are read
-        total = sum(map(text_size, find_files(source)))
-    return total
+    with contextlib.suppress(DataError):  # reported when they are read
+        return sum(map(text_size, find_files(source)))
+    return 0
 
 
 def _saves(config: Config, stage: str) -> list[int]:
@@ -196,7 +214,7 @@ def _saves(config: Config, stage: str) -> list[int]:
 
 
 def _kept(config: Config, saves: list[int]) -> int:
-    """How many of them stay: the last, and where `keep_every` is set its multiples."""
+    """How many of them stay: the last ones, and where `keep_every` is set its multiples."""
     last, period = config.train.keep_last, config.train.keep_every
     return len(saves[-last:]) + sum(period > 0 and step % period == 0 for step in saves[:-last])
 
@@ -205,32 +223,11 @@ def _existing(path: Path) -> Path:
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
-def _size(count: float) -> str:
-    return f"{count / GB:.1f} GB" if count >= GB else f"{count / 1e6:.0f} MB"
-
-
-LONGEST_HOURS = 48.0  # on a CPU, without train.allow_slow
-SLOWEST_RATE = 1e9  # FLOP/s of any CPU: what is short even there is not measured
-PRODUCT = 1536  # side of the measured matrices
-
-
-def before_training(config: Config, run: RunDir, stages: Sequence[Stage]) -> None:
-    """Say what JAX does not use; stop where training would take days or a disk is too small.
-
-    Only stages that would really run count. Raises `UsageError` for the time and `DataError` for the disk.
-    """
-    left = {stage.name for stage in remaining(config, run, stages)}
-    if not left:
-        return
-    line = unused_accelerator()
-    if line:
-        say(f"  {line}", style="yellow")
-    check_time(config, run, left, line)
-    check_room(config, run, left)
+# Time
 
 
 def check_time(config: Config, run: RunDir, left: Collection[str], line: str | None = None) -> None:
-    """`UsageError` where the stages `left` would train for more than two days on this CPU."""
+    """Raise `UsageError` where the stages `left` would train for more than two days on this CPU."""
     if config.train.allow_slow or jax.default_backend() != "cpu":
         return
     flops = training_flops(config, run, left)
@@ -238,15 +235,14 @@ def check_time(config: Config, run: RunDir, left: Collection[str], line: str | N
         return
     rate = product_rate() * jax.process_count()
     hours = flops / (rate * CPU.mfu) / 3600
-    if hours <= LONGEST_HOURS:
-        return
-    measured = f"{rate / 1e9:,.0f} GFLOP/s in float32 products, {flops:.2g} FLOPs left"
-    advice = f"{line}. Or take" if line else "Take"
-    raise UsageError(
-        f"{config.tier}: training would take about {hours / 24:,.0f} days on this CPU ({measured}). {advice} a machine "
-        "with a GPU or TPU (what it needs there: --plan --target h100:8), or a smaller tier (--tiers); "
-        "--set train.allow_slow=true trains here all the same"
-    )
+    if hours > LONGEST_HOURS:
+        measured = f"{rate / 1e9:,.0f} GFLOP/s in float32 products, {flops:.2g} FLOPs left"
+        advice = f"{line}. Or take" if line else "Take"
+        raise UsageError(
+            f"{config.tier}: training would take about {hours / 24:,.0f} days on this CPU ({measured}). {advice} a "
+            "machine with a GPU or TPU (what it needs there: --plan --target h100:8), or a smaller tier (--tiers); "
+            "--set train.allow_slow=true trains here all the same"
+        )
 
 
 def training_flops(config: Config, run: RunDir, left: Collection[str]) -> float:
@@ -258,7 +254,7 @@ def training_flops(config: Config, run: RunDir, left: Collection[str]) -> float:
         total += (config.train.steps - done) * config.train.batch_tokens * per_token
     if "sft" in left:
         total += sft_tokens(config) * config.sft.epochs * per_token
-    if "rl" in left:  # an answer is made (a third of the FLOPs of training on it) and learned from
+    if "rl" in left:  # sampling an answer takes a third of the FLOPs of training on it
         answers = rl_steps(config) * config.rl.prompts * config.rl.samples
         total += answers * config.rl.max_tokens * per_token * 4 / 3
     return total
