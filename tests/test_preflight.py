@@ -15,7 +15,7 @@ from jaxchat.errors import DataError, UsageError
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
 from jaxchat.sizes import flops_per_token
-from train.doctor import look
+from train.doctor import accelerators
 from train.preflight import (
     before_training,
     check_room,
@@ -70,7 +70,7 @@ def driver(number):
     ({"dev/vfio/0": "", f"{PCI}/vendor": "0x1ae0\n", f"{PCI}/device": "0x006f\n"}, "TPU", "[tpu]"),  # v6e
 ])  # fmt: skip
 def test_devices_without_jax(tmp_path, files, name, extra):
-    (found,) = look(machine(tmp_path, files))
+    (found,) = accelerators(machine(tmp_path, files))
     assert found.name == name and extra in found.install
 
 
@@ -82,7 +82,7 @@ def test_devices_without_jax(tmp_path, files, name, extra):
     {"dev/vfio/0": "", f"{PCI}/vendor": "0x1ae0\n", f"{PCI}/device": "0x0042\n"},  # Google's network card
 ])  # fmt: skip
 def test_what_is_no_device(tmp_path, files):
-    assert look(machine(tmp_path, files)) == []
+    assert accelerators(machine(tmp_path, files)) == []
 
 
 def test_the_line_comes_where_jax_is_on_the_cpu_and_was_not_told_to_be(tmp_path):

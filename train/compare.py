@@ -1,4 +1,4 @@
-"""Two runs side by side: bits per byte of the same documents, the same questions, settings, speed and cost.
+"""Compare two runs: bits per byte of the same documents, the same questions, settings, speed and cost.
 
 Every difference is the second run minus the first, measured in pairs, with a 95 % interval.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,79 +27,6 @@ from jaxchat.tokenizer import Tokenizer
 from .report import PRIVATE, STAGE_TITLES, count, duration, money, speed, text_table
 from .statistics import mcnemar, ratio_interval, share_interval
 from .targets import run_cost, wall_clock
-
-# The comparison of two runs as plain tables for a terminal.
-
-
-Rows = list[list[str]]
-
-
-def tables(found: dict[str, Any]) -> str:
-    """All of the comparison; A is the first run, B the second."""
-    a, b = found["runs"]
-    parts = [f"A: {a}\nB: {b}\nDifferences are B minus A, measured in pairs, with 95 % intervals."]
-    sections: tuple[tuple[str, Rows, list[str]], ...] = (
-        ("Bits per byte of the same held-out documents (lower is better)", _bytes(found), _byte_notes(found)),
-        ("Exams, the questions put to both", _exams(found), ["p: McNemar's exact test"]),
-        ("Speed and cost", _speed_lines(found), []),
-        ("Settings that differ", _settings(found), []),
-    )
-    for title, rows, notes in sections:
-        if len(rows) > 1:
-            parts.append("\n".join([title, "", text_table(rows), *notes]))
-    if found["not_compared"]:
-        parts.append("\n".join(["Not compared", "", *(f"{n}: {why}" for n, why in found["not_compared"].items())]))
-    return "\n\n".join(parts)
-
-
-def _bytes(found: dict[str, Any]) -> Rows:
-    rows = [["", "A", "B", "B - A", "interval", "documents", "bytes"]]
-    for stage, f in found["bits_per_byte"].items():
-        values = [f"{value:.4f}" for value in f["values"]]
-        spread = _interval(f["interval"], "+.4f")
-        rows.append([STAGE_TITLES[stage], *values, f"{f['difference']:+.4f}", spread, f"{f['documents']:,}"])
-        rows[-1].append(f"{f['bytes']:,}")
-    return rows
-
-
-def _byte_notes(found: dict[str, Any]) -> list[str]:
-    return sorted({f["note"] for f in found["bits_per_byte"].values() if f["note"]})
-
-
-def _exams(found: dict[str, Any]) -> Rows:
-    rows = [["", "A", "B", "B - A", "interval", "only A right", "only B right", "p", "questions"]]
-    for stage, exams in found["exams"].items():
-        for name, f in exams.items():
-            values = [f"{value:.1%}" for value in f["values"]]
-            sides = [f"{f['only_first']:,}", f"{f['only_second']:,}", f"{f['p']:.2g}", f"{f['n']:,}"]
-            spread = _interval(f["interval"], "+.1%")
-            rows.append([f"{STAGE_TITLES[stage]} {name}", *values, f"{f['difference']:+.1%}", spread, *sides])
-    return rows
-
-
-def _interval(interval: Sequence[float] | None, form: str) -> str:
-    return f"{interval[0]:{form}} to {interval[1]:{form}}" if interval else "not known"
-
-
-def _speed_lines(found: dict[str, Any]) -> Rows:
-    rows = [["", "A", "B"]]
-    if any(found["parameters"]):
-        rows.append(["parameters", *(count(n) if n else "-" for n in found["parameters"])])
-    for stage, pair in found["speed"].items():
-        for key, form, unit in (("tokens_per_second", ",.0f", "tokens/s"), ("mfu", ".1%", "MFU")):
-            values = [one[key] if one else None for one in pair]
-            if any(value is not None for value in values):
-                shown = ["-" if value is None else f"{value:{form}}" for value in values]
-                rows.append([f"{STAGE_TITLES[stage]} {unit}", *shown])
-    for name, pair in found["seconds"].items():
-        rows.append([f"{name}, wall clock", *("-" if s is None else duration(s) for s in pair)])
-    rows.append(["cost", *(money(usd) for usd in found["cost_usd"])])
-    return rows
-
-
-def _settings(found: dict[str, Any]) -> Rows:
-    return [["", "A", "B"], *([key, str(pair[0]), str(pair[1])] for key, pair in found["config"].items())]
-
 
 DOCUMENTS = 1000  # held-out ones at most
 BLOCK = 64  # documents tokenized and scored together
@@ -128,14 +55,13 @@ def compare(first: str, second: str, as_json: bool = False) -> dict[str, Any]:
     """
     if Path(first).resolve() == Path(second).resolve():
         raise UsageError(f"--compare: {first} and {second} are the same directory; name two runs")
-    sides = side(first), side(second)
-    found = collect(*sides)
+    found = collect(side(first), side(second))
     print(json.dumps(found) if as_json else tables(found))
     return found
 
 
 def side(path: str) -> Side:
-    """A run directory's own records; `DataError` where it is none, or has neither checkpoints nor exams."""
+    """Return a run directory's own records; `DataError` where it is none, or has neither checkpoints nor exams."""
     run = RunDir(path)
     if not run.root.is_dir():
         raise DataError(f"--compare: {path}: no such directory; name the directories of two runs, such as runs/nano")
@@ -150,43 +76,44 @@ def side(path: str) -> Side:
 
 
 def collect(a: Side, b: Side) -> dict[str, Any]:
-    """Everything that the comparison says."""
-    apart: dict[str, str] = {}  # what could not be compared, and why
-    found: dict[str, Any] = {"runs": [a.name, b.name], "bits_per_byte": {}, "exams": {}, "not_compared": apart}
+    """Return the whole comparison, as `--json` prints it."""
     common = [stage for stage in STAGE_TITLES if stage in a.trained and stage in b.trained]
+    not_compared: dict[str, str] = {}  # name -> reason
+    scores: dict[str, Any] = {}
     try:
         if not common:
             raise DataError(f"no stage trained in both ({', '.join(a.trained)}; {', '.join(b.trained)})")
-        found["bits_per_byte"] = bits_per_byte(a, b, common)
+        scores = bits_per_byte(a, b, common)
     except DataError as error:
-        apart["bits per byte"] = str(error)
-    for stage in STAGE_TITLES:
-        if stage in a.examined and stage in b.examined:
-            found["exams"] |= {stage: asked} if (asked := exams(a.run, b.run, stage, apart)) else {}
-    if not found["bits_per_byte"] and not found["exams"]:
-        raise DataError(f"--compare: nothing in common: {'; '.join(f'{n}: {w}' for n, w in apart.items())}")
+        not_compared["bits per byte"] = str(error)
+    both = [stage for stage in STAGE_TITLES if stage in a.examined and stage in b.examined]
+    asked = {stage: found for stage in both if (found := exams(a.run, b.run, stage, not_compared))}
+    if not scores and not asked:
+        reasons = "; ".join(f"{name}: {why}" for name, why in not_compared.items())
+        raise DataError(f"--compare: nothing in common: {reasons}")
     settings = [{k: v for k, v in flatten(s.config).items() if not k.startswith(PRIVATE)} for s in (a, b)]
-    found["config"] = {k: [s.get(k) for s in settings] for k in settings[0] if settings[0][k] != settings[1].get(k)}
-    found["speed"] = {stage: [_speed(s, stage) for s in (a, b)] for stage in common}
+    metrics = {stage: [read_metrics(s.run.stage(stage) / "metrics.jsonl") for s in (a, b)] for stage in common}
     names = dict.fromkeys([*a.records, *b.records])
-    found["seconds"] = {n: [wall_clock(s.records[n]) if n in s.records else None for s in (a, b)] for n in names}
-    found["cost_usd"] = [run_cost(s.records)["usd"] for s in (a, b)]
-    found["parameters"] = [s.records.get("pretrain", {}).get("facts", {}).get("parameters") for s in (a, b)]
-    return found
-
-
-def _speed(one: Side, stage: str) -> dict[str, Any] | None:
-    steps = read_metrics(one.run.stage(stage) / "metrics.jsonl")
-    return speed(steps) if steps else None
+    return {
+        "runs": [a.name, b.name],
+        "bits_per_byte": scores,
+        "exams": asked,
+        "not_compared": not_compared,
+        "config": {k: [s.get(k) for s in settings] for k in settings[0] if settings[0][k] != settings[1].get(k)},
+        "speed": {stage: [speed(steps) if steps else None for steps in pair] for stage, pair in metrics.items()},
+        "seconds": {n: [wall_clock(s.records[n]) if n in s.records else None for s in (a, b)] for n in names},
+        "cost_usd": [run_cost(s.records)["usd"] for s in (a, b)],
+        "parameters": [s.records.get("pretrain", {}).get("facts", {}).get("parameters") for s in (a, b)],
+    }
 
 
 # Bits per byte
 
 
 def bits_per_byte(a: Side, b: Side, stages: Sequence[str]) -> dict[str, Any]:
-    """By stage: both models on the same documents of the first run's held-out text, each with its own tokenizer.
+    """Return, by stage, both models' bits per byte of the same documents, each with its own tokenizer.
 
-    Documents that the second run's own split would have let into its training text are left out.
+    The documents are those of the first run's held-out text that the second run holds out as well.
     """
     texts, note = documents(a, b)
     found = {}
@@ -211,10 +138,9 @@ def bits_per_byte(a: Side, b: Side, stages: Sequence[str]) -> dict[str, Any]:
 
 
 def documents(a: Side, b: Side) -> tuple[list[str], str]:
-    """The first held-out documents of the first run that are held out of the second as well; what to know.
+    """Return the first documents that both runs hold out, and a note on those that the second does not.
 
-    Without `data.val_source` a document is held out by a hash of its text, so this holds whatever the second run was
-    trained on, unless its `data.val_fraction` left nothing and one document was taken instead.
+    Without `data.val_source` a document is held out by a hash of its text, whatever a run was trained on.
     """
     first, second = a.config.data, b.config.data
     fraction = 0.0 if second.val_source else second.val_fraction
@@ -234,10 +160,10 @@ def documents(a: Side, b: Side) -> tuple[list[str], str]:
 
 
 def document_nats(scorer: Scorer, tokenizer: Tokenizer, texts: Sequence[str], context: int) -> np.ndarray:
-    """Nats of each whole document, (n,) float64.
+    """Return the nats of each whole document, (n,) float64.
 
-    A document longer than the context is read through windows that overlap by half, so that every token but the first
-    ones has at least half a context before it.
+    A document longer than the context is read in windows that overlap by half, so that every later token has at least
+    half a context before it.
     """
     nats = np.zeros(len(texts))
     with progress("documents", len(texts)) as bar:
@@ -253,7 +179,7 @@ def document_nats(scorer: Scorer, tokenizer: Tokenizer, texts: Sequence[str], co
 
 
 def windows(ids: list[int], context: int) -> list[Span]:
-    """Spans that score every token but the first exactly once, in texts of at most `context` tokens."""
+    """Return spans of at most `context` tokens that score every token but the first exactly once."""
     spans, done = [], 1
     while done < len(ids):
         begin = 0 if done == 1 else done - context // 2
@@ -267,7 +193,7 @@ def windows(ids: list[int], context: int) -> list[Span]:
 
 
 def exams(a: RunDir, b: RunDir, stage: str, apart: dict[str, str]) -> dict[str, Any]:
-    """By exam, of those with a record of every question in both runs: the questions that both were asked."""
+    """Return the comparison of every exam that both runs have a record of; reasons for the others go to `apart`."""
     found = {}
     files = [{p.stem: p for p in sorted((run.root / "eval").glob(f"{stage}_*.jsonl"))} for run in (a, b)]
     for name in files[0]:
@@ -283,7 +209,7 @@ def exams(a: RunDir, b: RunDir, stage: str, apart: dict[str, str]) -> dict[str, 
 
 
 def answers(path: Path) -> dict[str, bool]:
-    """Whether each question was answered rightly, by what was asked; `DataError` for a damaged file."""
+    """Return whether each question was answered correctly, by its text; `DataError` for a damaged file."""
     found: dict[str, bool] = {}
     try:
         for line in path.read_text(encoding="utf-8").split("\n"):
@@ -297,7 +223,7 @@ def answers(path: Path) -> dict[str, bool]:
 
 
 def paired(first: dict[str, bool], second: dict[str, bool]) -> dict[str, Any]:
-    """Shares of right answers among the questions of both, the difference, and how often only one was right."""
+    """Return the accuracies on the questions of both, the difference, and how often only one was right."""
     common = [key for key in first if key in second]
     if not common:
         raise DataError("no question was put to both runs")
@@ -313,3 +239,54 @@ def paired(first: dict[str, bool], second: dict[str, bool]) -> dict[str, Any]:
         "only_second": only_second,
         "p": mcnemar(only_first, only_second),
     }
+
+
+# On the terminal
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Return the comparison as plain text; A is the first run, B the second."""
+    a, b = found["runs"]
+    scores = [["", "A", "B", "B - A", "interval", "documents", "bytes"]]
+    for stage, f in found["bits_per_byte"].items():
+        sizes = [f"{f['documents']:,}", f"{f['bytes']:,}"]
+        scores.append([STAGE_TITLES[stage], *_difference(f, ".4f"), *sizes])
+    asked = [["", "A", "B", "B - A", "interval", "only A right", "only B right", "p", "questions"]]
+    for stage, exams in found["exams"].items():
+        for name, f in exams.items():
+            sides = [f"{f['only_first']:,}", f"{f['only_second']:,}", f"{f['p']:.2g}", f"{f['n']:,}"]
+            asked.append([f"{STAGE_TITLES[stage]} {name}", *_difference(f, ".1%"), *sides])
+    settings = [["", "A", "B"], *([key, str(pair[0]), str(pair[1])] for key, pair in found["config"].items())]
+    notes = sorted({f["note"] for f in found["bits_per_byte"].values() if f["note"]})
+    parts = [f"A: {a}\nB: {b}\nDifferences are B minus A, measured in pairs, with 95 % intervals."]
+    for title, rows, lines in (
+        ("Bits per byte of the same held-out documents (lower is better)", scores, notes),
+        ("Exams, the same questions to both", asked, ["p: McNemar's exact test"]),
+        ("Speed and cost", _speed_rows(found), []),
+        ("Settings that differ", settings, []),
+    ):
+        if len(rows) > 1:
+            parts.append("\n".join([title, "", text_table(rows), *lines]))
+    if reasons := found["not_compared"]:
+        parts.append("\n".join(["Not compared", "", *(f"{name}: {why}" for name, why in reasons.items())]))
+    return "\n\n".join(parts)
+
+
+def _difference(f: dict[str, Any], form: str) -> list[str]:
+    interval = f"{f['interval'][0]:+{form}} to {f['interval'][1]:+{form}}" if f["interval"] else "not known"
+    return [*(f"{value:{form}}" for value in f["values"]), f"{f['difference']:+{form}}", interval]
+
+
+def _speed_rows(found: dict[str, Any]) -> list[list[str]]:
+    def row(name: str, values: Sequence[Any], words: Callable[[Any], str]) -> list[list[str]]:
+        known = any(value is not None for value in values)
+        return [[name, *("-" if value is None else words(value) for value in values)]] if known else []
+
+    rows = [["", "A", "B"], *row("parameters", found["parameters"], count)]
+    for stage, pair in found["speed"].items():
+        for key, form, unit in (("tokens_per_second", ",.0f", "tokens/s"), ("mfu", ".1%", "MFU")):
+            values = [one and one[key] for one in pair]
+            rows += row(f"{STAGE_TITLES[stage]} {unit}", values, lambda value, form=form: f"{value:{form}}")  # type: ignore[misc]
+    for name, pair in found["seconds"].items():
+        rows += row(f"{name}, wall clock", pair, duration)
+    return [*rows, ["cost", *map(money, found["cost_usd"])]]

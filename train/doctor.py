@@ -1,9 +1,8 @@
-"""`--doctor`: what this machine can do. Everything said was tried here and now; nothing outside is contacted."""
+"""`--doctor`: what this machine can do, tried here and now; and what stage records say of machine and code."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -16,36 +15,56 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.table import Table
 
 from jaxchat.attention import TOLERANCE, choose_backend, disagreement
 from jaxchat.config import Config, MeshConfig
-from jaxchat.log import waiting
+from jaxchat.log import print_facts, waiting
 from jaxchat.sharding import make_mesh
 from jaxchat.sizes import peak_flops
 from jaxchat.tools.sandbox import LEVELS, probe
 from jaxchat.tools.sandbox_child import abi
 from jaxchat.train_state import compute_dtype
 
-from .targets import install_command
+from .targets import install_command, is_installed, other_versions
 
-# What a run was made with: versions, hardware, the code's commit, the peak of memory.
+GIB = 2**30
+NEW_DRIVER = 580  # from which on CUDA 13 runs; older ones need CUDA 12
+NEW_CAPABILITY = 7.5  # the least that CUDA 13 compiles for
+GOOGLE, TPUS = "0x1ae0", ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # PCI; v2 to TPU7x
+PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")  # must be of JAX's version
+# extra of pyproject.toml -> (a module that comes with it, what it is for)
+EXTRAS = {
+    "cuda": ("jax_plugins.xla_cuda13", "training on NVIDIA GPUs, driver 580 or newer"),
+    "cuda12": ("jax_plugins.xla_cuda12", "training on NVIDIA GPUs with an older driver"),
+    "tpu": ("libtpu", "training on TPUs"),
+    "plan-cuda": ("jax_plugins.xla_cuda13", "plans for NVIDIA GPUs that are not here"),
+    "plan-tpu": ("libtpu", "plans for TPUs that are not here"),
+    "tensorboard": ("tensorboardX", "curves on TensorBoard"),
+    "docs": ("mkdocs", "the documents as a site"),
+    "wandb": ("wandb", "curves on Weights & Biases"),
+    "hf-check": ("transformers", "comparison with Hugging Face's implementation"),
+    "lm-eval": ("lm_eval", "the exams of lm-evaluation-harness"),
+    "ray": ("ray", "runs under Ray"),
+    "dev": ("ruff", "work on jaxchat itself"),
+}
+
+
+# Machine and code
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide what a run computes."""
+    """Return the versions of Python and of the packages that decide what a run computes."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def hardware() -> dict[str, Any]:
-    """Devices and processes of the whole run; cores and memory of this host."""
+    """Return the devices and processes of the whole run, and cores and memory of this host."""
     device = jax.devices()[0]
     return {
         "platform": device.platform,
@@ -58,19 +77,19 @@ def hardware() -> dict[str, Any]:
 
 
 def peak_rss() -> int | None:
-    """Bytes, or None on Windows; Linux counts kilobytes, macOS bytes."""
+    """Return the peak bytes of this process; None on Windows."""
     try:
         import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
 
 
 def available_memory() -> int | None:
-    """Bytes that this process could still take: the host's, within the limits of container and process.
+    """Return the bytes that this process can still take, within the limits of host, container and process.
 
-    None where the system does not say (anything but Linux).
+    None on anything but Linux.
     """
     found = []
     with contextlib.suppress(OSError):
@@ -89,7 +108,7 @@ def available_memory() -> int | None:
 
 
 def commit() -> str | None:
-    """The code's git commit, with + where files differ from it; None outside a checkout."""
+    """Return the code's git commit, with + where files differ from it; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -104,24 +123,19 @@ def commit() -> str | None:
         return None
 
 
-# Accelerators of this machine, found without JAX, and the line that brings the JAX for one that it does not use.
-
-
-NEW_DRIVER = 580  # from which on CUDA 13 runs; older ones need CUDA 12
-NEW_CAPABILITY = 7.5  # the least that CUDA 13 compiles for
-GOOGLE, TPUS = "0x1ae0", ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # PCI; v2 to TPU7x
+# Accelerators, found without JAX
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A device of this machine, whether or not JAX can use it. `install`: what brings its JAX."""
+    """A device of this machine, whether or not JAX can use it. `install`: the command that installs its JAX."""
 
     name: str
     install: str
-    plugins: tuple[str, ...]  # modules, any of which means that its JAX is installed
+    plugins: tuple[str, ...]  # modules; with any of them its JAX is installed
 
 
-def look(root: Path = Path("/")) -> list[Accelerator]:
+def accelerators(root: Path = Path("/")) -> list[Accelerator]:
     """Return the NVIDIA, AMD and TPU devices of the machine whose file system is `root`, found without JAX."""
     found = []
     card = _nvidia_smi(root)
@@ -147,10 +161,10 @@ def unused_accelerator(root: Path = Path("/")) -> str | None:
     logging.getLogger("jax._src.xla_bridge").addFilter(_is_other)
     if getattr(jax.config, "jax_platforms", None) == "cpu" or jax.default_backend() != "cpu":
         return None
-    if not (found := look(root)):
+    if not (found := accelerators(root)):
         return None
     device = found[0]
-    if any(map(_is_installed, device.plugins)):
+    if any(map(is_installed, device.plugins)):
         return f"{device.name}: its JAX is installed but does not start; python launch.py --doctor says why"
     return f"{device.name}: this JAX computes on the CPU; {device.install}"
 
@@ -200,29 +214,7 @@ def _read(path: Path) -> str:
     return ""
 
 
-def _is_installed(module: str) -> bool:
-    with contextlib.suppress(ModuleNotFoundError):  # of the package it would be in
-        return importlib.util.find_spec(module) is not None
-    return False
-
-
-# extra of pyproject.toml -> (a module that comes with it, what it is for)
-EXTRAS = {
-    "cuda": ("jax_plugins.xla_cuda13", "training on NVIDIA GPUs, driver 580 or newer"),
-    "cuda12": ("jax_plugins.xla_cuda12", "training on NVIDIA GPUs with an older driver"),
-    "tpu": ("libtpu", "training on TPUs"),
-    "plan-cuda": ("jax_plugins.xla_cuda13", "plans for NVIDIA GPUs that are not here"),
-    "plan-tpu": ("libtpu", "plans for TPUs that are not here"),
-    "tensorboard": ("tensorboardX", "curves on TensorBoard"),
-    "docs": ("mkdocs", "the documents as a site"),
-    "wandb": ("wandb", "curves on Weights & Biases"),
-    "hf-check": ("transformers", "comparison with Hugging Face's implementation"),
-    "lm-eval": ("lm_eval", "the exams of lm-evaluation-harness"),
-    "ray": ("ray", "runs under Ray"),
-    "dev": ("ruff", "work on jaxchat itself"),
-}
-PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")  # must be of JAX's version
-GIB = 2**30
+# The command
 
 
 def doctor(config: Config, place: Path, as_json: bool) -> dict[str, Any]:
@@ -237,7 +229,7 @@ def doctor(config: Config, place: Path, as_json: bool) -> dict[str, Any]:
 
 
 def examine(config: Config, place: Path) -> dict[str, Any]:
-    """The findings as one JSON object; a part that fails says so in its `error` and does not stop the others."""
+    """Return the findings; a part that fails has an `error` and does not stop the others."""
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "versions": versions,
         "devices": lambda: devices(config),
@@ -245,7 +237,7 @@ def examine(config: Config, place: Path) -> dict[str, Any]:
         "disk": lambda: disk(place),
         "network": network,
         "sandbox": sandbox,
-        "extras": lambda: {name: _importable(module) for name, (module, _) in EXTRAS.items()},
+        "extras": lambda: {name: is_installed(module) for name, (module, _) in EXTRAS.items()},
     }
     found: dict[str, Any] = {}
     with _jax_warnings() as warnings:
@@ -258,9 +250,10 @@ def examine(config: Config, place: Path) -> dict[str, Any]:
 
 
 def devices(config: Config) -> dict[str, Any]:
-    """Accelerators and this host. `memory_bytes`: of one device what the process may take; None where it is shared.
+    """Return accelerators and this host.
 
-    `unused`: one line on an accelerator that JAX does not use, with what to install; None where there is none.
+    `memory_bytes`: what the process may take of one device; None where it is shared. `unused`: a line on an accelerator
+    that JAX does not use, with what to install.
     """
     unused = unused_accelerator()
     first, host = jax.local_devices()[0], hardware()
@@ -280,7 +273,7 @@ def devices(config: Config) -> dict[str, Any]:
 
 
 def attention(config: Config) -> dict[str, Any]:
-    """The backend that training takes, and how far it and XLA's own are from the float32 reference."""
+    """Return the backend that training takes, and how far it and XLA's own are from the float32 reference."""
     dtype = compute_dtype(config, make_mesh(MeshConfig()))
     chosen, why = choose_backend(config.model, dtype, jax.local_devices()[0])
     checks = {}
@@ -297,13 +290,13 @@ def attention(config: Config) -> dict[str, Any]:
 
 
 def disk(place: Path) -> dict[str, Any]:
-    """Where the run directory lies or would lie."""
+    """Return the free room at the run directory, or where it would be."""
     there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
     return {"path": str(there), "free_bytes": shutil.disk_usage(there).free, "writable": os.access(there, os.W_OK)}
 
 
 def network() -> dict[str, Any]:
-    """A byte through a loopback socket, as the chat page needs; no other host is contacted."""
+    """Send a byte through a loopback socket, as the chat page needs; no other host is contacted."""
     loopback = False
     with (
         contextlib.suppress(OSError),
@@ -317,9 +310,9 @@ def network() -> dict[str, Any]:
 
 
 def sandbox() -> dict[str, Any]:
-    """The level at which a model's code would be held here, each tried with a program that does what it forbids.
+    """Return the sandbox level for a model's code, each level tried with a program that does what it forbids.
 
-    `bubblewrap`: None where it is not installed. `missing`: why the levels above do not hold.
+    `bubblewrap`: None where it is not installed. `missing`: why the higher levels are not available.
     """
     found = probe()
     return {
@@ -332,19 +325,13 @@ def sandbox() -> dict[str, Any]:
 
 
 def advice(found: dict[str, Any], warnings: list[str]) -> list[str]:
-    """What to do or to install for more, from the findings and from what JAX warned of at its start."""
+    """Return what to do or to install, from the findings and from what JAX warned of at its start."""
     lines = [f"{name}: {part['error']}" for name, part in found.items() if part.get("error")]
     if found["devices"].get("error") and (asked := getattr(jax.config, "jax_platforms", None)):
         lines.append(f"JAX_PLATFORMS={asked}: unset it to take what is here")
     if unused := found["devices"].get("unused"):
         lines.append(unused)
-    for text in warnings:
-        extra = next((e for word, e in (("NVIDIA GPU", "cuda"), ("Google TPU", "tpu")) if f"{word} may" in text), None)
-        lines.append(f"{text}: {install_command(extra)}" if extra else text)
-    for package in PLUGINS:
-        with contextlib.suppress(PackageNotFoundError):
-            if (has := version(package)) != jax.__version__:
-                lines.append(f"{package} is {has}, JAX is {jax.__version__}: pip install {package}=={jax.__version__}")
+    lines += warnings + other_versions(PLUGINS)
     for name, check in found["attention"].get("checks", {}).items():
         if not check["ok"]:
             lines.append(f"{name} attention fails its check; training falls back: {check.get('error', check)}")
@@ -359,7 +346,7 @@ def advice(found: dict[str, Any], warnings: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _jax_warnings() -> Iterator[list[str]]:
-    """Collects what JAX logs while it looks for devices: plugins that fail, accelerators it has no plugin for."""
+    """Collect what JAX logs while it looks for devices, such as plugins that fail."""
     lines: list[str] = []
 
     class Collector(logging.Handler):
@@ -380,51 +367,35 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def _importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it
-        return False
-
-
 def show(r: dict[str, Any]) -> None:
-    """The findings for a person, on standard output."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for name, rows in (("devices", _devices), ("attention", _attention), ("disk", _disk), ("sandbox", _sandbox)):
-        for title, text in ({name: r[name]["error"]} if "error" in r[name] else rows(r[name])).items():
-            table.add_row(title, text)
-    table.add_row("network", f"loopback {'works' if r['network'].get('loopback') else 'FAILS'}; other hosts not tested")
-    table.add_row("versions", ", ".join(f"{name} {text}" for name, text in r["versions"].items()))
-    for i, (name, (_, purpose)) in enumerate(EXTRAS.items()):
-        state = "installed" if r["extras"][name] else install_command(name)
-        table.add_row("" if i else "extras", f"{name}: {purpose}: {state}")
-    for i, line in enumerate(r["advice"] or ["nothing"]):
-        table.add_row("" if i else "to do", line)
-    Console(highlight=False, markup=False).print(table)
+    """Print the findings for a person, on standard output."""
+    facts: dict[str, str] = {}
+    for name, describe in (("devices", _devices), ("attention", _attention), ("disk", _disk), ("sandbox", _sandbox)):
+        facts |= {name: r[name]["error"]} if "error" in r[name] else describe(r[name])
+    facts["network"] = f"loopback {'works' if r['network'].get('loopback') else 'FAILS'}; other hosts not tested"
+    facts["versions"] = ", ".join(f"{name} {text}" for name, text in r["versions"].items())
+    states = {name: "installed" if r["extras"][name] else install_command(name) for name in EXTRAS}
+    facts["extras"] = "\n".join(f"{name}: {purpose}: {states[name]}" for name, (_, purpose) in EXTRAS.items())
+    print_facts(facts | {"to do": "\n".join(r["advice"] or ["nothing"])})
 
 
 def _devices(d: dict[str, Any]) -> dict[str, str]:
     memory = f" of {d['memory_bytes'] / GIB:.1f} GiB" if d["memory_bytes"] else ""
-    peak = (
-        f"{d['peak_flops'] / 1e12:,.0f} TFLOP/s each in bfloat16" if d["peak_flops"] else "no peak known: no MFU shown"
-    )
-    free = f", {d['host_memory_available_bytes'] / GIB:.1f} free" if d["host_memory_available_bytes"] else ""
-    host = f", {d['host_memory_bytes'] / GIB:.1f} GiB{free}" if d["host_memory_bytes"] else ""
-    return {
-        "devices": f"{d['count']} x {d['kind']}{memory} ({d['platform']}); {peak}; trains in {d['compute_dtype']}",
-        "host": f"{d['system']}, {d['cpu_cores']} cores{host}",
-    }
+    peak = f"{d['peak_flops'] / 1e12:,.0f} TFLOP/s each in bfloat16" if d["peak_flops"] else "peak not known: no MFU"
+    host = f"{d['system']}, {d['cpu_cores']} cores"
+    for key, form in (("host_memory_bytes", ", {:.1f} GiB"), ("host_memory_available_bytes", ", {:.1f} GiB free")):
+        host += form.format(d[key] / GIB) if d[key] else ""
+    text = f"{d['count']} x {d['kind']}{memory} ({d['platform']}); {peak}; trains in {d['compute_dtype']}"
+    return {"devices": text, "host": host}
 
 
 def _attention(a: dict[str, Any]) -> dict[str, str]:
-    rows = {"attention": a["chosen"] + (f" ({a['why']})" if a["why"] else "")}
+    facts = {"attention": a["chosen"] + (f" ({a['why']})" if a["why"] else "")}
     for name, check in a["checks"].items():
         found = check.get("error") or f"differs from the reference by {check['difference']:.1e}"
         limit = f"{a['dtype']}, {a['tolerance']:g} allowed, {check['seconds']:.1f} s"
-        rows[f"  {name}"] = f"{'right' if check['ok'] else 'WRONG'}: {found} ({limit})"
-    return rows
+        facts[f"  {name}"] = f"{'right' if check['ok'] else 'WRONG'}: {found} ({limit})"
+    return facts
 
 
 def _disk(d: dict[str, Any]) -> dict[str, str]:
@@ -432,8 +403,7 @@ def _disk(d: dict[str, Any]) -> dict[str, str]:
 
 
 def _sandbox(s: dict[str, Any]) -> dict[str, str]:
-    tools = f"Landlock {s['landlock_abi'] or 'no'}, seccomp {'yes' if s['seccomp'] else 'no'}, bubblewrap "
-    tools += "not installed" if s["bubblewrap"] is None else "works" if s["bubblewrap"] else "blocked here"
-    return {"sandbox": f"{LEVELS[s['level']]} ({tools})"} | {
-        f"  why not more{'' if i == 0 else ' ' + str(i + 1)}": why for i, why in enumerate(s["missing"])
-    }
+    bubblewrap = {None: "not installed", True: "works", False: "blocked here"}[s["bubblewrap"]]
+    tools = f"Landlock {s['landlock_abi'] or 'no'}, seccomp {'yes' if s['seccomp'] else 'no'}, bubblewrap {bubblewrap}"
+    facts = {"sandbox": f"{LEVELS[s['level']]} ({tools})"}
+    return facts | ({"  why not more": "\n".join(s["missing"])} if s["missing"] else {})

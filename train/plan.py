@@ -476,8 +476,8 @@ def _memory_facts(r: Plan) -> dict[str, str]:
 def _program_facts(r: Plan) -> dict[str, str]:
     facts = {}
     if r["collectives"]:
-        kinds = sorted(r["collectives"].items())
-        facts["collectives a step"] = "; ".join(f"{kind} x {c['count']}: {_gib(c['bytes'])}" for kind, c in kinds)
+        found = sorted(r["collectives"].items())
+        facts["collectives a step"] = "; ".join(f"{kind} x {c['count']}: {_gib(c['bytes'])}" for kind, c in found)
     if r.get("flops_per_step_per_device"):
         counted = r["flops_per_step_per_device"] * r["devices"] * r["steps"] / r["flops_total"]
         types = ", ".join(f"{types} {flops:.3g}" for types, flops in r["product_flops"].items() if flops)

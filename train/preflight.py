@@ -81,9 +81,9 @@ class Part:
 
 def disk_parts(config: Config) -> list[Part]:
     """Return everything that the run of a resolved configuration writes, at the moment when it takes most."""
-    text, download, folder = _text(config)
+    download, folder = _download(config)
     item = token_dtype(config.model.vocab_size).itemsize
-    tokens = round(text / bytes_per_token(config.model.vocab_size))
+    tokens = round(text_bytes(config) / bytes_per_token(config.model.vocab_size))
     one = checkpoint_bytes(config)
     saves = {stage: _saves(config, stage) for stage in ("pretrain", "sft", "rl")}
     kept = {stage: _kept(config, steps) for stage, steps in saves.items()}
@@ -179,22 +179,27 @@ def size_text(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def _text(config: Config) -> tuple[float, int, str]:
-    """(bytes of pretraining text, bytes to download, folder of the cache that holds them)."""
-    data, text, download, folders = config.data, 0.0, 0.0, []
-    for source, share in parse(data.source):
+def text_bytes(config: Config) -> float:
+    """Return the bytes of the pretraining text, about; of hub sources without `data.text_bytes` nothing is known."""
+    total = 0.0
+    for source, share in parse(config.data.source):
         if source.startswith("hf:"):
-            size = max(0, data.text_bytes) * share * MARGIN  # 0: all files, of unknown size
-            text += size
-            download += 0 if data.mirror else size / HUB_TEXT
-            folders.append(f"data/{parse_hub(source).repo.replace('/', '--')}")
+            total += max(0, config.data.text_bytes) * share * MARGIN
         elif source.startswith("files:"):
-            text += _files_bytes(source)
+            total += _files_bytes(source)
         elif source == "chitchat":
-            text += CHITCHAT_BYTES
+            total += CHITCHAT_BYTES
         else:
-            text += LOTTERY_BYTES * int(source.removeprefix("synthetic:lottery").removeprefix(":") or DOCUMENTS)
-    return text, round(download), folders[0] if len(folders) == 1 else "data"
+            total += LOTTERY_BYTES * int(source.removeprefix("synthetic:lottery").removeprefix(":") or DOCUMENTS)
+    return total
+
+
+def _download(config: Config) -> tuple[int, str]:
+    """(bytes of text to download, folder of the cache for them)."""
+    hub = [(parse_hub(source).repo, share) for source, share in parse(config.data.source) if source.startswith("hf:")]
+    size = 0 if config.data.mirror else max(0, config.data.text_bytes) * MARGIN / HUB_TEXT
+    folder = f"data/{hub[0][0].replace('/', '--')}" if len(hub) == 1 else "data"
+    return round(size * sum(share for _, share in hub)), folder
 
 
 def _files_bytes(source: str) -> int:

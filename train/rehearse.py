@@ -26,12 +26,10 @@ from rich.console import Console
 from jaxchat.attention import trusted_backend
 from jaxchat.chat import render
 from jaxchat.config import Config
-from jaxchat.data import hub
-from jaxchat.data.files import find_files
 from jaxchat.data.loader import THREADS, Batches
 from jaxchat.data.packing import Rows
 from jaxchat.data.shards import cores
-from jaxchat.data.sources import Unit, parse
+from jaxchat.data.sources import interleaved, open_corpus
 from jaxchat.engine import Engine
 from jaxchat.engine.loading import batch_rows
 from jaxchat.errors import DataError, InterruptedRun, JaxchatError
@@ -46,10 +44,20 @@ from jaxchat.train_state import compute_dtype
 
 from . import evaluate, pretrain, rl, sft
 from .doctor import hardware, peak_rss, unused_accelerator
-from .preflight import CONVERSATIONS, LONGEST_HOURS, UNKNOWN, check_room, disk_parts, rl_steps, size_text, used
+from .preflight import (
+    CONVERSATIONS,
+    LONGEST_HOURS,
+    UNKNOWN,
+    check_room,
+    disk_parts,
+    rl_steps,
+    size_text,
+    text_bytes,
+    used,
+)
 from .report import text_table
 from .stages import Stage, run_stages
-from .targets import chip_of
+from .targets import usd
 
 HALF = 4  # steps of pretraining before the save that the other half resumes from
 SFT_STEPS, RL_STEPS = 4, 2
@@ -166,66 +174,45 @@ class Rehearsal:
 
     def ran(self, stage: Stage) -> bool:
         """Run a stage; whether it came to its end. Text that is too little for it is replaced by made-up text."""
-        while True:
-            try:
-                run_stages(self.small, self.run, [stage], self.reasons)
-                return True
-            except Exception as error:  # whatever ends a stage here ends it in the run
-                sizes = self.measured["text"]
-                if not (isinstance(error, DataError) and stage.name in ("tokenizer", "prepare")) or self.text_made_up:
-                    self.problem("failed", stage.name, error)
-                    return False
-                if sizes["sample_bytes"] == sizes["bytes"]:  # it was all the text
-                    self.problem("failed", stage.name, error)
-                self.make_up_text("the text at hand is too little")
+        try:
+            run_stages(self.small, self.run, [stage], self.reasons)
+            return True
+        except Exception as error:  # whatever ends a stage here ends it in the run
+            text = self.measured["text"]
+            too_little = isinstance(error, DataError) and stage.name in ("tokenizer", "prepare")
+            if not too_little or text["sample_bytes"] == text["bytes"] or self.made_up:
+                self.problem("failed", stage.name, error)
+            if not too_little or self.made_up:
+                return False
+        self.make_up_text("the text at hand is too little")
+        return self.ran(stage)
 
     # What the stages are given
 
-    text_made_up = False
-
     def choose_text(self) -> None:
-        """Text at hand whole where it is little, else the beginning of each source; made up where there is none."""
-        data, sizes = self.config.data, {"sample_bytes": 0, "bytes": 0}
-        self.measured["text"] = sizes
-        sources = []
+        """Take the beginning of the text, all of it where it is little; made-up text where there is none."""
+        data, parts = dataclasses.replace(self.config.data, text_bytes=1), min(cores(), MOST_PARTS)  # 1: of one file
+        folder = self.run.root / "text" / "sample"
         try:
-            for number, (source, share) in enumerate(parse(data.source)):
-                name, *found = self.sample_of(source, share, self.run.root / "text" / str(number))
-                sources.append((name, share))
-                sizes["sample_bytes"], sizes["bytes"] = sizes["sample_bytes"] + found[0], sizes["bytes"] + found[1]
+            size = write_jsonl(folder, interleaved(open_corpus(data), "all", 0.0), "text", parts * SAMPLE_BYTES, parts)
         except (DataError, OSError) as error:
             self.problem("hub" if "hf:" in data.source else "data", "prepare", error)
             self.make_up_text(f"{data.source} cannot be had")
-            return
-        if sources != list(parse(data.source)):
-            text = " + ".join(f"{share} {name}" for name, share in sources)
-            self.small = replaced(self.small, "data", source=text if len(sources) > 1 else sources[0][0])
-
-    def sample_of(self, source: str, share: float, folder: Path) -> tuple[str, int, int]:
-        """(source to take, its bytes, bytes of the whole): itself if generated or little, else a sample in `folder`."""
-        data, most = self.config.data, int(SAMPLE_BYTES * min(cores(), MOST_PARTS) * share)
-        if source.startswith("hf:"):
-            files = hub.fetch(source, 1, Path(data.cache_dir).expanduser() / "data", data.mirror)
-            total = round(data.text_bytes * share) if data.text_bytes > 0 else sum(map(hub.text_size, files))
-        elif source.startswith("files:"):
-            files = find_files(source)
-            total = sum(map(hub.text_size, files))
-            if total <= most:
-                return source, total, total
         else:
-            return source, 0, 0  # counted when it is tokenized
-        documents = itertools.chain.from_iterable(Unit("", str(path), data.encoding).documents() for path in files)
-        size = write_jsonl(folder, documents, "text", most, min(cores(), MOST_PARTS))
-        return f"files:{folder}", size, max(size, total)
+            whole = size if size < parts * SAMPLE_BYTES and "hf:" not in data.source else text_bytes(self.config)
+            self.take_text(folder, size, max(size, round(whole)))
 
     def make_up_text(self, why: str) -> None:
         """Take made-up text, as much as a sample, with enough words for the vocabulary."""
-        folder, size = self.run.root / "text" / "made-up", SAMPLE_BYTES
-        write_jsonl(folder, made_up_documents(size, self.config.model.vocab_size), "text", size, cores())
-        self.small, self.text_made_up = replaced(self.small, "data", source=f"files:{folder}"), True
+        folder = self.run.root / "text" / "made-up"
+        write_jsonl(folder, made_up_documents(SAMPLE_BYTES, self.config.model.vocab_size), "text", parts=cores())
         self.made_up.append(f"text ({why})")
-        total = max(size, self.config.data.text_bytes, self.measured["text"]["bytes"])
-        self.measured["text"] = {"sample_bytes": size, "bytes": total}
+        self.take_text(folder, SAMPLE_BYTES, max(SAMPLE_BYTES, round(text_bytes(self.config))))
+
+    def take_text(self, folder: Path, sample_bytes: int, whole: int) -> None:
+        """Train on the files of a folder; `whole`: bytes of the run's own text."""
+        self.small = replaced(self.small, "data", source=f"files:{folder}")
+        self.measured["text"] = {"sample_bytes": sample_bytes, "bytes": whole}
 
     def choose_conversations(self) -> None:
         """Take a small mixture whole and a share of a large one; made-up conversations for a missing data set."""
@@ -308,10 +295,8 @@ class Rehearsal:
     # What they leave behind
 
     def measure_prepare(self, facts: dict[str, Any], seconds: float) -> Measured:
-        text, splits = self.measured["text"], (facts["train"], facts["val"])
+        splits = (facts["train"], facts["val"])
         size = sum(split["bytes"] for split in splits)
-        text["bytes"] += max(0, size - text["sample_bytes"])  # of sources that are taken whole
-        text["sample_bytes"] = max(size, text["sample_bytes"])
         return {
             "tokenize_seconds": facts["tokenize_seconds"],
             "pack_seconds": facts["pack_seconds"],
@@ -494,7 +479,7 @@ class Rehearsal:
             listed.append({"kind": "slow", "stage": "pretrain", "text": text})
         dollars = [stage["usd"] for stage in stages.values()]
         disk = sum(part.bytes for part in disk_parts(self.config) if set(part.stages) & stages.keys())
-        usd = None if None in dollars else sum(d for d in dollars if d is not None)
+        total = None if None in dollars else sum(d for d in dollars if d is not None)
         return {
             "tier": self.config.tier,
             "ok": not listed,
@@ -502,7 +487,7 @@ class Rehearsal:
             "made_up": self.made_up,
             "measured": self.measured,
             "stages": stages,
-            "total": {"seconds": seconds, "hours": seconds / 3600, "disk_bytes": disk, "usd": usd},
+            "total": {"seconds": seconds, "hours": seconds / 3600, "disk_bytes": disk, "usd": total},
             "rehearsal_seconds": time.perf_counter() - self.begin,
         }
 
@@ -600,14 +585,6 @@ def forecast(config: Config, measured: Measured) -> dict[str, dict[str, Any]]:
                 "how": how,
             }
     return stages
-
-
-def usd(machine: dict[str, Any], seconds: float) -> float | None:
-    """Return devices x hours x the price of one; 0 on CPUs, None where the device has no price here."""
-    if machine["platform"] == "cpu":
-        return 0.0
-    chip = chip_of(machine["device"])
-    return None if chip is None else machine["devices"] * seconds / 3600 * chip.price
 
 
 def text_ratio(m: Measured) -> float:

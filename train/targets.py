@@ -1,4 +1,4 @@
-"""What a run took: wall clock by stage, and dollars where the device has a price."""
+"""The machines that a plan may name: figures of a device with their sources, devices to compile for, and prices."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -14,16 +15,11 @@ from typing import TYPE_CHECKING, Any
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.sizes import NO_PEAK, PEAK_FLOPS
 
-# Machines that a plan may name: figures of one device, how many there are, and devices to compile for without having
-# any. Every figure stands here once, with its source, and travels with the plan's result.
-
-
 if TYPE_CHECKING:
     import jax
 
 GPUS_PER_HOST = 8  # HGX and DGX boards; more of other cards in a host are rare
 MEMORY_FRACTION = 0.92  # of a device that a process may take (launch.py sets it)
-# MFU without a compiler: of GPUs what the compiled d20 gives on eight of them, of TPUs a guess.
 # Of the peak that matrix products and attention kernels reach on an H100 or H200 (650 and 425 of 989 TFLOP/s), and of
 # the data sheet's bandwidth that elementwise kernels do; measured on one H200: 770 to 800 TFLOP/s for one large product
 # alone, 4.3 of 4.8 TB/s for a copy. They turn what a compiled program does into seconds.
@@ -46,18 +42,17 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Chip:
-    """One device. Bytes, FLOP/s of dense 16-bit products, bytes/s of memory, of links inside a host or slice and of the
-    network between hosts (one direction, per device), MFU where no program was compiled for it, USD per hour."""
+    """Figures of one device."""
 
     name: str
     platform: str  # "cuda" | "rocm" | "tpu" | "cpu"
     device_bytes: int
-    peak: float
-    memory_rate: float
-    link_rate: float
-    network_rate: float
-    mfu: float
-    price: float
+    peak: float  # FLOP/s of dense 16-bit products
+    memory_rate: float  # bytes/s, as the next two
+    link_rate: float  # inside a host or slice, one direction
+    network_rate: float  # between hosts, one direction, per device
+    mfu: float  # assumed without a compiler: of GPUs what the compiled d20 gives on eight, of TPUs a guess
+    price: float  # USD per hour
 
     @property
     def gpu(self) -> bool:
@@ -146,45 +141,40 @@ class Target:
 
 
 def parse_target(target: str) -> Target:
-    """The `Target` of `auto`, `cpu:N`, `h100:8`, `v6e:2x4`, ...; `UsageError` with the nearest one that exists."""
+    """Return the `Target` of `auto`, `cpu:N`, `h100:8`, `v6e:2x4`, ...; `UsageError` with the nearest that exists."""
     if target == "auto":
         return _this_machine()
     name, _, size = target.partition(":")
     name = ALIASES.get(name, name)
     if (name != "cpu" and name not in CHIPS) or not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,3})*", size or "1"):
-        known = ", ".join(["auto", "cpu:N", *(f"{n}:{_example(n)}" for n in CHIPS)])
+        sides = {n: "x".join("ABC"[: len(SLICES[n][0])]) if n in SLICES else "N" for n in CHIPS}
+        known = ", ".join(["auto", "cpu:N", *(f"{n}:{example}" for n, example in sides.items())])
         raise UsageError(f"--target {target}: unknown; take one of {known}")
     shape = tuple(int(side) for side in (size or "1").split("x"))
     if name in SLICES:
         return Target(target, CHIPS[name], _slice(target, name, shape))
+    count = shape[0]
     if len(shape) > 1:
         raise UsageError(f"--target {target}: {name} counts devices; take {name}:{math.prod(shape)}")
-    if name == "cpu":
-        return Target(target, _cpu(shape[0]), shape)
-    if shape[0] > GPUS_PER_HOST and shape[0] % GPUS_PER_HOST:
-        low = shape[0] // GPUS_PER_HOST * GPUS_PER_HOST
+    if name != "cpu" and count > GPUS_PER_HOST and count % GPUS_PER_HOST:
+        low = count // GPUS_PER_HOST * GPUS_PER_HOST
         raise UsageError(
-            f"--target {target}: hosts have {GPUS_PER_HOST} GPUs, {shape[0]} are no whole number of hosts; "
+            f"--target {target}: hosts have {GPUS_PER_HOST} GPUs, {count} are no whole number of hosts; "
             f"take {name}:{low} or {name}:{low + GPUS_PER_HOST}"
         )
-    return Target(target, CHIPS[name], shape)
-
-
-def _example(name: str) -> str:
-    return "N" if name not in SLICES else "x".join("ABC"[: len(SLICES[name][0])])
+    return Target(target, _cpu(count) if name == "cpu" else CHIPS[name], shape)
 
 
 def _slice(target: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    found = next((s for s in SLICES[name] if s == tuple(sorted(shape)) or s == shape), None)
-    if found is None:
-        near = sorted(SLICES[name], key=lambda s: abs(math.log(math.prod(s) / math.prod(shape))))[:2]
-        offers = " or ".join(f"{name}:{'x'.join(map(str, s))}" for s in near)
-        if ":" not in target:
-            raise UsageError(
-                f"--target {target}: name the slice, for example {name}:{'x'.join(map(str, SLICES[name][2]))}"
-            )
-        raise UsageError(f"--target {target}: there is no such slice of {math.prod(shape)} chips; take {offers}")
-    return found
+    found = next((s for s in SLICES[name] if s in (tuple(sorted(shape)), shape)), None)
+    if found:
+        return found
+    words = {s: f"{name}:{'x'.join(map(str, s))}" for s in SLICES[name]}
+    if ":" not in target:
+        raise UsageError(f"--target {target}: name the slice, for example {words[SLICES[name][2]]}")
+    near = sorted(words, key=lambda s: abs(math.log(math.prod(s) / math.prod(shape))))[:2]
+    offers = " or ".join(words[s] for s in near)
+    raise UsageError(f"--target {target}: there is no such slice of {math.prod(shape)} chips; take {offers}")
 
 
 def _cpu(devices: int) -> Chip:
@@ -195,7 +185,7 @@ def _cpu(devices: int) -> Chip:
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The figures of a device by the name that JAX has for it; None where there are none."""
+    """Return the figures of a device by the name that JAX has for it; None where there are none."""
     kind = device_kind.lower().replace(" lite", "e").replace("tpu ", "")
     kind = re.sub(r"rtx (?=\d)", "rtx", kind)
     kind = "v5p" if kind == "v5" else kind
@@ -206,86 +196,74 @@ def chip_of(device_kind: str) -> Chip | None:
 def _this_machine() -> Target:
     import jax
 
-    device, count = jax.devices()[0], jax.device_count()
+    device, shape = jax.devices()[0], (jax.device_count(),)
     if device.platform == "cpu":
-        return Target("auto", _cpu(count), (count,), real=True)
+        return Target("auto", _cpu(shape[0]), shape, real=True)
     chip = chip_of(device.device_kind)
     if chip is None:
-        raise UsageError(
-            f"--target auto: no figures for {device.device_kind}; name a target, for example --target h100:8"
-        )
-    limit = (device.memory_stats() or {}).get("bytes_limit")  # already the share that the process may take
-    return Target(
-        "auto",
-        replace(chip, device_bytes=int(limit / MEMORY_FRACTION) if limit else chip.device_bytes),
-        (count,),
-        real=True,
-    )
+        kind = device.device_kind
+        raise UsageError(f"--target auto: no figures for {kind}; name a target, for example --target h100:8")
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):  # already the share that the process may take
+        chip = replace(chip, device_bytes=int(limit / MEMORY_FRACTION))
+    return Target("auto", chip, shape, real=True)
 
 
 def target_devices(target: Target) -> list[jax.Device]:
-    """Devices to compile for: this machine's, simulated ones, or a topology's, which can compile but not run.
+    """Return devices to compile for: this machine's, simulated ones, or a topology's, which cannot run.
 
     Raises `NoCompiler` where the extra is not installed, `UsageError` for a plugin of another JAX version.
     """
     import jax
-
-    count = target.devices
-    if target.real:
-        return list(jax.devices())
-    if target.chip.platform == "cpu":
-        return _simulated(count)
-    if target.chip.platform == "rocm":
-        raise NoCompiler(f"there is no compiler here for AMD's {target.chip.name}")
-    _check_plugin(target)
     from jax.experimental import topologies
 
+    count, chip = target.devices, target.chip
+    if target.real:
+        return list(jax.devices())
+    if chip.platform == "cpu":
+        with contextlib.suppress(RuntimeError):  # JAX has started already, in a program that imports us
+            jax.config.update("jax_num_cpu_devices", count)
+        found = jax.devices("cpu")
+        if len(found) < count:
+            raise UsageError(
+                f"--target cpu:{count}: JAX has started with {len(found)} CPU devices; start a new process"
+            )
+        return found[:count]
+    if chip.platform == "rocm":
+        raise NoCompiler(f"there is no compiler here for AMD's {chip.name}")
+    extra, modules = EXTRAS[chip.platform]
+    if not any(map(is_installed, modules)):
+        raise NoCompiler(f"compiling for {chip.name} needs the extra {extra}: {install_command(extra)}")
     options: dict[str, Any] = {}
-    name = f"{target.chip.name}:{'x'.join(map(str, target.shape))}"
-    if target.chip.platform == "cuda":
+    name = f"{chip.name}:{'x'.join(map(str, target.shape))}"
+    if chip.platform == "cuda":
+        for line in other_versions([f"jax-cuda{number}-{part}" for number in (13, 12) for part in ("plugin", "pjrt")]):
+            raise UsageError(line)
         name = f"1x{target.hosts}x{count // target.hosts}"  # slices x hosts x GPUs of a host
-        options = {"topology": name, "target_config": _target_config(target.chip)}
+        options = {"topology": name, "target_config": _target_config(chip)}
     try:
-        return list(topologies.get_topology_desc(name, target.chip.platform, **options).devices)
+        return list(topologies.get_topology_desc(name, chip.platform, **options).devices)
     except Exception as error:  # the plugin's own errors have no common type
         line = str(error).splitlines()[0][:200]
-        raise NoCompiler(f"the compiler for {target.chip.name} did not start: {line}") from error
-
-
-def _simulated(count: int) -> list[jax.Device]:
-    import jax
-
-    with contextlib.suppress(RuntimeError):  # JAX has started already, in a program that imports us
-        jax.config.update("jax_num_cpu_devices", count)
-    found = jax.devices("cpu")
-    if len(found) < count:
-        raise UsageError(f"--target cpu:{count}: JAX has started with {len(found)} CPU devices; start a new process")
-    return found[:count]
+        raise NoCompiler(f"the compiler for {chip.name} did not start: {line}") from error
 
 
 def install_command(extra: str) -> str:
-    """How to install an extra of pyproject.toml, from a checkout or from elsewhere."""
+    """Return how to install an extra of pyproject.toml, from a checkout or from elsewhere."""
     return f"pip install -e '.[{extra}]'" if os.path.exists("pyproject.toml") else f"pip install 'jaxchat[{extra}]'"
 
 
-def _check_plugin(target: Target) -> None:
-    import jax
-
-    extra, modules = EXTRAS[target.chip.platform]
-    if not any(map(_is_installed, modules)):
-        raise NoCompiler(f"compiling for {target.chip.name} needs the extra {extra}: {install_command(extra)}")
-    if target.chip.platform == "tpu":
-        return
-    for package in (f"jax-cuda{number}-{part}" for number in (13, 12) for part in ("plugin", "pjrt")):
+def other_versions(packages: Sequence[str]) -> list[str]:
+    """Return a line for each of JAX's plugins that is installed in another version than JAX."""
+    jax, lines = version("jax"), []
+    for package in packages:
         with contextlib.suppress(PackageNotFoundError):
-            if (has := version(package)) != jax.__version__:
-                raise UsageError(
-                    f"{package} is {has} and jax is {jax.__version__}: they must be equal; "
-                    f"pip install {package}=={jax.__version__}"
-                )
+            if (own := version(package)) != jax:
+                lines.append(f"{package} is {own} and jax is {jax}: they must be equal; pip install {package}=={jax}")
+    return lines
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Return whether a module can be imported, without importing it."""
     with contextlib.suppress(ModuleNotFoundError):  # of the package it would be in
         return importlib.util.find_spec(module) is not None
     return False
@@ -311,33 +289,30 @@ device_description_str: "{name}"
 
 
 def wall_clock(record: dict[str, Any]) -> float:
-    """Seconds of a stage. A killed process leaves no record of its time, but the checkpoints have the training's."""
+    """Return the seconds of a stage: those of its record, or of its checkpoints where a kill cut the record short."""
     facts = record.get("facts", {})
     return max(record["seconds"], facts.get("seconds", 0.0) + facts.get("eval_seconds", 0.0))
 
 
+def usd(machine: dict[str, Any], seconds: float) -> float | None:
+    """Return devices x hours x the price of one; 0 on CPUs, None where the device has no price here."""
+    if machine["platform"] == "cpu":
+        return 0.0
+    chip = chip_of(machine["device"])
+    return None if chip is None else machine["devices"] * seconds / 3600 * chip.price
+
+
 def run_cost(records: dict[str, Any]) -> dict[str, Any]:
-    """USD of the stages in `stages.json`: devices x hours x price.
+    """Return the USD of the stages in `stages.json`.
 
     `usd` is 0 where everything ran on CPUs and null where a device has no price here; `stages` has every stage's share,
     `prices` the price of a device and hour, `words` says all of it.
     """
-    stages: dict[str, float | None] = {}
-    prices: dict[str, float] = {}
-    unknown: dict[str, None] = {}
-    for name, record in records.items():
-        machine = record["hardware"]
-        if machine["platform"] == "cpu":
-            stages[name] = 0.0
-            continue
-        chip = chip_of(machine["device"])
-        if chip is None:
-            stages[name] = None
-            unknown[machine["device"]] = None
-        else:
-            prices[machine["device"]] = chip.price
-            stages[name] = machine["devices"] * wall_clock(record) / 3600 * chip.price
-    known = sum(usd for usd in stages.values() if usd is not None)
+    stages = {name: usd(record["hardware"], wall_clock(record)) for name, record in records.items()}
+    names = {r["hardware"]["device"]: None for r in records.values() if r["hardware"]["platform"] != "cpu"}
+    prices = {name: chip.price for name in names if (chip := chip_of(name))}
+    unknown = [name for name in names if name not in prices]
+    known = sum(dollars for dollars in stages.values() if dollars is not None)
     if unknown:
         words = f"not known: no price of {', '.join(unknown)} at hand"
         words += f"; the stages on other devices {known:,.2f} USD" if known else ""
@@ -345,5 +320,5 @@ def run_cost(records: dict[str, Any]) -> dict[str, Any]:
         words = f"{known:,.2f} USD ({PRICES_OF})"
     else:
         words = "nothing: it ran on CPUs; electricity is not counted"
-    usd = None if unknown else known
-    return {"usd": usd, "stages": stages, "prices": prices, "assumption": PRICES_OF, "words": words}
+    total = None if unknown else known
+    return {"usd": total, "stages": stages, "prices": prices, "assumption": PRICES_OF, "words": words}
