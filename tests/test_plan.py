@@ -1,5 +1,6 @@
-"""The analytic plan: the contract's object, and honest refusals."""
+"""The analytic plan: the contract's object, what money and time buy, and refusals before anything is compiled."""
 
+import importlib.util
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from jaxchat.config import load_config
 from jaxchat.errors import UsageError
 from jaxchat.scaling import resolve
 from train.hlo import Program, Transfer
-from train.plan import estimate, parse_target, plan, step_seconds
+from train.plan import estimate, parse_target, plan, plan_budget, step_seconds
 from train.targets import ATTENTION_SHARE, BANDWIDTH_SHARE, PRODUCT_SHARE
 
 KEYS = {
@@ -52,19 +53,8 @@ def test_a_model_too_large_does_not_fit():
     assert estimate(resolve(load_config("nano")), "cpu:1")["fits"]
 
 
-@pytest.mark.parametrize(("target", "devices"), [("h100:8", 8), ("v6e:2x4", 8), ("cpu:2", 2), ("h200", 1)])
-def test_targets(target, devices):
-    assert parse_target(target).devices == devices
-
-
 def test_this_machine():
     assert estimate(resolve(load_config("nano")), "auto")["devices"] >= 1
-
-
-@pytest.mark.parametrize("target", ["b300:8", "h100:eight", "h100:0", "v6e:2x"])
-def test_unknown_targets_name_the_known_ones(target):
-    with pytest.raises(UsageError, match="--target"):
-        parse_target(target)
 
 
 def test_the_time_of_a_compiled_step_follows_from_products_attention_and_bytes():
@@ -81,3 +71,31 @@ def test_the_time_of_a_compiled_step_follows_from_products_attention_and_bytes()
     assert seconds["products"] == pytest.approx(1.5) and seconds["attention"] == pytest.approx(0.1)
     assert seconds["other"] == pytest.approx(120e9 / (BANDWIDTH_SHARE * 3.35e12))
     assert step_seconds(parse_target("v6e:2x4"), program) == {}
+
+
+@pytest.mark.parametrize(("budget", "hours", "target", "message"), [
+    ("much", None, "h100:8", "--budget much: give an amount such as 100usd"),
+    ("0usd", None, "h100:8", "--budget 0usd"),
+    ("100usd", None, "cpu:1", "cpu has no price; give --hours"),
+    ("0.001usd", None, "h100:8", "not even 2 layers; they take"),
+    (None, 1e-6, "h100:8", "1e-06 hours on h100:8: not even 2 layers"),
+    ("100usd", None, "h100:12", "take h100:8 or h100:16"),
+])  # fmt: skip
+def test_limits_that_cannot_be(budget, hours, target, message):
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+        plan_budget(load_config("d20"), target, budget, hours, as_json=True)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is not None, reason="would compile many depths; test_compiled does one"
+)
+def test_the_deepest_model_within_the_limits(capsys):
+    found = {}
+    for budget, hours in (("$100", None), ("100", 1.0), ("1000usd", None)):
+        plan_budget(load_config("d20"), "h100:8", budget, hours, as_json=True)
+        found[budget, hours] = json.loads(capsys.readouterr().out)
+    hundred, one_hour, thousand = found.values()
+    assert hundred["usd_estimate"] <= 100 and one_hour["hours_estimate"] <= 1 and thousand["usd_estimate"] <= 1000
+    assert one_hour["depth"] < hundred["depth"] < thousand["depth"]
+    assert hundred["fits"] and hundred["deepest_tier"] == "d20" and thousand["deepest_tier"] == "d32"
+    assert f"--tier d20 --set model.depth={hundred['depth']}" in hundred["command"]

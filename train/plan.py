@@ -447,9 +447,7 @@ def show(r: Plan) -> None:
 
 def _memory_facts(r: Plan) -> dict[str, str]:
     fits = {True: "fits", False: "does NOT fit"}
-    facts = {
-        "memory a device": f"{_gib(r['peak_bytes_per_device'])} of {_gib(r['device_bytes'])}: {fits[r['fits']]}",
-    }
+    facts = {"memory a device": f"{_gib(r['peak_bytes_per_device'])} of {_gib(r['device_bytes'])}: {fits[r['fits']]}"}
     names = {"parameters": "masters", "optimizer": "optimizer state", "batch": "batch", "temporaries": "temporaries"}
     facts |= {f"  {name}": _gib(r["memory"][key]) for key, name in names.items() if key in r.get("memory", {})}
     if per_row := r.get("activation_bytes_per_row"):

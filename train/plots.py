@@ -54,17 +54,22 @@ def rl_figures(steps: Steps) -> list[str]:
     return [key for key in RL_FIGURES if key in names] + _passes(names)
 
 
-def figures(points: Curves, title: str) -> dict[str, Figure]:
+def kinds(points: Curves) -> list[str]:
     """Return the pictures that the curves suffice for: "loss", "rl", "dynamics"; none without any loss."""
     if all(value is None for _, value in points.get("loss", ())):
-        return {}
-    found = {"loss": _loss(points, title)}
-    if "reward" in points:
-        panels = {key: label for key, label in RL_PANELS.items() if key in points}
-        found["rl"] = _panels(points, panels, title, _passes(points))
-    if all(key in points for key in DYNAMICS):
-        found["dynamics"] = _panels(points, DYNAMICS, title)
-    return found
+        return []
+    needed = {"loss": ("loss",), "rl": ("reward",), "dynamics": tuple(DYNAMICS)}
+    return [kind for kind, names in needed.items() if all(name in points for name in names)]
+
+
+def draw(points: Curves, kind: str, title: str) -> Figure:
+    """Return one picture of the curves."""
+    if kind == "loss":
+        return _loss(points, title)
+    if kind == "dynamics":
+        return _panels(points, DYNAMICS, title)
+    panels = {key: label for key, label in RL_PANELS.items() if key in points}
+    return _panels(points, panels, title, _passes(points))
 
 
 def save(figure: Figure, file: Any, svg: bool = False) -> None:
@@ -76,14 +81,19 @@ def save(figure: Figure, file: Any, svg: bool = False) -> None:
 
 def loss_plot(metrics: str | Path, picture: str | Path, title: str) -> None:
     """Draw the loss and the held-out bits per byte of a `metrics.jsonl`; nothing where it has no loss."""
-    if figure := figures(curves(read_metrics(metrics)), title).get("loss"):
-        save(figure, picture)
+    plot(read_metrics(metrics), "loss", picture, title)
 
 
 def rl_plot(steps: Steps, picture: str | Path, title: str) -> None:
-    """Draw reward, length, KL and pass@k of the records of `metrics.jsonl`."""
-    if figure := figures(curves(steps), title).get("rl"):
-        save(figure, picture)
+    """Draw reward, length, KL and pass@k of the records of a `metrics.jsonl`."""
+    plot(steps, "rl", picture, title)
+
+
+def plot(steps: Steps, kind: str, picture: str | Path, title: str) -> None:
+    """Draw records of `metrics.jsonl` where they suffice for that kind of picture."""
+    points = curves(steps)
+    if kind in kinds(points):
+        save(draw(points, kind, title), picture)
 
 
 def _passes(names: Any) -> list[str]:

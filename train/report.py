@@ -29,7 +29,7 @@ from jaxchat.tasks.core import CORE_TASKS
 
 from .contamination import LONG_PASSAGE, exam_overlap
 from .loop import with_error
-from .plots import curves, figures, rl_figures, save
+from .plots import curves, draw, kinds, rl_figures, save
 from .prepare import other_tokenizers
 from .statistics import Z95
 from .targets import run_cost, wall_clock
@@ -126,9 +126,9 @@ def collect(config: Config, run: RunDir) -> Card:
         "samples": {stage: read_json(path) for stage, path in samples.items() if path.exists()},
         "curves": points,
         "plots": {
-            stage: [f"plots/{stage}_{name}.png" for name in drawn]
+            stage: [f"plots/{stage}_{kind}.png" for kind in drawn]
             for stage in points
-            if (drawn := figures(points[stage], ""))
+            if (drawn := kinds(points[stage]))
         },
         "seconds": seconds,
         "seconds_total": sum(seconds.values()),
@@ -288,8 +288,9 @@ def _pictures(card: Card) -> Iterator[tuple[str, str, Any]]:
     """(path inside the run, title, figure) of every picture, drawn from the curves in `report.json`."""
     titles = {"dynamics": "how training went", "rl": "reward, length and pass@k"}
     for stage, points in card["curves"].items():
-        for name, figure in figures(points, STAGE_TITLES[stage]).items():
-            yield f"plots/{stage}_{name}.png", f"{STAGE_TITLES[stage]}: {titles.get(name, name)}", figure
+        for kind in kinds(points):
+            figure = draw(points, kind, STAGE_TITLES[stage])
+            yield f"plots/{stage}_{kind}.png", f"{STAGE_TITLES[stage]}: {titles.get(kind, kind)}", figure
 
 
 def _data_uri(figure: Any) -> str:

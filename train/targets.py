@@ -112,10 +112,7 @@ SLICES: dict[str, tuple[tuple[int, ...], ...]] = {
     "v5p": ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 12),
             (8, 8, 16), (8, 16, 16), (16, 16, 16), (16, 16, 24)),
 }  # fmt: skip
-EXTRAS = {
-    "cuda": ("plan-cuda", ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")),
-    "tpu": ("plan-tpu", ("libtpu",)),
-}
+EXTRAS = {"cuda": ("plan-cuda", ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")), "tpu": ("plan-tpu", ("libtpu",))}
 
 
 class NoCompiler(JaxchatError):

@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.fixture(scope="module")
 def programs():
-    command = [sys.executable, str(HERE / "plan_programs.py")]
+    command = [sys.executable, str(HERE / "hlo_programs.py")]
     devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     environment = os.environ | devices | {"PYTHONPATH": str(HERE.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
