@@ -50,6 +50,7 @@ def test_the_step_says_what_it_measured_and_with_which_settings():
     assert result["loss"] == pytest.approx(4.85, abs=0.3)  # random tokens: ln 128
 
 
+@pytest.mark.slow
 def test_variants_are_every_combination_and_one_that_fails_stops_no_other():
     axes = ["--variants", "train.remat=none,full", "--variants", "model.n_kv_heads=2,3"]
     *lines, last = run("bench.train_step", *SETS, "--steps", "1", *axes)
@@ -81,6 +82,7 @@ def test_decoding_is_measured_by_batch_size(devices):
     assert "more than the context of 128" in run("bench.decode", *SETS, "--prompt", "120", "--tokens", "24", code=2)
 
 
+@pytest.mark.slow
 def test_the_time_between_kernels_is_measured_beside_that_in_them():
     sizes = ["--prompt", "16", "--tokens", "24", "--batch-sizes", "2", "--rounds", "1", "--profile"]
     *_, result = run("bench.decode", *SETS, "--set", "model.vocab_size=300", *sizes)
@@ -119,6 +121,7 @@ def test_what_a_part_started_ends_with_it(tmp_path):
     assert not state.exists() or state.read_text().split(")")[1].split()[0] == "Z"
 
 
+@pytest.mark.slow
 def test_parts_of_the_gpu_run_at_toy_size_and_keep_what_an_earlier_call_found(tmp_path):
     out = tmp_path / "gpu.json"
     last = run("bench.gpu", "--toy", "--out", str(out), "--parts", "products,profile")[-1]
@@ -138,6 +141,7 @@ def test_parts_of_the_gpu_run_at_toy_size_and_keep_what_an_earlier_call_found(tm
     assert "limit of 0.1 s" in again["device"]["error"] and again["profile"] == parts["profile"]
 
 
+@pytest.mark.slow
 def test_stopped_in_the_middle_the_file_is_whole(tmp_path):
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "bench.gpu", "--toy", "--out", str(out)]
@@ -278,6 +282,7 @@ def test_a_compiled_step_counts_its_kernels_and_what_they_move():
     assert loop_cost(LOOP) == (2, 2 * (128 + 4 + 128))
 
 
+@pytest.mark.slow
 def test_a_service_is_measured_over_http(tmp_path):
     own = write_run(tmp_path)
     with live(requests_per_minute=0) as service:

@@ -120,8 +120,7 @@ class Rehearsal:
         self.files = TaskFiles.of(config, download=True)
         self.problems: list[dict[str, str]] = []
         self.made_up: list[str] = []
-        free = shutil.disk_usage(run.root).free
-        self.measured: Measured = {"machine": hardware(), "compile_share": 1.0, "free_bytes": free}
+        self.measured: Measured = {"machine": hardware(), "compile_share": 1.0}
 
     def problem(self, kind: str, stage: str, error: object) -> None:
         """List what would go wrong, once."""
@@ -295,15 +294,8 @@ class Rehearsal:
     # What they leave behind
 
     def measure_prepare(self, facts: dict[str, Any], seconds: float) -> Measured:
-        splits = (facts["train"], facts["val"])
-        size = sum(split["bytes"] for split in splits)
-        return {
-            "tokenize_seconds": facts["tokenize_seconds"],
-            "pack_seconds": facts["pack_seconds"],
-            "bytes_per_token": size / max(1, sum(split["tokens"] for split in splits)),
-            "documents": facts["train"]["documents"],
-            "val_rows": facts["val"]["rows"],
-        }
+        spent = {key: facts[key] for key in ("tokenize_seconds", "pack_seconds")}
+        return spent | {"documents": facts["train"]["documents"], "val_rows": facts["val"]["rows"]}
 
     def measure_loop(self, name: str, timings: dict[str, Any], wall: float, resumed: int | None = None) -> Measured:
         """Measure a training: its pace without the steps that compile, and everything beside the steps.
@@ -347,46 +339,32 @@ class Rehearsal:
             batches.batch(number)
             loading.append(time.perf_counter() - begin)
         train, val_rows = self.config.train, self.measured["prepare"]["val_rows"]
-        eval_rows = min(self.small.train.eval_rows, val_rows)
         run_rows = min(train.eval_rows, max(1, round(val_rows * text_ratio(self.measured))))
+        scale = run_rows / min(self.small.train.eval_rows, val_rows)
         samples = train.steps // train.sample_every if train.sample_every else 0
         return half | {
             "steps": train.steps,
             "saves": times(train.steps, train.eval_every, train.checkpoint_every, train.sample_every),
-            "beside": {
-                "validate": (times(train.steps, train.eval_every), run_rows / eval_rows),
-                "sample": (samples, 1.0),
-            },
+            "beside": {"validate": (times(train.steps, train.eval_every), scale), "sample": (samples, 1.0)},
             "timings": timings,
             "save_seconds": timings["save"][-1],
             "checkpoint_seconds": max(timings["written"]),
             "restore_seconds": second["start"][0],
-            "resumed_first_seconds": again,
             "loader_seconds": min(loading) / THREADS,
         }
 
     def measure_sft(self, facts: dict[str, Any], seconds: float) -> Measured:
         loop = self.measure_loop("sft", facts["timings"], seconds - facts["rows_seconds"])
-        settings, train, ratio, val_rows = (
-            self.config.sft,
-            self.config.train,
-            self.measured["sft_ratio"],
-            facts["val"]["rows"],
-        )
-        evaluations = times(facts["steps"], settings.eval_every)
-        eval_rows = max(1, min(self.small.train.eval_rows, val_rows))
+        settings, train, ratio = self.config.sft, self.config.train, self.measured["sft_ratio"]
+        evaluations, val_rows = times(facts["steps"], settings.eval_every), facts["val"]["rows"]
+        run_rows = min(train.eval_rows, max(1, round(val_rows * ratio)))
+        scale = run_rows / max(1, min(self.small.train.eval_rows, val_rows))
         cases = settings.exam_cases / self.small.sft.exam_cases if settings.exam_cases else 0.0
         return loop | {
             "steps": facts["steps"],
             "saves": times(facts["steps"], settings.eval_every, train.checkpoint_every),
-            "beside": {
-                "validate": (evaluations, min(train.eval_rows, max(1, round(val_rows * ratio))) / eval_rows),
-                "evaluate": (evaluations, cases),
-            },
+            "beside": {"validate": (evaluations, scale), "evaluate": (evaluations, cases)},
             "other_seconds": facts["rows_seconds"] * ratio,
-            "ratio": ratio,
-            "rows_seconds": facts["rows_seconds"],
-            "conversations": sum(facts["conversations"].values()),
             "val_rows": val_rows,
             "tokens_per_second": settings.batch_tokens / loop["step_seconds"],
         }
@@ -404,17 +382,16 @@ class Rehearsal:
         # a trained model ends its answers as SFT's end, the rehearsal's goes on to the limit
         shorter = min(1.0, self.expected_length(config.environment, config.max_tokens) / max(1.0, last["length"]))
         per_answer = rollout / answers
-        evaluations, rehearsed = facts["timings"].get("evaluate", []), min(self.small.rl.eval_prompts, questions)
-        beside = [max(0.0, t - per_answer * rehearsed * config.eval_samples) for t in evaluations]  # compiling, KL
-        asked = (
-            (1 + times(facts["steps"], config.eval_every)) * min(config.eval_prompts, questions) * config.eval_samples
-        )
+        small, whole = (min(c.rl.eval_prompts, questions) * config.eval_samples for c in (self.small, self.config))
+        spent_evaluating = facts["timings"].get("evaluate", [])
+        ends = spent_evaluating[:1] + spent_evaluating[-1:]  # the first compiles sampling, the last KL
+        beside = sum(max(0.0, seconds - per_answer * small) for seconds in ends)
+        sampling = (1 + times(facts["steps"], config.eval_every)) * whole * per_answer * shorter
         return loop | {
             "steps": facts["steps"],
             "saves": times(facts["steps"], config.eval_every, config.checkpoint_every),
             "beside": {},
-            "other_seconds": sum(beside[:1] + beside[-1:]) * self.measured["compile_share"]
-            + asked * per_answer * shorter,
+            "other_seconds": beside * self.measured["compile_share"] + sampling,
             "answers": answers,
             "length": last["length"],
             "step_seconds": rollout + update,
@@ -444,10 +421,10 @@ class Rehearsal:
         if name == "bits_per_byte":
             rows = [(scores["text"]["n"], self.measured["prepare"]["val_rows"] * text_ratio(self.measured))]
             if "conversations" in scores:
-                found = self.measured["sft"]
-                rows.append((scores["conversations"]["n"], found["val_rows"] * found["ratio"]))
+                whole = self.measured["sft"]["val_rows"] * self.measured["sft_ratio"]
+                rows.append((scores["conversations"]["n"], whole))
             count = sum(n for n, _ in rows)
-            questions = sum(min(self.config.eval.rows, max(1, round(whole))) for _, whole in rows)
+            questions = sum(min(self.config.eval.rows, max(1, round(n))) for _, n in rows)
         elif "endless" in scores:
             task: Any = get_task(name, TaskFiles.of(self.config, download=False))
             expected = self.expected_length(name, task.max_tokens)

@@ -566,30 +566,26 @@ def _training(card: Card) -> Table:
             ["parameters", f"{train['parameters']:,} ({train['scaling_parameters']:,} in products)"],
             ["model", _settings(card["model"])],
             ["optimizer", _settings(card["optimizer"])],
-            ["pretraining tokens", f"{train['tokens']:,} in {card['speed']['base']['steps']:,} steps"],
             ["pretraining FLOPs", f"{train['flops']:.3g} ({train['flops_per_token']:,} per token)"],
-            ["pretraining speed", _speed(card["speed"]["base"])],
-            ["pretraining, steps skipped", f"{train['bad_steps']:,}"],
-            ["base parameters' SHA-256", train["params_sha256"]],
         ]
     if sft:
-        conversations = ", ".join(f"{name} ({number:,})" for name, number in sft["conversations"].items())
-        packed = sft["train"]
+        packed, counts = sft["train"], sft["conversations"].items()
         rows += [
-            ["SFT conversations", conversations],
+            ["SFT conversations", ", ".join(f"{name} ({number:,})" for name, number in counts)],
             [
                 "SFT rows",
                 f"{packed['rows']:,}, {packed['fill']:.1%} filled; {packed['cut']:,} conversations cut at a turn",
             ],
-            ["SFT tokens", f"{sft['tokens']:,} in {sft['steps']:,} steps"],
-            ["SFT speed", _speed(card["speed"]["sft"])],
-            ["SFT, steps skipped", f"{sft['bad_steps']:,}"],
-            ["SFT parameters' SHA-256", sft["params_sha256"]],
         ]
-    rows += [[f"RL {key}", f"{rl[key]:,}" if key != "environment" else str(rl[key])]
-             for key in ("environment", "questions", "steps", "tokens") if key in rl]  # fmt: skip
-    rows += [["RL speed", _speed(card["speed"]["rl"])]] if rl and "rl" in card["speed"] else []
-    rows += [["RL parameters' SHA-256", rl["params_sha256"]]] if "params_sha256" in rl else []
+    rows += [[f"RL {key}", str(rl[key])] for key in ("environment", "questions") if key in rl]
+    for stage, name, facts in (("base", "pretraining", train), ("sft", "SFT", sft), ("rl", "RL", rl)):
+        if stage in card["speed"] and "tokens" in facts:
+            rows += [
+                [f"{name} tokens", f"{facts['tokens']:,} in {card['speed'][stage]['steps']:,} steps"],
+                [f"{name} speed", _speed(card["speed"][stage])],
+                [f"{name}, steps skipped", f"{facts.get('bad_steps', 0):,}"],
+                [f"{name} parameters' SHA-256", facts["params_sha256"]],
+            ]
     return Table("Training", [], rows)
 
 
