@@ -10,7 +10,6 @@ from jaxchat.config import (
     KEYS,
     REMOVED,
     Config,
-    ModelConfig,
     flatten,
     is_derived,
     load_config,
@@ -18,15 +17,11 @@ from jaxchat.config import (
     to_toml,
 )
 from jaxchat.errors import UsageError
-from jaxchat.scaling import derivations, resolve, resolve_model
+from jaxchat.scaling import derivations, resolve
 from train.preflight import disk_parts
 from train.prepare import sized
 
 TIERS = [path.stem for path in tier_files()]
-
-
-def test_the_tiers_of_the_foundation_exist():
-    assert {"nano", "d12", "d20", "d26", "d32"} <= set(TIERS)
 
 
 @pytest.fixture(scope="module")
@@ -138,39 +133,3 @@ def test_awkward_strings_survive_the_file(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config), encoding="utf-8")
     assert load_config(path).data.source == source
-
-
-@pytest.mark.parametrize("depth", [4, 12, 20, 26, 32])
-def test_the_dial(depth):
-    model = resolve_model(ModelConfig(depth=depth))
-    assert model.width == 64 * depth
-    assert model.head_width == 128 and model.n_heads == model.width // 128 == model.n_kv_heads
-    assert model.window_short == 512
-
-
-def test_the_width_is_a_multiple_of_the_head_width():
-    model = resolve_model(ModelConfig(depth=5))  # 320 is no multiple of 128
-    assert (model.width, model.n_heads) == (384, 3)
-
-
-def test_free_shapes_of_the_tinystories_model():
-    model = resolve_model(ModelConfig(depth=6, width=320, n_heads=8, vocab_size=8000, seq_len=512))
-    assert model.head_width == 40
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"recipe": "retro"},
-        {"depth": 0},
-        {"width": 100},
-        {"n_heads": 4, "n_kv_heads": 3, "head_width": 32},
-        {"head_width": 33, "n_heads": 2},
-        {"window_pattern": "SXL"},
-        {"attention": "flash"},
-        {"seq_len": -1},
-    ],
-)
-def test_impossible_shapes_are_refused(fields):
-    with pytest.raises(UsageError, match="model."):
-        resolve_model(ModelConfig(**fields))

@@ -416,7 +416,7 @@ def test_the_printed_model_is_ours(kind):
 
 @pytest.mark.parametrize("change, message", [
     ('export.formats=["orbax","gguf"]', "export.formats: 'gguf' is unknown; choose from orbax, hf"),
-    ("export.dtype=int8", "dtype 'int8' is unknown"),
+    ("export.dtype=int8", "export.dtype: 'int8' is unknown"),
 ])  # fmt: skip
 def test_the_export_stage_knows_its_settings_before_any_work(change, message):
     with pytest.raises(UsageError, match=re.escape(message)):
