@@ -181,7 +181,7 @@ class RawEngine:
 
     def __init__(self, run_dir: str, args: argparse.Namespace):
         from jaxchat.engine import Engine
-        from jaxchat.engine.scheduler import power_of_two
+        from jaxchat.engine.device import power_of_two
 
         self._engine = Engine.from_pretrained(run_dir, slots=power_of_two(args.clients))
         settings = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_k": args.top_k}

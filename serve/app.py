@@ -1,7 +1,7 @@
-"""The service: `python launch.py --run-dir runs/nano --serve`. API, WebSocket and page in one process.
+"""The service: API, WebSocket and chat page in one process.
 
-The port is open at once; until the engine's thread has loaded the model and compiled what a first request needs,
-/health says 503 "loading".
+The port is open at once. /health says 503 "loading" until the engine's thread has loaded the model and compiled what a
+first request needs.
 """
 
 from __future__ import annotations
@@ -11,80 +11,75 @@ import contextlib
 import datetime
 import json
 import logging
+import math
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from types import FrameType, MappingProxyType
+from collections.abc import AsyncIterator, Callable
+from types import FrameType
 from typing import Any
 
-import orjson
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import HTMLResponse
-from starlette.routing import Mount, Route
+from starlette.requests import ClientDisconnect
+from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from jaxchat.config import Config
 from jaxchat.engine import Engine
 from jaxchat.engine.loading import trained_stages
-from jaxchat.errors import UsageError
+from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir
 
-from . import api as chat_api
-from . import api as completions_api
-from . import api as info_api
-from . import errors, websocket
+from . import api, websocket
 from .api import Service
-from .errors import ApiError
 from .limits import BodyLimit, Keys
-from .schemas import ChatChunk
+from .schemas import ApiError
 from .texts import wait_page
 from .worker import Worker
 
-# One JSON object a line on standard error: what happened, never what was said (unless `serve.log_text`).
-
-
 log = logging.getLogger("jaxchat.serve")
-LEVELS = {"WARNING": "warn"}
-
-
-def told(record: logging.LogRecord) -> bool:
-    """Not what an open page leaves at the end: its connection is cut, and uvicorn shows where, at length."""
-    raised = record.exc_info and record.exc_info[0]
-    cut = "timeout graceful shutdown exceeded" in record.getMessage()
-    return not cut and not (raised and issubclass(raised, asyncio.CancelledError))
+HEAD_BYTES = 64 << 10  # of request line and headers; a proxy in front also ends requests that come too slowly
+CLOSE_SECONDS = 1  # for connections to end after the answers have; an open page keeps one for good
+KEEP_ALIVE = 65  # seconds; longer than the minute after which clients and proxies drop an idle connection
+DEAD_SECONDS = 30.0  # that a service without its engine still answers 503
+API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics")
+PageMaker = Callable[[Worker], Any]  # makes the FastAPI app with the page mounted
 
 
 class JsonLines(logging.Formatter):
-    """time, level and event, then the record's own fields; a traceback under "traceback"."""
+    """One JSON object a line: time, level and event, then the record's own fields and a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line: dict[str, Any] = {
             "time": when.isoformat(timespec="milliseconds"),
-            "level": LEVELS.get(record.levelname, record.levelname.lower()),
+            "level": record.levelname.lower(),
             "event": record.getMessage(),
         }
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        try:
-            return orjson.dumps(line, default=str).decode()
-        except orjson.JSONEncodeError:  # a lone surrogate in somebody's text
-            return json.dumps(line, default=str)
+        return json.dumps(line, default=str, ensure_ascii=False, separators=(",", ":"))
 
 
-def to_standard_error() -> None:
-    """Our own records from INFO on, and uvicorn's from WARNING on."""
+def is_news(record: logging.LogRecord) -> bool:
+    """False for uvicorn's account of an error that `api.as_api_error` has logged, or of an open page at the end."""
+    message = record.getMessage()
+    return "Exception in ASGI application" not in message and "timeout graceful shutdown exceeded" not in message
+
+
+def log_to_standard_error() -> None:
+    """Our own records from INFO on, those of uvicorn and asyncio from WARNING on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    handler.addFilter(told)
+    handler.addFilter(is_news)
     for name, level in (("jaxchat.serve", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
@@ -93,23 +88,23 @@ def to_standard_error() -> None:
 
 
 class RequestLog:
-    """A line for each request of the API: who, what, how it ended, how long it took; the page's own traffic has none.
+    """Middleware that writes a log line for each POST and each error of the API.
 
-    Routes add fields to `request.state.log`. Counts the requests under way in `service.answering`.
+    Routes add fields to `request.state.log`. `service.answering` counts the POSTs under way.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, paths: Sequence[str]):
-        self._app, self._service, self._paths = app, service, tuple(paths)
+    def __init__(self, app: ASGIApp, service: Service):
+        self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(self._paths):
+        if scope["type"] != "http" or not scope["path"].startswith(API):
             await self._app(scope, receive, send)
             return
         fields: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "status": 500}
         scope.setdefault("state", {})["log"] = fields
-        begun = time.perf_counter()
+        begin = time.perf_counter()
 
-        async def noted(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 fields["status"] = message["status"]
             await send(message)
@@ -117,241 +112,115 @@ class RequestLog:
         answering = scope["method"] == "POST"
         self._service.answering += answering
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, send_and_note)
         finally:
             self._service.answering -= answering
             failed = fields["status"] >= 400 and scope["path"] != "/health"
             if failed:
                 self._service.metrics.error(fields["status"])
             if answering or failed:
-                log.info("request", extra={"fields": fields | {"seconds": round(time.perf_counter() - begun, 4)}})
-
-
-# HTTP/1.1 as uvicorn speaks it, with an end to a client's patience test: heads have a size, requests a time.
-
-
-HEAD_BYTES = 64 << 10  # of request line and headers
-REQUEST_SECONDS = 60.0  # from a connection's start, or a request's first byte, to the end of its body
-
-
-class PatientProtocol(HttpToolsProtocol):
-    """Closes connections that send a head without end (431) or never finish a request (408)."""
-
-    def connection_made(self, transport: Any) -> None:
-        self._head: int | None = 0  # bytes of the head so far; None behind it
-        self._timer: asyncio.TimerHandle | None = None
-        super().connection_made(transport)
-        self._wait()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._head is not None:
-            self._head += len(data)
-            if self._head > HEAD_BYTES:
-                self._refuse("431 Request Header Fields Too Large")
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._head = 0
-        self._wait()
-
-    def on_headers_complete(self) -> None:
-        self._head = None
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        self._done()
-        super().on_message_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._done()
-        super().connection_lost(exc)
-
-    def _wait(self) -> None:
-        self._done()
-        self._timer = self.loop.call_later(REQUEST_SECONDS, self._refuse, "408 Request Timeout")
-
-    def _done(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-
-    def _refuse(self, status: str) -> None:
-        if self.transport.is_closing() or self.transport.get_protocol() is not self:  # gone, or a WebSocket by now
-            return
-        if self._head:  # no answer of ours is under way
-            self.transport.write(f"HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode())
-        self.transport.close()
-
-
-CLOSE_SECONDS = 1  # for connections to end after the answers have; an open page keeps one for good
-KEEP_ALIVE = 65  # seconds; longer than the minute after which clients and proxies drop an idle connection
-API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics")
-PageMaker = Callable[[Worker], Any]  # FastAPI app with the page mounted
-
-
-def make_app(service: Service, make_page: PageMaker | None = None) -> FastAPI:
-    """The API, and the page for every other path once `make_page` has made it (in a thread: importing Gradio
-    takes seconds)."""
-    page = Page(service, make_page)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with page.running():
-            yield
-
-    app = FastAPI(
-        title="jaxchat",
-        version="1",
-        docs_url=None,  # its page would load scripts from elsewhere
-        redoc_url=None,
-        redirect_slashes=False,
-        lifespan=lifespan,
-        summary="A chat model of one's own, behind the API that OpenAI's clients speak",
-    )
-    app.state.service = service
-    errors.install(app)
-    for router in (
-        info_api.open_routes(service), chat_api.chat_routes(service), completions_api.completion_routes(service),
-        info_api.info_routes(service), websocket.routes(service),
-    ):  # fmt: skip
-        app.include_router(router)
-    _answer_other_methods(app)
-    app.router.routes.append(Mount("/", page))
-    app.add_middleware(BodyLimit, limit=service.limits.body_bytes)
-    app.add_middleware(RequestLog, service=service, paths=API)
-    if service.limits.origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=service.limits.origins, allow_methods=["*"], allow_headers=["*"]
-        )
-    _correct_document(app, service)
-    return app
-
-
-def _answer_other_methods(app: FastAPI) -> None:
-    """405 and 404 below the API's paths, which would else be the page's to answer."""
-    other = ApiError(404, "there is no such route")
-    for path, methods in _paths(app):
-        names = ", ".join(sorted(methods))
-        wrong = ApiError(405, f"only {names} is for this route", headers={"Allow": names})
-        refusal = Refusal(wrong, dict.fromkeys(methods, other))  # a name with a line break is no name to the route
-        app.router.routes.append(Route(path, refusal, include_in_schema=False))
-    app.router.routes.append(Route("/v1/{rest:path}", Refusal(other), include_in_schema=False))
-
-
-class Refusal:
-    """An error for every method (to Starlette a function would be for GET alone), for some an own one."""
-
-    def __init__(self, error: ApiError, own: Mapping[str, ApiError] = MappingProxyType({})):
-        self._error, self._own = error, own
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._own.get(scope.get("method", ""), self._error).response()(scope, receive, send)
-
-
-def _paths(app: FastAPI) -> list[tuple[str, set[str]]]:
-    return [(template, {method.upper() for method in methods}) for template, methods in app.openapi()["paths"].items()]
-
-
-def _correct_document(app: FastAPI, service: Service) -> None:
-    """The OpenAPI document without FastAPI's 422, which never leaves, with the chunks of streams, and asking for a key
-    only where the service does."""
-    app.openapi_schema = None
-    document = app.openapi()
-    for methods in document["paths"].values():
-        for operation in methods.values():
-            operation["responses"].pop("422", None)
-            if not service.keys:
-                operation.pop("security", None)
-    schemas = document["components"]["schemas"]
-    for name in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(name, None)
-    chunk = ChatChunk.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas.update({name: schema for name, schema in chunk.pop("$defs").items() if name not in schemas})
-    schemas["ChatChunk"] = chunk
+                log.info("request", extra={"fields": fields | {"seconds": round(time.perf_counter() - begin, 4)}})
 
 
 class Page:
-    """The page, and what stands in its place while it or the model loads."""
+    """The chat page, for every path that is not the API's; while page or model loads, a page that says so."""
 
     def __init__(self, service: Service, make: PageMaker | None):
         self._service, self._make = service, make
         self._app: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        state = self._service.worker.state
-        if self._app and (state != "loading" or scope["path"] != "/"):
+        state, path = self._service.worker.state, scope["path"]
+        if self._app and not path.startswith(API) and (state != "loading" or path != "/"):
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
-        elif scope["path"] != "/" or not self._make:
+        elif path != "/" or not self._make:
             await ApiError(404, "there is no such route").response()(scope, receive, send)
         else:
             text = wait_page(state, Headers(scope=scope).get("accept-language", ""), self._service.limits.language)
             await HTMLResponse(text, 503, {"Retry-After": "2"})(scope, receive, send)
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Within, the page is made and runs: in one task of its own, from Gradio's start to its end."""
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Make the page in a thread (importing Gradio takes seconds), and run it in a task of its own."""
         end = asyncio.Event()
 
-        async def run() -> None:
-            assert self._make
-            app = await asyncio.to_thread(self._make, self._service.worker)
-            async with app.router.lifespan_context(app):
-                self._app = app
-                await end.wait()
+        async def run(make: PageMaker) -> None:
+            try:
+                page = await asyncio.to_thread(make, self._service.worker)
+                async with page.router.lifespan_context(page):
+                    self._app = page
+                    await end.wait()
+            except Exception as error:
+                log.error("the page cannot be shown", exc_info=error)
 
-        task = asyncio.create_task(run()) if self._make else None
+        task = asyncio.create_task(run(self._make)) if self._make else None
+        yield
+        end.set()
         if task:
-            task.add_done_callback(_complain)
-        try:
-            yield
-        finally:
-            end.set()
-            if task:
-                await asyncio.wait([task], timeout=CLOSE_SECONDS)
-                task.cancel()
+            await asyncio.wait([task], timeout=CLOSE_SECONDS)
+            task.cancel()
 
 
-def _complain(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()):
-        log.error("the page cannot be shown", exc_info=error)
+def make_app(service: Service, make_page: PageMaker | None = None) -> FastAPI:
+    """The API, and the page for every other path once `make_page` has made it."""
+    page = Page(service, make_page)
+    app = FastAPI(
+        title="jaxchat",
+        version="1",
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=page.lifespan,
+        summary="A chat model of one's own, behind the API that OpenAI's clients speak",
+    )
+    for routes in (api.open_routes, api.operation_routes, api.completion_routes, api.token_routes, websocket.routes):
+        app.include_router(routes(service))
+    app.router.default = page
 
+    async def answer_error(request: Request, error: Exception) -> Response:
+        return api.as_api_error(error).response()
 
-DEAD_SECONDS = 30.0  # that a service without its engine still answers 503
+    async def client_gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nginx's number; nobody reads it
+
+    for kind in (HTTPException, RequestValidationError, JaxchatError, Exception):
+        app.add_exception_handler(kind, answer_error)
+    app.add_exception_handler(ClientDisconnect, client_gone)
+    app.add_middleware(BodyLimit, limit=service.limits.body_bytes)
+    app.add_middleware(RequestLog, service=service)
+    if origins := service.limits.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    return app
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that, told to stop, first lets running answers finish, and returns instead of dying of the signal."""
+    """Uvicorn that lets running answers finish when told to stop, and returns instead of dying of the signal."""
 
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
         self._service = service
-        self._until = 0.0  # when draining ends, at the latest
-        self._died = 0.0
+        self._drained_at = self._dead_at = math.inf  # when draining ends at the latest; when the process ends
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._service.worker.draining:
+        worker = self._service.worker
+        if worker.draining:
             self.should_exit = self.force_exit = sig == signal.SIGINT or self.should_exit  # Ctrl-C again: at once
             return
-        self._service.worker.draining = True
-        log.info("draining", extra={"fields": {"answers": self._service.worker.busy}})
+        worker.draining = True
+        self._drained_at = time.monotonic() + self._service.limits.drain_seconds
+        log.info("draining", extra={"fields": {"answers": worker.busy}})
 
     async def on_tick(self, counter: int) -> bool:
-        service, worker = self._service, self._service.worker
-        if worker.loaded.done() and worker.loaded.exception():
-            self.should_exit = True
-        elif worker.failure and not self._died:
-            self._died = time.monotonic()  # its clients hear of it; then whoever started the process shall again
+        worker, now = self._service.worker, time.monotonic()
+        failed_to_load = worker.loaded.done() and worker.loaded.exception()
+        if worker.failure and not failed_to_load and self._dead_at == math.inf:
+            self._dead_at = now + DEAD_SECONDS  # clients are told; then whoever started the process shall do so again
             log.error("engine dead", exc_info=worker.failure)
-        elif self._died and time.monotonic() > self._died + DEAD_SECONDS:
+        idle = worker.state in ("loading", "dead") or not (worker.busy or self._service.answering)
+        if failed_to_load or (worker.draining and idle) or now >= min(self._drained_at, self._dead_at):
             self.should_exit = True
-        if worker.draining:
-            self._until = self._until or time.monotonic() + service.limits.drain_seconds
-            idle = not worker.busy and not service.answering
-            if worker.state in ("loading", "dead") or idle or time.monotonic() >= self._until:
-                self.should_exit = True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -360,12 +229,14 @@ class Server(uvicorn.Server):
 
 
 def serve(run: RunDir, config: Config) -> None:
-    """Serve a finished run until the process is told to stop. `UsageError` if the port is taken, `DataError` if the
-    run is not there or not finished."""
-    trained_stages(run)  # an error of its own before the port is opened
-    Keys(config.serve.api_keys)  # an empty one is refused before the port is opened
+    """Serve a finished run until told to stop.
+
+    `UsageError` if the port is taken, `DataError` without a trained stage.
+    """
+    trained_stages(run)  # raises before the port is opened, as `Keys` does
+    Keys(config.serve.api_keys)
     listening = bind(config.serve.host, config.serve.port)
-    to_standard_error()
+    log_to_standard_error()
     worker = Worker(lambda worker: load(run, config, worker))
     service = Service(config, worker)
 
@@ -396,7 +267,8 @@ def uvicorn_config(app: FastAPI, config: Config) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         lifespan="on",
-        http=PatientProtocol,
+        http="h11",
+        h11_max_incomplete_event_size=HEAD_BYTES,
         ws="websockets-sansio",
         ws_max_size=limits.body_bytes,
         ws_per_message_deflate=False,
@@ -409,30 +281,29 @@ def uvicorn_config(app: FastAPI, config: Config) -> uvicorn.Config:
 
 
 def load(run: RunDir, config: Config, worker: Worker) -> Engine:
-    """The engine, compiled for a short request; what longer ones and several at once need compiles meanwhile."""
-    begun = time.perf_counter()
+    """The engine, compiled for a short request; programs for longer ones compile in the background."""
+    begin = time.perf_counter()
     serve = config.serve
     engine = Engine.from_pretrained(run.root, slots=serve.slots, queue_limit=serve.queue_length, weights=serve.weights)
     loaded = time.perf_counter()
 
     with progress("compiling", None) as bar:
 
-        def heard(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             worker.progress = f"{done} of {total} programs compiled"
             bar.reach(done, total)
             if worker.closing or worker.draining:
                 raise UsageError("stopped while loading")
 
-        engine.warm_up(heard, background=True)
-    seconds = {"load_seconds": loaded - begun, "compile_seconds": time.perf_counter() - loaded}
+        engine.warm_up(report, background=True)
+    seconds = {"load_seconds": loaded - begin, "compile_seconds": time.perf_counter() - loaded}
     log.info("ready", extra={"fields": {name: round(value, 2) for name, value in seconds.items()}})
     return engine
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens; `UsageError` where the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    """A listening socket; `UsageError` where the address cannot be had."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))

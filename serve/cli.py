@@ -1,4 +1,4 @@
-"""Terminal chat: `python launch.py --run-dir runs/nano --chat`, or `echo question | python launch.py ... --chat`."""
+"""Terminal chat with a finished run; also in a pipe: `echo question | python launch.py chat runs/nano`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from jaxchat.run_dir import RunDir
 
 from .worker import fitting_request
 
-HELP = """  /temperature X   0 takes the likeliest word each time, 1 is lively (now {temperature:g})
+HELP = """  /temperature X   0 takes the likeliest token each time, 1 is lively (now {temperature:g})
   /topk N          choose among the N likeliest tokens, 0 among all (now {top_k})
   /clear           forget the conversation
   /quit            leave (also Ctrl-D); Ctrl-C stops an answer"""
-
 COMMANDS = ("/temperature", "/topk", "/clear", "/quit", "/exit", "/help")
-TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # change the direction of what follows
+BIDI_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 @dataclass
@@ -46,21 +46,24 @@ class Chat:
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def command(self, line: str) -> bool:
-        """Obey a line that starts with a slash; False to leave."""
+        """Run a line that starts with a slash; False to leave."""
         name, _, value = line.partition(" ")
-        if name in ("/quit", "/exit"):
-            return False
-        if name == "/clear":
-            self.messages.clear()
-            self._note("conversation forgotten")
-        elif name == "/temperature" and (number := _number(value, float)) is not None and 0 <= number <= 10:
-            self.temperature = number
-            self._note(f"temperature {number:g}")
-        elif name == "/topk" and (number := _number(value, int)) is not None and number >= 0:
-            self.top_k = int(number)
-            self._note(f"top-k {self.top_k}")
-        else:
-            self._note(HELP.format(temperature=self.temperature, top_k=self.top_k))
+        with contextlib.suppress(ValueError):  # a wrong number shows the help
+            if name in ("/quit", "/exit"):
+                return False
+            if name == "/clear":
+                self.messages.clear()
+                self._note("conversation forgotten")
+                return True
+            if name == "/temperature" and 0 <= (temperature := float(value)) <= 10:
+                self.temperature = temperature
+                self._note(f"temperature {temperature:g}")
+                return True
+            if name == "/topk" and (top_k := int(value)) >= 0:
+                self.top_k = top_k
+                self._note(f"top-k {top_k}")
+                return True
+        self._note(HELP.format(temperature=self.temperature, top_k=self.top_k))
         return True
 
     def answer(self, text: str) -> None:
@@ -82,27 +85,27 @@ class Chat:
                 if event.kind == "done" or stopped():
                     break
                 if not parts or parts[-1]["type"] != event.kind:
-                    self._write(self._frame(parts[-1]["type"] if parts else "", event.kind))
+                    self._write(self._bracket(parts[-1]["type"] if parts else "", event.kind))
                     parts.append({"type": event.kind, "text": ""})
                 parts[-1]["text"] += event.text
                 self._write(printable(event.text))
             self._write(" ..." if stopped() else "")
-        self._write(self._frame(parts[-1]["type"] if parts else "", "") + "\n")
+        self._write(self._bracket(parts[-1]["type"] if parts else "", "") + "\n")
         if self.interactive and parts:
             tokens = sum(len(self.engine.tokenizer.encode(part["text"])) for part in parts)
             self._note(f"{tokens / max(time.perf_counter() - begin, 1e-9):.0f} tokens/s")
         self.messages = [*messages[dropped:], {"role": "assistant", "content": parts}]
 
-    def _frame(self, before: str, after: str) -> str:
-        """Tool calls stand in brackets, so that nobody takes them for the model's own words."""
-        dim, plain = ("\033[2m", "\033[0m") if self.interactive else ("", "")
-        opening = {"python": f"{dim}[", "python_output": " = ", "text": "", "": ""}[after]
-        closing = {"python": "" if after == "python_output" else f"]{plain} ", "python_output": f"]{plain} "}
-        return closing.get(before, "") + opening
+    def _bracket(self, before: str, after: str) -> str:
+        """What stands between parts of an answer: tool calls are in brackets, as [12+30 = 42]."""
+        dim, plain = (DIM, PLAIN) if self.interactive else ("", "")
+        if before == "python" and after == "python_output":
+            return " = "
+        return (f"]{plain} " if before.startswith("python") else "") + (f"{dim}[" if after.startswith("python") else "")
 
     def _note(self, text: str) -> None:
         if self.interactive:
-            self._write(f"\033[2m{text}\033[0m\n")
+            self._write(f"{DIM}{text}{PLAIN}\n")
         else:
             print(text, file=sys.stderr)
 
@@ -124,11 +127,13 @@ def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO |
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # arrow keys and history in `input`
-        warm_up(engine)
+        with progress("compiling", None) as bar:
+            engine.warm_up(bar.reach, background=True)
         print(f"{config.tier} in {run.root}; /help lists the commands")
-        for line in standing(run, stage or trained_stages(run)[0]):
-            print(f"\033[2m{line}\033[0m")
-    with ctrl_c(_nothing) if interactive else contextlib.nullcontext():  # just too late for an answer it ends nothing
+        for line in notes(run, stage or trained_stages(run)[0]):
+            print(f"{DIM}{line}{PLAIN}")
+    # a Ctrl-C that comes just after an answer ends nothing
+    with ctrl_c(lambda number, frame: None) if interactive else contextlib.nullcontext():
         for line in lines(source, interactive):
             if line.startswith("/") and (interactive or line.split(" ")[0] in COMMANDS):  # in a pipe it may be a text
                 if not talk.command(line):
@@ -138,47 +143,37 @@ def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO |
     engine.stop_compiling()
 
 
-def standing(run: RunDir, stage: str) -> list[str]:
-    """What a person must know to make sense of the answers of this stage."""
+def notes(run: RunDir, stage: str) -> list[str]:
+    """What a person must know about the answers of this stage."""
     record = recorded(run, stage)
     unfinished = "imported" not in record and record.get("status") == "running"
     return [
-        *(["its training is not finished; the same launch.py command goes on with it"] if unfinished else []),
-        *(["a model without SFT: it goes on with what you type, and answers nothing"] if stage == "base" else []),
+        *(["its training is not finished; the same launch.py command continues it"] if unfinished else []),
+        *(["a model without SFT: it continues what you type, and answers nothing"] if stage == "base" else []),
     ]
 
 
-def warm_up(engine: Engine) -> None:
-    """Compile what a first question needs, and show how far it is; the rest compiles while the person types."""
-    with progress("compiling", None) as bar:
-        engine.warm_up(bar.reach, background=True)
-
-
 def lines(source: TextIO, interactive: bool) -> Iterator[str]:
-    """What the person says, line by line, to the end of the input; Ctrl-C at the prompt clears the line."""
+    """Yield lines to the end of the input; Ctrl-C at the prompt clears the line."""
+    if not interactive:
+        yield from (line.strip() for line in iter(source.readline, ""))
+        return
     while True:
         try:
-            if interactive:
-                with ctrl_c(signal.default_int_handler):
-                    line = input("\n> ")
-            else:
-                line = source.readline()
+            with ctrl_c(signal.default_int_handler):
+                line = input("\n> ")
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
-            if not interactive:
-                raise
             print()
             continue
-        if not line and not interactive:
-            return
         yield line.strip()
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within, Ctrl-C only sets what the yielded function tells.
+    """Within, Ctrl-C only makes the yielded function return True.
 
     An exception in the middle of a decoding step would lose the engine's state, which that step consumes.
     """
@@ -196,21 +191,10 @@ def ctrl_c(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _nothing(number: int, frame: FrameType | None) -> None:
-    pass
-
-
 def printable(text: str) -> str:
-    """Without the control characters by which a model's text could steer the terminal, or turn its lines around."""
-    return "".join("\ufffd" if c not in "\n\t" and _steers(c) else c for c in text)
+    """Replace the control characters by which a model's text could steer the terminal or reverse its lines."""
 
+    def steers(c: str) -> bool:
+        return unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in BIDI_CONTROLS
 
-def _steers(character: str) -> bool:
-    return unicodedata.category(character) == "Cc" or unicodedata.bidirectional(character) in TURNING
-
-
-def _number(text: str, kind: type) -> Any:
-    try:
-        return kind(text.strip())
-    except ValueError:
-        return None
+    return "".join("\ufffd" if c not in "\n\t" and steers(c) else c for c in text)

@@ -1,4 +1,4 @@
-"""Who may ask, how often and how much: API keys, requests a minute, sizes."""
+"""Limits on clients: API keys, requests a minute, sizes of messages and bodies."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ import hmac
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxchat.config import ServeConfig
 from jaxchat.errors import UsageError
 
-from .errors import ApiError, bad_request, retry
+from .schemas import ApiError, ChatMessage, bad_request
 
 MAX_MESSAGES = 500  # of one conversation
-REMEMBERED = 10_000  # clients whose rate is known at once; who asks more than a minute later is new anyway
-DRAINED = 10  # times the largest body is read and thrown away before a client hears that its body is too large ...
-DRAIN_SECONDS = 10.0  # ... or for so long
+MAX_CLIENTS = 10_000  # whose rates are remembered; the longest silent ones are forgotten first
+DRAIN_SECONDS = 10.0  # that the rest of a body that is too large is read and thrown away
 
 
 class Keys:
-    """Of those set, the number of the one that a client brought; compared in constant time."""
+    """The keys of `serve.api_keys`, compared in constant time."""
 
     def __init__(self, keys: Sequence[str]):
         if not all(key.strip() for key in keys):
@@ -35,75 +33,65 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._keys)
 
-    def find(self, key: str | bytes) -> int | None:
+    def find(self, key: str | bytes) -> str | None:
+        """The name under which the client with this key is known; None for a wrong key."""
         given = key.encode("utf-8", "replace") if isinstance(key, str) else key
-        found = [i for i, known in enumerate(self._keys) if hmac.compare_digest(known, given)]
-        return found[0] if found else None
+        numbers = [i for i, known in enumerate(self._keys) if hmac.compare_digest(known, given)]
+        return f"key {numbers[0]}" if numbers else None
 
     def client(self, authorization: str | None, address: str) -> str:
-        """Name under which a client's requests are counted. `ApiError` 401 for one without a valid key."""
+        """The client's name for rates and logs. `ApiError` 401 without a valid key."""
         if not self._keys:
             return address
         scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key:
-            raise ApiError(401, "send an API key: Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
-        number = self.find(key.strip().encode("latin-1"))  # the bytes that came
-        if number is None:
-            raise ApiError(401, "this API key is not valid", headers={"WWW-Authenticate": "Bearer"})
-        return key_name(number)
-
-
-def key_name(number: int) -> str:
-    """Of the client that brought a key."""
-    return f"key {number}"
+        client = self.find(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
+        if client is None:
+            message = "this API key is not valid" if key else "send an API key: Authorization: Bearer KEY"
+            raise ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
+        return client
 
 
 class Rates:
-    """A bucket of `per_minute` requests for each client, which fills again evenly."""
+    """Token buckets of `per_minute` requests, one for each client; 0: no limit."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
         self._limit, self._clock = per_minute, clock
-        self._buckets: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()  # left, when
+        self._buckets: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()  # (left, time)
 
     def take(self, client: str) -> None:
-        """`ApiError` 429 that says when to come again."""
+        """Count a request. `ApiError` 429 says when to come again."""
         if not self._limit:
             return
         now, per_second = self._clock(), self._limit / 60
-        left, then = self._buckets.pop(client, (float(self._limit), now))
-        left = min(self._limit, left + (now - then) * per_second)
+        left, before = self._buckets.pop(client, (float(self._limit), now))
+        left = min(self._limit, left + (now - before) * per_second)
         self._buckets[client] = (left - 1 if left >= 1 else left), now
-        while len(self._buckets) > REMEMBERED:
+        if len(self._buckets) > MAX_CLIENTS:
             self._buckets.popitem(last=False)
         if left < 1:
             seconds = (1 - left) / per_second
             message = f"more than {self._limit} requests a minute; try again in {math.ceil(seconds)} s"
-            raise ApiError(429, message, headers=retry(seconds))
+            raise ApiError(429, message, retry_seconds=seconds)
 
 
-def check_messages(limits: ServeConfig, messages: Sequence[dict[str, Any]]) -> None:
-    """`ApiError` 400 names the first limit that a conversation goes over."""
+def check_messages(limits: ServeConfig, messages: Sequence[ChatMessage]) -> None:
+    """Raise `ApiError` 400 that names the first limit a conversation exceeds."""
     if len(messages) > MAX_MESSAGES:
-        advice = f"{len(messages)} messages; at most {MAX_MESSAGES}"
-        raise bad_request("messages", advice, "array_above_max_length")
-    total = 0
-    for i, message in enumerate(messages):
-        content = message["content"]
-        count = len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
-        if count > limits.message_chars:
-            text = f"{count} characters; at most {limits.message_chars} in one message"
-            raise bad_request(f"messages[{i}].content", text, "string_above_max_length")
-        total += count
-    check_length(limits, "messages", total)
+        text = f"{len(messages)} messages; at most {MAX_MESSAGES}"
+        raise bad_request("messages", text, "array_above_max_length")
+    sizes = [sum(len(part["text"]) for part in message.parts()) for message in messages]
+    for i, size in enumerate(sizes):
+        check_length(limits.message_chars, f"messages[{i}].content", size)
+    check_length(limits.total_chars, "messages", sum(sizes))
 
 
-def check_length(limits: ServeConfig, param: str, chars: int) -> None:
-    if chars > limits.total_chars:
-        raise bad_request(param, f"{chars} characters; at most {limits.total_chars}", "string_above_max_length")
+def check_length(limit: int, param: str, chars: int) -> None:
+    if chars > limit:
+        raise bad_request(param, f"{chars} characters; at most {limit}", "string_above_max_length")
 
 
 class BodyLimit:
-    """Refuses bodies of more than `limit` bytes, whether their length is announced or not."""
+    """Middleware that refuses bodies of more than `limit` bytes, whether or not their length is announced."""
 
     def __init__(self, app: ASGIApp, limit: int):
         self._app, self._limit = app, limit
@@ -112,10 +100,11 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        error = ApiError(413, f"the body is larger than {self._limit} bytes", headers={"Connection": "close"})
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         if announced.isdigit() and int(announced) > self._limit:
             await self._drain(receive)
-            await self._error().response()(scope, receive, send)
+            await error.response()(scope, receive, send)
             return
         seen = 0
 
@@ -125,22 +114,15 @@ class BodyLimit:
             seen += len(message.get("body", b""))
             if seen > self._limit:
                 await self._drain(receive)
-                raise self._error()
+                raise error
             return message
 
         await self._app(scope, counted, send)
 
-    def _error(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self._limit} bytes", headers={"Connection": "close"})
-
     async def _drain(self, receive: Receive) -> None:
-        """Take in what is still coming, within reason: a client that is sending does not read an answer, and closing
-        the connection under it would lose the answer."""
-        seen = 0
+        """Read up to ten times the limit: clients read the answer only after they have sent their body."""
+        left = 10 * self._limit
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
-                while seen < DRAINED * self._limit:
-                    message = await receive()
-                    seen += len(message.get("body", b""))
-                    if not message.get("more_body"):
-                        return
+                while left > 0 and (message := await receive()).get("more_body"):
+                    left -= len(message["body"])

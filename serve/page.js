@@ -56,10 +56,9 @@
     event.preventDefault();
   });
 
-  // names for what Gradio leaves without one
+  // names for what Gradio leaves without one; LABELS comes from texts.py
   const name = (selector, text) => document.querySelectorAll(selector).forEach((e) => e.setAttribute("aria-label", text));
-  const words = { en: ["Send", "Stop", "Conversation", "Copy"], ko: ["보내기", "멈추기", "대화", "복사"] };
-  const [send, stop, log, copy] = words[navigator.language.startsWith("ko") ? "ko" : "en"];
+  const [send, stop, log, copy] = LABELS[navigator.language.startsWith("ko") ? "ko" : "en"];
   new MutationObserver(() => {
     name("#box .submit-button:not([aria-label])", send);
     name("#box .stop-button:not([aria-label])", stop);

@@ -1,4 +1,8 @@
-"""What clients get: the shapes of the answers, for the OpenAPI document. The routes write them as plain dicts."""
+"""Requests and answers of the HTTP API as pydantic models: OpenAI's forms, with vLLM's extra fields.
+
+The OpenAPI document is made from these models. Numbers are checked here and lengths in `limits.py`. A field of OpenAI's
+that would change the answer and is not supported is refused; other unknown fields are ignored.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,15 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
-# What clients send: OpenAI's requests, with top_k, min_p and repetition_penalty as vLLM knows them.
-#
-# Numbers are checked here and lengths in `limits.py`. A field that would change the answer and is not there to be had
-# is refused, not ignored; other unknown fields are ignored, as other servers do.
-
-
-MAX_ALTERNATIVES = 20  # of one token's probabilities
+MAX_ALTERNATIVES = 20  # of one token's log-probabilities
 MAX_ANSWERS = 128  # to one prompt
-MAX_PROMPTS = 256  # of one request
+MAX_PROMPTS = 256  # in one request
 MAX_STOPS = 16
-# fields of OpenAI's that are understood only where they ask for nothing
-NOTHING: dict[str, tuple[Any, ...]] = {
+# unsupported fields, each with the values that ask for nothing and are therefore accepted
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "functions": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -34,60 +34,62 @@ NOTHING: dict[str, tuple[Any, ...]] = {
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
-Strict = ConfigDict(strict=True, allow_inf_nan=False)
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+FinishReason = Literal["stop", "length"]
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class TextPart(BaseModel):
-    """A piece of a message: text, or (an assistant's) a call of the calculator and its output."""
+    """Part of a message: text, or (an assistant's) a calculator call or its output."""
 
-    model_config = Strict
+    model_config = STRICT
     type: Literal["text", "python", "python_output"]
     text: str
 
 
 class ChatMessage(BaseModel):
-    model_config = Strict
+    model_config = STRICT
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = Field(description="null, an empty text, is for the assistant alone")
 
     @model_validator(mode="after")
-    def _said(self) -> ChatMessage:
+    def _has_content(self) -> ChatMessage:
         if self.content is None and self.role != "assistant":
             raise ValueError("content: must be text")
         return self
 
-    def plain(self) -> dict[str, Any]:
-        """Role (system, user or assistant) and parts."""
-        parts = self.content if isinstance(self.content, list) else [TextPart(type="text", text=self.content or "")]
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": [part.model_dump() for part in parts]}
+    def parts(self) -> list[dict[str, str]]:
+        if isinstance(self.content, list):
+            return [part.model_dump() for part in self.content]
+        return [{"type": "text", "text": self.content or ""}]
 
 
-def conversation(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Plain messages as `text/chat.py` takes them: user and assistant in turn, a system message at the start alone.
+def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages as `jaxchat.chat` takes them: user and assistant in turn, a system message only at the start.
 
-    Neighbours of one role become one message with an empty line between; a later system message is said by the user.
+    Neighbours of one role become one message with an empty line between; a later system message becomes the user's.
     """
-    found: list[dict[str, Any]] = []
-    for role, parts in ((message["role"], message["content"]) for message in messages):
-        if role == "system" and any(before["role"] != "system" for before in found):
+    merged: list[dict[str, Any]] = []
+    for message in messages:
+        role = "system" if message.role == "developer" else message.role
+        if role == "system" and any(before["role"] != "system" for before in merged):
             role = "user"
-        if found and found[-1]["role"] == role:
-            found[-1]["content"] += [{"type": "text", "text": "\n\n"}, *parts]
+        if merged and merged[-1]["role"] == role:
+            merged[-1]["content"] += [{"type": "text", "text": "\n\n"}, *message.parts()]
         else:
-            found.append({"role": role, "content": list(parts)})
-    return found
+            merged.append({"role": role, "content": message.parts()})
+    return merged
 
 
 class StreamOptions(BaseModel):
-    model_config = Strict
+    model_config = STRICT
     include_usage: bool = False
 
 
 class Sampling(BaseModel):
-    """How tokens are chosen; what chat and completions share."""
+    """Fields that chat and completions share."""
 
-    model_config = Strict
+    model_config = STRICT
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=10, description="0: the likeliest token each time")
     top_p: float | None = Field(None, gt=0, le=1)
@@ -100,21 +102,22 @@ class Sampling(BaseModel):
     ignore_eos: bool | None = Field(None, description="go on to max_tokens; for benchmarks")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="taken and not used")
+    user: str | None = Field(None, description="accepted and not used")
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing_unheard(cls, data: Any) -> Any:
+    def _refuse_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for name, empty in NOTHING.items():
-                if name in data and name not in cls.model_fields and data[name] not in empty:
+            for name, accepted in UNSUPPORTED.items():
+                if name in data and data[name] not in accepted:
                     raise ValueError(f"{name}: not supported by this service")
             if data.get("stream_options") is not None and not data.get("stream"):
                 raise ValueError("stream_options: only where stream is true")
         return data
 
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class ChatRequest(Sampling):
@@ -125,7 +128,7 @@ class ChatRequest(Sampling):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
 
     @model_validator(mode="after")
-    def _whole(self) -> ChatRequest:
+    def _check(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only where logprobs is true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -136,25 +139,25 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     prompt: (
         str
-        | Annotated[list[TokenId], Field(min_length=1)]
+        | TokenIds
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="a text, several texts, token ids, or several lists of them")
     max_tokens: int | None = Field(None, ge=0, description="0, together with echo, only scores the prompt")
-    echo: bool | None = Field(None, description="give the prompt back before the answer, with its logprobs")
+    echo: bool | None = Field(None, description="return the prompt before the answer, with its logprobs")
     logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES, description="alternatives reported with each token")
 
     @model_validator(mode="after")
-    def _whole(self) -> CompletionRequest:
+    def _check(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 only together with echo")
         return self
 
 
 class TokenizeRequest(BaseModel):
-    """A text, or a conversation as the model is shown it."""
+    """A text, or a conversation as the model sees it."""
 
-    model_config = Strict
+    model_config = STRICT
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
@@ -163,50 +166,28 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> TokenizeRequest:
+    def _check(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("prompt: give either prompt or messages")
         return self
 
 
 class DetokenizeRequest(BaseModel):
-    model_config = Strict
+    model_config = STRICT
     model: str | None = None
     tokens: list[TokenId]
 
 
-FIELDS = {
-    name
-    for model in (
-        TextPart, ChatMessage, StreamOptions, ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest,
-    )
-    for name in model.model_fields
-}  # fmt: skip
-
-
-FinishReason = Literal["stop", "length"]
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    error: ErrorDetail
+REQUESTS = (
+    TextPart, ChatMessage, StreamOptions, ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest,
+)  # fmt: skip
+FIELDS = {name for model in REQUESTS for name in model.model_fields}
 
 
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-
-
-class Part(BaseModel):
-    type: Literal["text", "python", "python_output"]
-    text: str
 
 
 class TopLogprob(BaseModel):
@@ -228,7 +209,7 @@ class AnswerMessage(BaseModel):
     role: Literal["assistant"]
     content: str
     refusal: None
-    parts: list[Part] | None = None
+    parts: list[TextPart] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -250,7 +231,7 @@ class ChatCompletion(BaseModel):
 class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
-    parts: list[Part] | None = None
+    parts: list[TextPart] | None = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -261,7 +242,7 @@ class ChatChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """What follows `data: ` in a stream; after the last one comes `data: [DONE]`."""
+    """One event of a stream; after the last one comes `data: [DONE]`."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -286,7 +267,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """An answer; in a stream each chunk has this form too, and its usage is null but in the last."""
+    """An answer, and one event of a stream; the events' usage is null but in the last."""
 
     id: str
     object: Literal["text_completion"]
@@ -298,14 +279,14 @@ class Completion(BaseModel):
 
 class ModelCard(BaseModel):
     id: str
-    object: Literal["model"]
+    object: Literal["model"] = "model"
     created: int
-    owned_by: str
+    owned_by: str = "jaxchat"
     max_model_len: int
 
 
 class ModelList(BaseModel):
-    object: Literal["list"]
+    object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
@@ -331,30 +312,59 @@ class TokenizerInfo(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ready", "loading", "draining", "dead"]
-    progress: str | None = None
-    compiling: int | None = None
+    progress: str | None = Field(None, description="of loading")
+    compiling: int | None = Field(None, description="programs left; a request that needs one of them waits for it")
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The errors of a route, for the OpenAPI document."""
-    words = {
-        400: "Something in the request is wrong; `param` names it",
-        401: "No valid API key",
-        404: "No such model",
-        413: "The body is too large",
-        429: "The queue is full, or too many requests a minute; Retry-After says when to come again",
-        503: "Loading, draining or stopped",
-    }
-    return {status: {"model": ErrorBody, "description": words[status]} for status in statuses}
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
 
 
-def streamed(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """The two forms of a 200: one object, or events."""
-    parts = [{"$ref": f"#/components/schemas/{name}"} for name in (model.__name__, "ErrorBody")]
-    # an error where the engine fails in the middle of an answer
-    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": parts}}
-    data = {"anyOf": [{"const": "[DONE]"}, text]}
-    event = {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
-    return {
-        200: {"description": "One object, or with `stream` server-sent events", "content": {"text/event-stream": event}}
-    }
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "model": ErrorBody,
+        "description": "`param` names the field that is wrong; 429 has Retry-After",
+    },
+    503: {"model": ErrorBody, "description": "Loading, draining or stopped"},
+}
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ERROR_CODES = {
+    401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large",
+    429: "rate_limit_exceeded",
+}  # fmt: skip
+
+
+class ApiError(HTTPException):
+    """An error answer. An HTTPException, so that FastAPI passes it on wherever it is raised."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_seconds: float | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        if retry_seconds is not None:
+            headers = {"Retry-After": str(max(1, round(retry_seconds + 0.5)))}
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code or ERROR_CODES.get(status)
+
+    def body(self) -> ErrorBody:
+        kind = ERROR_TYPES.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
+        return ErrorBody(error=ErrorDetail(message=self.detail, type=kind, param=self.param, code=self.code))
+
+    def response(self) -> Response:
+        return Response(self.body().model_dump_json(), self.status_code, self.headers, "application/json")
+
+
+def bad_request(param: str | None, message: str, code: str | None = None) -> ApiError:
+    return ApiError(400, f"{param}: {message}" if param else message, param, code)

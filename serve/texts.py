@@ -1,4 +1,4 @@
-"""Words of the chat page, in each language."""
+"""All texts of the chat page, in each language; without Gradio, so that they are there while it loads."""
 
 TEXTS = {
     "en": {
@@ -7,6 +7,10 @@ TEXTS = {
         "placeholder_base": "The beginning of a text",
         "greeting_base": "This model was not taught to answer: it goes on with the text that you begin.",
         "new_chat": "New chat",
+        "send": "Send",
+        "stop": "Stop",
+        "log": "Conversation",
+        "copy": "Copy",
         "about": "This model",
         "settings": "Settings",
         "temperature": "Temperature",
@@ -47,6 +51,10 @@ TEXTS = {
         "placeholder_base": "이어 쓸 글의 첫머리",
         "greeting_base": "대화를 배우지 않은 모델입니다. 글의 첫머리를 주면 이어서 씁니다.",
         "new_chat": "새 대화",
+        "send": "보내기",
+        "stop": "멈추기",
+        "log": "대화",
+        "copy": "복사",
         "about": "이 모델",
         "settings": "설정",
         "temperature": "온도",
@@ -91,8 +99,10 @@ WAIT = """<!doctype html><html lang={language}><meta charset=utf-8><meta http-eq
 
 
 def wait_page(state: str, accepted: str, language: str) -> str:
-    """HTML that stands in the page's place, in the language of the browser (`accepted`: its Accept-Language) or the one
-    of `serve.language`; it asks again by itself."""
+    """HTML of the page while it or the model loads; it reloads itself.
+
+    In the language of `serve.language`, or else of the browser (`accepted`: its Accept-Language header).
+    """
     first = accepted.split(",")[0].split("-")[0].strip().lower()
     language = next((name for name in (language, first) if name in TEXTS), "en")
     words = TEXTS[language]
@@ -100,6 +110,6 @@ def wait_page(state: str, accepted: str, language: str) -> str:
 
 
 def texts(language: str) -> dict[str, dict[str, str]]:
-    """The page's words by the language of the browser: in that language, or all in the one of `serve.language`."""
+    """The texts for browsers of each language: in that language, or in the one of `serve.language`."""
     fixed = TEXTS.get(language)
     return {name: fixed or words for name, words in TEXTS.items()}

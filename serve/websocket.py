@@ -1,7 +1,7 @@
 """WS /ws/chat: a user's text or a conversation in, pieces of the answer out.
 
-In: plain text (one user turn), or a JSON object with "messages" and, if wanted, temperature, top_k, top_p,
-max_tokens, seed; `{"stop": true}` ends the answer under way. Out: `{"token": str, "done": false}` ..., then
+In: plain text (one user turn), or a JSON object with "messages" and optional fields of chat completions;
+`{"stop": true}` ends the answer under way. Out: `{"token": str, "done": false}` ..., then
 `{"done": true, "finish_reason": str}`, or `{"error": {...}, "done": true}`. One answer after the other.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,16 +17,15 @@ from urllib.parse import urlsplit
 import orjson
 from fastapi import APIRouter
 from pydantic import ValidationError
-from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from jaxchat.engine import Event
 
-from .api import Service, prepare
-from .errors import ApiError, as_api_error, log
-from .schemas import ChatRequest
+from .api import Call, Service, as_api_error, chat_group, validation_error
+from .schemas import ApiError, ChatRequest
 
-WAITING = 8  # messages that may come while an answer is made
+log = logging.getLogger("jaxchat.serve")
+MAX_WAITING = 8  # messages that may come while an answer is generated
 
 
 def routes(service: Service) -> APIRouter:
@@ -34,109 +34,101 @@ def routes(service: Service) -> APIRouter:
     @router.websocket("/ws/chat")
     async def chat(socket: WebSocket) -> None:
         try:
-            client = enter(service, socket)
+            socket.state.client = identify(service, socket)
         except ApiError as error:
-            response: Response = error.response()
-            del response.headers["content-length"]  # the server writes one, which older versions do not notice
+            response = error.response()
+            del response.headers["content-length"]  # the server adds one; older versions add a second
             await socket.send_denial_response(response)
             return
         await socket.accept()
         with contextlib.suppress(WebSocketDisconnect):
-            await Conversation(service, socket, client).run()
+            await Conversation(service, socket).run()
 
     return router
 
 
-def enter(service: Service, socket: WebSocket) -> str:
-    """Who wants to talk. `ApiError` for a wrong key, and for a web page from elsewhere: browsers let any page open a
-    WebSocket to any address, this machine's own included."""
+def identify(service: Service, socket: WebSocket) -> str:
+    """Return the client's name. `ApiError` for a wrong key, and for a web page from another origin.
+
+    Browsers let any page open a WebSocket to any address, this machine's own included.
+    """
     origin = socket.headers.get("origin")
-    if origin and origin not in service.limits.origins and _host(origin) != socket.headers.get("host"):
-        raise ApiError(403, "web pages from elsewhere may not use this service (serve.origins)", code="origin")
+    if origin and origin not in service.limits.origins:
+        try:
+            host = urlsplit(origin).netloc
+        except ValueError:
+            host = ""
+        if host != socket.headers.get("host"):
+            raise ApiError(403, "web pages from other origins may not use this service (serve.origins)", code="origin")
     address = socket.client.host if socket.client else ""
     return service.keys.client(socket.headers.get("authorization"), address)
-
-
-def _host(origin: str) -> str | None:
-    try:
-        return urlsplit(origin).netloc
-    except ValueError:
-        return None
 
 
 class Conversation:
     """One connection."""
 
-    def __init__(self, service: Service, socket: WebSocket, client: str):
+    def __init__(self, service: Service, socket: WebSocket):
         self._service, self._socket = service, socket
-        socket.state.client = client
-        self._asked: asyncio.Queue[tuple[str | bytes, asyncio.Event]] = asyncio.Queue(WAITING)  # and what stops it
-        self._newest = asyncio.Event()
+        self._messages: asyncio.Queue[tuple[str | bytes, asyncio.Event]] = asyncio.Queue(MAX_WAITING)
+        self._stop = asyncio.Event()  # of the newest message
 
     async def run(self) -> None:
-        """Listen and answer until the client leaves, which also ends the answer under way."""
-        listening = asyncio.create_task(self._listen())
-        answering = asyncio.create_task(self._answer_all())
+        """Receive and answer until the client leaves, which also cancels the answer under way."""
+        tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._answer_all())]
         try:
-            await asyncio.wait((listening, answering), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (listening, answering):
+            for task in tasks:
                 task.cancel()
-            for outcome in await asyncio.gather(listening, answering, return_exceptions=True):
-                if isinstance(outcome, Exception) and not isinstance(outcome, WebSocketDisconnect):
-                    log.error("internal error", exc_info=outcome, extra={"fields": {"path": "/ws/chat"}})
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _listen(self) -> None:
-        while True:
-            message = await self._socket.receive()
-            if message["type"] == "websocket.disconnect":
-                return
-            said = message.get("text")
-            said = message.get("bytes") or b"" if said is None else said
-            if isinstance(said, str) and _read(said) == {"stop": True}:
-                self._newest.set()
+    async def _receive(self) -> None:
+        while (message := await self._socket.receive())["type"] != "websocket.disconnect":
+            text = message.get("text")
+            data: str | bytes = message.get("bytes") or b"" if text is None else text
+            if parse_object(data) == {"stop": True}:
+                self._stop.set()
                 continue
+            self._stop = asyncio.Event()
             try:
-                self._asked.put_nowait((said, stop := asyncio.Event()))
-                self._newest = stop
+                self._messages.put_nowait((data, self._stop))
             except asyncio.QueueFull:
-                await self._close(ApiError(429, f"{WAITING} messages wait already on this connection"))
+                error = ApiError(429, f"{MAX_WAITING} messages wait already on this connection")
+                await self._send(error.body().model_dump() | {"done": True})
+                await self._socket.close(1008, error.detail)
                 return
 
     async def _answer_all(self) -> None:
         while True:
-            said, stop = await self._asked.get()
-            begun, fields = time.perf_counter(), {"path": "/ws/chat", "status": 200}
+            message, stop = await self._messages.get()
+            begin, fields = time.perf_counter(), {"path": "/ws/chat", "status": 200}
             self._socket.state.log = fields
             self._service.answering += 1
             try:
-                await self._answer(said, stop)
+                await self._answer(message, stop)
             except WebSocketDisconnect:
                 raise
-            except Exception as error:
-                shown = as_api_error(error)
-                fields["status"] = shown.status_code
-                self._service.metrics.error(shown.status_code)
-                if shown.status_code == 500:
-                    log.error("internal error", exc_info=error, extra={"fields": {"path": "/ws/chat"}})
-                await self._send(shown.body() | {"done": True})
+            except Exception as raised:
+                error = as_api_error(raised)
+                fields["status"] = error.status_code
+                self._service.metrics.error(error.status_code)
+                await self._send(error.body().model_dump() | {"done": True})
             finally:
                 self._service.answering -= 1
-                log.info("answer", extra={"fields": fields | {"seconds": round(time.perf_counter() - begun, 4)}})
+                log.info("answer", extra={"fields": fields | {"seconds": round(time.perf_counter() - begin, 4)}})
 
-    async def _answer(self, said: str | bytes, stop: asyncio.Event) -> None:
-        service = self._service
-        service.rates.take(self._socket.state.client)
-        service.worker.check()
-        call = service.call(self._socket, "ws")
+    async def _answer(self, message: str | bytes, stop: asyncio.Event) -> None:
+        self._service.rates.take(self._socket.state.client)
+        self._service.worker.check()
+        call = Call(self._service, self._socket, "ws")
         try:
-            answers = await call.submit([prepare(service, understand(said), call)])
+            answers = await call.submit([chat_group(call, parse(message))])
             stopping = asyncio.create_task(stop.wait())
             stopping.add_done_callback(lambda task: None if task.cancelled() else answers.stop())
             try:
-                async for pieces in answers:
-                    for _, piece in pieces:
-                        await self._send(shown(piece))
+                async for events in answers:
+                    for _, event in events:
+                        await self._send(as_message(event))
             finally:
                 stopping.cancel()
         finally:
@@ -146,44 +138,38 @@ class Conversation:
         if self._socket.application_state == WebSocketState.CONNECTED:
             await self._socket.send_text(orjson.dumps(data).decode())
 
-    async def _close(self, error: ApiError) -> None:
-        await self._send(error.body() | {"done": True})
-        await self._socket.close(1008, error.detail)
 
-
-def understand(said: str | bytes) -> ChatRequest:
-    """What a message asks for. `ApiError` for one that is out of form."""
-    if isinstance(said, bytes):
+def parse(message: str | bytes) -> ChatRequest:
+    """Return what a message asks for; `ApiError` for a malformed one."""
+    if isinstance(message, bytes):
         raise ApiError(400, "send text, not bytes")
-    data = _read(said)
-    if data is None and said.lstrip().startswith("{") and '"messages"' in said:
+    data = parse_object(message)
+    if data is None and message.lstrip().startswith("{") and '"messages"' in message:
         raise ApiError(400, "the message is no valid JSON", "messages")
     if data is None:
-        return ChatRequest.model_validate({"messages": [{"role": "user", "content": said}]})
-    for name, nothing in (("n", (None, 1)), ("logprobs", (None, False))):
-        if data.get(name) not in nothing:
+        data = {"messages": [{"role": "user", "content": message}]}
+    for name, accepted in (("n", (None, 1)), ("logprobs", (None, False))):
+        if data.get(name) not in accepted:
             raise ApiError(400, f"{name}: only over HTTP", name)
     try:
         return ChatRequest.model_validate({**data, "stream": True})
     except ValidationError as error:
-        raise as_api_error(error) from None
+        raise validation_error(error) from None
 
 
-def shown(piece: Event) -> dict[str, Any]:
-    """An event as it goes out; a calculator call is no text and stands beside an empty one."""
-    if piece.kind == "done":
-        return {"done": True, "finish_reason": piece.finish_reason}
-    if piece.kind == "text":
-        return {"token": piece.text, "done": False}
-    return {"token": "", "done": False, "part": {"type": piece.kind, "text": piece.text}}
-
-
-def _read(said: str) -> dict[str, Any] | None:
-    """A JSON object; None for anything else, which is plain text."""
-    if not said.lstrip().startswith("{"):
-        return None
+def parse_object(message: str | bytes) -> dict[str, Any] | None:
+    """Return the JSON object; None for anything else, which is plain text."""
     try:
-        data = orjson.loads(said)
+        data = orjson.loads(message)
     except (orjson.JSONDecodeError, UnicodeEncodeError):
         return None
     return data if isinstance(data, dict) else None
+
+
+def as_message(event: Event) -> dict[str, Any]:
+    """A calculator call stands in "part", beside an empty text."""
+    if event.kind == "done":
+        return {"done": True, "finish_reason": event.finish_reason}
+    if event.kind == "text":
+        return {"token": event.text, "done": False}
+    return {"token": "", "done": False, "part": {"type": event.kind, "text": event.text}}

@@ -9,7 +9,7 @@ from live_service import live, needs_openai, openai
 from small_model import CAPACITY, GREETING, QUESTION
 
 from jaxchat.chat import render_prompt
-from serve.api import CompletionLogprobs, Namer, info_routes, open_routes, read_prompts, whole_ids
+from serve.api import LogprobArrays, Namer, text_prompts
 from serve.schemas import Completion, CompletionRequest, Detokenized, ModelCard, ModelList, TokenizerInfo, Tokens
 
 ROUTE = "/v1/completions"
@@ -37,7 +37,7 @@ def test_a_prompt_of_ids_is_a_prompt_of_text(service, tokenizer):
     ids = render_prompt(tokenizer, GREETING)  # with the token that begins a document: it is not put before once more
     answer = ask(service, prompt=ids, max_tokens=40, stop=["\n"], ignore_eos=False)
     assert answer["choices"][0]["text"].startswith("Hi 🙂 안녕!")
-    assert whole_ids(read_prompts(service.service, CompletionRequest(prompt=ids))[0], tokenizer.bos) == ids
+    assert text_prompts(service.service, CompletionRequest(prompt=ids))[0].whole == ids
     text = "hello there"
     of_text = ask(service, prompt=text, max_tokens=8, seed=3, temperature=1.0)
     of_ids = ask(service, prompt=tokenizer.encode(text), max_tokens=8, seed=3, temperature=1.0)
@@ -208,11 +208,5 @@ def test_names_of_tokens_are_their_own(tokenizer):
     names = [namer(token) for token in range(tokenizer.vocab_size)]
     assert len(set(names)) == len(names)
     assert namer(tokenizer.bos) == "<|bos|>" and any(name.startswith("bytes:\\x") for name in names)
-    empty = CompletionLogprobs(namer, tokenizer, 0)
-    assert empty.take() == {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-
-
-def test_which_routes_ask_for_a_key(service):
-    open_paths = {route.path for route in open_routes(service.service).routes}
-    assert open_paths == {"/health", "/metrics", "/v1/models", "/v1/models/{name:path}"}
-    assert not open_paths & {route.path for route in info_routes(service.service).routes}
+    empty = LogprobArrays(namer, 0).of([])
+    assert empty.model_dump() == {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -10,8 +10,8 @@ from small_model import GREETING, QUESTION
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from serve.errors import ApiError
-from serve.websocket import understand
+from serve.schemas import ApiError
+from serve.websocket import parse
 
 HELLO = "Hi 🙂 안녕!"
 
@@ -91,7 +91,7 @@ def test_what_is_wrong_is_said_and_the_talk_goes_on(talk, said, param):
 
 @pytest.mark.parametrize("said", ["{", "[]", "5", '"hello"', "null", "\x00", "{hello} 🙂" * 3, ""])
 def test_what_is_no_object_is_text(talk, said):
-    assert understand(said).messages[0].content == said
+    assert parse(said).messages[0].content == said
     assert "error" not in ask(talk, said)[1]
 
 
@@ -188,4 +188,4 @@ def test_a_rate_counts_messages():
     with live(requests_per_minute=2) as service, connect(f"ws://127.0.0.1:{service.port}/ws/chat") as talk:
         assert [ask(talk, "{}")[1]["error"]["type"] for _ in range(3)].count("rate_limit_error") == 1
     with pytest.raises(ApiError):
-        understand(b"x")
+        parse(b"x")

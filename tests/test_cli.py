@@ -14,7 +14,7 @@ from small_model import GREETING, QUESTION, write_run
 
 from jaxchat.engine import Engine
 from jaxchat.run_dir import RunDir, write_json
-from serve.cli import Chat, printable, standing
+from serve.cli import Chat, notes, printable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +47,7 @@ def test_a_pipe_gets_the_answers_and_nothing_else(run):
 
 def test_a_person_is_told_what_kind_of_model_it_is(tmp_path):
     run = RunDir(tmp_path)
-    assert standing(run, "sft") == []  # no records came with it
+    assert notes(run, "sft") == []  # no records came with it
     record = {
         "format": 1,
         "status": "done",
@@ -58,9 +58,9 @@ def test_a_person_is_told_what_kind_of_model_it_is(tmp_path):
         "facts": {"digest": ""},
     }
     write_json(run.stages, {"pretrain": record | {"status": "running"}, "sft": record})
-    assert standing(run, "sft") == []
-    unfinished, base = standing(run, "base")
-    assert "not finished" in unfinished and "goes on with what you type" in base
+    assert notes(run, "sft") == []
+    unfinished, base = notes(run, "base")
+    assert "not finished" in unfinished and "continues what you type" in base
 
 
 def test_commands(engine):

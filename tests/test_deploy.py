@@ -60,12 +60,6 @@ def test_the_image_runs_as_nobody_in_particular(image):
     assert image.last("STOPSIGNAL").value == "SIGTERM"
 
 
-def test_the_image_starts_the_service(image):
-    assert image.last("ENTRYPOINT").words == ["python", "launch.py"]
-    assert image.last("CMD").words == COMMAND
-    assert image.last("EXPOSE").value == COMMAND[-1]
-
-
 def test_the_image_is_asked_for_its_health(build):
     check = build[-1].last("HEALTHCHECK")
     kind, _, command = check.value.partition(" ")
@@ -73,16 +67,6 @@ def test_the_image_is_asked_for_its_health(build):
     assert kind == "CMD" and "http://127.0.0.1:8000/health" in code
     compile(code, "HEALTHCHECK", "exec")
     assert {"interval", "timeout", "start-period", "retries"} == set(check.flags)
-
-
-def test_base_images_have_versions_that_the_package_allows(build):
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
-    least = tuple(map(int, re.fullmatch(r">=(\d+)\.(\d+)", wanted).groups()))
-    for stage in build:
-        major, minor = re.fullmatch(r"python:(\d+)\.(\d+)-slim", stage.base).groups()
-        assert (int(major), int(minor)) >= least
-    other = dockerfile.stages(DOCKERFILE, {"PYTHON": "3.12"})
-    assert {stage.base for stage in other} == {"python:3.12-slim"}
 
 
 def test_nothing_secret_and_nothing_else_gets_in(build):
@@ -127,22 +111,15 @@ def test_every_package_of_the_service_has_its_bounds():
     assert set(names(SERVE / "requirements.txt")) < bounded
 
 
-def test_compose(build):
-    compose = documents("compose.yaml")[0]
-    check = compose["services"]["jaxchat"]["healthcheck"]
-    assert check["test"] == ["CMD", *json.loads(build[-1].last("HEALTHCHECK").value.partition(" ")[2])]
-    for name, variant in (("jaxchat", "cpu"), ("jaxchat-cuda", "cuda")):
-        service = compose["services"][name]
-        assert service["build"] == {"context": "..", "dockerfile": "serve/Dockerfile", "args": {"VARIANT": variant}}
-        assert (SERVE / service["build"]["context"] / service["build"]["dockerfile"]).resolve() == DOCKERFILE
+def test_compose_gives_no_rights_and_time_to_drain():
+    services = documents("compose.yaml")[0]["services"]
+    assert set(services) == {"jaxchat", "jaxchat-cuda"}
+    for service in services.values():
         assert service["command"] == COMMAND and service["user"] == f"{USER}:{USER}"
-        assert service["read_only"] is True and service["tmpfs"][0].startswith("/tmp:")
+        assert service["read_only"] is True and service["volumes"][0]["read_only"] is True
         assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
         assert service["ports"] == ["127.0.0.1:${PORT:-8000}:8000"]
-        assert service["volumes"][0]["target"] == "/model" and service["volumes"][0]["read_only"] is True
         assert seconds(service["stop_grace_period"]) > ServeConfig().drain_seconds + CLOSE_SECONDS
-        assert service["healthcheck"] == check
-    assert compose["services"]["jaxchat-cuda"]["profiles"] == ["cuda"]
 
 
 def seconds(text):
@@ -160,23 +137,9 @@ def pod(kinds):
     return kinds["Deployment"]["spec"]["template"]["spec"]
 
 
-def test_kubernetes_names_fit_together(kinds, pod):
-    assert set(kinds) == {"Deployment", "Service", "NetworkPolicy"}
-    labels = kinds["Deployment"]["spec"]["template"]["metadata"]["labels"]
-    assert kinds["Deployment"]["spec"]["selector"]["matchLabels"] == labels
-    assert kinds["Service"]["spec"]["selector"] == labels
-    assert kinds["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
-    (container,) = pod["containers"]
-    assert container["args"] == COMMAND
-    assert container["ports"] == [{"name": "http", "containerPort": int(COMMAND[-1])}]
-    assert kinds["Service"]["spec"]["ports"][0]["targetPort"] == "http"
-    assert kinds["NetworkPolicy"]["spec"]["ingress"] == [{"ports": [{"port": "http"}]}]
-    assert kinds["NetworkPolicy"]["spec"]["egress"] == []  # it asks nobody for anything
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    assert kinds["Service"]["spec"]["sessionAffinity"] == "ClientIP"
-
-
-def test_kubernetes_may_do_as_little_as_can_be(pod):
+def test_kubernetes_gives_no_rights(kinds, pod):
+    assert kinds["NetworkPolicy"]["spec"]["egress"] == []
+    assert pod["containers"][0]["args"] == COMMAND
     assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] == USER
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert pod["automountServiceAccountToken"] is False
@@ -199,11 +162,6 @@ def test_kubernetes_waits_for_what_takes_its_time(kinds, pod):
     assert lasts["startup"] >= 600 and lasts["liveness"] > drain and lasts["readiness"] <= 5
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
     assert pod["terminationGracePeriodSeconds"] > pause + drain + CLOSE_SECONDS
-    notes = kinds["Deployment"]["spec"]["template"]["metadata"]["annotations"]
-    assert notes == {
-        "prometheus.io/scrape": "true", "prometheus.io/port": COMMAND[-1], "prometheus.io/path": "/metrics",
-    }  # fmt: skip
-    assert notes["prometheus.io/path"] in routes
 
 
 def test_keys_come_from_a_secret_and_reach_the_service(pod, monkeypatch):

@@ -19,9 +19,9 @@ from jaxchat.engine import Engine, QueueFull
 from jaxchat.engine.request import Token
 from jaxchat.errors import UsageError
 from jaxchat.scaling import resolve
-from serve.errors import ApiError
 from serve.limits import Keys, Rates
 from serve.page import BREAK, CSS, HEAD, TokenSpans, answer, chat_column, check, complaint, mounted_page, show, turn
+from serve.schemas import ApiError
 from serve.texts import TEXTS
 from serve.worker import EngineStopped, Unavailable
 
@@ -81,7 +81,7 @@ def test_answers_grow_and_end_with_the_speed(service):
     assert [part["text"] for part in pieces[-1][0]["content"]] == ["12+30", "42", "That is it."]
 
 
-def test_a_full_context_is_told(service):
+def test_a_full_context_is_is_news(service):
     long = turn("hello there " * 5, [{"type": "text", "text": "Hi"}]) * 8
     assert "forgotten" in collect(service[1], long, GREETING[0]["content"], max_tokens=40)[-1][1]
     with pytest.raises(UsageError, match="context holds 128"):
@@ -145,11 +145,11 @@ def finish(page, words=TEXTS["en"]["speed"]):
 
 @pytest.fixture
 def slow(service, monkeypatch):
-    """0.1 s a token: time to do something before the answer ends by itself. Returns what the engine was asked."""
+    """0.05 s a token: time to do something before the answer ends by itself. Returns what the engine was asked."""
     engine, asked = service[1].engine, []
-    step, submit = engine.step, engine.submit
-    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.1 if engine.running else 0), step())[1])
-    monkeypatch.setattr(engine, "submit", lambda request: (asked.append(request), submit(request))[1])
+    step, submit = engine.step, engine.submit_group
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.05 if engine.running else 0), step())[1])
+    monkeypatch.setattr(engine, "submit_group", lambda *args: (asked.append(args[0]), submit(*args))[1])
     return asked
 
 
@@ -209,7 +209,7 @@ def test_stop_keeps_what_has_come_and_frees_the_slot(open_page, slow, service):
     page.locator("[data-testid=bot]").get_by_text("Hi").wait_for()
     page.locator("button.stop-button").click()
     assert seconds_until_free(service[1], page) < 1
-    page.wait_for_timeout(1500)
+    page.wait_for_timeout(500)
     assert page.locator("[data-testid=bot]").inner_text().strip() in ("Hi", "Hi 🙂")
     say(page, QUESTION[0]["content"])
     finish(page)

@@ -1,8 +1,6 @@
 """What the chat page shows: lines, tool calls, tokens with their probabilities, the model's card."""
 
-import asyncio
 import json
-import logging
 import re
 from html.parser import HTMLParser
 
@@ -13,8 +11,7 @@ from small_model import tokenizer
 
 from jaxchat.engine.request import Token
 from jaxchat.run_dir import RunDir
-from serve.app import told
-from serve.page import BREAK, TokenSpans, is_base, model_card, next_turn, show, spoken, turn, undo
+from serve.page import BREAK, TokenSpans, model_card, next_turn, show, turn, undo, without_html
 from serve.texts import TEXTS, texts, wait_page
 
 PARTS = [{"type": "python", "text": "12+30"}, {"type": "python_output", "text": "42"}, {"type": "text", "text": "So."}]
@@ -49,7 +46,7 @@ def test_a_tool_call_is_a_line_of_its_own():
 
 
 def test_the_engine_never_gets_what_is_only_for_the_page():
-    assert spoken(turn("a", [{"type": "text", "text": "A", "html": "<span>A</span>"}])) == turn(
+    assert without_html(turn("a", [{"type": "text", "text": "A", "html": "<span>A</span>"}])) == turn(
         "a", [{"type": "text", "text": "A"}]
     )
 
@@ -98,25 +95,6 @@ def test_a_character_cut_off_shows_as_such():
     assert html == "" and Spans(spans.end()).found[0][0] == "\ufffd"
     assert re.fullmatch("([0-9A-F]{2} ?)+", spans.readable(tokenizer().encode("안")[0]))
     assert spans.readable(tokenizer().encode(" ")[0]) == "␣" and spans.readable(tokenizer().encode("\n")[0]) == "⏎"
-
-
-def test_a_run_without_sft_is_told_from_one_with_it(tmp_path):
-    run = RunDir(tmp_path)
-    run.config.write_text("")
-    (tmp_path / "base" / "3").mkdir(parents=True)
-    assert is_base(run)
-    (tmp_path / "sft" / "1").mkdir(parents=True)
-    assert not is_base(run)
-
-
-def test_what_an_open_page_leaves_at_the_end_is_not_logged():
-    def record(message, error=None):
-        raised = (type(error), error, None) if error else None
-        return logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, message, (), raised)
-
-    assert not told(record("Exception in ASGI application", asyncio.CancelledError()))
-    assert not told(record("Cancel 1 running task(s), timeout graceful shutdown exceeded"))
-    assert told(record("Exception in ASGI application", ValueError("x"))) and told(record("engine dead"))
 
 
 def test_while_the_model_loads_the_page_speaks_the_reader_s_language():
@@ -170,10 +148,10 @@ def test_the_model_card_tells_size_time_and_scores(tmp_path):
     card = model_card(own, config(), TEXTS["ko"])
     assert "문장제" in card and "95.3%" in card and "n = 256" in card and "철자 맞히기" in card
     assert "1.605" in card and "1.900" not in card and "0:05:16" in card
-    own.eval("sft").write_text(json.dumps({"core": 0.2219, "tasks": {"<b>": {"metric": 0.5}, "broken": {}, "x": 1}}))
+    own.eval("sft").write_text(json.dumps({"core": 0.2219, "tasks": {"<b>": {"metric": 0.5}}}))
     card = model_card(own, config(), TEXTS["en"])
-    assert "CORE</dt>" in card and "0.222" in card and "&lt;b&gt;" in card and "broken" not in card
-    own.eval("sft").write_text("[]")
+    assert "CORE</dt>" in card and "0.222" in card and "&lt;b&gt;" in card
+    own.eval("sft").write_text("[")
     own.stages.write_text("{")
     assert "학습 시간" not in model_card(own, config(), TEXTS["ko"])
 

@@ -60,7 +60,7 @@ def count_prefills(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("options", [{"slots": 8}, {"slots": 1}, {"slots": 32, "lookahead": True}, {"slots": 2}])
+@pytest.mark.parametrize("options", [{"slots": 8}, {"slots": 1}, {"slots": 32}, {"slots": 2}])
 def test_groups_give_what_single_requests_give(options):
     own = engine(**options)
     requests = [own.chat_request(messages, **WARM) for messages in (QUESTION, GREETING)]

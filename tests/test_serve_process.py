@@ -68,7 +68,7 @@ def test_from_start_to_drained_end(run):
         assert answer["choices"][0]["message"]["content"] == "Hi 🙂 안녕!"
         page = until(lambda: (found := httpx.get(url, timeout=30)).status_code == 200 and found)
         assert '"title":"jaxchat nano"' in page.text
-        bodies, ask = [], {"messages": GREETING, "ignore_eos": True, "stream": True, "max_tokens": 110, "n": 2}
+        bodies, ask = [], {"messages": GREETING, "ignore_eos": True, "stream": True, "max_tokens": 110, "n": 8}
 
         def one():
             with httpx.stream("POST", url + CHAT, json=ask, timeout=60) as stream:

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from live_service import live, needs_openai
 
-from serve.errors import CODES, TYPES
-from serve.schemas import NOTHING, ChatRequest, CompletionRequest
+from serve.schemas import ERROR_CODES, ERROR_TYPES, UNSUPPORTED, ChatRequest, CompletionRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "docs/chat.md", ROOT / "docs/ko/chat.md"]
@@ -111,8 +110,8 @@ def test_fields_errors_and_what_is_refused(page):
     assert named | {"max_completion_tokens"} == set(ChatRequest.model_fields) | set(CompletionRequest.model_fields)
     errors = next(table for table in re.findall(r"(?:^\|.*\n)+", text, re.M) if "| 429 |" in table)
     assert {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", errors, re.M) for code in row.split(", ")} == (
-        set(CODES) | {400, 503}
+        set(ERROR_CODES) | {400, 503}
     )
-    assert set(TYPES) <= set(CODES) | {403}
+    assert set(ERROR_TYPES) <= set(ERROR_CODES) | {403}
     for name in ("tools", "response_format", "logit_bias", "suffix", "best_of"):
-        assert name in NOTHING and f"`{name}`" in text
+        assert name in UNSUPPORTED and f"`{name}`" in text

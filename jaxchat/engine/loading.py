@@ -1,4 +1,4 @@
-"""A finished run as the engine needs it."""
+"""Load a finished run for the engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STAGES = ("rl", "sft", "base")  # furthest trained first
 
 
 def trained_stages(run: RunDir) -> list[str]:
-    """Stages with a checkpoint, the furthest first; `DataError` where there is none, or no run at all."""
+    """Return the stages with a checkpoint, the furthest first; `DataError` where there is none."""
     if not run.config.is_file():
         raise DataError(f"{run.root}: not a run directory (no config.toml); train one with launch.py first")
     found = [s for s in STAGES if any(p.name.isdigit() for p in run.stage(s).glob("*"))]
@@ -33,10 +33,7 @@ def trained_stages(run: RunDir) -> list[str]:
 
 
 def load_run(run: RunDir, stage: str | None) -> tuple[ModelConfig, dict[str, Any], Tokenizer, ServeConfig]:
-    """(resolved config, parameters, tokenizer, `serve.*`) of the furthest trained stage, or of the one named.
-
-    `DataError` says what is missing.
-    """
+    """Return (resolved config, parameters, tokenizer, `serve.*`) of the stage, by default the furthest trained one."""
     found = trained_stages(run)
     if stage is not None and stage not in found:
         raise DataError(f"{run.root}: no stage {stage!r} with a checkpoint; found: {', '.join(found)}")
@@ -46,14 +43,13 @@ def load_run(run: RunDir, stage: str | None) -> tuple[ModelConfig, dict[str, Any
 
 
 def mesh_for(slots: int) -> Mesh | None:
-    """All devices of this process, where there are several and each of them gets a slot."""
+    """Return all devices of this process where there are several and each gets a slot, else None."""
     devices = jax.local_devices()
     return make_mesh(MeshConfig(), devices) if 1 < len(devices) <= slots else None
 
 
 def batch_rows(config: ModelConfig, rows: int, mesh: Mesh | None = None) -> int:
-    """`eval.batch_rows`, where it is -1 by the device: 32 on a CPU and where the memory is not known, else
-    `sizes.exam_rows`."""
+    """Return `eval.batch_rows`; for -1, 32 on a CPU or where the memory is unknown, else `sizes.exam_rows`."""
     if rows >= 0:
         return rows
     stats = jax.local_devices()[0].memory_stats() or {}

@@ -1,6 +1,6 @@
-"""An answer as it comes out: ids to text that is safe to show, and the tool calls inside.
+"""Turn generated ids into text that is safe to show, and run the tool calls among them.
 
-A call is the text between <|python_start|> and <|python_end|>. At its end the row waits on the device, the host runs
+A call is the text between <|python_start|> and <|python_end|>. At its end the row pauses on the device, the host runs
 the calculator, and the result is forced in between <|output_start|> and <|output_end|>.
 """
 
@@ -18,10 +18,10 @@ TOOL_ERROR = "error"  # the output of a call that the calculator refuses
 
 
 class Turn:
-    """Collects one answer. `add` takes every made id, in order, and returns the events that it completes.
+    """One answer. `add` takes every id in order and returns the events that it completes.
 
-    The answer ends before the first of `stop_texts` that its text holds; then `stopped` is true, and nothing more may
-    be added. Text that may be the beginning of one is held back.
+    The answer ends before the first of `stop_texts` in its text; then `stopped` is true, and nothing more may be added.
+    Text that may be the beginning of a stop text is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_texts: Sequence[str] = ()):
@@ -30,28 +30,27 @@ class Turn:
         self._special = set(special.values())
         self._opens = {special[PYTHON_START]: "python", special[OUTPUT_START]: "python_output"}
         self._closes = {special[PYTHON_END]: "python", special[OUTPUT_END]: "python_output"}
-        self._output = special[OUTPUT_START], special[OUTPUT_END]
         self._kind = "text"
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = tuple(text for text in stop_texts if text)
-        self._back = ""  # text held back
+        self._held_back = ""
         self._to_force = 0  # ids of a tool's output that are still to come
-        self._unshown: list[tuple[Token, int]] = []  # with the length of all text up to each one's beginning
-        self._length = self._shown = 0  # characters made, and shown
+        self._unshown: list[tuple[Token, int]] = []  # with the number of characters before each
+        self._chars = self._shown_chars = 0
         self.tokens: list[int] = []
-        self.forced: list[bool] = []  # of every token, whether it is of such an output
+        self.forced: list[bool] = []  # of every token, whether it is forced tool output
         self.parts: list[dict[str, str]] = []
         self.logprobs: list[Token] = []  # of every token, where they are reported
         self.stopped = False
 
     def add(self, token: int, report: Token | None = None) -> list[Event]:
-        """A special token never shows as text; one that opens or closes nothing is dropped."""
+        """Add an id. A special token never shows as text; one that opens or closes nothing is dropped."""
         self.tokens.append(token)
         self.forced.append(self._to_force > 0)
         self._to_force = max(0, self._to_force - 1)
         if report:
             self.logprobs.append(report)
-            self._unshown.append((report, self._length))
+            self._unshown.append((report, self._chars))
         if token not in self._special:
             return self._show(self._decoder.decode(self._tokenizer.token_bytes(token)))
         events = []
@@ -65,52 +64,52 @@ class Turn:
         return events
 
     def flush(self) -> list[Event]:
-        """Show what was held back, incomplete UTF-8 as U+FFFD; at the end of a part or of the answer."""
+        """Show held-back text, incomplete UTF-8 as U+FFFD; at the end of a part or of the answer."""
         return self._show(self._decoder.decode(b"", final=True), final=True)
 
     def rest(self) -> tuple[Token, ...]:
-        """Tokens that no event has shown, for the last one."""
-        rest = tuple(token for token, begin in self._unshown if not self.stopped or begin < self._shown)
+        """Return the tokens that no event has shown."""
+        rest = tuple(token for token, begin in self._unshown if not self.stopped or begin < self._shown_chars)
         self._unshown = []
         return rest
 
     def tool_output(self) -> list[int]:
-        """Ids that answer the call that has just been closed, the next to be added; none where there was no call."""
+        """Return the ids that answer the call just closed, to be added next; [] where there was no call."""
         if not self.parts or self.parts[-1]["type"] != "python":
             return []
         result = calculate(self.parts[-1]["text"])
         ids = self._tokenizer.encode(TOOL_ERROR if result is None else result)
-        start, end = self._output
-        output = [start, *ids[: FORCED - 2], end]
+        special = self._tokenizer.special
+        output = [special[OUTPUT_START], *ids[: FORCED - 2], special[OUTPUT_END]]
         self._to_force = len(output)
         return output
 
     def _show(self, text: str, final: bool = False) -> list[Event]:
-        self._length += len(text)
+        self._chars += len(text)
         if self._stops and self._kind == "text":
-            text = self._before_stop(self._back + text, final)
+            text = self._before_stop(self._held_back + text, final)
         if not text:
             return []
         if not self.parts or self.parts[-1]["type"] != self._kind:
             self.parts.append({"type": self._kind, "text": ""})
         self.parts[-1]["text"] += text
-        self._shown += len(text)
-        shown = tuple(token for token, begin in self._unshown if begin < self._shown)
+        self._shown_chars += len(text)
+        shown = tuple(token for token, begin in self._unshown if begin < self._shown_chars)
         self._unshown = self._unshown[len(shown) :]
         return [Event(self._kind, text, tokens=shown)]
 
     def _before_stop(self, text: str, final: bool) -> str:
-        """What of the text may be shown; the rest is held back, or given up where it begins with a stop text."""
-        self._back = ""
-        ends = [place for place in map(text.find, self._stops) if place >= 0]
-        if ends:
+        """Return what may be shown of the text; hold back the rest, or drop it where it begins with a stop text."""
+        self._held_back = ""
+        places = [place for place in map(text.find, self._stops) if place >= 0]
+        if places:
             self.stopped = True
-            return text[: min(ends)]
+            return text[: min(places)]
         if final:
             return text
         longest = max(map(len, self._stops)) - 1
         for begin in range(max(0, len(text) - longest), len(text)):
             if any(stop.startswith(text[begin:]) for stop in self._stops):
-                self._back = text[begin:]
+                self._held_back = text[begin:]
                 return text[:begin]
         return text
