@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"jaxchat {__version__}", help="print the version")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="launch.py")
     parsers = {
         name: commands.add_parser(name, help=text, description=text, usage=f"python launch.py {name} [options]")
         for name, text in COMMANDS.items()

@@ -24,29 +24,26 @@ from jaxchat.errors import UsageError
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+
+
 @dataclass(frozen=True)
 class Key:
-    """Declaration of a configuration key."""
+    """Declaration of a configuration key; the bounds are inclusive and hold for every number of a list."""
 
     default: Any
     meaning: str  # one line of Markdown
-    low: float
-    high: float
-    choices: tuple[str, ...]  # empty: any value
-    free: bool  # may change in a finished run: how fast or how often, never what is computed beyond rounding
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple[str, ...] = ()  # empty: any value
+    free: bool = False  # may change in a finished run: how fast or how often, never what is computed beyond rounding
     type: Any = None
 
 
-def key(
-    default: Any,
-    meaning: str,
-    low: float = -math.inf,
-    high: float = math.inf,
-    choices: tuple[str, ...] = (),
-    free: bool = False,
-) -> Any:
-    """Declare a key as a dataclass field; bounds are inclusive and hold for every number of a list."""
-    return field(default=default, metadata={"key": Key(default, meaning, low, high, choices, free)})
+def key(*args: Any, **options: Any) -> Any:
+    """Declare a key as a field of a dataclass, with the arguments of `Key`."""
+    declared = Key(*args, **options)
+    return field(default=declared.default, metadata={"key": declared})
 
 
 # fmt: off
@@ -310,7 +307,7 @@ def _declarations(cls: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
 KEYS = dict(_declarations(Config))
 SIZED = ("model.depth", "model.seq_len", "model.vocab_size")  # may be -1 where data.size_model fits them to the text
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if "key" not in f.metadata)
-# Keys of older versions. Their behaviour at this value is what happens now; files and records with it are still read.
+# Keys of older versions with the value that is built in now. Files and records that have it are still read.
 REMOVED: dict[str, Any] = {
     "tokenizer.train_chars": 2_000_000_000,
     "tokenizer.doc_chars": 10_000,
@@ -410,7 +407,7 @@ def _checked(name: str, declared: Key, value: Any) -> Any:
     if type(value) is not kind:
         plain = unicodedata.normalize("NFKC", value) if isinstance(value, str) else value
         advice = f"; did you mean {plain}, in plain digits?" if plain != value and kind is not str else ""
-        raise UsageError(f"{name}: needs {_TYPE_NAMES[kind]}, not {value!r}{advice}")
+        raise UsageError(f"{name}: needs {TYPE_NAMES[kind]}, not {value!r}{advice}")
     if kind is float and not math.isfinite(value):
         raise UsageError(f"{name}: needs a finite number, not {value!r}")
     derived = is_derived(value) and (is_derived(declared.default) or name in SIZED)
@@ -426,9 +423,6 @@ def check_section(name: str, section: Any) -> None:
     """Raise `UsageError` for a bad value in a section that was not read from TOML."""
     for f in dataclasses.fields(section):
         _checked(f"{name}.{f.name}", KEYS[f"{name}.{f.name}"], getattr(section, f.name))
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
 def load_config(tier: str | Path = "nano", overrides: Sequence[str] = ()) -> Config:

@@ -497,7 +497,7 @@ BROKEN = {
     "a pickle": (pickled, "pytorch_model.bin.*pickles"),
     "index of a missing file": (lambda f: index(f, {Q: "model-2.safetensors"}), "model-2.safetensors: no such file"),
     "index that leaves the folder": (lambda f: index(f, {Q: "../x.safetensors"}), "no weight_map of file names"),
-    "depth beyond its tensors": (lambda f: edit(f, num_hidden_layers=20_000_000), "holds 32 tensors"),
+    "depth beyond its tensors": (lambda f: edit(f, num_hidden_layers=20_000_000), "model.depth: must be at most 10000"),
     "architecture a list": (lambda f: edit(f, model_type=[1]), r"architecture \[1\]"),
     "width beyond floats": (lambda f: edit(f, intermediate_size=10**400), "values that cannot be"),
     "eps beyond floats": (lambda f: edit(f, rms_norm_eps=10**400), "values that cannot be"),

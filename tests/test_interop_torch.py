@@ -20,6 +20,7 @@ import torch
 from random_model import KINDS, TEXTS, config, logits_of, random_model, random_run, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+import jaxchat
 from jaxchat.chat import render_prompt
 from jaxchat.checkpoint import params_sha256
 from jaxchat.engine import Engine, Request
@@ -367,7 +368,9 @@ def test_an_imported_run_can_be_exported_again(base_dir):
     import_nanochat(base_dir / "d5", base_dir / "run", allow_pickle=True)
     model = load_trained(RunDir(base_dir / "run"))
     write_hf(model, base_dir / "hf")
-    assert "imported into jaxchat from d5 (nanochat)" in (base_dir / "hf" / "README.md").read_text(encoding="utf-8")
+    assert f"imported into jaxchat {jaxchat.__version__} from d5 (nanochat)" in (
+        base_dir / "hf" / "README.md"
+    ).read_text(encoding="utf-8")
     theirs = AutoModelForCausalLM.from_pretrained(base_dir / "hf")
     ids = ids_of(1, 40)
     with torch.no_grad():

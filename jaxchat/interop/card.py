@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxchat import __version__
 from jaxchat.interop.trained import Trained
 from jaxchat.sizes import count_parameters
 
@@ -37,8 +38,8 @@ def model_card(model: Trained, how: str, library: str) -> str:
 
 def _origin(model: Trained) -> str:
     if model.imported is None:
-        return "trained with jaxchat"
-    there = f"imported into jaxchat from {model.imported.get('from')} ({model.imported.get('format')})"
+        return f"trained with jaxchat {__version__}"
+    there = f"imported into jaxchat {__version__} from {model.imported.get('from')} ({model.imported.get('format')})"
     return f"{there} and trained on" if model.trained_on else there
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxchat import __version__
 from jaxchat.config import ModelConfig
 from jaxchat.errors import DataError, UsageError
 from jaxchat.interop.card import model_card
@@ -224,6 +225,7 @@ def to_hf(config: ModelConfig, architecture: str, dtype: str, ids: dict[str, Any
         "intermediate_size": mlp_width(config),
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
         "use_cache": True,
+        "jaxchat_version": __version__,
         **ids,
     }
     if architecture == "nanochat":

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxchat import __version__
 from jaxchat.attention import attention
 from jaxchat.checkpoint import this_process
 from jaxchat.errors import DataError
@@ -91,6 +92,7 @@ def _config(model: Trained, dtype: str) -> dict[str, Any]:
     special = model.tokenizer.special
     return {
         "format": FORMAT,
+        "jaxchat_version": __version__,
         "stage": model.stage,
         "dtype": dtype,
         "model": dataclasses.asdict(model.config),
