@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxchat.pack import core_files, pack
+
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = sorted(
     [*ROOT.glob("jaxchat/**/*.py"), *ROOT.glob("train/**/*.py"), *ROOT.glob("serve/**/*.py"), ROOT / "launch.py"]
@@ -190,3 +192,15 @@ def test_no_private_functions_of_libraries():
                 continue
             hidden = any(part.startswith("_") and not part.startswith("__") for part in parts[1:])
             assert not hidden or module in PRIVATE, f"{name_of(path)} imports {module}"
+
+
+def test_the_core_is_printed_with_a_table_of_contents():
+    lines = pack(core_files()).splitlines()
+    table = [line.split() for line in lines[2 : lines.index("", 2)]]
+    names = [name for _, _, name in table]
+    assert {"launch.py", "jaxchat/model.py", "train/loop.py", "configs/nano.toml"} <= set(names)
+    assert not [name for name in names if "interop" in name or "sandbox" in name or name.startswith("serve")]
+    for first, count, name in table:
+        text = (ROOT / name).read_text(encoding="utf-8").rstrip("\n").splitlines()
+        assert lines[int(first) - 2] == f"==== {name} ====" and len(text) == int(count)
+        assert lines[int(first) - 1 : int(first) - 1 + len(text)] == text
