@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import random
@@ -109,7 +108,10 @@ def rehearse(
 
 
 class Rehearsal:
-    """One rehearsal: the real configuration, the smaller one, what was measured and what went wrong."""
+    """One rehearsal: the real configuration, the smaller one, what was measured and what went wrong.
+
+    Of a stage, `before_STAGE` chooses its data, `run_STAGE` replaces its run, and `measure_STAGE` returns its figures.
+    """
 
     def __init__(self, config: Config, run: RunDir, reasons: dict[str, str]):
         self.config, self.run, self.reasons = config, run, reasons
@@ -140,31 +142,16 @@ class Rehearsal:
         except DataError as error:
             self.problem("disk", "pretrain", error)
         self.choose_text()
-        before = {"sft": self.choose_conversations, "rl": self.choose_environment}
-        runs: dict[str, Callable[[Config, RunDir], dict[str, Any]]] = {
-            "pretrain": self.pretrain,
-            "sft": self.sft,
-            "rl": lambda config, run: rl.run(config, run, RL_STEPS),
-            "eval": functools.partial(evaluate.run, one_batch=True),
-        }
-        measures = {
-            "prepare": self.measure_prepare,
-            "pretrain": self.measure_pretrain,
-            "sft": self.measure_sft,
-            "rl": self.measure_rl,
-            "eval": self.measure_eval,
-        }
         failed: set[str] = set()
         for stage in stages:
-            before.get(stage.name, lambda: None)()
+            getattr(self, f"before_{stage.name}", lambda: None)()
             if missing := failed & set(stage.needs):
                 say(f"{stage.name:<10} not rehearsed: it needs {', '.join(sorted(missing))}", style="yellow")
                 failed.add(stage.name)
-            elif self.ran(dataclasses.replace(stage, run=runs.get(stage.name, stage.run))):
+            elif self.ran(dataclasses.replace(stage, run=getattr(self, f"run_{stage.name}", stage.run))):
                 record = self.run.records()[stage.name]
-                self.measured[stage.name] = {"seconds": record["seconds"]}
-                if stage.name in measures:
-                    self.measured[stage.name] |= measures[stage.name](record["facts"], record["seconds"])
+                measure = getattr(self, f"measure_{stage.name}", lambda facts, seconds: {})
+                self.measured[stage.name] = {"seconds": record["seconds"]} | measure(record["facts"], record["seconds"])
             else:
                 failed.add(stage.name)
         if "pretrain" in self.measured:
@@ -213,7 +200,7 @@ class Rehearsal:
         self.small = replaced(self.small, "data", source=f"files:{folder}")
         self.measured["text"] = {"sample_bytes": sample_bytes, "bytes": whole}
 
-    def choose_conversations(self) -> None:
+    def before_sft(self) -> None:
         """Take a small mixture whole and a share of a large one; made-up conversations for a missing data set."""
         entries, total, missing = [], 0, False
         for entry in self.config.sft.mixture:
@@ -247,7 +234,7 @@ class Rehearsal:
         write_jsonl(folder, itertools.islice(turns, count), "messages")
         return f"files:{folder}"
 
-    def choose_environment(self) -> None:
+    def before_rl(self) -> None:
         """Take a generated task instead of an environment whose questions are missing."""
         try:
             rl.environment(self.config)
@@ -259,7 +246,7 @@ class Rehearsal:
 
     # What runs otherwise than in the real run
 
-    def pretrain(self, config: Config, run: RunDir) -> dict[str, Any]:
+    def run_pretrain(self, config: Config, run: RunDir) -> dict[str, Any]:
         """Train two halves with a save and a restore between; the second is long enough to measure the pace."""
         begin = time.perf_counter()
         first = pretrain.run(replaced(config, "train", eval_every=0, sample_every=0), run, HALF)
@@ -271,11 +258,19 @@ class Rehearsal:
         second = pretrain.run(replaced(config, "train", eval_every=middle, sample_every=sample_every), run, last)
         return second | {"first_wall": wall, "first_timings": first["timings"]}
 
-    def sft(self, config: Config, run: RunDir) -> dict[str, Any]:
+    def run_sft(self, config: Config, run: RunDir) -> dict[str, Any]:
         """Train for `STEADY_SECONDS` by the pace of pretraining, with two evaluations."""
         pace = self.measured["pretrain"]["step_seconds"] * config.sft.batch_tokens / config.train.batch_tokens
         steps = max(SFT_STEPS, min(MOST_STEPS, int(STEADY_SECONDS / pace)))
         return sft.run(replaced(config, "sft", eval_every=steps // 2), run, steps)
+
+    def run_rl(self, config: Config, run: RunDir) -> dict[str, Any]:
+        """Train two steps."""
+        return rl.run(config, run, RL_STEPS)
+
+    def run_eval(self, config: Config, run: RunDir) -> dict[str, Any]:
+        """Ask one batch of every exam, twice."""
+        return evaluate.run(config, run, one_batch=True)
 
     def answer(self) -> None:
         """Let the engine answer once, as for whoever chats with the finished run."""

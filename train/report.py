@@ -564,8 +564,6 @@ def _training(card: Card) -> Table:
     if train:
         rows += [
             ["parameters", f"{train['parameters']:,} ({train['scaling_parameters']:,} in products)"],
-            ["model", _settings(card["model"])],
-            ["optimizer", _settings(card["optimizer"])],
             ["pretraining FLOPs", f"{train['flops']:.3g} ({train['flops_per_token']:,} per token)"],
         ]
     if sft:
@@ -650,7 +648,6 @@ def _machine(card: Card) -> Table:
         ["versions", _by_stage(card["versions"], lambda found: ", ".join(f"{k} {v}" for k, v in found.items()))],
         ["commit", _by_stage(card["commits"], lambda commit: commit or "-")],
         ["code", f"{lines}, {size['dependencies']} dependencies"],
-        ["seed", str(card["seed"])],
         ["finished", card["date"] or "-"],
     ]
     return Table("Machine and code", [], rows)
@@ -668,10 +665,6 @@ def _device(hardware: dict[str, Any]) -> str:
     if hardware["platform"] == "cpu":
         return f"{hardware['cpu_cores']} CPU cores ({hardware['device']}){hosts}"
     return f"{hardware['devices']} x {hardware['device']}{hosts}"
-
-
-def _settings(values: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
 
 
 def _speed(speed: dict[str, Any]) -> str:
