@@ -143,7 +143,7 @@ def analyse(text: str, devices: int = 1) -> Program:
                 if moved := bytes_moved(i, by_name, computations):
                     program.transfers.append(Transfer(_transfer_kind(i, computations), moved, times, i.name))
     buffers = {(dtype, _split(dims)) for dtype, dims in shapes}
-    program.buffers = sorted(buffers, key=lambda b: _item_bytes(b[0]) * math.prod(b[1]), reverse=True)
+    program.buffers = sorted(buffers, key=lambda b: (-_item_bytes(b[0]) * math.prod(b[1]), b))
     return program
 
 

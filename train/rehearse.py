@@ -150,7 +150,7 @@ class Rehearsal:
                 failed.add(stage.name)
             elif self.ran(dataclasses.replace(stage, run=getattr(self, f"run_{stage.name}", stage.run))):
                 record = self.run.records()[stage.name]
-                measure = getattr(self, f"measure_{stage.name}", lambda facts, seconds: {})
+                measure: Any = getattr(self, f"measure_{stage.name}", lambda facts, seconds: {})
                 self.measured[stage.name] = {"seconds": record["seconds"]} | measure(record["facts"], record["seconds"])
             else:
                 failed.add(stage.name)

@@ -381,8 +381,8 @@ def _title(card: Card, name: str) -> str:
     if name == "core":
         return "CORE"
     if name == "core_partial":
-        partial = next(s["core_partial"] for s in card["standing"].values() if s.get("core_partial"))
-        return f"core_partial (mean of {partial['tasks']} of CORE's {partial['of']} tasks)"
+        part = next((s["core_partial"] for s in card["standing"].values() if s.get("core_partial")), None)
+        return f"core_partial (mean of {part['tasks']} of CORE's {part['of']} tasks)" if part else name
     return next((t[name]["title"] for t in card["exams"].values() if "title" in t.get(name, ())), name)
 
 
