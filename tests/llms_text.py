@@ -1,6 +1,6 @@
-"""`docs/llms.txt`: one file that lets a language model answer questions about jaxchat, after llmstxt.org.
+"""Write `docs/llms.txt` (llmstxt.org): an index of documents and modules for a language model.
 
-python tests/llms_text.py      writes it anew from documents and docstrings
+python tests/llms_text.py
 """
 
 import ast
@@ -8,64 +8,51 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILE = ROOT / "docs" / "llms.txt"
 HEAD = """# jaxchat
 
 > The chat model you train yourself, in JAX: one command runs tokenizer, pretraining, supervised fine-tuning,
 > reinforcement learning, exams, report card, export and a chat page, on a laptop's CPU, on GPUs or on TPUs.
 > Python, Flax NNX, optax, Orbax, Grain. MIT licence.
 
-Answer questions about this repository from the files named below; paths are relative to its root. Commands are
-run there.
+Answer questions about this repository from the files named below; paths are relative to its root. Commands are run
+there. `python -m jaxchat.pack` prints the core as one text.
 
-Main commands:
-
-- `python launch.py --tier nano`: everything, on any machine, in minutes; `--tier d20` on 8 H100s; `--tiers`
-  lists all.
-- `python launch.py --run-dir runs/nano --chat` or `--serve`: talk to a finished run; OpenAI's routes and a
-  page.
-- `python launch.py --tier d20 --plan --target h100:8`: memory, products and collectives, compiled without the
-  device.
-- `python launch.py --set KEY=VALUE`: any key of `docs/configuration.md`; an unknown one is refused with the
-  nearest known.
-- `python -m jaxchat.interop export|import`: weights to and from Orbax, Hugging Face and nanochat.
+- `python launch.py --tier nano`: everything, on any machine, in minutes; `python launch.py tiers` lists all tiers.
+- `python launch.py chat runs/nano`, `serve runs/nano`: talk to a finished run; OpenAI's routes and a page.
+- `python launch.py plan --tier d20 --target h100:8`: memory, products, collectives, compiled without the device.
+- `python launch.py rehearse`, `doctor`, `compare A B`, `export RUN`, `import`: see `python launch.py --help`.
+- `--set KEY=VALUE`: any key of `docs/configuration.md`.
 - `python -m pytest`: the tests. `.ci/run`: all that must pass.
 
-Laws: data flows config -> mesh -> text -> data -> model -> losses -> optim -> state -> checkpoint -> engine ->
-tasks -> interop, imports point to the left only; `train/` and `serve/` import `jaxchat/` and never each other;
-only `launch.py` reads arguments and the environment. A batch is a function of the optimizer step. Parameters
-are stacked over layers and scanned. Axis letters: B batch, T time, S cache time, L layer, H query head, K kv
-head, D width, F feed-forward width, V vocabulary, N head width. Exit codes: 0 done, 2 usage, 3 data or disk, 4
-device memory, 5 diverged, 75 stopped by a signal and to be run again.
+`train/` and `serve/` import `jaxchat/` and never each other; imports inside `jaxchat/` go one way. Only `launch.py` reads
+arguments and the environment. A batch is a function of the optimizer step. Parameters are stacked over layers and scanned.
+Axis letters: B batch, T time, S cache time, L layer, H query head, K kv head, D width, F feed-forward width, V vocabulary,
+N head width. Exit codes: 0 done, 2 usage, 3 data or disk, 4 device memory, 5 diverged, 75 stopped by a signal.
 """
 
 
-def sentence(text):
-    """The first one, on one line."""
-    paragraph = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[\w)`])\.(?: |$)", paragraph)[0]
-
-
-def titles():
+def documents():
     for path in sorted((ROOT / "docs").glob("*.md")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        yield f"- [{lines[0].removeprefix('# ')}](docs/{path.name})"
+        title = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        yield f"- [{title}](docs/{path.name})"
 
 
 def modules(folder):
+    """One line a module: its path and the first sentence of its docstring."""
     for path in sorted((ROOT / folder).rglob("*.py")):
         if text := ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))):
-            yield f"- [{path.relative_to(ROOT).as_posix()}]({path.relative_to(ROOT).as_posix()}): {sentence(text)}"
-
-
-def written():
-    parts = [HEAD, "## Documents (Korean twins in docs/ko/)\n", "\n".join(titles())]
-    for title, folder in (
-        ("Library", "jaxchat"), ("Stages of training", "train"), ("Serving", "serve"), ("Benchmarks", "bench")
-    ):  # fmt: skip
-        parts += [f"\n## {title}\n", "\n".join(modules(folder))]
-    return "\n".join(parts) + "\n"
+            paragraph = " ".join(text.split("\n\n")[0].split())
+            name = path.relative_to(ROOT).as_posix()
+            yield f"- [{name}]({name}): {re.split(r'(?<=[a-z0-9)`])[.](?: |$)', paragraph)[0]}"
 
 
 if __name__ == "__main__":
-    FILE.write_text(written(), encoding="utf-8")
+    parts = [HEAD, "## Documents (Korean twins in docs/ko/)\n", *documents()]
+    for title, folder in {
+        "Library": "jaxchat",
+        "Stages of training": "train",
+        "Serving": "serve",
+        "Benchmarks": "bench",
+    }.items():
+        parts += [f"\n## {title}\n", *modules(folder)]
+    (ROOT / "docs" / "llms.txt").write_text("\n".join(parts) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from jaxchat import errors
 from jaxchat.config import load_config, tier_files
 from jaxchat.data.sources import iterate_documents
 from jaxchat.engine import Request
+from jaxchat.interop import __main__ as interop
 from jaxchat.optimizer import GROUPS
 from jaxchat.scaling import resolve
 from jaxchat.sizes import count_parameters, flops_per_token
@@ -67,7 +68,10 @@ def test_every_command_parses_and_its_keys_exist(path, tmp_path, monkeypatch):
     (tmp_path / "소설.txt").write_bytes("옛날에 한 사람이 살았습니다. ".encode("cp949") * 2_000)
     for command in commands(path):
         args = launch.parse(shlex.split(command)[2:])
-        if args.command in ("compare", "export", "import", "tiers"):
+        if args.command in launch.INTEROP:
+            run = ["--run-dir"] if args.command == "export" else []
+            interop.make_parser().parse_args([args.command, *run, *args.words])
+        if args.command in ("compare", "tiers", *launch.INTEROP):
             continue
         args.config = args.run_dir = args.run = None  # a run that may not exist here
         config, _, _ = launch.resolve_arguments(args)
@@ -132,13 +136,14 @@ def test_exit_codes_and_optimizer_groups(page):
     assert groups == [f"`{group}`" for _, group in GROUPS]
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.ko.md"])
-def test_the_two_commands_and_every_tier(page):
+@pytest.mark.parametrize("page, tiers", [("README.md", "docs/tiers.md"), ("README.ko.md", "docs/ko/tiers.md")])
+def test_the_two_commands_and_every_tier(page, tiers):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert "pip install -r requirements.txt && python launch.py --tier nano" in text
     assert "pip install -r requirements.txt && python -m pytest" in text
+    cells = " ".join(cell for table in tables(tiers) for row in table for cell in row)
     for path in tier_files():
-        assert f"| `{path.stem}` |" in text
+        assert f"`{path.stem}`" in cells
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -372,14 +371,10 @@ def test_the_card_says_what_the_model_is_and_scored():
 
 
 @pytest.mark.parametrize("page", ["docs/weights.md", "docs/ko/weights.md"])
-def test_the_page_prints_the_same_lines_and_commands_that_parse(page):
+def test_the_page_prints_the_lines_of_the_export(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     printed = re.findall(r"```python\n(.*?)```", text, re.S)[0]
     assert printed.replace("\n\n", "\n") in HOW
-    commands = re.findall(r"^    python -m jaxchat.interop (.*)$", text, re.M)
-    assert len(commands) == 4
-    for command in commands:
-        make_parser().parse_args(shlex.split(command))
 
 
 def test_checksums_cover_every_file_and_the_golden_logits_are_ours(tmp_path):

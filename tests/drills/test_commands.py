@@ -1,4 +1,4 @@
-"""Every launch.py command of the documents, run in little, in the order of the pages, in one working directory.
+"""Every launch.py command of the documents, run in little, in one working directory.
 
     python -m pytest tests/drills/test_commands.py -m slow -n0
 
@@ -29,7 +29,7 @@ ELSEWHERE = {
     "d20-base": "weights from elsewhere: tests/test_interop.py",
     "d20-hf": "weights from elsewhere: tests/test_interop.py",
     "python -m bench": "timed, or with other programs: tests/test_bench.py",
-    "interop import": "weights from elsewhere: tests/test_interop.py",
+    "launch.py import": "weights from elsewhere: tests/test_interop.py",
     "lm_eval": "another library: tests/test_lm_eval.py",
     "python -m pytest": "tests themselves",
     "python -m venv": "an environment",
@@ -43,15 +43,15 @@ LITTLE = [*TINY, "eval.exams=[\"auto\"]", "mesh.data=-1", "mesh.fsdp=1", "tokeni
 
 
 def every_command():
-    lines = [line for page in ENGLISH for line in [*commands(page), *interop(page)]]
-    found = dict.fromkeys(line for line in lines if "launch.py" in line or "interop" in line)
-    first = [c for c in found if c == "python launch.py --tier nano"]  # what the others go on from
-    return first + [c for c in found if c not in first]
+    lines = list(dict.fromkeys(line for page in ENGLISH for line in [*commands(page), *modules(page)]))
+    # what others go on from comes first: the run of nano, then every other training
+    return sorted(lines, key=lambda line: (line != "python launch.py --tier nano", "launch.py --tier" not in line))
 
 
-def interop(page):
+def modules(page):
+    """Commands like `python -m jaxchat.interop`."""
     for line in lines_of(page):
-        if match := re.match(r"\s+(python -m [^#]*)", line):
+        if match := re.match(r"\s+(python -m jaxchat[^#]*)", line):
             yield match[1].strip()
 
 
@@ -76,14 +76,15 @@ def place(tmp_path_factory):
 def words(command, place):
     """The command's words, with tiny settings before its own, so that its own win."""
     given = shlex.split(command)[1:]
-    if "launch.py" not in given or {"--tiers", "--compare", "--doctor", "--plan", "--budget"} & set(given):
+    if "launch.py" not in given or given[1] in ("tiers", "compare", "doctor", "plan", "export"):
         return [w if w != "launch.py" else str(ROOT / "launch.py") for w in given]
     own = given[given.index("launch.py") + 1 :]
-    known = "--run-dir" in own and "--tier" not in own  # its settings lie in the run directory
+    name = [own.pop(0)] if own[0] in ("chat", "serve", "rehearse") else []
+    known = name in (["chat"], ["serve"]) or ("--run-dir" in own and "--tier" not in own)  # its own configuration
     little = [*LITTLE, *(["model.vocab_size=300"] if "lotto" in own else [])]  # its text has few words
     sets = [] if known else [word for setting in little for word in ("--set", setting)]
     data = [] if known or "--data" in own or "lotto" in own else ["--data", f"files:{place}/texts/*.txt"]
-    return [str(ROOT / "launch.py"), *sets, *data, *own]
+    return [str(ROOT / "launch.py"), *name, *sets, *data, *own]
 
 
 @pytest.mark.parametrize("command", every_command())
@@ -97,7 +98,7 @@ def test_it_does_what_the_page_says(command, place):
     process = subprocess.Popen(
         line, cwd=alone, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    if "--serve" in command:
+    if "launch.py serve" in command:
         port = command.split("--port ")[1].split()[0] if "--port" in command else "8000"
         headers = {"Authorization": "Bearer one"} if "api_keys" in command else {}
         end, answered = time.monotonic() + 120, False
@@ -110,6 +111,6 @@ def test_it_does_what_the_page_says(command, place):
                 time.sleep(0.3)
         assert answered
         process.send_signal(signal.SIGTERM)
-    said = process.communicate("hello\n" if "--chat" in command else "", timeout=600)
+    said = process.communicate("hello\n" if "launch.py chat" in command else "", timeout=600)
     assert process.returncode == 0, "\n".join(said)[-4000:]
     assert "Traceback" not in said[1]
