@@ -24,10 +24,11 @@ there. `python -m jaxchat.pack` prints the core as one text.
 - `--set KEY=VALUE`: any key of `docs/configuration.md`.
 - `python -m pytest`: the tests. `.ci/run`: all that must pass.
 
-`train/` and `serve/` import `jaxchat/` and never each other; imports inside `jaxchat/` go one way. Only `launch.py` reads
-arguments and the environment. A batch is a function of the optimizer step. Parameters are stacked over layers and scanned.
-Axis letters: B batch, T time, S cache time, L layer, H query head, K kv head, D width, F feed-forward width, V vocabulary,
-N head width. Exit codes: 0 done, 2 usage, 3 data or disk, 4 device memory, 5 diverged, 75 stopped by a signal.
+`train/` and `serve/` import `jaxchat/` and never each other; imports inside `jaxchat/` go one way. Only `launch.py`
+reads arguments and the environment. A batch is a function of the optimizer step. Parameters are stacked over layers
+and scanned. Axis letters: B batch, T time, S cache time, L layer, H query head, K kv head, D width, F feed-forward
+width, V vocabulary, N head width. Exit codes: 0 done, 2 usage, 3 data or disk, 4 device memory, 5 diverged, 75 stopped
+by a signal.
 """
 
 
