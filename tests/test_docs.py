@@ -14,7 +14,7 @@ import pytest
 import launch
 from bench import config_docs
 from jaxchat import errors
-from jaxchat.config import load_config, tier_files
+from jaxchat.config import KEYS, load_config, tier_files
 from jaxchat.data.sources import iterate_documents
 from jaxchat.engine import Request
 from jaxchat.interop import __main__ as interop
@@ -97,6 +97,13 @@ def test_links_and_named_files_exist(path):
         assert "://" in target or (path.parent / target).exists(), target
     for name in re.findall(r"`((?:jaxchat|train|serve|bench|tests|configs)/[\w/.]+\.(?:py|toml))`", text):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_named_keys_exist(path):
+    sections = "|".join(sorted({name.partition(".")[0] for name in KEYS if "." in name}))
+    for name in re.findall(rf"`(?:--set )?((?:{sections})\.[a-z_]+)(?:`|=| = )", path.read_text(encoding="utf-8")):
+        assert name in KEYS or name.endswith((".pkl", ".json")), name
 
 
 @pytest.mark.parametrize("path", ENGLISH, ids=name_of)
