@@ -103,7 +103,7 @@ def test_links_and_named_files_exist(path):
 def test_named_keys_exist(path):
     sections = "|".join(sorted({name.partition(".")[0] for name in KEYS if "." in name}))
     for name in re.findall(rf"`(?:--set )?((?:{sections})\.[a-z_]+)(?:`|=| = )", path.read_text(encoding="utf-8")):
-        assert name in KEYS or name.endswith((".pkl", ".json")), name
+        assert name in KEYS or name.endswith((".pkl", ".json", ".py")), name
 
 
 @pytest.mark.parametrize("path", ENGLISH, ids=name_of)
