@@ -25,7 +25,7 @@ from jaxchat import model as gpt
 from jaxchat.chat import render_prompt
 from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, load_config
-from jaxchat.engine.scoring import Scorer, crop, score_letters, score_targets
+from jaxchat.engine.scoring import Scorer, crop, score_targets
 from jaxchat.errors import JaxchatError
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
@@ -117,7 +117,7 @@ def _option(scores: list[Any]) -> int:
 def whole_core(config: Config, params: Any, tokenizer: Tokenizer, data: str, cap: int) -> dict[str, Any]:
     """Every task of CORE that is at hand: programs compiled, seconds, and the mean of the centred accuracies."""
     scorer = Scorer(config.model, params, batch_rows=config.eval.batch_rows)
-    before = score_targets._cache_size() + score_letters._cache_size()  # type: ignore[attr-defined]
+    before = score_targets._cache_size()  # type: ignore[attr-defined]
     begin, tokens, asked = time.perf_counter(), 0, 0
     centred: list[float] = []
     for task in core.CORE_TASKS:
@@ -131,7 +131,7 @@ def whole_core(config: Config, params: Any, tokenizer: Tokenizer, data: str, cap
         asked += len(items)
         right = sum(core.decide(task, i, s)[1] for i, s in zip(items, scores, strict=True))
         centred.append(core.centred(task, right / len(items)))
-    compiled = score_targets._cache_size() + score_letters._cache_size() - before  # type: ignore[attr-defined]
+    compiled = score_targets._cache_size() - before  # type: ignore[attr-defined]
     return {
         "tasks": len(centred),
         "questions": asked,

@@ -31,7 +31,7 @@ from jaxchat.optimizer import make_optimizer
 from jaxchat.scaling import resolve
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh
 from jaxchat.sizes import count_parameters, flops_per_token, peak_flops
-from jaxchat.train_state import compute_dtype, init_state, make_train_step, trunk
+from jaxchat.train_state import compute_dtype, init_state, layer_options, make_train_step
 
 MFU_GOALS = {"d12": 0.50, "d20": 0.58, "d26": 0.60}  # of one H100 or H200, bfloat16
 WARM_UP = 3  # steps that no median counts
@@ -106,7 +106,7 @@ def describe(config: Config, trainer: Trainer) -> dict[str, Any]:
     return machine.about() | {
         "devices": trainer.mesh.size,
         "dtype": compute_dtype(config, trainer.mesh).name,
-        "attention": trunk(config, trainer.mesh).backend,
+        "attention": layer_options(config, trainer.mesh).backend,
         "settings": {k: v for k, v in flatten(config).items() if k.startswith(sections)},
     }
 

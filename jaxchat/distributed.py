@@ -1,8 +1,8 @@
 """Several processes, one run: JAX's own runtime, started where a cluster or the flags ask for it.
 
-Process 0 decides, writes and speaks; the others train with it and wait in everything else. What they tell one another
-goes through the key-value store of JAX's coordinator, so waiting for hours occupies no device; a failure of one ends
-all of them with its line and its exit code.
+Process 0 decides, writes files and prints; the others train with it and wait in everything else. Messages go through
+the key-value store of JAX's coordinator, so that waiting for hours occupies no device. A failure of one process ends
+all of them with its message and its exit code.
 """
 
 from __future__ import annotations
@@ -36,21 +36,24 @@ FAILED = "jaxchat/failed"
 REQUIRED = "give --coordinator HOST:PORT, --processes N and --process-id I together, the same but for the last"
 
 _failure: dict[str, Any] = {}  # another process's: message, code, process
-_heard = threading.Event()  # of that failure
+_failed = threading.Event()  # another process has
 _ended = threading.Event()  # this process's part
 _stopping = threading.Lock()
-_told = 0  # messages of process 0 so far; the same in every process
+_messages = 0  # broadcasts of process 0 so far; the same in every process
 _watch: threading.Thread | None = None
 
 
 def index() -> int:
-    """Which process this is; 0 writes and speaks."""
+    """Return which process this is; 0 writes and prints."""
     return jax.process_index() if several() else 0
 
 
 def several() -> bool:
     """Whether the run has several processes."""
     return jax.distributed.is_initialized()
+
+
+# Start and end
 
 
 def start(
@@ -65,27 +68,32 @@ def start(
     """Join the run's other processes, before any use of a device; False where there is only this one.
 
     Without flags JAX's own detection decides: Slurm, Open MPI, TPU pods, Kubernetes (`indexed_pod`: of an indexed Job).
-    `whole_host`: the only process of its host takes all devices there (JAX gives a Slurm task just one).
-    `complain` shows the message of a failure (and its exit code) that ends the process from a thread of ours: when
-    not all have come within `timeout` seconds (JAX would abort with a stack trace), and when another process fails.
     Raises `UsageError` for flags that contradict one another and processes that differ in their devices.
+
+    Args:
+      timeout: seconds for all processes to come; JAX would then abort with a stack trace.
+      whole_host: the only process of its host takes all devices there (JAX gives a Slurm task just one).
+      complain: shows the message and the exit code of a failure that ends the process from a thread of ours.
     """
-    given = (coordinator, processes, process_id)
-    if processes == 1 or (given == (None, None, None) and _detected(indexed_pod) < 2):
+    flags = (coordinator, processes, process_id)
+    if processes == 1 or (flags == (None, None, None) and _detected(indexed_pod) < 2):
         return False
-    _check(coordinator, processes, process_id)
+    if coordinator is not None and not re.fullmatch(r".+:[1-9]\d{0,4}", coordinator):
+        raise UsageError(f"--coordinator {coordinator}: must be HOST:PORT, for example node1:12355")
+    if processes is not None and processes < 1:
+        raise UsageError(f"--processes {processes}: must be at least 1")
+    if process_id is not None and processes is not None and not 0 <= process_id < processes:
+        raise UsageError(f"--process-id {process_id}: must be from 0 to {processes - 1} of {processes} processes")
     place = coordinator or "the coordinator that the cluster names"
-    late = f"not all processes met at {place} within {timeout} s; check its host, its port (open between the hosts?)"
-    timer = _exit_after(
-        timeout, UsageError.exit_code, lambda code: complain(f"{late} and that every process runs", code)
-    )
+    late = f"not all processes met at {place} within {timeout} s; check its host, its port and that every process runs"
+    timer = _exit_after(timeout, UsageError.exit_code, lambda code: complain(late, code))
     try:
         jax.distributed.initialize(
             coordinator,
             processes,
             process_id,
             local_device_ids=[] if whole_host else None,
-            cluster_detection_method="deactivate" if None not in given else None,
+            cluster_detection_method="deactivate" if None not in flags else None,
             initialization_timeout=timeout + 60,
         )
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
@@ -94,141 +102,11 @@ def start(
     finally:
         timer.cancel()
     _start_watch(complain)
-    _check_devices()
-    return True
-
-
-def _detected(indexed_pod: bool) -> int:
-    """How many processes JAX's detection finds; 1 outside a cluster."""
-    from jax._src.clusters import ClusterEnv
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # every pod without the client of Kubernetes gets a warning
-        for cluster in ClusterEnv._cluster_types:
-            pods = cluster.__name__ == "K8sCluster"
-            if not cluster.opt_in_only_method and (indexed_pod or not pods) and cluster.is_env_present():
-                return cluster.get_process_count()
-    if indexed_pod:
-        raise UsageError(
-            f"a pod of an indexed Job, but JAX cannot ask Kubernetes: pip install kubernetes, or {REQUIRED}"
-        )
-    return 1
-
-
-def _check(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
-    if coordinator is not None and not re.fullmatch(r".+:[1-9]\d{0,4}", coordinator):
-        raise UsageError(f"--coordinator {coordinator}: must be HOST:PORT, for example node1:12355")
-    if processes is not None and processes < 1:
-        raise UsageError(f"--processes {processes}: must be at least 1")
-    if process_id is not None and processes is not None and not 0 <= process_id < processes:
-        raise UsageError(f"--process-id {process_id}: must be from 0 to {processes - 1} of {processes} processes")
-
-
-def _check_devices() -> None:
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         text = ", ".join(f"{count} on process {process}" for process, count in sorted(counts.items()))
         raise UsageError(f"processes must have equally many devices, not {text}; restart those that differ")
-
-
-def _client() -> Any:
-    from jax._src import distributed  # the store has no public name; Orbax reaches it in the same way
-
-    return distributed.global_state.client
-
-
-def tell(value: Any) -> None:
-    """From process 0 to all others: the next thing they `hear`; JSON."""
-    global _told
-    if several():
-        _client().key_value_set(f"jaxchat/told/{_told}", json.dumps(value))
-        _told += 1
-
-
-def hear() -> Any:
-    """The next thing that process 0 tells, waited for; raises what ended another process meanwhile."""
-    global _told
-    end = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < end:
-        if _heard.is_set():
-            raise _failed()
-        try:
-            value = _client().blocking_key_value_get(f"jaxchat/told/{_told}", POLL_MS)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
-            continue
-        _told += 1
-        return json.loads(value)
-    raise UsageError(f"process 0 has not been heard of for {WAIT_SECONDS // 3600} hours")
-
-
-def on_first(work: Callable[[], T]) -> T:
-    """`work()` done by process 0 alone; all return its value (JSON) when it is done."""
-    if not several():
-        return work()
-    if index() == 0:
-        value = work()
-        tell(value)
-        return json.loads(json.dumps(value))
-    return hear()
-
-
-def check_same(value: Any) -> None:
-    """`UsageError` where a process was started with other settings than process 0."""
-    mine = json.loads(json.dumps(value))
-    if several() and index() > 0 and hear() != mine:
-        raise UsageError(f"process {index()} was started with other settings than process 0; give all the same command")
-    if index() == 0:
-        tell(mine)
-
-
-def agree(number: int) -> int:
-    """The largest number of all processes; each waits for all."""
-    return int(_largest(number)) if several() else number
-
-
-class Ballot:
-    """The largest number cast by any process, known to all of them at the same call and without waiting."""
-
-    def __init__(self) -> None:
-        self._before: Any = 0
-
-    def cast(self, number: int) -> int:
-        """Of this call with one process; of the call before with several, which the device has reduced meanwhile."""
-        if not several():
-            return number
-        before, self._before = self._before, _largest(number)
-        return int(before)
-
-
-@functools.cache
-def _reduction() -> tuple[NamedSharding, Any]:
-    mesh = Mesh(np.array(jax.devices()), ("all",))
-    whole = NamedSharding(mesh, PartitionSpec())
-    return NamedSharding(mesh, PartitionSpec("all")), jax.jit(jnp.max, out_shardings=whole)
-
-
-def _largest(number: int) -> jax.Array:
-    sharding, largest = _reduction()
-    value = np.full(1, number, np.int32)
-    return largest(jax.make_array_from_callback((jax.device_count(),), sharding, lambda _: value))
-
-
-def gathered(array: Any) -> np.ndarray:
-    """One array whole, on the host of every process; all of them must ask for the same one."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
-
-
-def fail(message: str, code: int) -> None:
-    """Tell all other processes to end with this code, and end the runtime."""
-    if several():
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
-            told = {"message": message, "code": code, "process": index()}
-            _client().key_value_set(FAILED, json.dumps(told))
-        stop(code)
+    return True
 
 
 def stop(code: int = 0) -> None:
@@ -245,19 +123,27 @@ def stop(code: int = 0) -> None:
         timer.cancel()
 
 
+def fail(message: str, code: int) -> None:
+    """Make all other processes end with this code, and end the runtime."""
+    if several():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the coordinator is gone
+            _store().key_value_set(FAILED, json.dumps({"message": message, "code": code, "process": index()}))
+        stop(code)
+
+
 def lost(error: Exception) -> JaxchatError | InterruptedRun | None:
-    """What to say of an error of the device that another process's end has caused; None for any other error."""
+    """Return what to say of a device error that another process's end has caused; None for any other error."""
     if not several() or not isinstance(error, jax.errors.JaxRuntimeError):
         return None
-    if _heard.wait(3 * POLL_MS / 1000):
-        return _failed()
+    if _failed.wait(3 * POLL_MS / 1000):
+        return _its_error()
     if re.search("gloo|nccl|connection|socket|peer|unavailable|coordination|heartbeat", str(error), re.IGNORECASE):
         return InterruptedRun(f"another process is gone ({_first_line(error)}); the same command goes on from here")
     return None
 
 
-def _failed() -> JaxchatError | InterruptedRun:
-    """The other process's failure as an error of this one, with the same exit code."""
+def _its_error() -> JaxchatError | InterruptedRun:
+    """Return the other process's failure as an error of this one, with the same exit code."""
     message = f"process {_failure['process']} ended: {_failure['message']}"
     error = InterruptedRun(message) if _failure["code"] == InterruptedRun.exit_code else JaxchatError(message)
     error.exit_code = _failure["code"]
@@ -265,16 +151,16 @@ def _failed() -> JaxchatError | InterruptedRun:
 
 
 def _start_watch(complain: Callable[[str, int], None]) -> None:
-    """Listen for another process's failure; a process that waits for it on a device cannot end by itself."""
+    """Watch for another process's failure; a process that waits for it on a device cannot end by itself."""
     global _watch
 
     def watch() -> None:
-        while not _heard.is_set() and not _ended.is_set():
+        while not _failed.is_set() and not _ended.is_set():
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # nothing yet
-                _failure.update(json.loads(_client().blocking_key_value_get(FAILED, POLL_MS)))
-                _heard.set()
+                _failure.update(json.loads(_store().blocking_key_value_get(FAILED, POLL_MS)))
+                _failed.set()
         if not _ended.wait(GRACE_SECONDS):
-            complain(str(_failed()), _failure["code"])
+            complain(str(_its_error()), _failure["code"])
             stop(_failure["code"])
             os._exit(_failure["code"])
 
@@ -283,7 +169,7 @@ def _start_watch(complain: Callable[[str, int], None]) -> None:
 
 
 def _exit_after(seconds: float, code: int, before: Callable[[int], None] = lambda code: None) -> threading.Timer:
-    """A running timer that ends the process, wherever that hangs."""
+    """Return a running timer that ends the process, wherever that hangs."""
 
     def leave() -> None:
         before(code)
@@ -297,3 +183,119 @@ def _exit_after(seconds: float, code: int, before: Callable[[int], None] = lambd
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+# The only two uses of private parts of JAX. How many processes a cluster has must be known before `initialize`, which
+# fails outside a cluster; and the coordinator's key-value store has no public name (Orbax reaches it in the same way).
+
+
+def _detected(indexed_pod: bool) -> int:
+    """Return how many processes JAX's detection finds; 1 outside a cluster."""
+    from jax._src.clusters import ClusterEnv
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # every pod without the client of Kubernetes gets a warning
+        for cluster in ClusterEnv._cluster_types:
+            pods = cluster.__name__ == "K8sCluster"
+            if not cluster.opt_in_only_method and (indexed_pod or not pods) and cluster.is_env_present():
+                return cluster.get_process_count()
+    if indexed_pod:
+        raise UsageError(
+            f"a pod of an indexed Job, but JAX cannot ask Kubernetes: pip install kubernetes, or {REQUIRED}"
+        )
+    return 1
+
+
+def _store() -> Any:
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+# Messages and agreement
+
+
+def broadcast(value: Any) -> None:
+    """Send a JSON value from process 0 to all others, which `receive` it."""
+    global _messages
+    if several():
+        _store().key_value_set(f"jaxchat/message/{_messages}", json.dumps(value))
+        _messages += 1
+
+
+def receive() -> Any:
+    """Wait for the next broadcast of process 0; raises what ended another process meanwhile."""
+    global _messages
+    end = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < end:
+        if _failed.is_set():
+            raise _its_error()
+        try:
+            value = _store().blocking_key_value_get(f"jaxchat/message/{_messages}", POLL_MS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            continue
+        _messages += 1
+        return json.loads(value)
+    raise UsageError(f"no message from process 0 for {WAIT_SECONDS // 3600} hours")
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """Run `work()` on process 0 alone; all return its value (JSON) when it is done."""
+    if not several():
+        return work()
+    if index() > 0:
+        return receive()
+    value = work()
+    broadcast(value)
+    return json.loads(json.dumps(value))
+
+
+def check_same(value: Any) -> None:
+    """Raise `UsageError` where a process was started with other settings than process 0."""
+    mine = json.loads(json.dumps(value))
+    if index() == 0:
+        broadcast(mine)
+    elif receive() != mine:
+        raise UsageError(f"process {index()} was started with other settings than process 0; give all the same command")
+
+
+def agree(number: int) -> int:
+    """Return the largest number of all processes; each waits for all."""
+    return int(_largest(number)) if several() else number
+
+
+class Ballot:
+    """The largest number cast by any process, known to all of them at the same call and without waiting."""
+
+    def __init__(self) -> None:
+        self._before: Any = 0
+
+    def cast(self, number: int) -> int:
+        """Return that of this call with one process; of the call before with several, reduced meanwhile."""
+        if not several():
+            return number
+        before, self._before = self._before, _largest(number)
+        return int(before)
+
+
+@functools.cache
+def _reduction() -> tuple[NamedSharding, Any]:
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    return NamedSharding(mesh, PartitionSpec("all")), jax.jit(
+        jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
+
+
+def _largest(number: int) -> jax.Array:
+    sharding, largest = _reduction()
+    value = np.full(1, number, np.int32)
+    return largest(jax.make_array_from_callback((jax.device_count(),), sharding, lambda _: value))
+
+
+def gathered(array: Any) -> np.ndarray:
+    """Return one array whole, on the host of every process; all of them must ask for the same one."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

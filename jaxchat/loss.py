@@ -1,6 +1,6 @@
-"""Cross entropy without full logits: one chunked function for pretraining, SFT and bits per byte.
+"""Cross entropy in chunks of tokens, without full logits: for every training stage and for bits per byte.
 
-Axes: B rows, T positions, D width, V vocabulary (padded).
+Axes: B batch, T time, D model width, V vocabulary (padded).
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat.sharding import BATCH_AXES, batch_devices
 
-CHUNK = {"cpu": 512}  # tokens; fits the caches of a CPU
-ACCELERATOR_CHUNK = 8192
-
 
 class LossSpec(NamedTuple):
     """Static settings of the loss."""
@@ -29,14 +26,15 @@ class LossSpec(NamedTuple):
 
 
 def default_chunk(platform: str) -> int:
-    return CHUNK.get(platform, ACCELERATOR_CHUNK)
+    """Return the tokens of a chunk; on a CPU its logits fit the caches."""
+    return 512 if platform == "cpu" else 8192
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_loss(
     x: jax.Array, unembedding: jax.Array, targets: jax.Array, weights: jax.Array, spec: LossSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of negative log-likelihoods, with the logits of one chunk of tokens alive at a time.
+    """Return the weighted sum of negative log-likelihoods; the logits of one chunk of tokens are alive at a time.
 
     Logits are `softcap * tanh(x W^T / softcap)` in float32. Where gradients are taken of a bfloat16 x, the tanh is
     rounded to bfloat16 (0.03 of a logit at most): in this form it lies in memory. On a mesh every device runs its own
@@ -63,7 +61,7 @@ def _forward(x, unembedding, targets, weights, spec):
 def _backward(spec, residuals, cotangents):
     dx, dw, nll = residuals
     scale = cotangents[0]
-    return (dx * scale.astype(dx.dtype), (dw * scale), None, nll * scale)
+    return dx * scale.astype(dx.dtype), dw * scale, None, nll * scale
 
 
 chunked_loss.defvjp(_forward, _backward)
@@ -94,7 +92,7 @@ def _run(x, unembedding, targets, weights, spec, with_gradients):
 
 
 def _local(x, w, targets, weights, spec, with_gradients):
-    """Scan over chunks of one device's tokens; w (V, D) may be this device's part of the vocabulary."""
+    """Scan over chunks of one device's tokens; w (V, D) can be this device's part of the vocabulary."""
     (B, T, _), V = x.shape, w.shape[0]
     split_vocab = spec.mesh is not None and spec.mesh.shape["tensor"] > 1
     everywhere = functools.partial(jax.lax.psum, axis_name="tensor") if split_vocab else lambda a: a

@@ -1,8 +1,4 @@
-"""Kernels of 8-bit integers for serving: half of bfloat16's bytes, and a decoding step reads all of them.
-
-Each output channel has a scale of its own, the channel's largest weight over 127 (the "absmax" of LLM.int8,
-2208.07339, without its treatment of outliers: QK-norm and the norm before every kernel leave none).
-"""
+"""Numbers of 8 and 16 bits: fp8 training, int8 weights for serving, and the loss scale of float16."""
 
 from __future__ import annotations
 
@@ -14,61 +10,14 @@ import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxchat.config import ModelConfig
-from jaxchat.model import Params, unembedding
-
-# Dynamic loss scaling for float16 (1710.03740): as large as the gradients allow, halved where they overflow.
-#
-# Written as an optax transformation without effect on the updates: its state rides in the optimizer's, so that it is
-# saved, restored and placed like any moment. Every optimizer carries it, so that a run may go on in another dtype.
-
-
-START = 2.0**16  # with 2^19 tokens a step, 1/8 of the summed loss; too large a start only costs a few skipped steps
-SMALLEST = 2.0**-8  # what still overflows here is no matter of scale
-GROW_AFTER = 1000  # steps in a row without overflow
-
-
-class LossScaleState(NamedTuple):
-    scale: jax.Array  # () float32, multiplies the mean loss
-    good: jax.Array  # () int32, steps since the last change
-    skipped: jax.Array  # () int32, overflowed steps so far
-
-
-def dynamic_loss_scale() -> optax.GradientTransformation:
-    """Keeps `LossScaleState` up to date from gradients that the caller has scaled back."""
-
-    def init(params: Any) -> LossScaleState:
-        del params
-        return LossScaleState(jnp.float32(START), jnp.int32(0), jnp.int32(0))
-
-    def update(updates: Any, state: LossScaleState, params: Any = None) -> tuple[Any, LossScaleState]:
-        del params
-        finite = jnp.isfinite(optax.global_norm(updates))
-        good = jnp.where(finite, state.good + 1, 0)
-        grow = good >= GROW_AFTER
-        factor = jnp.where(finite, jnp.where(grow, 2.0, 1.0), 0.5)
-        scale = jnp.maximum(state.scale * factor, SMALLEST)
-        return updates, LossScaleState(scale, jnp.where(grow, 0, good), state.skipped + ~finite)
-
-    return optax.GradientTransformation(init, update)
-
-
-def find_scale(opt_state: Any) -> LossScaleState | None:
-    """The loss scale in an optimizer's state, if it has one."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LossScaleState))
-    return next((node for node in nodes if isinstance(node, LossScaleState)), None)
-
-
-# Products with 8-bit floating-point operands (2209.05433): e4m3 forward, e5m2 gradients, one scale a tensor.
-#
-# The operands themselves are fp8, not quantized and widened again: that pattern silently ran in bfloat16 on Hopper.
-
+# fp8 training (2209.05433): e4m3 forward, e5m2 gradients, one scale a tensor. The operands of the products are fp8
+# themselves. Quantized and widened again, they silently ran in bfloat16 on Hopper.
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 
 def quantize_fp8(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """(x / scale in an fp8 dtype, scale): the largest magnitude lands on the largest fp8 number. No state is kept."""
+    """Return (x / scale in an fp8 dtype, scale); the largest magnitude becomes the largest fp8 number."""
     top = float(jnp.finfo(dtype).max)
     scale = jnp.maximum(jnp.max(jnp.abs(x)).astype(jnp.float32), 1e-30) / top
     scale = checkpoint_name(scale, "scale")  # a number; computing it again would read the tensor, and ask all devices
@@ -77,14 +26,13 @@ def quantize_fp8(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_vjp
 def fp8_dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x (..., in) times w (in, out) in x's dtype; both products of the gradient have fp8 operands too."""
+    """Return x (..., in) times w (in, out) in the dtype of x; both products of the gradient are fp8 too."""
     return _forward(x, w)[0]
 
 
 def _forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
     (x8, sx), (w8, sw) = quantize_fp8(x, E4M3), quantize_fp8(w, E4M3)
-    axis = x.ndim - 1
-    return _product(x8, w8, ((axis,), (0,)), sx * sw, x.dtype), (x8, sx, w8, sw)
+    return _product(x8, w8, ((x.ndim - 1,), (0,)), sx * sw, x.dtype), (x8, sx, w8, sw)
 
 
 def _backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,40 +52,69 @@ def _product(a: jax.Array, b: jax.Array, contract: Any, scale: jax.Array, dtype:
     return (y * scale.astype(wide)).astype(dtype)
 
 
-KERNELS = ("q", "k", "v", "o", "fc", "proj")
+# int8 serving: half of bfloat16's bytes, and a decoding step reads all of them. Each output channel has its own scale,
+# the "absmax" of LLM.int8 (2208.07339) without its treatment of outliers: QK-norm and the norms leave none.
+
+KERNELS = ("q", "k", "v", "o", "fc", "proj")  # the parameters of a layer that are quantized
 
 
 @jax.tree_util.register_dataclass
 @dataclass
 class Int8:
-    """values (in, out) int8 times scale (out,) float32."""
+    """A kernel: values (in, out) int8 times scale (out,) float32."""
 
     values: jax.Array
     scale: jax.Array
 
 
 def quantize_int8(weight: jax.Array) -> Int8:
-    """The nearest `Int8` of weight (in, out)."""
+    """Return the nearest `Int8` of weight (in, out)."""
     exact = weight.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(exact).max(axis=0), 1e-12) / 127
     return Int8(jnp.round(exact / scale).astype(jnp.int8), scale)
 
 
 def dot(x: jax.Array, weight: jax.Array | Int8) -> jax.Array:
-    """x (..., in) times a kernel, in the dtype of x."""
+    """Return x (..., in) times a kernel, in the dtype of x."""
     if not isinstance(weight, Int8):
         return jnp.matmul(x, weight)
     y = jnp.matmul(x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)
     return (y * weight.scale).astype(x.dtype)
 
 
-def logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    """As `layers.logits`: softcapped float32 (..., V) of activations (..., D); `params` from `serving_params`."""
-    if "output" in params:  # (D, V)
-        quantized: Int8 = params["output"]
-        z = jnp.matmul(x, quantized.values.astype(x.dtype), preferred_element_type=jnp.float32) * quantized.scale
-    else:
-        table = unembedding(params)
-        table = table if len(table) == config.vocab_size else table[: config.vocab_size]
-        z = jnp.einsum("...d,vd->...v", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
-    return config.softcap * jnp.tanh(z / config.softcap)
+# Dynamic loss scale for float16 (1710.03740): as large as the gradients allow, halved where they overflow. It is an
+# optax transformation without effect on the updates, so that its state is saved, restored and placed like a moment.
+# Every optimizer carries it, so that a run can go on in another dtype.
+
+START = 2.0**16  # with 2^19 tokens a step, 1/8 of the summed loss; too large a start only costs a few skipped steps
+SMALLEST = 2.0**-8  # what still overflows here is no matter of scale
+GROW_AFTER = 1000  # steps in a row without overflow
+
+
+class LossScaleState(NamedTuple):
+    scale: jax.Array  # () float32, multiplies the mean loss
+    good: jax.Array  # () int32, steps since the last change
+    skipped: jax.Array  # () int32, overflowed steps so far
+
+
+def dynamic_loss_scale() -> optax.GradientTransformation:
+    """Update `LossScaleState` from gradients that the caller has scaled back."""
+
+    def init(params: Any) -> LossScaleState:
+        return LossScaleState(jnp.float32(START), jnp.int32(0), jnp.int32(0))
+
+    def update(updates: Any, state: LossScaleState, params: Any = None) -> tuple[Any, LossScaleState]:
+        finite = jnp.isfinite(optax.global_norm(updates))
+        good = jnp.where(finite, state.good + 1, 0)
+        grow = good >= GROW_AFTER
+        factor = jnp.where(finite, jnp.where(grow, 2.0, 1.0), 0.5)
+        scale = jnp.maximum(state.scale * factor, SMALLEST)
+        return updates, LossScaleState(scale, jnp.where(grow, 0, good), state.skipped + ~finite)
+
+    return optax.GradientTransformation(init, update)
+
+
+def find_scale(opt_state: Any) -> LossScaleState | None:
+    """Return the loss scale in an optimizer's state, if it has one."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LossScaleState))
+    return next((node for node in nodes if isinstance(node, LossScaleState)), None)

@@ -1,7 +1,11 @@
 """The GPT: a Flax NNX module that declares the parameters, and pure functions over them.
 
 Axes: B batch, T time, L layer, H query heads, K kv heads, N head width, D width, F feed-forward width, V vocabulary.
-Kernels are (in, out), stacked over the layers. Recipes after nanochat; what one layer does is in `layers.py`.
+Kernels are (in, out), stacked over the layers. Two recipes, both after nanochat. Papers: rotary 2104.09864, relu
+squared 2109.08668, QK-norm 2010.04245, value residual 2410.17897.
+
+`forward` is the only pass through the layers. Training, prefill, decoding and scoring differ in the positions, the
+attention and the layout of the parameters that they give to it.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxchat.attention import attention
 from jaxchat.config import ModelConfig
+from jaxchat.low_precision import dot
 from jaxchat.sharding import BATCH_AXES
 from jaxchat.sizes import (
     SMEAR_CHANNELS,
@@ -31,277 +36,10 @@ from jaxchat.sizes import (
     windows,
 )
 
-# Pure functions over one layer's parameters, and what comes before and after the layers.
-#
-# Axes: B batch, T time, H query heads, K kv heads, N head width, D width, V vocabulary. Papers: rotary 2104.09864, relu
-# squared 2109.08668, QK-norm 2010.04245, value residual 2410.17897.
-
-
 Params = dict[str, Any]
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-Dot = Callable[[jax.Array, jax.Array], jax.Array]
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]  # layer, q (B, T, H, N), k, v (B, T, K, N) -> y
 
-
-def block(
-    config: ModelConfig,
-    p: dict[str, jax.Array],
-    x: jax.Array,
-    x0: jax.Array,
-    tokens: jax.Array,
-    cos_sin: tuple[jax.Array, jax.Array],
-    attend: Attend,
-    dot: Dot = jnp.matmul,
-    merge: bool = False,
-) -> jax.Array:
-    """One layer on x (B, T, D).
-
-    `p` holds its own slices, `attend` maps q (B, T, H, N), k, v (B, T, K, N) to y, `dot` multiplies by a kernel.
-    `merge`: the gradients of the products for q, k and v are made together.
-    """
-    B, T, _ = x.shape
-    c, N, dtype = config, config.head_width, x.dtype
-    if c.residual_scalars:
-        x = (p["residual_scale"] * x.astype(jnp.float32) + p["x0_scale"] * x0.astype(jnp.float32)).astype(dtype)
-    h = norm(x, c.norm_eps, "attention_in")
-    kernels = tuple(p[name] for name in "qkv")
-    products = _merged(h, kernels) if merge else [dot(h, kernel) for kernel in kernels]
-    q, k, v = (y.reshape(B, T, -1, N) for y in products)
-    if "value_embedding" in p:
-        gate = 3 * jax.nn.sigmoid(h[..., :VE_GATE_CHANNELS] @ p["ve_gate"])  # (B, T, K), near 1.5 at the start
-        v = v + gate[..., None] * lookup(p["value_embedding"], tokens).reshape(v.shape)
-    v = checkpoint_name(v, "v")
-    q = turned_and_normed(q, cos_sin, c.norm_eps, c.qk_scale, "q")
-    k = turned_and_normed(k, cos_sin, c.norm_eps, c.qk_scale, "k")
-    y = checkpoint_name(attend(q, k, v), "attention").reshape(B, T, c.n_heads * N)
-    x = x + dot(y, p["o"])
-    if dtype != jnp.bfloat16:  # there the norm's result is kept instead
-        x = checkpoint_name(x, "middle")
-    h = dot(norm(x, c.norm_eps, "mlp_in"), p["fc"])
-    return x + dot(relu_squared(h, "mlp"), p["proj"])
-
-
-@jax.custom_vjp
-def _merged(h: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """h (B, T, D) times several kernels (D, ...). Their gradients side by side make one product to h, not a sum of
-    several, and one to the kernels: h and its gradient are read and written once."""
-    return tuple(h @ kernel for kernel in kernels)
-
-
-def _merged_backward(residuals: Any, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    h, kernels = residuals
-    g, kernel = (jnp.concatenate(parts, axis=-1) for parts in (gradients, kernels))
-    g = jax.lax.optimization_barrier(g)  # or XLA also writes the parts, for the second product
-    of_kernel = jnp.einsum("btd,btf->df", h, g)
-    splits = np.cumsum([part.shape[-1] for part in kernels])[:-1]
-    return jnp.einsum("btf,df->btd", g, kernel), tuple(jnp.split(of_kernel, splits, axis=-1))
-
-
-_merged.defvjp(lambda h, kernels: (_merged(h, kernels), (h, kernels)), _merged_backward)
-
-
-def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows (..., D) of table (V, D) at tokens (...); the gradient adds up in float32, whatever the table's dtype.
-
-    A frequent token has thousands of rows to add, which bfloat16's 8 bits would swallow.
-    """
-    return _lookup(table.shape, table.dtype, table, tokens)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _lookup(shape: tuple[int, int], dtype: jnp.dtype, table: jax.Array, tokens: jax.Array) -> jax.Array:
-    return table[tokens]
-
-
-def _lookup_backward(shape: tuple[int, int], dtype: jnp.dtype, tokens: jax.Array, g: jax.Array) -> tuple[Any, None]:
-    return jnp.zeros(shape, jnp.float32).at[tokens].add(g.astype(jnp.float32)).astype(dtype), None
-
-
-_lookup.defvjp(lambda shape, dtype, table, tokens: (table[tokens], tokens), _lookup_backward)
-
-
-def unembedding(params: Params) -> jax.Array:
-    """(V, D); the embedding itself where the two are tied."""
-    return params["unembedding"] if "unembedding" in params else params["embedding"]
-
-
-def embed(
-    config: ModelConfig, params: Params, tokens: jax.Array, previous: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """(x, e) both (B, T, D): the normed embedding with the token before smeared in, and without.
-
-    `previous` (B, D) is the normed embedding before the first position (decoding); zeros or None at a start.
-    """
-    e = norm(lookup(params["embedding"], tokens), config.norm_eps)
-    if not config.smear:
-        return e, e
-    first = jnp.zeros_like(e[:, :1]) if previous is None else previous[:, None].astype(e.dtype)
-    before = jnp.concatenate([first, e[:, :-1]], axis=1)
-    gate = params["smear_scale"] * jax.nn.sigmoid(e[..., :SMEAR_CHANNELS] @ params["smear_gate"]).astype(jnp.float32)
-    x = (e + gate * before).astype(e.dtype)
-    # without the barrier XLA drops the rounding, and every layer reads float32
-    return jax.lax.optimization_barrier(x) if x.dtype == jnp.bfloat16 else x, e
-
-
-def finish(config: ModelConfig, params: Params, x: jax.Array, middle: jax.Array) -> jax.Array:
-    """Last steps of the trunk: subtract the middle layer's output, norm."""
-    if config.backout:
-        mixed = x.astype(jnp.float32) - params["backout_scale"] * middle.astype(jnp.float32)
-        return norm(mixed, config.norm_eps).astype(x.dtype)
-    return norm(x, config.norm_eps)
-
-
-def logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    """Softcapped float32 logits (..., V) of activations (..., D), cropped to the vocabulary."""
-    w = unembedding(params)[: config.vocab_size].astype(x.dtype)
-    z = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
-    return config.softcap * jnp.tanh(z / config.softcap)
-
-
-def norm(x: jax.Array, eps: float, name: str = "normed") -> jax.Array:
-    """RMSNorm over the last axis without weights, computed in float32; `name` for rematerialization."""
-    if x.dtype != jnp.bfloat16:
-        return _norm(x, eps)[0]
-    return _lean_norm(eps, name, x)
-
-
-def _norm(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """(x / rms(x), 1 / rms(x) in float32)"""
-    y = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * scale).astype(x.dtype), scale
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _lean_norm(eps: float, name: str, x: jax.Array) -> jax.Array:
-    return _norm(x, eps)[0]
-
-
-def _lean_norm_forward(eps: float, name: str, x: jax.Array) -> tuple[jax.Array, Any]:
-    h, scale = _norm(x, eps)
-    h, scale = checkpoint_name(h, name), checkpoint_name(scale, "scale")
-    return h, (h, scale)
-
-
-def _lean_norm_backward(eps: float, name: str, residuals: Any, g: jax.Array) -> tuple[jax.Array]:
-    h, scale = (a.astype(jnp.float32) for a in residuals)
-    wide = g.astype(jnp.float32)
-    return ((scale * (wide - h * jnp.mean(h * wide, axis=-1, keepdims=True))).astype(g.dtype),)
-
-
-_lean_norm.defvjp(_lean_norm_forward, _lean_norm_backward)
-
-
-def relu_squared(x: jax.Array, name: str) -> jax.Array:
-    """max(x, 0)^2; `name` for rematerialization."""
-    if x.dtype != jnp.bfloat16:
-        return jnp.square(jax.nn.relu(checkpoint_name(x, name)))
-    return _lean_relu_squared(name, x)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _lean_relu_squared(name: str, x: jax.Array) -> jax.Array:
-    return jnp.square(jax.nn.relu(x))
-
-
-def _lean_relu_squared_forward(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    y = checkpoint_name(jnp.square(jax.nn.relu(x)), name)
-    return y, y
-
-
-def _lean_relu_squared_backward(name: str, y: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    return ((2 * jnp.sqrt(y.astype(jnp.float32)) * g.astype(jnp.float32)).astype(g.dtype),)
-
-
-_lean_relu_squared.defvjp(_lean_relu_squared_forward, _lean_relu_squared_backward)
-
-
-def turned_and_normed(
-    x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], eps: float, scale: float, name: str
-) -> jax.Array:
-    """QK-norm after rotary positions, times `scale`, of x (B, T, heads, N); `name` for rematerialization."""
-    if x.dtype != jnp.bfloat16:
-        return norm(rotate(checkpoint_name(x, name), cos_sin), eps) * scale
-    return _lean_turn(eps, scale, name, x, *cos_sin)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _lean_turn(eps: float, scale: float, name: str, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    return _turn(eps, scale, x, cos, sin)[0]
-
-
-def _turn(eps: float, scale: float, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A turn keeps the length, so the norm needs only x: one pass reads it, the next turns and scales it."""
-    wide = x.astype(jnp.float32)
-    length = scale * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (rotate(wide, (cos, sin)) * length).astype(x.dtype), length
-
-
-def _lean_turn_forward(
-    eps: float, scale: float, name: str, x: jax.Array, cos: jax.Array, sin: jax.Array
-) -> tuple[jax.Array, Any]:
-    y, length = _turn(eps, scale, x, cos, sin)
-    y, length = checkpoint_name(y, name), checkpoint_name(length, "scale")
-    return y, (y, length, cos, sin)
-
-
-def _lean_turn_backward(
-    eps: float, scale: float, name: str, residuals: Any, g: jax.Array
-) -> tuple[jax.Array, None, None]:
-    y, length, cos, sin = (a.astype(jnp.float32) for a in residuals)
-    wide = g.astype(jnp.float32)
-    inner = jnp.mean(y * wide, axis=-1, keepdims=True) / scale**2
-    return (rotate(length * (wide - y * inner), (cos, -sin)).astype(g.dtype), None, None)
-
-
-_lean_turn.defvjp(_lean_turn_forward, _lean_turn_backward)
-
-
-def rotary(config: ModelConfig, positions: jax.Array, dtype: jnp.dtype | type) -> tuple[jax.Array, jax.Array]:
-    """cos and sin (B, T, 1, N/2) of positions (B, T); float32 for bfloat16, whose rounding would change lengths."""
-    dtype = jnp.float32 if dtype == jnp.bfloat16 else dtype
-    frequency = config.rotary_base ** (-jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
-
-
-def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn (B, T, heads, N) by minus theta, halves split: the convention of karpathy's and Hugging Face's weights."""
-    cos, sin = cos_sin
-    x1, x2 = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
-
-
-# What the backward pass may keep of a layer beside its input, `train.remat`; each saves less and recomputes more.
-REMAT = ("none", "names", "dots", "full")
-SAVED_NAMES = (
-    "attention_in",
-    "q",
-    "k",
-    "v",
-    "middle",
-    "mlp_in",
-    "mlp",
-    "scale",
-    "splash",
-)  # "names": these and the attention's result
-
-
-class Trunk(NamedTuple):
-    """How the layers run on a device; beyond rounding none of it changes the result."""
-
-    unroll: int = 1  # groups of layers per iteration of the scan
-    backend: str = "xla"  # of the attention
-    remat: str = "none"
-    dot: Dot = jnp.matmul  # of the layers' kernels
-    merge: bool = False  # gradients of the products for q, k and v together; never where heads are split
-    mesh: Mesh | None = None
-    place: Callable[[str, jax.Array], jax.Array] = lambda name, weight: weight  # gathers a weight where it is used
-
-    def spread(self, x: jax.Array) -> jax.Array:
-        """Activations (B, T, D) and their gradient stay split by rows alone."""
-        if self.mesh is None or self.mesh.size == 1:
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(BATCH_AXES)))
+# Parameters
 
 
 class Blocks(nnx.Module):
@@ -310,10 +48,10 @@ class Blocks(nnx.Module):
     def __init__(self, config: ModelConfig, declare: Callable[..., nnx.Param]):
         c, L, D, F = config, config.depth, config.width, mlp_width(config)
         HN, KN = c.n_heads * c.head_width, c.n_kv_heads * c.head_width
-        into, fc = _kernel_inits(config)
-        self.q = declare((L, D, HN), ("layer", "embed", "heads"), into)
-        self.k = declare((L, D, KN), ("layer", "embed", "kv_heads"), into)
-        self.v = declare((L, D, KN), ("layer", "embed", "kv_heads"), into)
+        qkv, fc = (_uniform(D**-0.5), _uniform(0.4 * D**-0.5)) if c.recipe == "modern" else (_fan, _fan)
+        self.q = declare((L, D, HN), ("layer", "embed", "heads"), qkv)
+        self.k = declare((L, D, KN), ("layer", "embed", "kv_heads"), qkv)
+        self.v = declare((L, D, KN), ("layer", "embed", "kv_heads"), qkv)
         self.o = declare((L, HN, D), ("layer", "heads", "embed"), nnx.initializers.zeros)
         self.fc = declare((L, D, F), ("layer", "embed", "mlp"), fc)
         self.proj = declare((L, F, D), ("layer", "mlp", "embed"), nnx.initializers.zeros)
@@ -326,7 +64,7 @@ class Blocks(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """`config` must be resolved (`recipes.resolve_model`). All parameters are float32."""
+    """All parameters of a resolved `config`, float32, each with its logical axes (see `sharding`)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         def declare(shape: tuple[int, ...], axes: tuple[str, ...], init: Callable[..., jax.Array]) -> nnx.Param:
@@ -336,8 +74,8 @@ class GPT(nnx.Module):
         classic = c.recipe == "classic"
         self.config = config
         # a tied table also makes the logits, which a wide one would saturate; the norm behind it forgives any scale
-        spread = 0.02 if c.tie_embeddings else 1.0 if classic else 0.8
-        self.embedding = declare((V, D), ("vocab", "embed"), nnx.initializers.normal(spread))
+        std = 0.02 if c.tie_embeddings else 1.0 if classic else 0.8
+        self.embedding = declare((V, D), ("vocab", "embed"), nnx.initializers.normal(std))
         if not c.tie_embeddings:
             init = nnx.initializers.zeros if classic else nnx.initializers.normal(0.001)
             self.unembedding = declare((V, D), ("vocab", "embed"), init)
@@ -357,20 +95,40 @@ class GPT(nnx.Module):
         return logits(self.config, params, hidden(self.config, params, tokens))
 
 
+def _uniform(std: float) -> Callable[..., jax.Array]:
+    """Uniform with the given standard deviation: no outliers."""
+    bound = 3**0.5 * std
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _fan(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Normal with standard deviation min(1, sqrt(out / in)) / sqrt(in)."""
+    n_in, n_out = shape[-2:]
+    return min(1.0, (n_out / n_in) ** 0.5) * n_in**-0.5 * jax.random.normal(key, shape, dtype)
+
+
+def _gate_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, 0.0, 0.02)  # slightly above neutral
+
+
+def _ramp(first: float, last: float) -> Callable[..., jax.Array]:
+    return lambda key, shape, dtype: jnp.linspace(first, last, shape[0], dtype=dtype)
+
+
 def init_params(config: ModelConfig, seed: int) -> Params:
-    """The parameters as a nested dict of float32 arrays."""
+    """Return the parameters as a nested dict of float32 arrays."""
     return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed))))
 
 
 def abstract_params(config: ModelConfig) -> tuple[Params, Params]:
-    """(shapes and dtypes, logical axes) of all parameters, as nested dicts; allocates nothing."""
+    """Return (shapes and dtypes, logical axes) of all parameters as nested dicts; allocates nothing."""
     state = nnx.state(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
     axes = jax.tree.map(lambda p: p.get_metadata()["logical_axes"], state, is_leaf=lambda p: isinstance(p, nnx.Param))
     return nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
 
 
 def cast_params(params: Params, dtype: jnp.dtype | type) -> Params:
-    """Weights in the compute dtype, once a step.
+    """Return the weights in the compute dtype.
 
     The unembedding stays: the loss casts it and owns its gradient. So do the scalars that mix whole activations: their
     gradients are sums over every token and channel, of which 16 bits would keep the first few terms only.
@@ -379,54 +137,111 @@ def cast_params(params: Params, dtype: jnp.dtype | type) -> Params:
     return cast | {"unembedding": unembedding(params)}
 
 
-DEFAULT_TRUNK = Trunk()
+def unembedding(params: Params) -> jax.Array:
+    """Return the table (V, D) of the logits: the embedding itself where the two are tied."""
+    return params["unembedding"] if "unembedding" in params else params["embedding"]
 
 
-def hidden(config: ModelConfig, params: Params, tokens: jax.Array, trunk: Trunk = DEFAULT_TRUNK) -> jax.Array:
-    """Final normed activations (B, T, D) in the dtype of the embedding, of tokens (B, T) int.
+def layer_params(config: ModelConfig, params: Params, i: int) -> Params:
+    """Return layer i's own parameters, its value-embedding table included, from stacks or from a list of layers."""
+    if "layers" in params:
+        return params["layers"][i]
+    layer = {k: v[i] for k, v in params["blocks"].items() if k != "ve_gate"}
+    if i in value_layers(config):
+        j = value_layers(config).index(i)
+        layer |= {"ve_gate": params["blocks"]["ve_gate"][j], "value_embedding": params["value_embedding"][j]}
+    return layer
 
-    The trunk is a scan over groups of layers, `trunk.unroll` groups per iteration; with all groups unrolled, a plain
-    loop.
+
+def grouped_layers(config: ModelConfig, params: Params) -> Params:
+    """Return what the scan runs over: stacks (groups, layers of a group, ...) of the layers in whole groups.
+
+    One group looks like the parameters of a model of its depth, so `layer_params` slices it.
     """
-    cos_sin = rotary(config, jnp.arange(tokens.shape[1])[None, :], params["embedding"].dtype)
-    params = {k: v if k in ("blocks", "value_embedding") else trunk.place(k, v) for k, v in params.items()}
+    groups, period = scan_groups(config)
+
+    def split(layers: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda a: a[: groups * layers].reshape(groups, layers, *a.shape[1:])
+
+    blocks = jax.tree.map(split(period), {k: v for k, v in params["blocks"].items() if k != "ve_gate"})
+    per_group = sum(i < period for i in value_layers(config))
+    if not per_group:
+        return {"blocks": blocks}
+    gate, tables = map(split(per_group), (params["blocks"]["ve_gate"], params["value_embedding"]))
+    return {"blocks": blocks | {"ve_gate": gate}, "value_embedding": tables}
+
+
+# The forward pass
+
+# What the backward pass may keep of a layer beside its input, `train.remat`; each saves less and recomputes more.
+REMAT = ("none", "names", "dots", "full")
+SAVED_NAMES = ("attention_in", "q", "k", "v", "middle", "mlp_in", "mlp", "scale", "splash")  # and attention
+
+
+class LayerOptions(NamedTuple):
+    """How the layers run in training; beyond rounding none of it changes the result."""
+
+    unroll: int = 1  # groups of layers per iteration of the scan; all of them: a plain loop
+    backend: str = "xla"  # of the attention
+    remat: str = "none"
+    dot: Callable[[jax.Array, Any], jax.Array] = dot  # of the layers' kernels
+    merge: bool = False  # gradients of the products for q, k and v together; never where heads are split
+    mesh: Mesh | None = None
+    place: Callable[[str, jax.Array], jax.Array] = lambda name, weight: weight  # gathers a weight where it is used
+
+
+DEFAULT = LayerOptions()
+STACKED = ("blocks", "value_embedding", "layers")  # parameters that are placed layer by layer
+
+
+def hidden(config: ModelConfig, params: Params, tokens: jax.Array, options: LayerOptions = DEFAULT) -> jax.Array:
+    """Return the final normed activations (B, T, D) of whole texts, tokens (B, T) int; dtype of the embedding."""
+
+    def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, windows(config)[i], options.backend, score_bound(config), options.mesh)
+
+    params = {k: v if k in STACKED else options.place(k, v) for k, v in params.items()}
     x, _ = embed(config, params, tokens)
-
-    def attend(window: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention(q, k, v, window, trunk.backend, score_bound(config), trunk.mesh)
-
-    return through_layers(config, params, x, tokens, cos_sin, attend, trunk)
+    return forward(config, params, x, tokens, jnp.arange(tokens.shape[1])[None, :], attend, options)
 
 
-def through_layers(
+def forward(
     config: ModelConfig,
     params: Params,
     x: jax.Array,
     tokens: jax.Array,
-    cos_sin: tuple[jax.Array, jax.Array],
-    attend_within: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array],
-    trunk: Trunk = DEFAULT_TRUNK,
+    positions: jax.Array,
+    attend: Attend,
+    options: LayerOptions = DEFAULT,
 ) -> jax.Array:
-    """What `hidden` does after the embedding: x (B, T, D) through all layers and the last norm.
+    """Run embedded tokens through all layers and the last norm; (B, T, D).
 
-    `attend_within` maps a layer's window, q (B, T, H, N), k and v (B, T, K, N) to y; `cos_sin` holds the angles.
+    Stacked parameters are scanned in groups of layers (training); with a list `params["layers"]`, or with
+    `options.unroll` of all groups, the layers run in a plain loop.
+
+    Args:
+      x: (B, T, D) from `embed`; tokens, positions: (B, T) int, or (1, T) for equal positions.
+      attend: computes layer i's attention. In a scan i counts within the group, whose windows are the same.
     """
-    sizes, (groups, period) = windows(config), scan_groups(config)
+    groups, period = scan_groups(config)
+    cos_sin = rotary(config, positions, x.dtype)
 
     def run(stacked: Params, i: int, x: jax.Array, x0: jax.Array, scanned: bool = False) -> jax.Array:
-        attend = functools.partial(attend_within, sizes[i])
-
         def body(stacked: Params, x: jax.Array, x0: jax.Array) -> jax.Array:
             # cut here, inside what is rematerialized: a slice made outside would be saved, a copy of every weight
             layer = layer_params(config, stacked, i)
-            layer = {k: trunk.place(k if k == "value_embedding" else f"blocks.{k}", w) for k, w in layer.items()}
-            return trunk.spread(block(config, layer, x, x0, tokens, cos_sin, attend, trunk.dot, trunk.merge))
+            layer = {k: options.place(k if k == "value_embedding" else f"blocks.{k}", w) for k, w in layer.items()}
+            x = block(config, layer, x, x0, tokens, cos_sin, functools.partial(attend, i), options)
+            if options.mesh is None or options.mesh.size == 1:
+                return x
+            # activations and their gradient stay split by rows alone
+            return jax.lax.with_sharding_constraint(x, NamedSharding(options.mesh, PartitionSpec(BATCH_AXES)))
 
-        return rematerialized(body, trunk, scanned)(stacked, x, x0)
+        return rematerialized(body, options, scanned)(stacked, x, x0)
 
     x0 = middle = x
     start = 0
-    if groups > max(trunk.unroll, 1):
+    if "layers" not in params and groups > max(options.unroll, 1):
 
         def group(carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, Params]) -> tuple[Any, None]:
             x, middle = carry
@@ -438,86 +253,229 @@ def through_layers(
             return (x, middle), None
 
         scanned = jnp.arange(groups), grouped_layers(config, params)
-        (x, middle), _ = jax.lax.scan(group, (x, middle), scanned, unroll=trunk.unroll)
+        (x, middle), _ = jax.lax.scan(group, (x, middle), scanned, unroll=options.unroll)
         start = groups * period
     for i in range(start, config.depth):
         x = run(params, i, x, x0)
         middle = x if i == config.depth // 2 else middle
-    return finish(config, params, x, middle)
+    if config.backout:  # subtract what the middle layer knew already
+        mixed = x.astype(jnp.float32) - params["backout_scale"] * middle.astype(jnp.float32)
+        return norm(mixed, config.norm_eps).astype(x.dtype)
+    return norm(x, config.norm_eps)
 
 
-def rematerialized(function: Callable[..., jax.Array], trunk: Trunk, scanned: bool = False) -> Callable[..., jax.Array]:
-    """`function` with its backward pass recomputing what the policy does not save; see `REMAT`.
+def block(
+    config: ModelConfig,
+    p: Params,
+    x: jax.Array,
+    x0: jax.Array,
+    tokens: jax.Array,
+    cos_sin: tuple[jax.Array, jax.Array],
+    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    options: LayerOptions = DEFAULT,
+) -> jax.Array:
+    """Run one layer with its own parameters `p` on x (B, T, D); x0 is the input of the first layer."""
+    B, T, _ = x.shape
+    c, N, dtype, dot = config, config.head_width, x.dtype, options.dot
+    if c.residual_scalars:
+        x = (p["residual_scale"] * x.astype(jnp.float32) + p["x0_scale"] * x0.astype(jnp.float32)).astype(dtype)
+    h = norm(x, c.norm_eps, "attention_in")
+    kernels = tuple(p[name] for name in "qkv")
+    products = _merged(h, kernels) if options.merge else [dot(h, kernel) for kernel in kernels]
+    q, k, v = (y.reshape(B, T, -1, N) for y in products)
+    if "value_embedding" in p:
+        gate = 3 * jax.nn.sigmoid(h[..., :VE_GATE_CHANNELS] @ p["ve_gate"])  # (B, T, K), near 1.5 at the start
+        v = v + gate[..., None] * lookup(p["value_embedding"], tokens).reshape(v.shape)
+    v = checkpoint_name(v, "v")
+    q = qk_norm(q, cos_sin, c.norm_eps, c.qk_scale, "q")
+    k = qk_norm(k, cos_sin, c.norm_eps, c.qk_scale, "k")
+    y = checkpoint_name(attend(q, k, v), "attention").reshape(B, T, c.n_heads * N)
+    x = x + dot(y, p["o"])
+    if dtype != jnp.bfloat16:  # there the norm's result is kept instead
+        x = checkpoint_name(x, "middle")
+    h = dot(norm(x, c.norm_eps, "mlp_in"), p["fc"])
+    return x + dot(relu_squared(h, "mlp"), p["proj"])
+
+
+def rematerialized(
+    function: Callable[..., jax.Array], options: LayerOptions, scanned: bool = False
+) -> Callable[..., jax.Array]:
+    """Return `function` with a backward pass that recomputes what the policy of `REMAT` does not save.
 
     Weights gathered over fsdp are never saved, or the backward pass would hold all layers' at once.
     """
     policies = jax.checkpoint_policies
-    if trunk.remat == "none" and (trunk.mesh is None or trunk.mesh.shape["fsdp"] == 1):
+    if options.remat == "none" and (options.mesh is None or options.mesh.shape["fsdp"] == 1):
         return function
-    if trunk.remat == "none":
+    if options.remat == "none":
         save = policies.save_anything_except_these_names("gathered")
-    elif trunk.remat == "names":
-        own = trunk.backend in ("cudnn", "splash")  # what their backward kernels need is saved by itself
+    elif options.remat == "names":
+        own = options.backend in ("cudnn", "splash")  # what their backward kernels need is saved by itself
         save = policies.save_only_these_names(*SAVED_NAMES, *(() if own else ("attention",)))
         # cuDNN's kernel leaves, beside its result, softmax statistics without a name; to lose them is to run it again
         save = policies.save_from_both_policies(save, lambda primitive, *_, **__: "attention_fwd" in primitive.name)
-    elif trunk.remat == "dots":
+    elif options.remat == "dots":
         save = policies.dots_with_no_batch_dims_saveable
     else:
         save = policies.nothing_saveable
     return jax.checkpoint(function, policy=save, prevent_cse=not scanned)  # a scan's body is not merged anyway
 
 
-def layer_params(config: ModelConfig, params: Params, i: int) -> Params:
-    """Layer i's own slices of the stacked parameters, its value-embedding table included."""
-    stack = {k: v for k, v in params["blocks"].items() if k != "ve_gate"}
-    layer = {k: v[i] for k, v in stack.items()}
-    if i in value_layers(config):
-        j = value_layers(config).index(i)
-        layer |= {"ve_gate": params["blocks"]["ve_gate"][j], "value_embedding": params["value_embedding"][j]}
-    return layer
+def embed(
+    config: ModelConfig, params: Params, tokens: jax.Array, previous: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Return (x, e), both (B, T, D): the normed embedding with the token before smeared in, and without.
 
-
-def grouped_layers(config: ModelConfig, params: Params) -> Params:
-    """What the scan runs over: stacks (groups, layers of a group, ...) of the layers in whole groups.
-
-    One group's part looks like the parameters of a model of its depth, so `layer_params` slices it.
+    `previous` (B, D) is the normed embedding before the first position (decoding); zeros or None at a start.
     """
-    groups, period = scan_groups(config)
-
-    def split(layers: int) -> Callable[[jax.Array], jax.Array]:
-        return lambda a: a[: groups * layers].reshape(groups, layers, *a.shape[1:])
-
-    with_value: Params = {"blocks": {}}
-    per_group = sum(i < period for i in value_layers(config))
-    if per_group:
-        gate = {"ve_gate": params["blocks"]["ve_gate"]}
-        with_value = jax.tree.map(split(per_group), {"value_embedding": params["value_embedding"], "blocks": gate})
-    others = jax.tree.map(split(period), {k: v for k, v in params["blocks"].items() if k != "ve_gate"})
-    return with_value | {"blocks": others | with_value["blocks"]}
+    e = norm(lookup(params["embedding"], tokens), config.norm_eps)
+    if not config.smear:
+        return e, e
+    first = jnp.zeros_like(e[:, :1]) if previous is None else previous[:, None].astype(e.dtype)
+    before = jnp.concatenate([first, e[:, :-1]], axis=1)
+    gate = params["smear_scale"] * jax.nn.sigmoid(e[..., :SMEAR_CHANNELS] @ params["smear_gate"]).astype(jnp.float32)
+    x = (e + gate * before).astype(e.dtype)
+    # without the barrier XLA drops the rounding, and every layer reads float32
+    return jax.lax.optimization_barrier(x) if x.dtype == jnp.bfloat16 else x, e
 
 
-def _uniform(std: float) -> Callable[..., jax.Array]:
-    """Uniform with the given standard deviation: no outliers."""
-    bound = 3**0.5 * std
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+def logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    """Return softcapped float32 logits (..., V) of activations x (..., D), cropped to the vocabulary."""
+    if "output" in params:  # (D, V) int8
+        z = jnp.matmul(x, params["output"].values.astype(x.dtype), preferred_element_type=jnp.float32)
+        z = z * params["output"].scale
+    else:
+        w = unembedding(params)[: config.vocab_size].astype(x.dtype)
+        z = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
+    return config.softcap * jnp.tanh(z / config.softcap)
 
 
-def _gate_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jax.random.uniform(key, shape, dtype, 0.0, 0.02)  # slightly above neutral
+# Parts of a layer. Several have a backward pass of their own. In bfloat16 those of norm, activation and QK-norm need
+# their results alone, so that less is kept in memory; the names say what rematerialization may keep.
 
 
-def _ramp(first: float, last: float) -> Callable[..., jax.Array]:
-    return lambda key, shape, dtype: jnp.linspace(first, last, shape[0], dtype=dtype)
+def _differentiable(forward: Callable[..., Any], backward: Callable[..., Any], statics: int = 0) -> Callable[..., Any]:
+    """Return the function `forward(...)[0]` whose gradient is `backward(*statics, forward(...)[1], g)`."""
+    function = jax.custom_vjp(lambda *args: forward(*args)[0], nondiff_argnums=tuple(range(statics)))
+    function.defvjp(forward, backward)
+    return function
 
 
-def _kernel_inits(config: ModelConfig) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
-    """(q k v, fc). classic: normal, std min(1, sqrt(out/in)) / sqrt(in); modern: uniform, std D^-0.5, fc 0.4 of it."""
-    if config.recipe == "modern":
-        return _uniform(config.width**-0.5), _uniform(0.4 * config.width**-0.5)
+def _merged_backward(residuals: Any, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    h, kernels = residuals
+    g, kernel = (jnp.concatenate(parts, axis=-1) for parts in (gradients, kernels))
+    g = jax.lax.optimization_barrier(g)  # or XLA also writes the parts, for the second product
+    of_kernel = jnp.einsum("btd,btf->df", h, g)
+    splits = np.cumsum([part.shape[-1] for part in kernels])[:-1]
+    return jnp.einsum("btf,df->btd", g, kernel), tuple(jnp.split(of_kernel, splits, axis=-1))
 
-    def classic(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        n_in, n_out = shape[-2:]
-        return min(1.0, (n_out / n_in) ** 0.5) * n_in**-0.5 * jax.random.normal(key, shape, dtype)
 
-    return classic, classic
+# h (B, T, D) times several kernels (D, ...). Their gradients side by side make one product to h, not a sum of several,
+# and one to the kernels: h and its gradient are read and written once.
+_merged = _differentiable(lambda h, kernels: (tuple(h @ kernel for kernel in kernels), (h, kernels)), _merged_backward)
+
+
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Return rows (..., D) of table (V, D) at tokens (...); the gradient adds up in float32.
+
+    A frequent token has thousands of rows to add, which bfloat16's 8 bits would swallow.
+    """
+    return _lookup(table.shape, table.dtype, table, tokens)
+
+
+def _lookup_backward(shape: tuple[int, int], dtype: jnp.dtype, tokens: jax.Array, g: jax.Array) -> tuple[Any, None]:
+    return jnp.zeros(shape, jnp.float32).at[tokens].add(g.astype(jnp.float32)).astype(dtype), None
+
+
+_lookup = _differentiable(lambda shape, dtype, table, tokens: (table[tokens], tokens), _lookup_backward, statics=2)
+
+
+def norm(x: jax.Array, eps: float, name: str = "normed") -> jax.Array:
+    """Return RMSNorm over the last axis without weights, computed in float32."""
+    return _lean_norm(eps, name, x) if x.dtype == jnp.bfloat16 else _norm(x, eps)[0]
+
+
+def _norm(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """Return (x / rms(x), 1 / rms(x) in float32)."""
+    y = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * scale).astype(x.dtype), scale
+
+
+def _norm_forward(eps: float, name: str, x: jax.Array) -> tuple[jax.Array, Any]:
+    h, scale = _norm(x, eps)
+    h, scale = checkpoint_name(h, name), checkpoint_name(scale, "scale")
+    return h, (h, scale)
+
+
+def _norm_backward(eps: float, name: str, residuals: Any, g: jax.Array) -> tuple[jax.Array]:
+    h, scale = (a.astype(jnp.float32) for a in residuals)
+    wide = g.astype(jnp.float32)
+    return ((scale * (wide - h * jnp.mean(h * wide, axis=-1, keepdims=True))).astype(g.dtype),)
+
+
+_lean_norm = _differentiable(_norm_forward, _norm_backward, statics=2)
+
+
+def relu_squared(x: jax.Array, name: str) -> jax.Array:
+    """Return max(x, 0)^2."""
+    if x.dtype == jnp.bfloat16:
+        return _lean_relu_squared(name, x)
+    return jnp.square(jax.nn.relu(checkpoint_name(x, name)))
+
+
+def _relu_squared_forward(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y = checkpoint_name(jnp.square(jax.nn.relu(x)), name)
+    return y, y
+
+
+def _relu_squared_backward(name: str, y: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    return ((2 * jnp.sqrt(y.astype(jnp.float32)) * g.astype(jnp.float32)).astype(g.dtype),)
+
+
+_lean_relu_squared = _differentiable(_relu_squared_forward, _relu_squared_backward, statics=1)
+
+
+def qk_norm(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], eps: float, scale: float, name: str) -> jax.Array:
+    """Return x (B, T, heads, N) rotated, normed and multiplied by `scale`."""
+    if x.dtype == jnp.bfloat16:
+        return _lean_qk_norm(eps, scale, name, x, *cos_sin)
+    return norm(rotate(checkpoint_name(x, name), cos_sin), eps) * scale
+
+
+def _qk_norm_forward(
+    eps: float, scale: float, name: str, x: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, Any]:
+    # a rotation keeps the length, so the norm needs only x: one pass reads it, the next rotates and scales it
+    wide = x.astype(jnp.float32)
+    length = scale * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    y = checkpoint_name((rotate(wide, (cos, sin)) * length).astype(x.dtype), name)
+    length = checkpoint_name(length, "scale")
+    return y, (y, length, cos, sin)
+
+
+def _qk_norm_backward(
+    eps: float, scale: float, name: str, residuals: Any, g: jax.Array
+) -> tuple[jax.Array, None, None]:
+    y, length, cos, sin = (a.astype(jnp.float32) for a in residuals)
+    wide = g.astype(jnp.float32)
+    inner = jnp.mean(y * wide, axis=-1, keepdims=True) / scale**2
+    return (rotate(length * (wide - y * inner), (cos, -sin)).astype(g.dtype), None, None)
+
+
+_lean_qk_norm = _differentiable(_qk_norm_forward, _qk_norm_backward, statics=3)
+
+
+def rotary(config: ModelConfig, positions: jax.Array, dtype: jnp.dtype | type) -> tuple[jax.Array, jax.Array]:
+    """Return cos and sin (B, T, 1, N/2) of positions (B, T); float32 for bfloat16, whose rounding changes lengths."""
+    dtype = jnp.float32 if dtype == jnp.bfloat16 else dtype
+    frequency = config.rotary_base ** (-jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+
+
+def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate (B, T, heads, N) by minus theta, halves split: as karpathy's and Hugging Face's weights expect."""
+    cos, sin = cos_sin
+    x1, x2 = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxchat.config import Config, MeshConfig
 from jaxchat.errors import UsageError
 
-# Resharding the model is an edit of this table. `data` never appears: weights are replicated over it while they are
-# used; between steps their masters are split over it too (`master_sharding`).
+# To reshard the model is to edit this table. `data` never appears: weights are replicated over it while they are used;
+# between steps their masters are split over it too (`master_sharding`).
 LOGICAL_TO_MESH: dict[str, str | None] = {
     "layer": None,  # stacked and scanned over
     "embed": "fsdp",  # model width D
@@ -26,33 +26,28 @@ LOGICAL_TO_MESH: dict[str, str | None] = {
     "table": "fsdp",  # rows of a value-embedding table
     "gate": None,  # the few channels that gates read
 }
-BATCH_AXES = ("data", "fsdp")  # a batch's rows are spread over both
+BATCH_AXES = ("data", "fsdp")  # a batch's rows are split over both
 SMALL = 4096  # values; splitting fewer is not worth a collective
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; one -1 fills with what is left.
+    """Return a (data, fsdp, tensor) mesh over all devices; one -1 fills with what is left.
 
     Raises `UsageError` with the numbers if the axes do not multiply to the device count.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    sizes, count = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}, len(devices)
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
         raise UsageError(f"{text}: sizes are at least 1, and at most one may be -1 (fills)")
-    count = len(devices)
     if count % fixed or (not free and fixed != count):
         fitting = next(n for n in range(min(fixed, count), 0, -1) if count % n == 0)
-        advice = f"the fixed axes may multiply to {fitting}" if free else "set one axis to -1 to fill"
-        raise UsageError(
-            f"{text}: {fixed} does not divide the {count} devices; {advice}"
-            if count % fixed
-            else f"{text}: {fixed} devices, but there are {count}; {advice}"
-        )
+        advice = f"let the fixed axes multiply to {fitting}" if free else "set one axis to -1 to fill"
+        raise UsageError(f"{text}: {fixed} devices do not fit the {count} there are; {advice}")
     if free:
-        sizes[free[0]] = len(devices) // fixed
+        sizes[free[0]] = count // fixed
     if devices[0].platform == "tpu":  # neighbours on the mesh should be neighbours in the slice's torus
         grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     else:
@@ -61,7 +56,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def parameter_sharding(mesh: Mesh, shape: tuple[int, ...], logical_axes: tuple[str, ...]) -> NamedSharding:
-    """Where one parameter lies; an axis that its mesh axis does not divide stays whole on every device."""
+    """Return where a parameter lies; an axis that its mesh axis does not divide stays whole on every device."""
     spec: list[Any] = []
     for size, axis in zip(shape, logical_axes, strict=True):
         name = LOGICAL_TO_MESH[axis]
@@ -70,7 +65,7 @@ def parameter_sharding(mesh: Mesh, shape: tuple[int, ...], logical_axes: tuple[s
 
 
 def master_sharding(mesh: Mesh, shape: tuple[int, ...], logical_axes: tuple[str, ...]) -> NamedSharding:
-    """Where a parameter's float32 master, its gradient and its moments lie: also split over `data` (ZeRO, 1910.02054).
+    """Return where a parameter's float32 master, gradient and moments lie: also split over `data` (ZeRO, 1910.02054).
 
     The split is over the dimension before the last, or the last where that does not divide; small arrays stay whole.
     """
@@ -85,19 +80,13 @@ def master_sharding(mesh: Mesh, shape: tuple[int, ...], logical_axes: tuple[str,
 
 
 def gathered_sharding(mesh: Mesh, shape: tuple[int, ...], logical_axes: tuple[str, ...]) -> NamedSharding:
-    """How a weight is used in products: whole but for `tensor`."""
+    """Return how a weight lies when it is used in products: whole but for `tensor`."""
     spec = parameter_sharding(mesh, shape, logical_axes).spec
     return NamedSharding(mesh, PartitionSpec(*(axis if axis == "tensor" else None for axis in spec)))
 
 
-def platform(mesh: Mesh) -> str:
-    """ "cpu", "gpu" or "tpu": of the mesh's devices, which need not be those of this machine (a dry run)."""
-    name = mesh.devices.flat[0].platform
-    return "gpu" if name in ("cuda", "rocm") else name
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch `(A, B, T)`: rows B over data and fsdp, micro-batches A and positions T whole."""
+    """Return how a batch (A, B, T) lies: rows B over data and fsdp, micro-batches A and positions T whole."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
@@ -105,13 +94,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def platform(mesh: Mesh) -> str:
+    """Return "cpu", "gpu" or "tpu" of the mesh's devices, which can be those of a dry run."""
+    name = mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def batch_devices(mesh: Mesh) -> int:
-    """How many devices share a batch's rows."""
+    """Return how many devices share a batch's rows."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def micro_batch(config: Config, devices: int) -> tuple[int, int]:
-    """(rows per micro-batch over all devices, micro-batches per step), from the batch in tokens.
+    """Return (rows per micro-batch over all devices, micro-batches per step), from the batch in tokens.
 
     Takes the most rows a device that `train.device_batch_rows` allows and the batch can be divided into.
     Raises `UsageError` if the batch has no whole row for every device.

@@ -1,4 +1,7 @@
-"""Parameters, FLOPs and bytes of a model: the only place that counts. Plain arithmetic on the resolved config."""
+"""Parameters, FLOPs and bytes of a model: the only place that counts. Plain arithmetic on the resolved config.
+
+Letters: L layers, T time, D model width, N head width.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,14 @@ from dataclasses import dataclass
 from jaxchat.config import ModelConfig
 from jaxchat.errors import UsageError
 
-# Static facts of a resolved model: windows, value-embedding layers, scan groups, padded vocabulary.
-
-
 VE_GATE_CHANNELS = 12  # of the normed attention input that gate a value embedding
 SMEAR_CHANNELS = 24  # of the embedding that gate the smear
 VOCAB_MULTIPLE = 64
+EXAM_ROWS = 256  # of exams at once, where memory allows
 
 
 def padded_vocab(config: ModelConfig) -> int:
-    """Rows of the embedding tables: the vocabulary rounded up to whole tiles."""
+    """Return the rows of the embedding tables: the vocabulary rounded up to whole tiles."""
     return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
@@ -27,7 +28,7 @@ def mlp_width(config: ModelConfig) -> int:
 
 
 def windows(config: ModelConfig) -> list[int]:
-    """Per layer, how many positions before itself a token sees; the last layer always sees all."""
+    """Return how many positions before itself a token sees, per layer; the last layer always sees all."""
     full, short = config.seq_len, min(config.window_short, config.seq_len)
     pattern = config.window_pattern
     sizes = [short if pattern[i % len(pattern)] == "S" else full for i in range(config.depth)]
@@ -36,14 +37,14 @@ def windows(config: ModelConfig) -> list[int]:
 
 
 def value_layers(config: ModelConfig) -> list[int]:
-    """Layers with a value embedding: every second one, the last included."""
+    """Return the layers with a value embedding: every second one, the last included."""
     if not config.value_embeddings:
         return []
     return [i for i in range(config.depth) if i % 2 == (config.depth - 1) % 2]
 
 
 def scan_groups(config: ModelConfig) -> tuple[int, int]:
-    """(groups, layers per group) of the trunk's scan; layers after the last whole group are the tail.
+    """Return (groups, layers per group) of the forward pass's scan; the layers after them are the tail.
 
     Within a group every layer's window and value embedding are static, so a group spans the pattern's period.
     """
@@ -58,29 +59,25 @@ def scan_groups(config: ModelConfig) -> tuple[int, int]:
 
 
 def score_bound(config: ModelConfig) -> float:
-    """Largest possible attention score: q and k are normed to length sqrt(N), then scaled."""
+    """Return the largest possible attention score: q and k are normed to length sqrt(N), then scaled."""
     return config.qk_scale**2 * math.sqrt(config.head_width) * 1.01
 
 
 def check_mesh(config: ModelConfig, fsdp: int, tensor: int) -> None:
-    """`UsageError` names the shapes that a mesh axis does not divide, and the nearest sizes that divide them all."""
+    """Raise `UsageError` with the shapes that a mesh axis does not divide, and the nearest sizes that do."""
     heads = {"heads": config.n_heads, "kv heads": config.n_kv_heads}
     split = {
         "tensor": (tensor, heads | {"MLP width": mlp_width(config), "padded vocabulary": padded_vocab(config)}),
         "fsdp": (fsdp, {"width": config.width}),
     }
     for axis, (size, shapes) in split.items():
-        odd = [f"{name} {n}" for name, n in shapes.items() if n % size]
-        if odd:
+        if odd := [f"{name} {n}" for name, n in shapes.items() if n % size]:
             common = math.gcd(*shapes.values())
             fitting = sorted((d for d in range(1, common + 1) if common % d == 0), key=lambda d: abs(d - size))
             raise UsageError(
                 f"mesh.{axis}={size}: does not divide the {' and the '.join(odd)} of this model; "
                 f"take {' or '.join(map(str, sorted(fitting[:2])))}"
             )
-
-
-EXAM_ROWS = 256  # of exams at once, where memory allows
 
 
 @dataclass(frozen=True)
@@ -120,12 +117,12 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters that multiply the token stream: trunk, unembedding and the smear gate."""
+    """Return the parameters that multiply the token stream: trunk, unembedding and the smear gate."""
     return count_parameters(config).scaling + (SMEAR_CHANNELS if config.smear else 0)
 
 
 def flops_per_token(config: ModelConfig) -> int:
-    """Training FLOPs per token: 6 per matmul parameter, and 12 * H * N * keys seen per layer (PaLM, 2204.02311).
+    """Return training FLOPs per token: 6 per matmul parameter, 12 * H * N * keys seen per layer (PaLM, 2204.02311).
 
     Windows count with their length, not with the context; the causal half is not discounted, as everywhere.
     """
@@ -134,7 +131,7 @@ def flops_per_token(config: ModelConfig) -> int:
 
 
 def decode_bytes_per_step(config: ModelConfig, rows: int, context: int, item_bytes: int) -> int:
-    """Bytes one decode step must read: weights that take part once, one embedding row a token, the live cache."""
+    """Return the bytes a decode step must read: weights that take part, one embedding row a token, the live cache."""
     c = config
     tables = 1 + len(value_layers(c))
     weights = matmul_parameters(c) + rows * tables * c.width
@@ -142,20 +139,18 @@ def decode_bytes_per_step(config: ModelConfig, rows: int, context: int, item_byt
 
 
 def kv_values_per_row(config: ModelConfig, context: int) -> int:
-    """Cached values (keys and values, all layers) that one row of `context` tokens reads."""
+    """Return the cached values (keys and values, all layers) that one row of `context` tokens reads."""
     seen = sum(min(window + 1, context) for window in windows(config))
     return 2 * config.n_kv_heads * config.head_width * seen
 
 
 def exam_rows(config: ModelConfig, free_bytes: int, devices: int, item_bytes: int, scores: bool) -> int:
-    """Rows that exams run at once on `devices` with `free_bytes` each, in all: 256, or the power of two that fits.
+    """Return the rows that exams run at once on `devices` with `free_bytes` each: 256, or the power of two that fits.
 
-    Fits: weights of the engine and of the scorer, the float32 ones of bits per byte, and a device's share of the rows
-    take at most 80 % of what is free. A row takes its keys and values twice (a chunk of decoding works on a copy) and
-    the activations of one layer. `scores`: attention writes its (T, T) scores to memory, as XLA's does.
+    Weights of the engine and of the scorer, the float32 ones of bits per byte, and a device's share of the rows take at
+    most 80 % of what is free. `scores`: attention writes its (T, T) scores to memory, as XLA's does.
     """
-    weights = (2 * item_bytes + 4) * count_parameters(config).total
-    room = 0.8 * free_bytes - weights
+    room = 0.8 * free_bytes - (2 * item_bytes + 4) * count_parameters(config).total
     rows = EXAM_ROWS
     while rows > devices and -(-rows // devices) * exam_row_bytes(config, item_bytes, scores) > room:
         rows //= 2
@@ -163,7 +158,10 @@ def exam_rows(config: ModelConfig, free_bytes: int, devices: int, item_bytes: in
 
 
 def exam_row_bytes(config: ModelConfig, item_bytes: int, scores: bool) -> int:
-    """Bytes of one row of full context while a model is examined, see `exam_rows`."""
+    """Return the bytes of one row of full context in an exam.
+
+    Keys and values twice (a chunk of decoding works on a copy), and the activations of one layer.
+    """
     layer = 8 * config.width + 2 * mlp_width(config)  # values a token: the stream thrice, norm, q, k, v, y, MLP twice
     matrix = 2 * 4 * config.n_heads * config.seq_len**2 if scores else 0  # float32, before and after the softmax
     return item_bytes * (2 * kv_values_per_row(config, config.seq_len) + config.seq_len * layer) + matrix
@@ -183,19 +181,18 @@ PEAK_FLOPS = {
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
     "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 1153.5e12,
 }  # fmt: skip
-NO_PEAK = re.compile(
-    r"\bMIG\b|Laptop|[45]090 D|TPU v4 lite"
-)  # parts of a card, or cards of other figures with the same name
+# Parts of a card, or cards of other figures with the same name
+NO_PEAK = re.compile(r"\bMIG\b|Laptop|[45]090 D|TPU v4 lite")
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The device's dense 16-bit peak in FLOP/s, or None where it is not known (then no MFU is shown)."""
+    """Return the device's dense 16-bit peak in FLOP/s, or None where it is not known (then no MFU is shown)."""
     found = [name for name in PEAK_FLOPS if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", device_kind)]
     return PEAK_FLOPS[max(found, key=len)] if found and not NO_PEAK.search(device_kind) else None
 
 
 def activation_bytes(config: ModelConfig, rows: int, item_bytes: int) -> int:
-    """Rough bytes of saved activations for `rows` rows without rematerialization.
+    """Return the rough bytes of saved activations for `rows` rows without rematerialization.
 
     Per token and layer about 34 values of the width with an MLP factor of 4: inputs of every product, norms, q, k, v
     and the two MLP activations. Analytic only; a compile of the real step tells the truth.

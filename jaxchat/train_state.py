@@ -1,4 +1,4 @@
-"""Steps that train nothing: how likely a batch of text is to a model."""
+"""The training state and the pure, jitted steps over it: one update, and evaluations that train nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from jaxchat import model as gpt
-from jaxchat.attention import choose_backend, cuda_capability, distrust, has_fp8, trusted_backend, with_attention
+from jaxchat.attention import choose_backend, cuda_capability, has_fp8, trusted_backend, with_attention
 from jaxchat.config import Config
 from jaxchat.errors import UsageError
 from jaxchat.log import say
@@ -33,9 +33,6 @@ from jaxchat.sharding import (
 )
 from jaxchat.sizes import check_mesh, scan_groups
 
-# The training state, and the pure step over it: one update.
-
-
 LARGE_DEPTH = 12  # layers from which on a training takes hours of an accelerator
 Batch = dict[str, jax.Array]  # inputs, targets (A, B, T) int32; weights (A, B, T) float32; A micro-batches
 
@@ -43,17 +40,21 @@ Batch = dict[str, jax.Array]  # inputs, targets (A, B, T) int32; weights (A, B, 
 @jax.tree_util.register_dataclass
 @dataclass
 class TrainState:
-    """params: nested dict of float32; opt_state: optax's; step: () int32, optimizer steps done (skipped ones too)."""
+    """Everything that a step changes."""
 
-    params: Any
-    opt_state: Any
-    step: jax.Array
+    params: Any  # nested dict of float32
+    opt_state: Any  # optax's
+    step: jax.Array  # () int32, optimizer steps done, skipped ones too
+
+
+# How the model runs on the devices of a mesh
 
 
 def compute_dtype(config: Config, mesh: Mesh) -> jnp.dtype:
-    """Of activations and products: bfloat16 on accelerators, float32 on CPUs (bf16 products are slower there).
+    """Return the dtype of activations and products.
 
-    NVIDIA cards before compute capability 8.0 (T4, V100) have no bfloat16: float16, whose loss is scaled.
+    bfloat16 on accelerators, float32 on CPUs (bf16 products are slower there). NVIDIA cards before compute capability
+    8.0 (T4, V100) have no bfloat16: float16, whose loss is scaled.
     """
     name = config.train.compute_dtype
     if name == "auto":
@@ -63,22 +64,25 @@ def compute_dtype(config: Config, mesh: Mesh) -> jnp.dtype:
 
 
 def check_attention(config: Config, mesh: Mesh) -> None:
-    """`refuse_slow` for the attention of this process: asked before the hours in which data is prepared."""
+    """Call `refuse_slow` for the attention of this process, before the hours in which data is prepared."""
     refuse_slow(config, mesh, trusted_backend(config.model, compute_dtype(config, mesh))[1])
 
 
 def refuse_slow(config: Config, mesh: Mesh, why: str) -> None:
-    """`UsageError` where a large model would train on an accelerator without its fast attention; `why`: the reason, or
-    "". That costs about a third of the speed. `train.allow_slow` lets it pass, and so does a chosen `model.attention`.
+    """Raise `UsageError` where a large model would train on an accelerator without its fast attention.
+
+    That costs about a third of the speed. `why`: the reason, or "". `train.allow_slow` lets it pass, and so does a
+    chosen `model.attention`.
     """
     if why and config.model.depth >= LARGE_DEPTH and platform(mesh) != "cpu" and not config.train.allow_slow:
-        advice = "mend that, or train slower with --set train.allow_slow=true"
-        raise UsageError(f"model.attention: {config.model.attention} falls back to XLA's, {why}; {advice}")
+        raise UsageError(
+            f"model.attention={config.model.attention}: training would use XLA's slow attention, because {why}. "
+            "Repair that, or accept it with --set train.allow_slow=true"
+        )
 
 
 def check_kernels(config: Config, mesh: Mesh) -> Config:
-    """The configuration with an attention that was seen to be right on this machine; one warning if it is a slow one
-    (in large models `refuse_slow`), and one if `train.matmul = "fp8"` gains nothing here.
+    """Return `decided(config)`, with a warning where the attention is a slow one or fp8 gains nothing.
 
     Where one process of several has to fall back, all do: they must compile the same program.
     """
@@ -87,8 +91,7 @@ def check_kernels(config: Config, mesh: Mesh) -> Config:
     if jax.process_count() > 1:
         fallen = multihost_utils.process_allgather(np.int32(backend == "xla"))
         if backend != "xla" and fallen.any():
-            why = "another process cannot run the fast one"
-            distrust(config.model, dtype, why)
+            _, why = trusted_backend(config.model, dtype, distrust="another process cannot run the fast one")
     refuse_slow(config, mesh, why)
     if why:
         say(f"  attention falls back to XLA's: {why}", style="yellow")
@@ -98,12 +101,12 @@ def check_kernels(config: Config, mesh: Mesh) -> Config:
 
 
 def decided(config: Config, mesh: Mesh) -> Config:
-    """The configuration with the attention that this process decided on, see `backends.trusted_backend`."""
+    """Return the configuration with the attention that `trusted_backend` decided on in this process."""
     return dataclasses.replace(config, model=with_attention(config.model, compute_dtype(config, mesh)))
 
 
 def scan_unroll(config: Config, platform: str = "cpu") -> int:
-    """Groups of layers unrolled per iteration of the scan.
+    """Return how many groups of layers are unrolled per iteration of the scan.
 
     On GPUs all of them, a plain loop: a scan stacks what the backward pass needs, a fifth of the bytes that a step
     moves (docs/performance.md). Elsewhere small models alone, which compile fast enough.
@@ -114,26 +117,22 @@ def scan_unroll(config: Config, platform: str = "cpu") -> int:
     return groups if platform == "gpu" or groups * period <= 8 else 1
 
 
-def loss_spec(config: Config, mesh: Mesh) -> LossSpec:
-    return LossSpec(config.model.vocab_size, config.model.softcap, default_chunk(platform(mesh)), mesh)
-
-
-def trunk(config: Config, mesh: Mesh) -> gpt.Trunk:
-    """How the layers run on the devices of `mesh`."""
+def layer_options(config: Config, mesh: Mesh) -> gpt.LayerOptions:
+    """Return how the layers run on the devices of `mesh`."""
     shapes, axes = gpt.abstract_params(config.model)
     leaves = zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(axes, is_leaf=_is_axes), strict=True)
     named = {".".join(k.key for k in path): (shape.shape, logical) for (path, shape), logical in leaves}
     dtype = compute_dtype(config, mesh)
 
     def place(name: str, weight: jax.Array) -> jax.Array:
-        """Whole where it is used; its gradient goes straight to where its master lies."""
+        """Gather a weight where it is used; its gradient goes straight to where its master lies."""
         if mesh.size == 1 or name not in named:
             return weight
         shape, logical = (part[-weight.ndim :] if weight.ndim else () for part in named[name])
         kept = master_sharding(mesh, shape, logical)
         return checkpoint_name(_gather(gathered_sharding(mesh, shape, logical), kept, weight), "gathered")
 
-    return gpt.Trunk(
+    return gpt.LayerOptions(
         unroll=scan_unroll(config, platform(mesh)),
         backend=choose_backend(config.model, dtype, mesh.devices.flat[0])[0],
         remat=config.train.remat,
@@ -159,8 +158,37 @@ def _is_axes(node: Any) -> bool:
     return isinstance(node, tuple)
 
 
+def caster(config: Config, mesh: Mesh) -> Callable[[Any], Any]:
+    """Return a function from masters to weights in the compute dtype, gathered over `data` in that dtype."""
+    dtype = compute_dtype(config, mesh)
+    shapes, axes = gpt.abstract_params(config.model)
+    shardings = jax.tree.map(lambda s, a: parameter_sharding(mesh, s.shape, a), shapes, axes)
+
+    def cast(params: Any) -> Any:
+        weights = gpt.cast_params(params, dtype)
+        kept = {"unembedding": weights["unembedding"]}  # the loss casts and gathers it
+        return jax.lax.with_sharding_constraint({k: weights[k] for k in shardings}, shardings) | kept
+
+    return cast
+
+
+def _losses(config: Config, mesh: Mesh) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+    """Return a function from cast weights and a micro-batch to (weighted sum, nll (B, T)) in nats."""
+    spec = LossSpec(config.model.vocab_size, config.model.softcap, default_chunk(platform(mesh)), mesh)
+    options = layer_options(config, mesh)
+
+    def losses(weights: Any, micro: Batch) -> tuple[jax.Array, jax.Array]:
+        x = gpt.hidden(config.model, weights, micro["inputs"], options)
+        return chunked_loss(x, weights["unembedding"], micro["targets"], micro["weights"], spec)
+
+    return losses
+
+
+# The state on the mesh
+
+
 def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Fresh parameters and optimizer state, each made where it belongs; a function of `config.seed` alone."""
+    """Return fresh parameters and optimizer state, each made where it belongs; only `config.seed` decides them."""
 
     def init() -> TrainState:
         params = gpt.init_params(config.model, config.seed)
@@ -170,16 +198,16 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, for a restore; allocates nothing."""
+    """Return shapes, dtypes and shardings of the state, for a restore; allocates nothing."""
     shapes = jax.eval_shape(lambda: init_state(config, optimizer, mesh))
     shardings = state_sharding(config, optimizer, mesh)
     return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
 
 
 def state_sharding(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A `TrainState` of shardings. Moments lie where their parameter's master lies; everything small is replicated.
+    """Return a `TrainState` of shardings; `UsageError` if the mesh does not divide the model.
 
-    Raises `UsageError` if the mesh does not divide the model.
+    Moments lie where their parameter's master lies; everything small is replicated.
     """
     check_mesh(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
     shapes, axes = gpt.abstract_params(config.model)
@@ -196,29 +224,31 @@ def state_sharding(config: Config, optimizer: optax.GradientTransformation, mesh
     return TrainState(of_params, opt_state, replicated(mesh))  # type: ignore[arg-type]
 
 
+# Steps
+
+
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted, donated update: (state, batch) -> (state, metrics).
+    """Return the jitted, donated update: (state, batch) -> (state, metrics).
 
-    Metrics (float32 scalars): `loss`, mean nats per target; `grad_norm`; `ok`, 0 where loss or gradient was not
+    Metrics are float32 scalars: `loss`, mean nats per target; `grad_norm`; `ok`, 0 where loss or gradient was not
     finite: then nothing but the step counter changes; `overflowed`, 1 where float16 was the reason and a smaller loss
     scale follows (then `ok` stays 1). Gradients of the A micro-batches add up in float32, split like the masters.
     The sums are divided by the batch's weights, or by its `counts`, shaped like them, where weights may be negative.
     """
-    run, spec, shardings = trunk(config, mesh), loss_spec(config, mesh), state_sharding(config, optimizer, mesh)
+    losses, shardings = _losses(config, mesh), state_sharding(config, optimizer, mesh)
     cast, float16 = caster(config, mesh), compute_dtype(config, mesh) == jnp.float16
 
     def like_masters(grads: Any) -> Any:
         return jax.lax.with_sharding_constraint(grads, shardings.params)
 
-    def summed_loss(weights: Any, micro: Batch, factor: jax.Array) -> jax.Array:
-        x = gpt.hidden(config.model, weights, micro["inputs"], run)
-        return factor * chunked_loss(x, weights["unembedding"], micro["targets"], micro["weights"], spec)[0]
-
     def gradient(params: Any, weights: Any, micro: Batch, factor: jax.Array) -> tuple[jax.Array, Any]:
-        total, grads = jax.value_and_grad(summed_loss)(weights, micro, factor)
-        return total, like_masters(jax.tree.map(lambda g: g.astype(jnp.float32), _fold_tied(params, grads)))
+        total, grads = jax.value_and_grad(lambda w: factor * losses(w, micro)[0])(weights)
+        if "unembedding" not in params:  # `cast_params` splits a tied table in two; their gradients belong to one
+            tied = grads["embedding"] + grads["unembedding"]
+            grads = {k: v for k, v in grads.items() if k != "unembedding"} | {"embedding": tied}
+        return total, like_masters(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
     def accumulate(params: Any, batch: Batch, factor: jax.Array) -> tuple[jax.Array, Any]:
         weights = cast(params)
@@ -246,9 +276,15 @@ def make_train_step(
         grad_norm = optax.global_norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         overflowed = jnp.zeros(()) if scaling is None else ~ok & (scaling.scale > SMALLEST)
+
+        def choose(new: Any, old: Any) -> Any:
+            if isinstance(new, LossScaleState):  # moves at every step, but in float16 alone
+                return new if float16 else old
+            return jnp.where(ok, new, old)
+
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = optax.apply_updates(state.params, updates), opt_state
-        params, opt_state = _select(ok, float16, new, (state.params, state.opt_state))
+        new, old = (optax.apply_updates(state.params, updates), opt_state), (state.params, state.opt_state)
+        params, opt_state = jax.tree.map(choose, new, old, is_leaf=lambda node: isinstance(node, LossScaleState))
         metrics = {"loss": loss, "grad_norm": grad_norm, "ok": ok | (overflowed > 0), "overflowed": overflowed}
         return TrainState(params, opt_state, state.step + 1), {k: v.astype(jnp.float32) for k, v in metrics.items()}
 
@@ -257,54 +293,18 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, in_shardings=inputs, out_shardings=outputs, compiler_options=fixed)
 
 
-def _select(ok: jax.Array, float16: bool, new: Any, old: Any) -> Any:
-    """`new` where a step is `ok`, else `old`. A loss scale moves then too, but in float16 alone."""
-
-    def choose(new: Any, old: Any) -> Any:
-        if isinstance(new, LossScaleState):
-            return new if float16 else old
-        return jnp.where(ok, new, old)
-
-    return jax.tree.map(choose, new, old, is_leaf=lambda node: isinstance(node, LossScaleState))
-
-
-def caster(config: Config, mesh: Mesh) -> Callable[[Any], Any]:
-    """Masters -> weights in the compute dtype, gathered over `data` in that dtype, once a step."""
-    dtype = compute_dtype(config, mesh)
-    shapes, axes = gpt.abstract_params(config.model)
-    shardings = jax.tree.map(lambda s, a: parameter_sharding(mesh, s.shape, a), shapes, axes)
-
-    def cast(params: Any) -> Any:
-        weights = gpt.cast_params(params, dtype)
-        kept = {"unembedding": weights["unembedding"]}  # the loss casts and gathers it
-        return jax.lax.with_sharding_constraint({k: weights[k] for k in shardings}, shardings) | kept
-
-    return cast
-
-
-def _fold_tied(params: Any, grads: Any) -> Any:
-    """`cast_params` splits a tied table in two; their gradients belong to one."""
-    if "unembedding" in params:
-        return grads
-    return {k: v for k, v in grads.items() if k != "unembedding"} | {
-        "embedding": grads["embedding"] + grads["unembedding"]
-    }
-
-
 @functools.cache
 def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch, jax.Array], dict[str, jax.Array]]:
-    """Jitted sums over one batch: (params, batch, byte_lengths (V,) int32) -> float32 scalars, or one for each row.
+    """Return jitted sums over a batch: (params, batch, byte_lengths (V,) int32) -> float32 scalars, or one a row.
 
     `nats` and `bytes` of every row, over the targets that stand for text (special tokens count neither way), for bits
     per byte; `all_nats` and `targets` of the batch over every weighted target, for the loss and the perplexity.
     """
-    cast, run, spec = caster(config, mesh), trunk(config, mesh), loss_spec(config, mesh)
+    cast, losses = caster(config, mesh), _losses(config, mesh)
 
     def step(params: Any, batch: Batch, byte_lengths: jax.Array) -> dict[str, jax.Array]:
-        weights = cast(params)
         micro = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), batch)
-        x = gpt.hidden(config.model, weights, micro["inputs"], run)
-        total, nll = chunked_loss(x, weights["unembedding"], micro["targets"], micro["weights"], spec)
+        total, nll = losses(cast(params), micro)
         size = byte_lengths[micro["targets"]] * micro["weights"]
         return {
             "nats": jnp.sum(nll * micro["weights"] * (size > 0), axis=-1),
@@ -317,16 +317,11 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch, jax.Arra
 
 
 def make_nll_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch], jax.Array]:
-    """Jitted (params, batch) -> negative log-likelihood of every target, (A, B, T) float32 in nats."""
-    cast, run, spec = caster(config, mesh), trunk(config, mesh), loss_spec(config, mesh)
+    """Return jitted (params, batch) -> negative log-likelihood of every target, (A, B, T) float32 in nats."""
+    cast, losses = caster(config, mesh), _losses(config, mesh)
 
     def step(params: Any, batch: Batch) -> jax.Array:
         weights = cast(params)
-
-        def nll(micro: Batch) -> jax.Array:
-            x = gpt.hidden(config.model, weights, micro["inputs"], run)
-            return chunked_loss(x, weights["unembedding"], micro["targets"], micro["weights"], spec)[1]
-
-        return jax.lax.map(nll, batch)
+        return jax.lax.map(lambda micro: losses(weights, micro)[1], batch)
 
     return jax.jit(step, in_shardings=(None, batch_sharding(mesh)), out_shardings=replicated(mesh))

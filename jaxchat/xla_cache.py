@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache: on by default, of bounded size, and never a reason to stop."""
+"""JAX's persistent compilation cache: on by default, of bounded size; a fault in it never stops a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEAST_SECONDS = 0.02  # of compilation. Reading a small program takes 2 ms
 
 
 def use_cache(cache_dir: str) -> None:
-    """Keep compiled programs below `cache_dir`, and read those that are there; one line where that cannot be.
+    """Keep compiled programs below `cache_dir` and read those that are there; a warning where that cannot be.
 
     Call it before anything compiles. A cache that JAX was told of otherwise stays as it is.
     """
@@ -41,9 +41,10 @@ def use_cache(cache_dir: str) -> None:
 
 
 def open_cache(cache_dir: str) -> Path:
-    """The cache's folder for this user and this kind of CPU, made and put in order; `OSError` where it cannot be used.
+    """Make the cache's folder for this user and kind of CPU and return it; `OSError` where it cannot be used.
 
-    What lies there is executed, so it must be the user's alone.
+    What lies there is executed, so it must be the user's alone. What a killed process left unfinished (it has no time
+    of use) is deleted, and all but the newest `MOST` programs.
     """
     user = str(os.getuid()) if hasattr(os, "getuid") else "user"
     folder = Path(cache_dir).expanduser() / "xla" / f"{user}-{_cpu()}"
@@ -57,23 +58,18 @@ def open_cache(cache_dir: str) -> Path:
     with tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(b"x")
     with locked(folder / ".lockfile"):  # JAX's own lock
-        _tidy(folder)
+        programs = {path.name.removesuffix("-cache"): path for path in folder.glob("*-cache")}
+        times = {path.name.removesuffix("-atime"): path for path in folder.glob("*-atime")}
+        used = {name: times[name].stat().st_mtime_ns for name in programs.keys() & times.keys()}
+        kept = set(sorted(used, key=lambda name: -used[name])[:MOST])
+        for name, path in (*programs.items(), *times.items()):
+            if name not in kept:
+                path.unlink(missing_ok=True)
     return folder
 
 
-def _tidy(folder: Path) -> None:
-    """Delete what a killed process left unfinished (it has no time of use), and all but the newest `MOST` programs."""
-    programs = {path.name.removesuffix("-cache"): path for path in folder.glob("*-cache")}
-    times = {path.name.removesuffix("-atime"): path for path in folder.glob("*-atime")}
-    used = {name: times[name].stat().st_mtime_ns for name in programs.keys() & times.keys()}
-    kept = set(sorted(used, key=lambda name: -used[name])[:MOST])
-    for name, path in (*programs.items(), *times.items()):
-        if name not in kept:
-            path.unlink(missing_ok=True)
-
-
 def _cpu() -> str:
-    """A short name for what this machine's CPU can do: a program compiled for another may not run here."""
+    """Return a short name for what this CPU can do: a program compiled for another may not run here."""
     text = f"{platform.machine()} {platform.processor()}"
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -14,7 +14,7 @@ from jaxchat.engine import device as programs
 from jaxchat.engine.device import decode_chunk
 from jaxchat.sharding import make_mesh
 
-programs.PIECE = programs.MIN_CACHE_BUCKET = 32
+programs.PROMPT_CHUNK = programs.MIN_CACHE_BUCKET = 32
 
 
 def requests(count: int) -> list[Request]:
@@ -58,7 +58,7 @@ if __name__ == "__main__":
     spread = Engine(CONFIG, params, tokenizer(), slots=8, mesh=make_mesh(MeshConfig()))
     p = spread._programs
     static = {"config": CONFIG, "rows": 2, "bucket": 32, "steps": 8, "capacity": CAPACITY}
-    chunk = programs._spread(decode_chunk, p.mesh, tuple(sorted(static.items())), ("params", "slots"))
+    chunk = programs._sharded(decode_chunk, p.mesh, tuple(sorted(static.items())), ("params", "slots"))
     print(
         json.dumps(
             {

@@ -15,8 +15,8 @@ PRODUCT = sorted(
 )
 # data flows from left to right, imports point to the left
 ORDER = (
-    "config", "sizes", "scaling", "sharding", "distributed", "tokenizer", "chat", "data", "attention", "model",
-    "low_precision", "kv_cache", "loss", "muon", "optimizer", "train_state", "checkpoint", "engine", "tasks", "interop",
+    "config", "sizes", "scaling", "sharding", "distributed", "tokenizer", "chat", "data", "attention", "low_precision",
+    "model", "kv_cache", "loss", "muon", "optimizer", "train_state", "checkpoint", "engine", "tasks", "interop",
 )  # fmt: skip
 LEAVES = {"errors", "run_dir", "log", "tools", "xla_cache", "pack"}  # anyone may import them
 WITHOUT_JAX = ("jaxchat/config.py", "jaxchat/sizes.py", "jaxchat/scaling.py", "jaxchat/run_dir.py", "jaxchat/log.py",

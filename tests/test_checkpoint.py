@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(tmp_path, state, 
             restored(folder, state, go_back=False)
         found, meta = restored(folder, state)
         assert meta["step"] == 3 and meta["of"] == 3 and int(found.step) == 3
-        assert "put aside, going on from 3" in capsys.readouterr().err
+        assert "renamed to damaged_6, going on from 3" in capsys.readouterr().err
         assert (folder / "damaged_6").is_dir() and not (folder / "6").exists()
         saved(folder, state, 6)  # the same step can be saved again
         assert restored(folder, state)[1]["step"] == 6

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import CAPACITY, CONFIG, GREETING, QUESTION, learned, tokenizer
-from test_decode import CAPACITY as POSITIONS
-from test_decode import SHAPES, model, random_tokens, uncached_logits
+from test_device import CAPACITY as POSITIONS
+from test_device import SHAPES, model, random_tokens, step, uncached_logits
 
-from jaxchat import kv_cache as model_cache
+from jaxchat import kv_cache
 from jaxchat import model as gpt
 from jaxchat.engine import Engine, Event, QueueFull, Request
 from jaxchat.engine import device as programs
@@ -25,16 +25,15 @@ from jaxchat.errors import DataError, UsageError
 from jaxchat.low_precision import dot, quantize_int8
 from jaxchat.tokenizer import train_tokenizer
 
-STEP = jax.jit(model_cache.decode, static_argnums=(0, 5))
-EXTEND = jax.jit(model_cache.extend, static_argnums=0)
-NAMES = ("admit", "decode_chunk", "mark", "prolong", "release", "resume", "score_tokens", "start", "swap", "take")
+APPEND = jax.jit(kv_cache.append, static_argnums=0)
+NAMES = ("admit", "decode_chunk", "prefill_chunk", "release", "resume", "score_tokens", "start", "swap", "copy_prefix")
 
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
     """Several cache buckets and pieces of prompts in this small context."""
     monkeypatch.setattr(programs, "MIN_CACHE_BUCKET", 32)
-    monkeypatch.setattr(programs, "PIECE", 32)
+    monkeypatch.setattr(programs, "PROMPT_CHUNK", 32)
 
 
 def engine(**options):
@@ -157,7 +156,7 @@ def test_a_background_warm_up_answers_at_once_and_compiles_every_program_once():
         own.score([[1, 2, 3]])
         while own.compiling:
             time.sleep(0.05)
-        assert first < programs and len(compiled) <= programs + 1  # and the `take` that comes before
+        assert first < programs and len(compiled) <= programs + 1  # and the copy of a prefix that comes before
         before = len(compiled)
         again = own.generate(random_requests(12, seed=3))
         assert len(compiled) == before
@@ -455,16 +454,16 @@ def test_a_model_of_8_bit_weights_says_nearly_the_same():
 def test_pieces_leave_the_same_logits_as_the_whole(recipe, cuts):
     config, _, serving = model(recipe)
     tokens = random_tokens(50)
-    cache = model_cache.new_cache(config, 2, POSITIONS)
+    cache = kv_cache.new_cache(config, 2, POSITIONS)
     for begin, end in zip((0, *cuts), cuts, strict=False):  # the second row takes nothing
         piece = np.full((2, 40), 5, np.int32)
         piece[0, : end - begin] = tokens[begin:end]
-        cache = EXTEND(config, serving, piece, jnp.array([end - begin, 0]), cache)
+        _, cache = APPEND(config, serving, piece, jnp.array([end - begin, 0]), cache)
     assert cache.length.tolist() == [40, 0] and not np.any(cache.previous[1])
     expected = uncached_logits(recipe, tokens)
     for position in range(40, 50):
         fed = jnp.array([tokens[position], 0])
-        logits, cache = STEP(config, serving, fed, cache, jnp.array([True, False]), POSITIONS)
+        logits, cache = step(config, serving, fed, cache, jnp.array([True, False]))
         np.testing.assert_allclose(logits[0], expected[position], atol=1e-4)
 
 
@@ -493,17 +492,16 @@ def test_a_prefix_taken_from_a_slot_gives_the_logits_of_a_fresh_prefill(cut):
         allowed = held.reach <= 17 or held.reach <= n + 1
         prompt = [*first[:n], *ids(9, seed=2)]
         whole = np.ones(1, np.int32)
-        row = own._programs.take(0 * whole, n * whole, np.array([first[n - 1]], np.int32))
+        row = own._programs.copy_prefix(0 * whole, n * whole, np.array([first[n - 1]], np.int32))
         tokens = np.zeros((1, 32), np.int32)
         tokens[0, :8] = prompt[n:-1]
-        row = own._programs.prolong(row, tokens, 8 * whole)
-        other = fresh._programs.take(0 * whole, 0 * whole, 0 * whole)
+        row = own._programs.prefill_chunk(row, tokens, 8 * whole)
+        other = fresh._programs.copy_prefix(0 * whole, 0 * whole, 0 * whole)
         padded = np.zeros((1, 96), np.int32)
         padded[0, : len(prompt) - 1] = prompt[:-1]
-        other = EXTEND(config, fresh._programs.params, padded, (len(prompt) - 1) * whole, other)
+        _, other = APPEND(config, fresh._programs.params, padded, (len(prompt) - 1) * whole, other)
         logits = [
-            STEP(config, fresh._programs.params, np.array([prompt[-1]]), c, np.array([True]), CAPACITY)[0]
-            for c in (row, other)
+            step(config, fresh._programs.params, jnp.array([prompt[-1]]), c, jnp.array([True]))[0] for c in (row, other)
         ]
         difference = float(jnp.abs(logits[0] - logits[1]).max())
         assert difference < 1e-4 if allowed else difference > 1e-4, (n, difference)

@@ -50,13 +50,13 @@ def chain(successor):
 
 def count_prefills(monkeypatch):
     """Prompt tokens of every piece that is prefilled."""
-    seen, real = [], Programs.prolong
+    seen, real = [], Programs.prefill_chunk
 
     def counted(self, rows, tokens, count):
         seen.append(int(count.sum()))
         return real(self, rows, tokens, count)
 
-    monkeypatch.setattr(Programs, "prolong", counted)
+    monkeypatch.setattr(Programs, "prefill_chunk", counted)
     return seen
 
 

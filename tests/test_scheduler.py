@@ -106,7 +106,7 @@ def test_busy_slots_are_brought_to_the_front_and_idle_ones_keep_what_they_hold()
 
 def test_who_leaves_while_its_prompt_runs_gives_its_place_back():
     own = scheduler(2)
-    own.programs.piece = 32
+    own.programs.prompt_chunk = 32
     waiting, (handle,) = queue(np.arange(2, 102))
     own.admit(waiting)
     assert (own.running, len(own.prefills), own.rows) == (1, 1, {})

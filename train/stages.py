@@ -286,7 +286,7 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
                 continue
             _save_config(config, run, reasons)
             _run_one(stage, config, run, records, inputs)
-    hosts.tell(None)
+    hosts.broadcast(None)
 
 
 def _refuse_training(stage: Stage, config: Config, run: RunDir) -> None:
@@ -302,8 +302,8 @@ def _refuse_training(stage: Stage, config: Config, run: RunDir) -> None:
 
 def _follow(config: Config, run: RunDir) -> None:
     """What the other processes do: train along, wait for process 0 in everything else."""
-    while told := hosts.hear():
-        name, start = told
+    while message := hosts.receive():
+        name, start = message
         stage = STAGES[NAMES.index(name)]
         if stage.joint:
             end = time.monotonic() + SHARED_SECONDS
@@ -345,7 +345,7 @@ def _run_one(stage: Stage, config: Config, run: RunDir, records: dict[str, Any],
     records[stage.name] = record
     write_json(run.stages, records)
     say(f"{stage.name:<10} {'goes on' if resumed else 'starts'}", style="bold")
-    hosts.tell([stage.name, record["start"]])
+    hosts.broadcast([stage.name, record["start"]])
     spent = record["seconds"]
     try:
         facts = stage.run(config, run)

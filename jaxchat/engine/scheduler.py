@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxchat.chat import continued, render_prompt
 from jaxchat.config import ModelConfig
 from jaxchat.engine import device
-from jaxchat.engine.device import FULL, STOPPED, Made, Programs, power_of_two
+from jaxchat.engine.device import FULL, STOPPED, ChunkOutput, Programs, Starts, power_of_two
 from jaxchat.engine.loading import load_run, mesh_for, trained_stages
 from jaxchat.engine.request import Event, Handle, QueueFull, Request, Result, Token
 from jaxchat.engine.scoring import common_prefix
@@ -150,7 +150,7 @@ class Scheduler:
         """Give slots to waiting requests, while their prompts cost no more than about two prefill chunks."""
         if self.prefills:
             self._run_chunk(self.prefills[0])
-        budget, short = self.programs.piece, []
+        budget, short = self.programs.prompt_chunk, []
         while waiting and self.free and budget > 0 and len(self.prefills) < MAX_PREFILLS:
             handle = waiting.pop()
             handle.started = time.perf_counter()
@@ -214,7 +214,7 @@ class Scheduler:
 
     def _is_short(self, prompt: list[int]) -> bool:
         p = self.programs
-        return bool(p.group) and len(prompt) - 1 <= p.piece and not self._longest_prefix(prompt)[1]
+        return bool(p.group) and len(prompt) - 1 <= p.prompt_chunk and not self._longest_prefix(prompt)[1]
 
     def _longest_prefix(self, prompt: list[int]) -> tuple[int, int]:
         """Return (slot, tokens) of the longest cached prefix of a prompt."""
@@ -237,14 +237,14 @@ class Scheduler:
             reused = 0
         whole = np.ones(p.devices, np.int32)
         last = prompt.tokens[reused - 1] if reused else 0
-        prompt.rows = p.take(np.minimum(p.only(slot), p.slots - 1), reused * whole, last * whole)
+        prompt.rows = p.copy_prefix(np.minimum(p.only(slot), p.slots - 1), reused * whole, last * whole)
         if reused:
             del self.prefix_cache[slot]  # the longer one takes its place
         handle.reused = prompt.done = reused
         prompt.members = [(handle, place)]
         self.prefills.append(prompt)
         left = len(prompt.tokens) - reused
-        if left > min(p.piece, budget):
+        if left > min(p.prompt_chunk, budget):
             return 0
         self._run_chunk(prompt)
         return self._bucket(left)
@@ -252,12 +252,12 @@ class Scheduler:
     def _run_chunk(self, prompt: Prompt) -> None:
         """Run the next chunk of a prefill; after the last one its answers start."""
         p = self.programs
-        chunk = prompt.tokens[prompt.done : prompt.done + p.piece]
+        chunk = prompt.tokens[prompt.done : prompt.done + p.prompt_chunk]
         if chunk:
             tokens = np.zeros((p.devices, self._bucket(len(chunk))), np.int32)
             tokens[:, : len(chunk)] = chunk
             assert prompt.rows
-            prompt.rows = p.prolong(prompt.rows, tokens, np.full(p.devices, len(chunk), np.int32))
+            prompt.rows = p.prefill_chunk(prompt.rows, tokens, np.full(p.devices, len(chunk), np.int32))
             prompt.done += len(chunk)
         if prompt.done == len(prompt.tokens):
             self.prefills.remove(prompt)
@@ -268,9 +268,7 @@ class Scheduler:
     def _start(self, handle: Handle, place: int) -> None:
         """Copy a finished prefill into a slot."""
         slot = self._take_slot(place, handle)
-        starts = self._starts(self.programs.devices, {place: (slot, handle)})
-        self.programs.start(handle.prompt.rows, *starts)
-        self._mark_seen(slot, handle)
+        self.programs.start(handle.prompt.rows, self._starts(self.programs.devices, {place: (slot, handle)}))
         handle.prompt.release()
         handle.prompt = None
 
@@ -290,23 +288,24 @@ class Scheduler:
                     tokens[i, : len(ids)], length[i] = ids, len(handle.request.tokens)
                     starts[i] = self._take_slot(place, handle), handle
                     handle.prompt = None
-            p.admit(tokens, length, *self._starts(p.devices * size, starts))
-            for slot, handle in starts.values():
-                self._mark_seen(slot, handle)
+            p.admit(tokens, length, self._starts(p.devices * size, starts))
 
-    def _starts(self, size: int, starts: dict[int, tuple[int, Handle]]) -> tuple[Any, Any, Any]:
-        """Arrays of `size` entries, as `device.admit` takes them; entry i starts a (slot, request), others nothing."""
-        target, remaining = np.full((size, 2), self.programs.slots, np.int32), np.ones(size, np.int32)
-        s: Any = device.blank_settings(size)
+    def _starts(self, size: int, starts: dict[int, tuple[int, Handle]]) -> Starts:
+        """Return `size` entries; entry i starts a (slot, request), others nothing."""
+        arrays = self.programs.blank_starts(size)
+        s = arrays.settings
         for i, (slot, handle) in starts.items():
             r = handle.request
-            target[i], remaining[i] = (slot % self.programs.slots, r.tokens[-1]), handle.limit
+            arrays.slot[i], arrays.token[i] = slot % self.programs.slots, r.tokens[-1]
+            arrays.remaining[i] = handle.limit
+            if r.repetition_penalty != 1:
+                arrays.seen[i, r.tokens] = True
             s.seed[i], s.temperature[i] = handle.seed, r.temperature
             s.top_k[i], s.top_p[i], s.min_p[i] = r.top_k, r.top_p, r.min_p
             s.penalty[i], s.report[i] = r.repetition_penalty, r.logprobs is not None
             s.stop[i, : len(r.stop)] = r.stop
             s.pause[i] = self.pause if r.tools else device.NO_TOKEN
-        return target, remaining, s
+        return arrays
 
     def _take_slot(self, place: int, handle: Handle) -> int:
         """Return a free slot of a device: one without a cached prefix, or else the one with the oldest."""
@@ -320,12 +319,6 @@ class Scheduler:
 
     def _bucket(self, n: int) -> int:
         return next(b for b in self.programs.prompt_buckets if b >= n)
-
-    def _mark_seen(self, slot: int, handle: Handle) -> None:
-        if handle.request.repetition_penalty != 1:
-            seen = np.zeros(self.programs.config.vocab_size, bool)
-            seen[handle.request.tokens] = True
-            self.programs.mark(slot, seen)
 
 
 def update(handle: Handle, tokens: list[int], reports: Sequence[np.ndarray], status: int) -> list[Event]:
@@ -354,7 +347,7 @@ def update(handle: Handle, tokens: list[int], reports: Sequence[np.ndarray], sta
 class Chunk:
     """A dispatched chunk of decoding: its outputs, still being computed, and whose rows they are."""
 
-    made: Made
+    made: ChunkOutput
     handles: dict[int, Handle]
 
 
@@ -484,7 +477,7 @@ class Engine:
         longest = max(map(len, batch), default=0)
         if longest > self.capacity:
             raise UsageError(f"a text has {longest} tokens; this model's context holds {self.capacity}")
-        return device.score(self._programs.score, batch, self.capacity)
+        return self._programs.score(batch)
 
     @property
     def waiting(self) -> int:

@@ -1,10 +1,9 @@
-"""A model as an Orbax tree of host arrays, with one file of code: what JAX users load, on any topology."""
+"""Export a model as an Orbax tree of host arrays, with one file of code that runs it in JAX, on any topology."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxchat import __version__
-from jaxchat.attention import attention
 from jaxchat.checkpoint import this_process
 from jaxchat.errors import DataError
 from jaxchat.interop.card import model_card
 from jaxchat.interop.tokenizer_files import tokenizer_files
 from jaxchat.interop.trained import Trained, appearing, load_trained
 from jaxchat.log import quiet_libraries
-from jaxchat.model import Params, block, embed, finish, layer_params, logits, rotary, unembedding
+from jaxchat.model import Params, hidden, layer_params, logits
 from jaxchat.run_dir import RunDir, atomic_write, write_checksums, write_json
-from jaxchat.sizes import score_bound, value_layers, windows
+from jaxchat.sizes import value_layers, windows
 from jaxchat.tokenizer import ASSISTANT_END
 
 FORMAT = 1
@@ -45,12 +43,12 @@ print("largest difference from golden.npz:", model.check())
 
 
 def export_orbax(run: RunDir, out: str | Path, stage: str | None = None, dtype: str = "auto") -> dict[str, Any]:
-    """Write a run's model to the new folder `out`; facts: dtype, bytes. dtype: "auto" (as stored) | a name."""
+    """Write a run's model to the new folder `out` and return its dtype and bytes; dtype "auto": as stored."""
     return write_orbax(load_trained(run, stage, dtype), Path(out))
 
 
 def write_orbax(model: Trained, out: Path) -> dict[str, Any]:
-    """As `export_orbax`, of a model at hand."""
+    """Write a model at hand, as `export_orbax` does."""
     dtype = model.dtype
     params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype, copy=False), model.params)
     with appearing(out) as folder:
@@ -72,8 +70,8 @@ def write_orbax(model: Trained, out: Path) -> dict[str, Any]:
 
 
 def _write_params(path: Path, params: Params) -> None:
-    """What `StandardCheckpointer` would write, in pieces and without its copies: less than half the time and memory."""
-    alone, pieces = this_process(), jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    """Write what `StandardCheckpointer` would, in chunks and without its copies: half the time and memory or less."""
+    alone, chunks = this_process(), jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     with quiet_libraries():
         numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
         registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy))
@@ -82,7 +80,7 @@ def _write_params(path: Path, params: Params) -> None:
         )
     with quiet_libraries(), contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as writer:
         try:
-            writer.save(path, args=ocp.args.PyTreeSave(params, save_args=pieces))  # type: ignore[call-arg]
+            writer.save(path, args=ocp.args.PyTreeSave(params, save_args=chunks))  # type: ignore[call-arg]
         except Exception as error:  # Orbax and TensorStore raise all kinds
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise DataError(f"{path}: could not be written ({first}); make room and try again") from error
@@ -104,27 +102,20 @@ def _config(model: Trained, dtype: str) -> dict[str, Any]:
 
 
 def golden_logits(model: Trained, ids: np.ndarray, last: int) -> np.ndarray:
-    """Logits (B, `last`, V) of the last positions of ids (B, T) in float32.
+    """Return logits (B, `last`, V) of the last positions of ids (B, T) in float32.
 
     One layer at a time, so that a big model fits in memory once and not twice.
     """
-    c, tokens = model.config, jnp.asarray(ids)
 
     def float32(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
 
-    def attend(window: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention(q, k, v, window, "xla", score_bound(c), None)
+    class Layers:
+        def __getitem__(self, i: int) -> Params:
+            return float32(layer_params(model.config, model.params, i))
 
+    outer = {k: v for k, v in model.params.items() if k not in ("blocks", "value_embedding")}
+    params = float32(outer) | {"layers": Layers()}
     with jax.default_matmul_precision("highest"):
-        outer = {k: v for k, v in model.params.items() if k not in ("blocks", "value_embedding", "unembedding")}
-        outer = float32(outer)
-        x, _ = embed(c, outer, tokens)
-        x0 = middle = x
-        cos_sin = rotary(c, jnp.arange(ids.shape[1])[None, :], jnp.float32)
-        for i, window in enumerate(windows(c)):
-            layer = float32(layer_params(c, model.params, i))
-            x = block(c, layer, x, x0, tokens, cos_sin, functools.partial(attend, window))
-            middle = x if i == c.depth // 2 else middle
-        table = float32({"unembedding": unembedding(model.params)})
-        return np.asarray(logits(c, table, finish(c, outer, x, middle)[:, -last:]))
+        x = hidden(model.config, params, jnp.asarray(ids))
+        return np.asarray(logits(model.config, params, x[:, -last:]))

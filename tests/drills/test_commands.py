@@ -23,7 +23,7 @@ from whole_run import TINY, write_corpus
 
 pytestmark = pytest.mark.slow
 ELSEWHERE = {
-    "--coordinator": "two machines: tests/test_hosts.py",
+    "--coordinator": "two machines: tests/test_distributed.py",
     "hf:": "the hub: tests/test_hub.py, tests/test_prepare.py",
     "backwards": "an exam that the page has you write: tests/test_evaluate.py",
     "d20-base": "weights from elsewhere: tests/test_interop.py",

@@ -11,7 +11,7 @@ import signal
 import time
 
 import pytest
-from test_hosts import finish, start_two
+from test_distributed import finish, start_two
 from test_kills import TRAINED, stage_of
 from whole_run import records
 

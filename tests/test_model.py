@@ -10,10 +10,9 @@ import pytest
 from flax import nnx
 
 from jaxchat import model as gpt
-from jaxchat import model as layers
 from jaxchat.config import ModelConfig
 from jaxchat.scaling import resolve_model
-from jaxchat.sizes import padded_vocab, scan_groups, value_layers, windows
+from jaxchat.sizes import padded_vocab, windows
 
 SMALL = {"depth": 5, "width": 64, "n_heads": 4, "n_kv_heads": 2, "seq_len": 32, "vocab_size": 100, "window_short": 6}
 MODERN = resolve_model(ModelConfig(**SMALL))
@@ -59,12 +58,12 @@ def test_a_window_hides_what_lies_before_it():
     one_layer = dataclasses.replace(config, depth=2, backout=False)
 
     def output(embedding):
-        x, _ = layers.embed(one_layer, params | {"embedding": embedding}, tokens)
+        x, _ = gpt.embed(one_layer, params | {"embedding": embedding}, tokens)
         layer = gpt.layer_params(one_layer, params, 0)
         attend = lambda q, k, v: gpt.attention(q, k, v, 6, "blocked", 10.0)  # noqa: E731
-        return layers.block(
-            one_layer, layer, x, x, tokens, layers.rotary(one_layer, jnp.arange(24)[None], x.dtype), attend
-        )[0, 20].sum()
+        return gpt.block(one_layer, layer, x, x, tokens, gpt.rotary(one_layer, jnp.arange(24)[None], x.dtype), attend)[
+            0, 20
+        ].sum()
 
     reach = np.abs(np.asarray(jax.jit(jax.grad(output))(params["embedding"]))).sum(-1)[:24]
     assert np.flatnonzero(reach).tolist() == list(range(14, 21))
@@ -75,7 +74,9 @@ def test_a_window_hides_what_lies_before_it():
 def test_scan_equals_the_plain_loop(recipe, depth):
     config = resolve_model(ModelConfig(**(SMALL | {"depth": depth, "recipe": recipe, "width": 32, "n_heads": 4})))
     params, tokens = lively(config), tokens_of(config, length=16)
-    scanned, plain = (jax.jit(functools.partial(gpt.hidden, config, trunk=gpt.Trunk(unroll=n))) for n in (1, depth))
+    scanned, plain = (
+        jax.jit(functools.partial(gpt.hidden, config, options=gpt.LayerOptions(unroll=n))) for n in (1, depth)
+    )
     np.testing.assert_allclose(scanned(params, tokens), plain(params, tokens), atol=1e-5)
 
 
@@ -86,10 +87,10 @@ def test_rematerialization_changes_memory_alone(unroll):
     params, tokens = lively(config), tokens_of(config, length=128)
     found, kept = {}, {}
     for policy in gpt.REMAT:
-        trunk = gpt.Trunk(unroll=unroll, remat=policy)
-        step = jax.jit(jax.grad(lambda p, trunk=trunk: jnp.sin(gpt.hidden(config, p, tokens, trunk)).sum()))
+        options = gpt.LayerOptions(unroll=unroll, remat=policy)
+        step = jax.jit(jax.grad(lambda p, options=options: jnp.sin(gpt.hidden(config, p, tokens, options)).sum()))
         found[policy] = step(params)
-        saved = jax.eval_shape(lambda p, t=trunk: jax.vjp(lambda p: gpt.hidden(config, p, tokens, t), p)[1], params)
+        saved = jax.eval_shape(lambda p, t=options: jax.vjp(lambda p: gpt.hidden(config, p, tokens, t), p)[1], params)
         kept[policy] = sum(leaf.size for leaf in jax.tree.leaves(saved))
     for policy in gpt.REMAT[1:]:
         jax.tree.map(
@@ -98,13 +99,6 @@ def test_rematerialization_changes_memory_alone(unroll):
             found["none"],
         )
     assert kept["none"] > kept["names"] > kept["full"] and kept["none"] > kept["dots"] > kept["full"]
-
-
-def test_scan_groups_of_d26():
-    config = resolve_model(ModelConfig(depth=26))
-    assert scan_groups(config) == (6, 4)
-    assert windows(config)[23:] == [2048, 512, 2048]
-    assert value_layers(config) == list(range(1, 26, 2))
 
 
 def test_extras_are_constructed_only_when_on():
@@ -155,14 +149,14 @@ def test_rotary_turns_by_minus_theta_and_keeps_relative_scores():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, config.head_width))
 
     def score(i, j):
-        turn = lambda x, t: layers.rotate(x, layers.rotary(config, jnp.array([[t]]), jnp.float32))  # noqa: E731
+        turn = lambda x, t: gpt.rotate(x, gpt.rotary(config, jnp.array([[t]]), jnp.float32))  # noqa: E731
         return float((turn(q, i) * turn(k, j)).sum())
 
     assert score(9, 4) == pytest.approx(score(15, 10), rel=1e-4)
     assert score(9, 4) != pytest.approx(score(9, 5), rel=1e-3)
     half = config.head_width // 2
     unit = jnp.zeros((1, 1, 1, config.head_width)).at[..., 0].set(1.0)
-    turned = layers.rotate(unit, layers.rotary(config, jnp.array([[1]]), jnp.float32))[0, 0, 0]
+    turned = gpt.rotate(unit, gpt.rotary(config, jnp.array([[1]]), jnp.float32))[0, 0, 0]
     assert float(turned[0]) == pytest.approx(np.cos(1), rel=1e-5)
     assert float(turned[half]) == pytest.approx(-np.sin(1), rel=1e-5)
 
@@ -190,22 +184,22 @@ def test_bfloat16_forms_of_norm_rotary_and_activation_agree_with_float32():
     """They compute their gradients from their results; every rounding is worth 2^-9."""
     config = resolve_model(ModelConfig(**SMALL))
     x = 3 * jax.random.normal(jax.random.key(1), (2, 24, 4, config.head_width))
-    turn = layers.rotary(config, jnp.arange(24)[None], jnp.bfloat16)
+    turn = gpt.rotary(config, jnp.arange(24)[None], jnp.bfloat16)
     assert turn[0].dtype == jnp.float32
-    compare_bfloat16(lambda x: layers.norm(x, 1e-6), x, tolerance=0.01)
-    compare_bfloat16(lambda x: layers.norm(0.001 * x, 1e-5), x, tolerance=0.01)  # where eps counts
-    compare_bfloat16(lambda x: layers.relu_squared(x, "mlp"), x, tolerance=0.01)
-    compare_bfloat16(lambda x: layers.turned_and_normed(x, turn, 1e-6, 1.2, "q"), x, tolerance=0.01)
+    compare_bfloat16(lambda x: gpt.norm(x, 1e-6), x, tolerance=0.01)
+    compare_bfloat16(lambda x: gpt.norm(0.001 * x, 1e-5), x, tolerance=0.01)  # where eps counts
+    compare_bfloat16(lambda x: gpt.relu_squared(x, "mlp"), x, tolerance=0.01)
+    compare_bfloat16(lambda x: gpt.qk_norm(x, turn, 1e-6, 1.2, "q"), x, tolerance=0.01)
 
 
 @pytest.mark.parametrize("remat", gpt.REMAT)
 def test_a_bfloat16_model_has_the_gradients_of_a_float32_one(remat):
     config = resolve_model(ModelConfig(**(SMALL | {"depth": 4, "width": 32, "n_heads": 4})))
     params, tokens = lively(config), tokens_of(config, length=64)
-    trunk = gpt.Trunk(unroll=4, remat=remat, merge=True)
+    options = gpt.LayerOptions(unroll=4, remat=remat, merge=True)
 
     def loss(params, dtype):
-        return jnp.sin(gpt.hidden(config, gpt.cast_params(params, dtype), tokens, trunk).astype(jnp.float32)).sum()
+        return jnp.sin(gpt.hidden(config, gpt.cast_params(params, dtype), tokens, options).astype(jnp.float32)).sum()
 
     exact, found = (jax.jit(jax.grad(loss), static_argnums=1)(params, d) for d in (jnp.float32, jnp.bfloat16))
     flat = lambda tree: jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])  # noqa: E731

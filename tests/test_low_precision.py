@@ -1,4 +1,4 @@
-"""Products with fp8 operands: close to the exact ones, real fp8 in the program, and a model that learns the same."""
+"""fp8 products near the exact ones and real fp8 in the program; the loss scale of float16."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from jaxchat.config import MeshConfig, load_config
-from jaxchat.low_precision import E4M3, E5M2, fp8_dot, quantize_fp8
+from jaxchat.low_precision import (
+    E4M3,
+    E5M2,
+    GROW_AFTER,
+    SMALLEST,
+    START,
+    LossScaleState,
+    dynamic_loss_scale,
+    fp8_dot,
+    quantize_fp8,
+)
 from jaxchat.optimizer import make_optimizer
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh
@@ -80,3 +90,27 @@ def test_losses_stay_within_one_percent_of_bfloat16():
     plain, fp8 = losses("plain"), losses("fp8")
     assert plain[-1] < 0.6 * plain[0] and not np.array_equal(plain, fp8)
     assert np.abs(fp8 / plain - 1).max() < 0.01
+
+
+def after(*gradients, start=None):
+    scaling = dynamic_loss_scale()
+    state = start or scaling.init({})
+    for gradient in gradients:
+        updates, state = scaling.update({"w": jnp.float32(gradient)}, state)
+        np.testing.assert_array_equal(updates["w"], gradient)  # the updates pass
+    return state
+
+
+def test_an_overflow_halves_and_is_counted():
+    state = after(1.0, np.inf, np.nan, 1.0)
+    assert float(state.scale) == START / 4 and int(state.skipped) == 2 and int(state.good) == 1
+
+
+def test_a_quiet_time_doubles():
+    state = after(1.0, start=LossScaleState(jnp.float32(8.0), jnp.int32(GROW_AFTER - 1), jnp.int32(0)))
+    assert float(state.scale) == 16.0 and int(state.good) == 0
+
+
+def test_it_never_vanishes():
+    smallest = LossScaleState(jnp.float32(SMALLEST), jnp.int32(0), jnp.int32(0))
+    assert float(after(np.inf, start=smallest).scale) == SMALLEST

@@ -250,7 +250,7 @@ def test_scalars_that_mix_whole_activations_have_exact_gradients(dtype, near):
 
     def gradients(dtype):
         def loss(params):
-            x = gpt.hidden(config, gpt.cast_params(params, dtype), tokens, gpt.Trunk(backend="blocked"))
+            x = gpt.hidden(config, gpt.cast_params(params, dtype), tokens, gpt.LayerOptions(backend="blocked"))
             return jnp.sum(x.astype(jnp.float32) @ toward)
 
         found = jax.jit(jax.grad(loss))(params)

@@ -18,8 +18,12 @@ TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=
         "model.seq_len=32", "train.batch_tokens=64", "train.steps=10"]  # fmt: skip
 
 
-@pytest.mark.parametrize("overrides", [[], ["model.recipe=classic"], ["model.tie_embeddings=true"]])
-@pytest.mark.parametrize("tier", [p.stem for p in tier_files() if not load_config(p.stem).data.size_model])
+TIERS = [(p.stem, []) for p in tier_files() if not load_config(p.stem).data.size_model]
+
+
+@pytest.mark.parametrize(
+    ("tier", "overrides"), [*TIERS, ("nano", ["model.recipe=classic"]), ("nano", ["model.tie_embeddings=true"])]
+)
 def test_every_parameter_is_in_exactly_one_group(tier, overrides):
     model = resolve(load_config(tier, overrides)).model
     shapes, _ = gpt.abstract_params(model)
@@ -31,7 +35,7 @@ def test_every_parameter_is_in_exactly_one_group(tier, overrides):
 
 
 def test_an_unknown_parameter_stops_the_start():
-    with pytest.raises(ValueError, match="parameter blocks.router: covered by 0 optimizer groups"):
+    with pytest.raises(ValueError, match="parameter blocks.router: in 0 optimizer groups"):
         label_parameters({"blocks": {"router": jnp.zeros(3)}})
 
 
@@ -41,7 +45,7 @@ def test_first_updates_have_the_rates_of_the_table(kind):
     optimizer = make_optimizer(config, jnp.float32)
     params = jax.tree.map(lambda p: p + 0.01, gpt.init_params(config.model, 0))
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape) * 0.1, params)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     scale = config.optim.lr_scale
     if kind == "adamw":
         np.testing.assert_allclose(np.abs(updates["blocks"]["q"]), scale * 6e-4, rtol=1e-3)
@@ -116,7 +120,7 @@ def first_updates(config, size=0.1):
     for i, (path, p) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         grads[path] = size * jax.random.rademacher(jax.random.fold_in(key, i), p.shape, jnp.float32)
     grads = jax.tree_util.tree_map_with_path(lambda path, _: grads[path], params)
-    return optimizer.update(grads, optimizer.init(params), params)[0]
+    return jax.jit(optimizer.update)(grads, jax.jit(optimizer.init)(params), params)[0]
 
 
 def names(tree):
@@ -150,8 +154,9 @@ def test_moments_are_carried_and_schedules_start_again():
     params = gpt.init_params(config.model, 0)
     fresh = optimizer.init(params)
     state = fresh
+    update, ones = jax.jit(optimizer.update), jax.tree.map(jnp.ones_like, params)
     for _ in range(3):
-        _, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        _, state = update(ones, state, params)
     carried = carry_moments(state, fresh)
     assert jax.tree.structure(carried) == jax.tree.structure(state)
     pairs = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree_util.tree_leaves_with_path(carried), strict=True)

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat import kv_cache as model_cache
+from jaxchat import kv_cache
 from jaxchat import model as gpt
 from jaxchat.config import ModelConfig
 from jaxchat.engine import device as engine
-from jaxchat.engine import device as engine_decode
 from jaxchat.scaling import resolve_model
 
 V, CAPACITY = 97, 64
@@ -39,7 +38,7 @@ def model(recipe):
     params = jax.tree.unflatten(tree, noisy)
     if config.smear:
         params["smear_scale"] = jnp.float32(0.7)
-    return config, params, model_cache.serving_params(config, params, jnp.float32)
+    return config, params, kv_cache.serving_params(config, params, jnp.float32)
 
 
 @functools.cache
@@ -78,9 +77,11 @@ def admit(recipe, slots, prompts, rows, remaining=None, bucket=32, **lists):
     for i, prompt in enumerate(prompts):
         tokens[i, : len(prompt)] = prompt[:bucket]
     length = np.array([len(p) for p in prompts], np.int32)
-    target = np.array([(row, p[-1]) for row, p in zip(rows, prompts, strict=True)], np.int32)
-    limit = np.array(remaining or [CAPACITY] * len(prompts), np.int32)
-    return engine.admit(config, serving, slots, tokens, length, target, limit, settings(len(prompts), **lists))
+    starts = engine.blank_starts(len(prompts), 4, V)
+    starts.slot[:], starts.token[:] = rows, [p[-1] for p in prompts]
+    starts.remaining[:] = remaining or CAPACITY
+    starts.settings = settings(len(prompts), **lists)
+    return engine.admit(config, serving, slots, tokens, length, starts)
 
 
 def fresh(recipe, slots=4):
@@ -89,8 +90,15 @@ def fresh(recipe, slots=4):
 
 def chunk(recipe, slots, rows=4, bucket=CAPACITY, steps=8):
     config, _, serving = model(recipe)
-    slots, made = engine_decode.decode_chunk(config, serving, slots, rows, bucket, steps, CAPACITY)
+    slots, made = engine.decode_chunk(config, serving, slots, rows, bucket, steps, CAPACITY)
     return slots, np.asarray(made.tokens), np.asarray(made.status)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(config, serving, tokens, cache, active):
+    """Logits (R, V) after one more token of each active row, and the cache with it."""
+    x, cache = kv_cache.append(config, serving, tokens[:, None], active.astype(jnp.int32), cache)
+    return gpt.logits(config, serving, x[:, 0]), cache
 
 
 def greedy_continuation(recipe, prompt, count):
@@ -106,11 +114,10 @@ def test_cached_logits_equal_uncached_ones_at_every_position(recipe, prompt_leng
     config, _, serving = model(recipe)
     tokens = random_tokens(40)
     slots = admit(recipe, fresh(recipe), [tokens[:prompt_length]], [2])
-    step = jax.jit(model_cache.decode, static_argnums=(0, 5))
     active = jnp.arange(4) == 2
     cache, cached = slots.cache, []
     for token in tokens[prompt_length - 1 :]:
-        logits, cache = step(config, serving, jnp.full(4, token), cache, active, CAPACITY)
+        logits, cache = step(config, serving, jnp.full(4, token), cache, active)
         cached.append(np.asarray(logits[2]))
     expected = uncached_logits(recipe, tokens)[prompt_length - 1 :]
     np.testing.assert_allclose(np.array(cached), expected, atol=1e-4)
@@ -118,16 +125,29 @@ def test_cached_logits_equal_uncached_ones_at_every_position(recipe, prompt_leng
 
 
 @pytest.mark.parametrize("recipe", SHAPES)
-def test_prefill_logits_equal_uncached_ones(recipe):
+def test_prefill_equals_the_uncached_model_and_fills_the_rings(recipe):
     config, _, serving = model(recipe)
     prompts = [random_tokens(n, seed=n) for n in (1, 6, 13, 32)]
     padded = np.full((4, 32), 5, np.int32)
     for i, prompt in enumerate(prompts):
         padded[i, : len(prompt)] = prompt
-    prefill = jax.jit(model_cache.prefill, static_argnums=0)
-    logits, _ = prefill(config, serving, padded, jnp.array([len(p) for p in prompts]))
-    for i, prompt in enumerate(prompts):
-        np.testing.assert_allclose(np.asarray(logits[i]), uncached_logits(recipe, prompt)[-1], atol=1e-4)
+    length = jnp.array([len(p) for p in prompts])
+    append = jax.jit(kv_cache.append, static_argnums=0, static_argnames="empty")
+    for empty in (True, False):
+        cache = kv_cache.new_cache(config, 4, CAPACITY)
+        x, cache = append(config, serving, padded, length, cache, empty=empty)
+        logits = gpt.logits(config, serving, x[jnp.arange(4), length - 1])
+        more, cache = step(config, serving, jnp.full(4, 7), cache, jnp.array([True, True, True, False]))
+        for i, prompt in enumerate(prompts):
+            np.testing.assert_allclose(logits[i], uncached_logits(recipe, prompt)[-1], atol=1e-4)
+            if i < 3:
+                np.testing.assert_allclose(more[i], uncached_logits(recipe, [*prompt, 7])[-1], atol=1e-4)
+        assert cache.length.tolist() == [2, 7, 14, 32]
+
+
+def test_windowed_layers_keep_only_their_window():
+    assert kv_cache.layer_capacity(model("modern")[0], 48) == [6, 6, 6, 48]
+    assert kv_cache.layer_capacity(model("modern")[0], 4) == [4] * 4
 
 
 @pytest.mark.parametrize("recipe", SHAPES)
@@ -161,11 +181,10 @@ def test_logits_agree_over_row_counts():
     config, _, serving = model("modern")
     prompts = [random_tokens(n, seed=n) for n in (5, 17, 8, 30)]
     state = admit("modern", fresh("modern"), prompts, [0, 1, 2, 3])
-    step = jax.jit(model_cache.decode, static_argnums=(0, 5))
-    whole, _ = step(config, serving, state.token, state.cache, jnp.ones(4, bool), CAPACITY)
+    whole, _ = step(config, serving, state.token, state.cache, jnp.ones(4, bool))
     for rows in (1, 2):
         part = jax.tree.map(lambda a, rows=rows: a[:rows], state)
-        logits, _ = step(config, serving, part.token, part.cache, jnp.ones(rows, bool), CAPACITY)
+        logits, _ = step(config, serving, part.token, part.cache, jnp.ones(rows, bool))
         np.testing.assert_allclose(np.asarray(logits), np.asarray(whole[:rows]), atol=1e-4)
 
 
@@ -193,14 +212,14 @@ def test_a_pause_waits_and_forced_tokens_come_next_and_do_not_stop():
     wanted = greedy_continuation("modern", prompt, 8)
     mark = wanted[2]
     at = wanted.index(mark)
-    forced = np.zeros(engine.FORCED, np.int32)
+    forced = np.full(engine.FORCED + 1, engine.NO_TOKEN, np.int32)
     forced[:3] = [mark, 50, 51]  # a forced id neither pauses nor stops
     slots = admit("modern", fresh("modern"), [prompt], [1], pause=[mark], stop=[(50,)])
     slots, tokens, status = chunk("modern", slots, rows=2)
     assert status[1] == engine.PAUSED and tokens[1].tolist() == wanted[: at + 1] + [engine.NO_TOKEN] * (7 - at)
     slots, tokens, status = chunk("modern", slots, rows=2)
     assert status[1] == engine.PAUSED and set(tokens[1]) == {engine.NO_TOKEN}
-    slots = engine.resume(slots, np.array([1]), forced[None], np.array([3]))
+    slots = engine.resume(slots, np.array([1]), forced[None])
     slots, tokens, status = chunk("modern", slots, rows=2, steps=5)
     history = [*prompt, *wanted[: at + 1], mark, 50, 51]
     assert tokens[1].tolist() == [mark, 50, 51, *greedy_continuation("modern", history, 2)]
