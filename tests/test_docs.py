@@ -97,6 +97,9 @@ def test_links_and_named_files_exist(path):
         assert "://" in target or (path.parent / target).exists(), target
     for name in re.findall(r"`((?:jaxchat|train|serve|bench|tests|configs)/[\w/.]+\.(?:py|toml))`", text):
         assert (ROOT / name).exists(), name
+    for module in re.findall(r"-m ((?:bench|jaxchat)[a-z_.]*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
