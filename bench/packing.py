@@ -43,7 +43,7 @@ from jaxchat.train_state import make_eval_step
 from train import prepare
 from train import prepare as tokenizer_stage
 from train.doctor import hardware, versions
-from train.loop import Job, bits_per_byte, fit
+from train.loop import Trainer, bits_per_byte
 
 WINDOW = 1000  # documents that `crop` chooses from, nanochat's buffer
 
@@ -155,7 +155,7 @@ def train(config: Config, run: RunDir, name: str, seed: int) -> float:
     tokenizer = Tokenizer.load(run.tokenizer)
     rows = Rows(run.data / name, tokenizer.digest)
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(
+        trainer = Trainer(
             config=dataclasses.replace(config, seed=seed),
             directory=Path(folder),
             rows=rows,
@@ -163,7 +163,7 @@ def train(config: Config, run: RunDir, name: str, seed: int) -> float:
             byte_lengths=tokenizer.byte_lengths(),
             title=f"{name}, seed {seed}",
         )
-        return fit(job)["val_bpb"]
+        return trainer.run()["val_bpb"]
 
 
 def measure(source: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:

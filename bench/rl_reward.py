@@ -27,9 +27,9 @@ from train import rl
 
 def measure(config: Config, source: Path, at: Sequence[int]) -> dict[str, float]:
     """Mean reward by steps done, and the end's share of right answers in training, of one RL run."""
-    scores = rl.Player.scores
+    scores = rl.RolloutWorker.scores
 
-    def at_chosen_steps(self: rl.Player, state: TrainState, step: int) -> Iterator[tuple[str, float]]:
+    def at_chosen_steps(self: rl.RolloutWorker, state: TrainState, step: int) -> Iterator[tuple[str, float]]:
         if step in (0, *at, config.rl.steps):
             yield from scores(self, state, step)
 
@@ -40,11 +40,11 @@ def measure(config: Config, source: Path, at: Sequence[int]) -> dict[str, float]
             (run.root / name).symlink_to((source / name).resolve())
         for name in ("stages.json", "config.toml"):
             shutil.copy(source / name, run.root / name)
-        rl.Player.scores = at_chosen_steps  # type: ignore[method-assign]
+        rl.RolloutWorker.scores = at_chosen_steps  # type: ignore[method-assign]
         try:
             facts: dict[str, Any] = rl.run(config, run)
         finally:
-            rl.Player.scores = scores  # type: ignore[method-assign]
+            rl.RolloutWorker.scores = scores  # type: ignore[method-assign]
         records = read_metrics(run.stage("rl") / "metrics.jsonl")
     found = {0: facts["start"]["pass@1"]} | {r["step"] + 1: r["pass@1"] for r in records if "pass@1" in r}
     return {str(step): round(value, 4) for step, value in sorted(found.items())}

@@ -269,7 +269,7 @@ class ServeConfig:
 @dataclass(frozen=True)
 class ExportConfig:
     formats: tuple[str, ...] = key(("orbax", "hf"), "folders that the last stage leaves in `export/`, see "
-        "[weights.md](weights.md); none: no export")
+        "[weights.md](weights.md); none: no export", choices=("orbax", "hf"))
     dtype: str = key("auto", "of the weights there: `auto` as trained, `float32` or `bfloat16`",
         choices=("auto", "float32", "bfloat16"))
 

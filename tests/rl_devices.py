@@ -15,7 +15,7 @@ from jaxchat.sharding import make_mesh
 from jaxchat.tasks import registry
 from jaxchat.tokenizer import Tokenizer
 from train import rl
-from train.rl import Rollouts
+from train.rl import RolloutWorker
 
 
 def programs(run: RunDir, devices: int) -> int:
@@ -27,7 +27,7 @@ def programs(run: RunDir, devices: int) -> int:
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(listener)
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    rollouts = Rollouts(config, task, Tokenizer.load(run.tokenizer), mesh, 64)
+    rollouts = RolloutWorker(config, run, task, Tokenizer.load(run.tokenizer), mesh, 64)
     rollouts.load(params)
     rollouts.sample(task.examples()[:4], [[1, 2, 3, 4]] * 4)
     jax.monitoring.unregister_event_duration_listener(listener)

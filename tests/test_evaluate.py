@@ -23,13 +23,14 @@ from jaxchat.scaling import resolve
 from jaxchat.tasks import core
 from jaxchat.tasks.base import Example, WrittenTask, user
 from jaxchat.tasks.core import CORE_TASKS
-from jaxchat.tasks.files import TaskFiles
+from jaxchat.tasks.files import MissingData, TaskFiles
+from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.humaneval import HumanEval
 from jaxchat.tasks.registry import TASKS, get_task
 from jaxchat.tokenizer import train_tokenizer
 from jaxchat.train_state import TrainState
 from train import evaluate
-from train.evaluate import capped, quote
+from train.evaluate import capped, samples_markdown
 from train.report import code
 from train.statistics import wilson
 
@@ -137,6 +138,9 @@ def test_samples_show_both_models_at_both_temperatures(run, facts):
         for part in (before, after):
             assert part.count("- **0**:") == part.count("- **0.8**:") == part.count("\n> ") == prompts
         assert before != after
+        found = read_json(run.stage(stage) / "samples.json")
+        assert [len(found[part]) for part in ("before", "after")] == [prompts] * 2
+        assert [a["temperature"] for a in found["after"][0]["answers"]] == [0.0, 0.8]
     assert "who are you?" in (run.stage("sft") / "samples.md").read_text()
 
 
@@ -300,6 +304,31 @@ def test_only_what_is_not_done_is_examined_again(config, run, facts, mirror):
     assert changed == ["copa", "boolq"]
 
 
+def no_data(self):
+    raise MissingData("gsm8k is not here")
+
+
+def test_exams_while_a_model_trains_are_the_exams_first_questions(
+    config, tokenizer, params, mirror, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(GSM8K, "examples", no_data)
+    settings = with_data(config, mirror, ("exams", ("identity", "arc_easy", "gsm8k", "auto")))
+    state = TrainState(params, {}, jnp.int32(0))
+    (check,) = evaluate.spot_checks(settings, RunDir(tmp_path / "run"), tokenizer, "sft", 3)
+    found = dict(check(state, 5))
+    assert {"exam/identity", "exam/arc_easy", "exam/word_problems", "exam/mmlu"} <= set(found)
+    assert "chatcore" not in found and "exam/gsm8k" not in found
+    assert not (tmp_path / "run").exists()
+    said = capsys.readouterr().err
+    assert "gsm8k is not asked during training" in said
+    check(state, 6)
+    assert "gsm8k" not in capsys.readouterr().err
+    model = evaluate.Model(settings, RunDir(tmp_path / "other"), "sft", jax.device_get(params), tokenizer)
+    asked, _ = model.exam(get_task("identity"), capped(len(get_task("identity").examples()), 3))
+    assert found["exam/identity"] == asked["metric"]
+    assert evaluate.spot_checks(settings, RunDir(tmp_path), tokenizer, "sft", 0) == []
+
+
 def test_an_unknown_exam_is_refused_before_any_work(config):
     with pytest.raises(UsageError, match="mmlo.*did you mean mmlu"):
         evaluate.check(dataclasses.replace(config, eval=dataclasses.replace(config.eval, exams=("mmlo",))))
@@ -326,7 +355,7 @@ def test_the_task_of_the_page_is_an_exam_and_a_source_of_conversations(page, con
 
 def test_chatcore_needs_all_five():
     scores = {name: {"metric": 0.4, "chance": 0.25 if name in ("arc_easy", "arc_challenge", "mmlu") else 0.0}
-              for name in evaluate.CHATCORE}  # fmt: skip
+              for name in ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")}  # fmt: skip
     assert evaluate.chat_core(scores) == pytest.approx((3 * 0.15 / 0.75 + 2 * 0.4) / 5)
     del scores["humaneval"]
     assert evaluate.chat_core(scores) is None
@@ -355,7 +384,10 @@ def test_wilson_intervals(right, n, low, high):
 
 
 def test_samples_hold_any_text_as_code():
-    assert code("a `b` ``c``\nd") == "``` a `b` ``c`` d ```" and quote("a\nb") == "> `a b`"
+    assert code("a `b` ``c``\nd") == "``` a `b` ``c`` d ```"
+    answers = [{"temperature": 0.5, "text": "x\ny"}, {"temperature": 1.0, "text": ""}]
+    text = samples_markdown([{"prompt": "a\nb", "answers": answers}])
+    assert text == "> `a b`\n\n- **0.5**: `x y`\n- **1**: (nothing)\n"
 
 
 def test_half_a_character_in_a_question_ends_nothing(config, run, facts, tmp_path):

@@ -247,7 +247,7 @@ def test_strict_refuses_before_any_question_and_auto_warns(monkeypatch, tmp_path
     weak(monkeypatch)
     mirror(tmp_path)
     with pytest.raises(UsageError, match=r"tasks\.sandbox: strict wants level 2.*Landlock"):
-        HumanEval(TaskFiles(str(tmp_path), sandbox="strict")).examples()
+        HumanEval(TaskFiles(str(tmp_path), sandbox="strict")).check()
     for exams in ("auto", "humaneval"):
         config = resolve(load_config("nano", ["tasks.sandbox=strict", f"eval.exams={exams}"]))
         with pytest.raises(UsageError, match="strict wants"):

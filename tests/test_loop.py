@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 
 import jax
@@ -11,11 +12,13 @@ import pytest
 from jaxchat.config import MeshConfig, load_config
 from jaxchat.data.loader import Batches
 from jaxchat.data.packing import Rows, finish_rows, write_rows
-from jaxchat.errors import DivergedError, UsageError
+from jaxchat.errors import DataError, DivergedError, UsageError
 from jaxchat.log import read_metrics
+from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh, micro_batch
-from train.loop import Job, bits_per_byte, fit, rows_in_order, signals
+from jaxchat.tokenizer import train_tokenizer
+from train.loop import Trainer, bits_per_byte, row_batches, signals
 from train.pretrain import run as pretrain
 
 TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=64",
@@ -33,8 +36,9 @@ def rows(tmp_path_factory):
     return Rows(folder)
 
 
-def job(rows, folder, *overrides, **more):
-    return Job(resolve(load_config("nano", [*TINY, *overrides])), folder, rows, rows, np.ones(64, np.int32), **more)
+def trainer(rows, folder, *overrides, **more):
+    config = resolve(load_config("nano", [*TINY, *overrides]))
+    return Trainer(config, folder, np.ones(64, np.int32), rows, rows, **more)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +58,8 @@ def test_a_batch_that_devices_cannot_share_names_the_nearest_that_works():
 
 def test_metrics_scores_and_samples_have_their_steps(rows, tmp_path):
     sampled = []
-    facts = fit(job(rows, tmp_path, sampler=lambda state, step: sampled.append(step),
-                    evaluators=[lambda state, step: [("extra", float(step))]]))  # fmt: skip
+    evaluators = [lambda state, step: [("extra", float(step))]]
+    facts = trainer(rows, tmp_path, sampler=lambda state, step: sampled.append(step), evaluators=evaluators).run()
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(12))
     assert {r["step"]: r["extra"] for r in records if "val_bpb" in r} == {4: 5.0, 9: 10.0, 11: 12.0}
@@ -63,31 +67,31 @@ def test_metrics_scores_and_samples_have_their_steps(rows, tmp_path):
     assert [r["tokens"] for r in records] == [64 * (s + 1) for s in range(12)]
     assert all(r["mfu"] is None for r in records) or records[0]["mfu"] > 0
     assert facts["val_bpb"] == records[-1]["val_bpb"] and facts["bad_steps"] == 0
-    again = fit(job(rows, tmp_path))  # finished: restores, trains nothing
+    again = trainer(rows, tmp_path).run()  # finished: restores, trains nothing
     assert again["params_sha256"] == facts["params_sha256"]
     assert read_metrics(tmp_path / "metrics.jsonl") == records
 
 
 def test_a_limited_training_leaves_early_and_goes_on_to_the_same_bits(rows, tmp_path):
-    whole = fit(job(rows, tmp_path / "whole"))
-    part = fit(job(rows, tmp_path / "parts", limit=7))
+    whole = trainer(rows, tmp_path / "whole").run()
+    part = trainer(rows, tmp_path / "parts", limit=7).run()
     assert len(read_metrics(tmp_path / "parts" / "metrics.jsonl")) == 7 and "val_bpb" in part
     assert (
         len(part["timings"]["validate"]) == 2 and len(part["timings"]["save"]) == len(part["timings"]["written"]) == 3
     )
-    assert fit(job(rows, tmp_path / "parts"))["params_sha256"] == whole["params_sha256"] != part["params_sha256"]
+    assert trainer(rows, tmp_path / "parts").run()["params_sha256"] == whole["params_sha256"] != part["params_sha256"]
     assert "timings" not in whole
 
 
 def test_a_run_that_diverges_ends_with_its_own_error(rows, tmp_path):
-    broken = job(rows, tmp_path)
+    broken = trainer(rows, tmp_path)
 
     def ruin(state):
         params = state.params | {"embedding": state.params["embedding"] * np.nan}
         return dataclasses.replace(state, params=params)
 
     with pytest.raises(DivergedError, match="3 steps in a row"):
-        fit(dataclasses.replace(broken, start=ruin))
+        dataclasses.replace(broken, start=ruin).run()
     assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [None] * 3
 
 
@@ -107,19 +111,19 @@ def poisoned(monkeypatch, numbers):
 
 def test_bad_batches_are_left_out_once(rows, tmp_path, monkeypatch, capsys):
     seen = poisoned(monkeypatch, {5, 6, 7})
-    facts = fit(job(rows, tmp_path / "bad"))
+    facts = trainer(rows, tmp_path / "bad").run()
     assert facts["left_out"] == [5, 6, 7] and facts["bad_steps"] == 0
     assert "steps 5 to 7: going back, their batches are left out" in capsys.readouterr().err
     records = read_metrics(tmp_path / "bad" / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(12)) and all(r["loss"] for r in records)
     assert {12, 13, 14} <= set(seen), "later steps take the next ones"
-    again = fit(job(rows, tmp_path / "bad"))
+    again = trainer(rows, tmp_path / "bad").run()
     assert again["params_sha256"] == facts["params_sha256"] and again["left_out"] == [5, 6, 7]
 
 
 def test_what_a_checkpoint_has_skipped_already_is_not_left_out_twice(rows, tmp_path, monkeypatch):
     seen = poisoned(monkeypatch, {6, 7, 8})
-    facts = fit(job(rows, tmp_path))
+    facts = trainer(rows, tmp_path).run()
     assert facts["left_out"] == [8] and facts["bad_steps"] == 2, "the checkpoint of step 8 had gone past the others"
     assert set(range(13)) <= set(seen)
 
@@ -127,23 +131,23 @@ def test_what_a_checkpoint_has_skipped_already_is_not_left_out_twice(rows, tmp_p
 def test_the_second_time_it_gives_up(rows, tmp_path, monkeypatch):
     poisoned(monkeypatch, {5, 6, 7, 8, 9, 10})
     with pytest.raises(DivergedError, match=r"3 steps in a row were not finite \(step 7\)"):
-        fit(job(rows, tmp_path))
+        trainer(rows, tmp_path).run()
 
 
 def test_two_bad_batches_are_only_skipped(rows, tmp_path, monkeypatch):
     poisoned(monkeypatch, {6, 7})
-    facts = fit(job(rows, tmp_path))
+    facts = trainer(rows, tmp_path).run()
     assert facts["bad_steps"] == 2 and "left_out" not in facts
 
 
-def test_what_is_drawn_is_the_rows_in_order_but_those_left_out(rows):
+def test_batches_are_the_rows_in_order_without_those_left_out(rows):
     settings = resolve(load_config("nano", TINY))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    draw, batches = rows_in_order(settings, rows, (4, 1), 3, mesh, [4]), Batches(rows, 4, 1, settings.seed)
+    next_batch, batches = row_batches(settings, rows, (4, 1), 3, mesh, [4]), Batches(rows, 4, 1, settings.seed)
     for number in (3, 5, 6):
-        drawn = draw(None, 0)
-        np.testing.assert_array_equal(drawn.batch["inputs"], batches.batch(number)["inputs"])
-        assert drawn.tokens == drawn.trained == 64
+        batch = next_batch(None, 0)
+        np.testing.assert_array_equal(batch.arrays["inputs"], batches.batch(number)["inputs"])
+        assert batch.tokens == batch.trained == 64
 
 
 def test_a_signal_is_told_and_the_handlers_come_back():
@@ -167,16 +171,11 @@ def test_bits_per_byte_by_hand(rows):
     assert found["perplexity"] == pytest.approx(64.0) and found["targets"] == 20 * 16
 
 
-def test_pretraining_refuses_rows_of_another_tokenizer(finished, tmp_path):
-    import shutil
-
-    from jaxchat.errors import DataError
-    from jaxchat.run_dir import RunDir
-    from jaxchat.tokenizer import train_tokenizer
-
-    shutil.copytree(finished / "data", tmp_path / "data")
-    other = train_tokenizer(["another text " * 50, "altogether different " * 50], 270, 10**5, 10**5)
-    other.save(tmp_path / "tokenizer")
+def test_pretraining_refuses_rows_of_another_tokenizer(rows, tmp_path):
+    shutil.copytree(rows.directory, tmp_path / "data" / "rows" / "train")
+    train_tokenizer(["another text " * 50, "altogether different " * 50], 270, 10**5, 10**5).save(
+        tmp_path / "tokenizer"
+    )
     with pytest.raises(DataError, match="another tokenizer"):
-        pretrain(resolve(load_config(finished / "config.toml")), RunDir(tmp_path))
+        pretrain(resolve(load_config("nano", TINY)), RunDir(tmp_path))
     assert not (tmp_path / "base").exists()

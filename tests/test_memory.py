@@ -13,8 +13,8 @@ from whole_run import TINY, arguments, write_corpus
 from jaxchat.config import load_config
 from jaxchat.errors import OutOfMemoryError
 from jaxchat.scaling import resolve
-from train import loop as memory
 from train.doctor import available_memory
+from train.loop import Trainer, memory_advice
 
 ROOT = Path(__file__).resolve().parent.parent
 # The limit comes after JAX's start, whose threads reserve more address space the more cores there are.
@@ -75,21 +75,23 @@ def test_free_memory_is_what_the_process_may_take(tmp_path):
 
 def test_a_batch_that_should_fit_is_not_blamed():
     """Compiled, it needs far less than is free: something else has the memory; the next smaller one is named."""
-    line = memory.advice(resolve(load_config("nano", TINY)))
+    line = memory_advice(resolve(load_config("nano", TINY)))
     assert (
         "train.device_batch_rows=4; by the compiled step it fits" in line and "--set train.device_batch_rows=2" in line
     )
 
 
 def test_one_row_is_not_made_smaller():
-    line = memory.advice(resolve(load_config("nano", [*TINY, "train.device_batch_rows=1"])))
+    line = memory_advice(resolve(load_config("nano", [*TINY, "train.device_batch_rows=1"])))
     assert "no smaller batch fits" in line and "train.remat" in line and "mesh.fsdp" in line
 
 
-def test_only_memory_is_explained():
-    @memory.explained
-    def fit(job):
+def test_only_memory_is_explained(tmp_path):
+    trainer = Trainer(resolve(load_config("nano", TINY)), tmp_path, None)
+
+    def fail():
         raise jax.errors.JaxRuntimeError("INTERNAL: a kernel failed")
 
+    trainer._train = fail
     with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel failed"):
-        fit(None)
+        trainer.run()

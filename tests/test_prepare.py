@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from jaxchat.config import Config, DataConfig, ModelConfig, to_toml
-from jaxchat.data.packing import PackStats, Rows, pack_documents
+from jaxchat.data.packing import Rows
 from jaxchat.data.shards import read_documents
 from jaxchat.data.sources import iterate_documents
 from jaxchat.errors import DataError, UsageError
-from jaxchat.run_dir import RunDir, write_json
+from jaxchat.run_dir import RunDir
 from jaxchat.tokenizer import Tokenizer
 from train import prepare
 from train import prepare as tokenizer_stage
@@ -341,27 +341,6 @@ def test_held_out_rows_do_not_depend_on_what_training_does_with_rests(run, remai
     if remainder == "drop":
         assert facts["train"]["lost"] + sum(train[i][1].sum() for i in range(len(train))) == facts["train"]["tokens"]
     assert [s["remainder"] for s in facts["train"]["sources"]] == [remainder]
-
-
-def test_a_run_of_before_there_was_a_choice_keeps_its_rows(run):
-    """Its record has no `data.remainder`: the same rows in both splits, and so the digest that training knows."""
-    config, run = run
-    record = {"format": 1, "status": "running", "start": "", "end": None, "seconds": 0.0, "facts": {}}
-    write_json(run.stages, {"prepare": record | {"inputs": {"data.pack_docs": 20_000}}})
-    old = prepared(config, run)
-    tokenizer = Tokenizer.load(run.tokenizer)
-    for split in ("train", "val"):
-        documents = [
-            np.array([tokenizer.bos, *ids])
-            for ids in tokenizer.encode_batch(list(iterate_documents(config.data, split)))
-        ]
-        rows = Rows(run.data / "rows" / split)
-        expected = pack_documents(documents, SEQ_LEN + 1, tokenizer.bos, prepare.WINDOW, PackStats(), "keep")
-        assert all(np.array_equal(rows[i][0][rows[i][1] == 1], row) for i, row in enumerate(expected))
-        assert old[split]["lost"] == 0
-    run.stages.unlink()
-    new = prepared(config, run)
-    assert new["train"]["sha256"] == old["train"]["sha256"] and new["val"]["sha256"] != old["val"]["sha256"]
 
 
 def test_a_source_of_its_own_is_held_out_whole(shelf):

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from small_model import write_run
 
 from jaxchat import model as gpt
@@ -35,7 +34,6 @@ from train.rl import (
     advantages,
     build,
     kl_per_token,
-    longest,
     micro_batches,
     on_mesh,
     rewards,
@@ -48,23 +46,6 @@ from train.statistics import pass_at_k
 ROOT = Path(__file__).resolve().parent.parent
 CLASSIC = ["model.recipe=classic", "model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16",
            "model.vocab_size=64", "model.seq_len=16", "train.batch_tokens=64", "train.steps=4"]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """What one run has compiled, the next one reads."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def one_device():
@@ -147,8 +128,8 @@ def reference_gradient(answers, bonus=0.0):
     """By the textbook, in float64, one answer after the other: -(1/N) sum A log p over sampled ids of live groups."""
     exact = jax.tree.map(lambda a: np.asarray(a, np.float64), params())
     rows, weights, count = [], [], 0
-    for group in range(len(answers.right)):
-        reward = [float(r) + bonus * f for r, f in zip(answers.right[group], answers.formatted[group], strict=True)]
+    for group in range(len(answers.correct)):
+        reward = [float(r) + bonus * f for r, f in zip(answers.correct[group], answers.formatted[group], strict=True)]
         mean = sum(reward) / len(reward)
         if all(r == reward[0] for r in reward):
             continue
@@ -237,8 +218,6 @@ def test_rows_have_few_shapes():
             for device_rows in (1, 3, 8, 500):
                 A, B = micro_batches(rows, devices, device_rows)
                 assert rows <= A * B < rows + A * devices and B % devices == 0 and B // devices <= device_rows
-    answers = answers_of([[1, 0], [1, 1]])
-    assert longest(answers, advantages(rewards(answers, 0))) == answers.length[0].max() - 1
 
 
 def test_pass_at_k_counts_every_choice_of_k():
@@ -338,7 +317,7 @@ def test_a_run_leaves_what_the_contract_says(undisturbed):
 def test_stopped_and_resumed_ends_bit_equal(undisturbed, tmp_path, monkeypatch):
     """Stopped by a signal in step 1, saved there; lost in step 5, after the checkpoint of step 4; then to the end."""
     whole, facts = undisturbed
-    run, draw, disturbed = write_run(tmp_path), rl.Player.draw, []
+    run, next_batch, disturbed = write_run(tmp_path), rl.RolloutWorker.next_batch, []
 
     def disturb(self, state, step):
         if step in (1, 5) and step not in disturbed:
@@ -346,9 +325,9 @@ def test_stopped_and_resumed_ends_bit_equal(undisturbed, tmp_path, monkeypatch):
             if step == 5:
                 raise KeyError("power cut")
             os.kill(os.getpid(), signal.SIGTERM)
-        return draw(self, state, step)
+        return next_batch(self, state, step)
 
-    monkeypatch.setattr(rl.Player, "draw", disturb)
+    monkeypatch.setattr(rl.RolloutWorker, "next_batch", disturb)
     with pytest.raises(InterruptedRun, match="stopped by SIGTERM after step 2, saved"):
         rl.run(run_config(run), run)
     with pytest.raises(KeyError):
@@ -395,14 +374,14 @@ def test_a_step_without_a_live_group_changes_nothing_but_the_schedules(brevity, 
 
 def test_schedules_go_on_over_a_step_without_update():
     """The update after a skipped step has the next rate, and untouched moments."""
-    from train.loop import _steps
+    from train.loop import train_step
 
     mesh, cfg = (
         one_device(),
         dataclasses.replace(config(), optim=dataclasses.replace(config().optim, warmdown_ratio=1.0)),
     )
     optimizer = make_optimizer(cfg, jnp.float32, mesh)
-    step = _steps(cfg, optimizer, mesh)
+    step = train_step(cfg, optimizer, mesh)
     state = init_state(cfg, optimizer, mesh)
     before = jax.device_get((state.params, state.opt_state))
     state, metrics = step(state, None)
@@ -450,11 +429,11 @@ def test_samples_depend_on_seed_step_question_and_sample():
 
 def test_every_epoch_has_every_question_once(brevity, tmp_path):
     run = write_run(tmp_path)
-    player = rl.Player(run_config(run), run, type("NoRollouts", (), {"capacity": 64}), range(20), [])
-    epochs = [[player._question(20 * epoch + i) for i in range(20)] for epoch in range(3)]
+    worker = rl.RolloutWorker(run_config(run), run, Brevity(), None, one_device(), 64, range(20))
+    epochs = [[worker._question(20 * epoch + i) for i in range(20)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
-    player._order = -1, []
-    assert player._question(25) == epochs[1][5]
+    worker._order = -1, []
+    assert worker._question(25) == epochs[1][5]
 
 
 def test_steps_and_rates():

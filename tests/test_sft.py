@@ -24,7 +24,7 @@ from jaxchat.tasks.identity import Identity
 from jaxchat.tasks.registry import get_task
 from jaxchat.tokenizer import ASSISTANT_END, train_tokenizer
 from train import sft
-from train.loop import Job, fit
+from train.loop import Trainer
 from train.sft import mixture, sft_config
 
 
@@ -74,13 +74,13 @@ def test_an_exam_on_the_way_that_does_not_exist_is_refused_before_any_work():
 
 def test_other_conversations_do_not_go_on_with_a_run(tmp_path, tokenizer):
     run, one, other = RunDir(tmp_path), config_of("identity:50"), config_of("identity:51")
-    sft._rows_of(one, run, tokenizer)
-    sft._rows_of(other, run, tokenizer)  # nothing is trained yet
+    sft.checked_rows(one, run, tokenizer)
+    sft.checked_rows(other, run, tokenizer)  # nothing is trained yet
     (run.stage("sft") / "2").mkdir(parents=True)
-    sft._rows_of(other, run, tokenizer)
+    sft.checked_rows(other, run, tokenizer)
     for _ in range(2):
         with pytest.raises(DataError, match="not those that this SFT began with"):
-            sft._rows_of(one, run, tokenizer)
+            sft.checked_rows(one, run, tokenizer)
 
 
 @pytest.mark.parametrize(("rows", "epochs", "steps"), [(1, 1.0, 1), (16, 1.0, 2), (800, 1.0, 100), (800, 0.5, 50)])
@@ -123,7 +123,7 @@ def tokenizer():
 def test_every_epoch_is_packed_for_itself(tmp_path, tokenizer):
     config = config_of("identity:40*3", "word_problems:30")
     run = RunDir(tmp_path)
-    facts = sft._write_rows(config, run, tokenizer)
+    facts = sft.prepare_rows(config, run, tokenizer)
     rows = Rows(run.data / "sft" / "train", tokenizer.digest)
     assert facts["train"]["rows"] == len(rows)
     once = facts["conversations"]
@@ -154,24 +154,24 @@ def test_many_conversations_are_rendered_by_other_processes_and_the_rows_are_the
     config = config_of(talks(tmp_path / "talks.jsonl", 700), "word_problems:400*2")
     runs = [RunDir(tmp_path / name) for name in ("here", "there")]
     tokenizer.save(runs[1].tokenizer)  # the first run has none on the disk, and needs none
-    first = sft._write_rows(config, runs[0], tokenizer)
+    first = sft.prepare_rows(config, runs[0], tokenizer)
     monkeypatch.setattr(sft, "FEW", 100)
     monkeypatch.setattr(sft, "render_all", None)
     two = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
-    assert sft._write_rows(two, runs[1], tokenizer) == first
+    assert sft.prepare_rows(two, runs[1], tokenizer) == first
     assert sums(runs[0]) == sums(runs[1])
 
 
 def test_rows_are_rendered_again_only_where_their_inputs_changed(tmp_path, tokenizer, monkeypatch):
     run, path = RunDir(tmp_path / "run"), tmp_path / "talks.jsonl"
     config = config_of(talks(path, 60), "identity:30", "chatterbot")
-    facts, rendered = sft._write_rows(config, run, tokenizer), []
+    facts, rendered = sft.prepare_rows(config, run, tokenizer), []
     render_all = sft.render_all
     monkeypatch.setattr(sft, "render_all", lambda *args: rendered.append(1) or render_all(*args))
 
     def again(config, tokenizer=tokenizer):
         rendered.clear()
-        return sft._write_rows(config, run, tokenizer), bool(rendered)
+        return sft.prepare_rows(config, run, tokenizer), bool(rendered)
 
     def other(**changes):
         return dataclasses.replace(config, **changes)
@@ -220,10 +220,10 @@ def test_a_conversation_out_of_form_is_named(tmp_path, tokenizer, monkeypatch):
         Identity, "train_conversations", lambda *_: [[{"role": "assistant", "content": "I speak first"}]]
     )
     with pytest.raises(DataError, match=r"identity:5: a conversation is out of form: messages\[0\]"):
-        sft._write_rows(config_of("identity:5"), RunDir(tmp_path), tokenizer)
+        sft.prepare_rows(config_of("identity:5"), RunDir(tmp_path), tokenizer)
     monkeypatch.setattr(Identity, "train_conversations", lambda *_: [])
     with pytest.raises(DataError, match=r"sft.mixture: no conversations"):
-        sft._write_rows(config_of("identity:5"), RunDir(tmp_path), tokenizer)
+        sft.prepare_rows(config_of("identity:5"), RunDir(tmp_path), tokenizer)
 
 
 def test_rows_without_targets_at_a_batch_of_one_short_row_do_no_harm(tmp_path, tokenizer):
@@ -234,10 +234,10 @@ def test_rows_without_targets_at_a_batch_of_one_short_row_do_no_harm(tmp_path, t
              "model.seq_len=64", "train.batch_tokens=64", "train.steps=6", "train.eval_every=0"]  # fmt: skip
     config = resolve(load_config("nano", shape))
     pieces = [[tuple(np.array(a) for a in render(tokenizer, list(pair)))] for pair in talk]
-    made = sft._write(config, RunDir(tmp_path), tokenizer, "train", pieces)
+    made = sft.write_split(config, RunDir(tmp_path), tokenizer, "train", pieces, {})
     assert made["rows"] == 6 and made["cut"] == 3
     rows = Rows(tmp_path / "data" / "sft" / "train", tokenizer.digest)
-    facts = fit(Job(config, tmp_path / "sft", rows, None, tokenizer.byte_lengths()))
+    facts = Trainer(config, tmp_path / "sft", tokenizer.byte_lengths(), rows).run()
     losses = [json.loads(line)["loss"] for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 6 and losses.count(0.0) == 3 and all(np.isfinite(loss) for loss in losses)
     assert facts["bad_steps"] == 0

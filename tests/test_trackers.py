@@ -10,14 +10,13 @@ import sys
 
 import numpy as np
 import pytest
-from test_loop import job, rows  # noqa: F401 - a fixture
+from test_loop import rows, trainer  # noqa: F401 - a fixture
 
 from jaxchat.config import load_config
 from jaxchat.errors import InterruptedRun, UsageError
 from jaxchat.log import read_metrics
 from jaxchat.run_dir import RunDir
 from train import trackers
-from train.loop import fit
 from train.stages import run_stages, select
 
 
@@ -46,8 +45,8 @@ def test_tensorboard_has_the_curves_also_after_a_resume(rows, tmp_path):  # noqa
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(InterruptedRun):
-        fit(job(rows, tmp_path / "base", on, sampler=stop))
-    fit(job(rows, tmp_path / "base", on))
+        trainer(rows, tmp_path / "base", on, sampler=stop).run()
+    trainer(rows, tmp_path / "base", on).run()
     records, seen = read_metrics(tmp_path / "base" / "metrics.jsonl"), scalars(tmp_path / "tensorboard" / "base")
     assert [r["step"] for r in records] == list(seen["loss"]) == list(range(12))
     assert np.allclose([r["loss"] for r in records], list(seen["loss"].values()))
@@ -59,9 +58,9 @@ def test_weights_and_biases_gets_the_same_run_after_a_resume(rows, tmp_path, mon
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")  # its own way of working without its service
     on = "train.wandb=mine"
-    fit(job(rows, tmp_path / "base", on, "train.steps=6"))
+    trainer(rows, tmp_path / "base", on, "train.steps=6").run()
     identity = (tmp_path / "wandb" / "base.id").read_text()
-    fit(job(rows, tmp_path / "base", on))
+    trainer(rows, tmp_path / "base", on).run()
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2 and all(path.stem == f"run-{identity}" for path in files)
     assert all(b"val_bpb" in path.read_bytes() and b"tokens_per_second" in path.read_bytes() for path in files)
@@ -70,8 +69,8 @@ def test_weights_and_biases_gets_the_same_run_after_a_resume(rows, tmp_path, mon
 def test_nothing_of_a_curve_is_lost_to_a_kill(rows, tmp_path, monkeypatch):  # noqa: F811
     """What was trained is in the file at once, so a process that is killed leaves no hole before its checkpoint."""
     pytest.importorskip("tensorboardX")
-    job_of_six = job(rows, tmp_path / "base", "train.tensorboard=true", "train.steps=6")
-    with trackers.trackers(job_of_six.config, tmp_path / "base", 0, write=True) as log:
+    six_steps = trainer(rows, tmp_path / "base", "train.tensorboard=true", "train.steps=6")
+    with trackers.trackers(six_steps.config, tmp_path / "base", 0, write=True) as log:
         log(0, {"step": 0, "loss": 2.5, "mfu": None})
         assert scalars(tmp_path / "tensorboard") == {"loss": {0: 2.5}}
 
@@ -86,17 +85,17 @@ def test_training_goes_on_without_weights_and_biases(rows, tmp_path, monkeypatch
         def finish(self, exit_code):
             raise OSError("gone")
 
-    on, none = "train.wandb=mine", job(rows, tmp_path / "plain")
-    wanted = fit(none)["params_sha256"]
+    on, none = "train.wandb=mine", trainer(rows, tmp_path / "plain")
+    wanted = none.run()["params_sha256"]
     assert {p.name for p in tmp_path.iterdir()} == {"plain"}, "both are off by default"
     monkeypatch.setattr(trackers, "_wandb_run", lambda config, directory: Broken())
-    assert fit(job(rows, tmp_path / "log", on))["params_sha256"] == wanted
+    assert trainer(rows, tmp_path / "log", on).run()["params_sha256"] == wanted
 
     def refuses(config, directory):
         raise RuntimeError("no network\nand more")
 
     monkeypatch.setattr(trackers, "_wandb_run", refuses)
-    assert fit(job(rows, tmp_path / "start", on))["params_sha256"] == wanted
+    assert trainer(rows, tmp_path / "start", on).run()["params_sha256"] == wanted
     said = capsys.readouterr().err
     assert said.count("the training goes on without it") == 2 and "no network;" in said
 

@@ -1,9 +1,7 @@
-"""Stage prepare: documents -> token shards -> packed rows, for training and for validation."""
+"""Stages tokenizer and prepare: documents -> a tokenizer, token shards, and packed rows for training and validation."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 import functools
 import hashlib
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer as Backend
+import tokenizers
 
 from jaxchat.config import Config
 from jaxchat.data.packing import PackStats, finish_rows, finished_rows, pack_documents, write_rows
@@ -36,27 +34,34 @@ from jaxchat.data.sources import Part, interleaved, iterate_documents, open_corp
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir
-from jaxchat.tokenizer import Tokenizer, from_ranks, train_tokenizer
-
-# Stage tokenizer: train a byte-level BPE on the training text, or take an existing one.
-
+from jaxchat.tokenizer import Tokenizer, train_tokenizer
 
 READS = (
     "tokenizer.", "data.source", "data.val_fraction", "data.val_source", "data.text_bytes", "data.encoding",
     "model.vocab_size",
 )  # fmt: skip
+SHARD_TOKENS = 100_000_000  # tokens in one token shard, at most
+WINDOW = 20_000  # documents in one best-fit window
+OUTPUTS = ("data/rows/train/meta.json", "data/rows/val/meta.json")
+FACTS = (
+    "documents", "duplicates", "tokens", "lost", "bytes", "chars", "cuts", "fill", "documents_per_row",
+    "tokenizer", "rows", "sha256", "sources",
+)  # fmt: skip
+LEFT_OUT = {
+    "empty": "documents without text left out",
+    "binary": "documents with NUL characters left out",
+    "giants": "giant documents cut into several",
+}
 SAMPLE_DOCUMENTS, SAMPLE_CHARS = 2000, 8_000_000  # of the held-out text at most, to measure the compression
+HUB_CACHE = Path("~/.cache/huggingface/hub")
+# name -> its file inside tasks.data_dir, and repositories whose tokenizer.json may be in the hub's cache
+OTHERS = {
+    "GPT-2": ("tokenizers/gpt2.json", ("openai-community/gpt2", "gpt2")),
+    "GPT-4": ("tokenizers/gpt4.json", ("Xenova/gpt-4",)),
+}
 
 
-def first_documents(documents: Iterable[str], count: int) -> list[str]:
-    """The first ones, no more than `SAMPLE_CHARS` characters of them; at least one, if there is any."""
-    found, size = [], 0
-    for document in itertools.islice(documents, count):
-        found.append(document)
-        size += len(document)
-        if size >= SAMPLE_CHARS:
-            break
-    return found
+# The tokenizer
 
 
 def run_tokenizer(config: Config, run: RunDir) -> dict[str, Any]:
@@ -64,9 +69,7 @@ def run_tokenizer(config: Config, run: RunDir) -> dict[str, Any]:
     data, options = config.data, config.tokenizer
     if options.path:
         if options.normalize != "none":
-            raise UsageError(
-                "tokenizer.normalize: is for a tokenizer that is trained; set it to none with tokenizer.path"
-            )
+            raise UsageError("tokenizer.normalize: is for a tokenizer that is trained; set none with tokenizer.path")
         tokenizer = Tokenizer.load(Path(options.path).expanduser())
         if tokenizer.vocab_size > config.model.vocab_size:
             raise UsageError(
@@ -79,9 +82,8 @@ def run_tokenizer(config: Config, run: RunDir) -> dict[str, Any]:
         with progress("tokenizer", None) as bar:
             tokenizer = train_tokenizer(bar.track(documents), config.model.vocab_size, normalize=options.normalize)
     tokenizer.save(run.tokenizer)
-    sample = first_documents(iterate_documents(data, "val"), SAMPLE_DOCUMENTS)
-    tokens = sum(len(ids) for batch in batches_of(sample) for ids in tokenizer.encode_batch(batch))
-    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in sample)
+    sample = sample_documents(config)
+    tokens, size = count_tokens(tokenizer, sample), byte_count(sample)
     facts = {
         "vocab_size": tokenizer.vocab_size,
         "trained": not options.path,
@@ -93,88 +95,61 @@ def run_tokenizer(config: Config, run: RunDir) -> dict[str, Any]:
     return facts
 
 
-# The tokenizer beside GPT-2's and GPT-4's on the same held-out text, where their files are at hand.
+def sample_documents(config: Config) -> list[str]:
+    """The first held-out documents; at least one, if there is any."""
+    sample, size = [], 0
+    for document in itertools.islice(iterate_documents(config.data, "val"), SAMPLE_DOCUMENTS):
+        sample.append(document)
+        size += len(document)
+        if size >= SAMPLE_CHARS:
+            break
+    return sample
 
 
-DOCUMENTS = 2000  # of the held-out text, as in stage tokenizer
-HUB_CACHE = Path("~/.cache/huggingface/hub")
-GPT4_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# name -> files inside tasks.data_dir, and repositories whose tokenizer.json may lie in the hub's cache
-OTHERS = {
-    "GPT-2": (("tokenizers/gpt2.json", "gpt2/tokenizer.json"), ("openai-community/gpt2", "gpt2")),
-    "GPT-4": (
-        ("tokenizers/gpt4.json", "gpt-4/tokenizer.json", "tokenizers/cl100k_base.tiktoken", "cl100k_base.tiktoken"),
-        ("Xenova/gpt-4",),
-    ),
-}
+def count_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> int:
+    return sum(len(ids) for batch in batches_of(texts) for ids in tokenizer.encode_batch(batch))
+
+
+def byte_count(texts: Iterable[str]) -> int:
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 def other_tokenizers(config: Config, run: RunDir, cache: Path = HUB_CACHE) -> list[dict[str, Any]]:
-    """Vocabulary and bytes per token of each, and how many of our tokens one of its takes on average."""
-    found = {name: _find(config.tasks.data_dir, *places, cache.expanduser()) for name, places in OTHERS.items()}
-    if not any(found.values()):
-        return []
+    """GPT-2's and GPT-4's tokenizers on the same held-out text, where their files are at hand.
+
+    Of each: vocabulary, bytes per token, and how many of our tokens one of its takes on average.
+    """
+    paths: dict[str, Path] = {}
+    for name, (file, repos) in OTHERS.items():
+        places = [Path(config.tasks.data_dir).expanduser() / file] if config.tasks.data_dir else []
+        for repo in repos:
+            snapshots = cache.expanduser() / f"models--{repo.replace('/', '--')}"
+            places += sorted(snapshots.glob("snapshots/*/tokenizer.json"))
+        if path := next((path for path in places if path.is_file()), None):
+            paths[name] = path
+    results: list[dict[str, Any]] = []
+    if not paths:
+        return results
     try:
-        documents = iterate_documents(config.data, "val")
-        texts, tokenizer = first_documents(documents, DOCUMENTS), Tokenizer.load(run.tokenizer)
-        ours = sum(len(ids) for batch in batches_of(texts) for ids in tokenizer.encode_batch(batch))
+        texts = sample_documents(config)
     except DataError as error:
         say(f"  other tokenizers: {error}", style="yellow")
-        return []
-    size, results = sum(len(text.encode("utf-8", "replace")) for text in texts), []
-    for name, path in found.items():
-        if path is None:
-            continue
+        return results
+    ours, size = count_tokens(Tokenizer.load(run.tokenizer), texts), byte_count(texts)
+    clean = [text.encode("utf-8", "replace").decode() for text in texts]
+    for name, path in paths.items():
         try:
-            backend = load(path)
+            other = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             say(f"  {path}: not a tokenizer ({error}); left out", style="yellow")
             continue
-        count = max(1, _count(backend, texts))
-        results.append(
-            {
-                "name": name,
-                "vocab_size": backend.get_vocab_size(),
-                "bytes_per_token": size / count,
-                "ours_per_token": ours / count,
-            }
-        )
+        tokens = max(1, sum(len(e.ids) for e in other.encode_batch_fast(clean, add_special_tokens=False)))
+        sizes = {"bytes_per_token": size / tokens, "ours_per_token": ours / tokens}
+        results.append({"name": name, "vocab_size": other.get_vocab_size()} | sizes)
     return results
 
 
-def _find(data_dir: str, files: Sequence[str], repos: Sequence[str], cache: Path) -> Path | None:
-    places = [Path(data_dir).expanduser() / file for file in files] if data_dir else []
-    for repo in repos:
-        places += sorted((cache / f"models--{repo.replace('/', '--')}").glob("snapshots/*/tokenizer.json"))
-    return next((path for path in places if path.is_file()), None)
-
-
-def _count(backend: Backend, texts: Sequence[str]) -> int:
-    clean = [text.encode("utf-8", "replace").decode() for text in texts]
-    return sum(len(encoding.ids) for encoding in backend.encode_batch_fast(clean, add_special_tokens=False))
-
-
-def load(path: Path) -> Backend:
-    """From a `tokenizer.json`, or from tiktoken's file of GPT-4's ranks (a line: a token in base64 and its rank).
-
-    Raises `ValueError` for a damaged file of ranks, and what the library raises for a damaged `tokenizer.json`.
-    """
-    if path.suffix != ".tiktoken":
-        return Backend.from_file(str(path))
-    ranks = {}
-    for line in path.read_bytes().splitlines():
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
-            raise ValueError(f"line {len(ranks) + 1} is no token with its rank") from None
-    return from_ranks(ranks, GPT4_SPLIT)
-
-
-# How large a model, vocabulary and horizon a text of one's own asks for: the tier `book`.
+# How large a model, vocabulary and horizon a text of one's own asks for: the tier `book`
 
 
 EPOCHS = 4  # of a text that is small: then the held-out score of Shakespeare's plays was best (docs/small.md)
@@ -189,40 +164,52 @@ SEQ_LEN = 256
 
 
 def sized(config: Config) -> Config:
-    """The configuration with what is -1 of layers, width, heads, context, vocabulary, batch and steps fitted to the
-    text; as it was without `data.size_model`.
+    """Fit layers, width, heads, context, vocabulary, batch and steps that are -1 to the text, with `data.size_model`.
 
     Raises `DataError` where the text, or the tokenizer of `tokenizer.path`, cannot be read.
     """
-    model, train = config.model, config.train
-    keys = ("depth", "vocab_size", "seq_len")
-    if not config.data.size_model or not (any(getattr(model, key) == -1 for key in keys) or train.steps == -1):
+    model, train, options = config.model, config.train, config.tokenizer
+    if not config.data.size_model or -1 not in (model.depth, model.vocab_size, model.seq_len, train.steps):
         return config
     if "hf:" in config.data.source and config.data.text_bytes < 1:
         raise UsageError(
             "data.size_model: how much of the hub's text? Set data.text_bytes, as --set data.text_bytes=20000000"
         )
-    size, sample = _measured(config)
-    path, (low, high) = config.tokenizer.path, VOCABULARIES
-    own = Tokenizer.load(Path(path).expanduser()) if path else None
-    fitted = own.vocab_size if own else min(high, max(low, 1 << (max(1, size // 1000).bit_length() - 1)))
-    vocabulary = _given(model.vocab_size, fitted)
-    tokenizer = own or _trained(config, vocabulary, sample)
-    tokens = size / _bytes_per_token(tokenizer, sample) * (1 - config.data.val_fraction)
+
+    def fitted(value: int, fit: int) -> int:
+        return fit if value == -1 else value
+
+    size, chars, sample = 0, 0, list[str]()
+    for text in iterate_documents(config.data):
+        size += byte_count([text])
+        if chars < SIZING_CHARS:
+            sample.append(text)
+            chars += len(text)
+    tokenizer = Tokenizer.load(Path(options.path).expanduser()) if options.path else None
+    low, high = VOCABULARIES
+    by_size = min(high, max(low, 1 << (max(1, size // 1000).bit_length() - 1)))
+    vocabulary = fitted(model.vocab_size, tokenizer.vocab_size if tokenizer else by_size)
+    bytes_per_token = BYTES_PER_TOKEN
+    try:
+        tokenizer = tokenizer or train_tokenizer(sample, vocabulary, normalize=options.normalize)
+        bytes_per_token = byte_count(sample) / max(count_tokens(tokenizer, sample), 1)
+    except DataError:
+        say("  too little text for a tokenizer", style="yellow")
+    tokens = size / bytes_per_token * (1 - config.data.val_fraction)
     _, depth, width, heads = next(shape for shape in reversed(SHAPES) if tokens >= shape[0])
     if model.depth != -1:  # the depth decides the rest, as everywhere
         width = heads = -1
-    seen = max(tokens, min(EPOCHS * tokens, SMALL_RUN))
     model = dataclasses.replace(
         model,
-        depth=_given(model.depth, depth),
-        width=_given(model.width, width),
-        n_heads=_given(model.n_heads, heads),
+        depth=fitted(model.depth, depth),
+        width=fitted(model.width, width),
+        n_heads=fitted(model.n_heads, heads),
         vocab_size=vocabulary,
-        seq_len=_given(model.seq_len, SEQ_LEN),
+        seq_len=fitted(model.seq_len, SEQ_LEN),
     )
-    batch = _given(train.batch_tokens, max(BATCH_TOKENS, model.seq_len))
-    train = dataclasses.replace(train, batch_tokens=batch, steps=_given(train.steps, max(1, round(seen / batch))))
+    batch = fitted(train.batch_tokens, max(BATCH_TOKENS, model.seq_len))
+    seen = max(tokens, min(EPOCHS * tokens, SMALL_RUN))
+    train = dataclasses.replace(train, batch_tokens=batch, steps=fitted(train.steps, max(1, round(seen / batch))))
     say(
         f"{size:,} bytes of text in UTF-8: {model.depth} layers, a vocabulary of {model.vocab_size:,} tokens, "
         f"{train.steps:,} step{'s' * (train.steps > 1)} (the text about {train.steps * batch / tokens:.1f} times)"
@@ -230,49 +217,7 @@ def sized(config: Config) -> Config:
     return dataclasses.replace(config, model=model, train=train)
 
 
-def _measured(config: Config) -> tuple[int, list[str]]:
-    """(bytes of the whole text, its first documents)."""
-    size, chars, sample = 0, 0, list[str]()
-    for text in iterate_documents(config.data):
-        size += len(text.encode("utf-8", "replace"))
-        if chars < SIZING_CHARS:
-            sample.append(text)
-            chars += len(text)
-    return size, sample
-
-
-def _trained(config: Config, vocabulary: int, sample: list[str]) -> Tokenizer | None:
-    """One like that which stage tokenizer will train; None where the text is too small for it, which the stage says."""
-    try:
-        return train_tokenizer(sample, vocabulary, normalize=config.tokenizer.normalize)
-    except DataError:
-        return None
-
-
-def _bytes_per_token(tokenizer: Tokenizer | None, sample: list[str]) -> float:
-    """Measured, for languages differ too much for one figure."""
-    if tokenizer is None:
-        return BYTES_PER_TOKEN
-    tokens = sum(len(ids) for batch in batches_of(sample) for ids in tokenizer.encode_batch(batch))
-    return sum(len(text.encode("utf-8", "replace")) for text in sample) / max(tokens, 1)
-
-
-def _given(value: int, fitted: int) -> int:
-    return fitted if value == -1 else value
-
-
-SHARD_TOKENS = 100_000_000  # tokens in one token shard, at most
-WINDOW = 20_000  # documents in one best-fit window
-FACTS = (
-    "documents", "duplicates", "tokens", "lost", "bytes", "chars", "cuts", "fill", "documents_per_row",
-    "tokenizer", "rows", "sha256", "sources",
-)  # fmt: skip
-OUTPUTS = ("data/rows/train/meta.json", "data/rows/val/meta.json")
-LEFT_OUT = {
-    "empty": "documents without text left out",
-    "binary": "documents with NUL characters left out",
-    "giants": "giant documents cut into several",
-}
+# Shards and rows
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
@@ -282,45 +227,32 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     """
     tokenizer = Tokenizer.load(run.tokenizer)
     parts, held_out = open_corpus(config.data), open_val(config.data)
-    limit = training_limit(parts, config.data)
-    jobs = _jobs(config, run, parts, limit, tokenizer)
-    own = _jobs(config, run, [held_out], 1.0, tokenizer, len(jobs)) if held_out else []
+    jobs = _jobs(config, run, parts, training_limit(parts, config.data), tokenizer)
+    val_jobs = _jobs(config, run, [held_out], 1.0, tokenizer, len(jobs)) if held_out else []
     begin = time.perf_counter()
-    manifests = _tokens(config, run, [*jobs, *own])
+    manifests = _tokenize(config, run, [*jobs, *val_jobs])
     tokenized = time.perf_counter()
-    read = {"train": (parts, jobs, manifests[: len(jobs)]), "val": (parts, jobs, manifests)}
+    facts: dict[str, Any] = {"train": _pack(config, run, parts, jobs, manifests[: len(jobs)], tokenizer, "train")}
     if held_out:
-        read["val"] = [held_out], own, manifests[len(jobs) :]
-    facts: dict[str, Any] = {split: _rows(config, run, *read[split], tokenizer, split) for split in SPLITS}
-    if held_out and not facts["val"]["rows"]:
-        raise DataError(f"data.val_source: {config.data.val_source} gives no rows of held-out text; name other files")
-    if held_out and facts["val"]["rows"] < config.eval.rows:
-        few = f"{facts['val']['rows']:,} rows, fewer than eval.rows {config.eval.rows:,}: all of them will be read"
-        say(f"  data.val_source: {few}", style="yellow")
-    checksums = json.dumps([facts[split]["sha256"] for split in facts], sort_keys=True)
+        val = _pack(config, run, [held_out], val_jobs, manifests[len(jobs) :], tokenizer, "val")
+        source = f"data.val_source: {config.data.val_source}"
+        if not val["rows"]:
+            raise DataError(f"{source} gives no rows of held-out text; name other files")
+        if val["rows"] < config.eval.rows:
+            few = f"{val['rows']:,} rows, fewer than eval.rows {config.eval.rows:,}: all of them will be read"
+            say(f"  data.val_source: {few}", style="yellow")
+        facts["val"] = val
+    else:
+        facts["val"] = _pack(config, run, parts, jobs, manifests, tokenizer, "val")
+    checksums = json.dumps([facts[split]["sha256"] for split in SPLITS], sort_keys=True)
     seconds = {"tokenize_seconds": tokenized - begin, "pack_seconds": time.perf_counter() - tokenized}
     return facts | seconds | {"digest": hashlib.sha256(checksums.encode()).hexdigest()}
-
-
-def remainders(config: Config, parts: Sequence[Part], run: RunDir, split: str) -> list[str]:
-    """How each part's documents are packed; see `pack_documents`.
-
-    "auto" drops rests of web-scale text and keeps those of everything else. Held-out rows hold documents whole, or
-    their beginnings, so that each begins at a true document start. A run that was begun before there was
-    `data.remainder` keeps everything in both splits, as it did.
-    """
-    if "data.remainder" not in run.records().get("prepare", {}).get("inputs", {"data.remainder": ""}):
-        return ["keep"] * len(parts)
-    if split == "val":
-        return ["whole"] * len(parts)
-    chosen = config.data.remainder
-    return [chosen if chosen != "auto" else "drop" if part.web_scale else "keep" for part in parts]
 
 
 def _jobs(
     config: Config, run: RunDir, parts: Sequence[Part], limit: float, tokenizer: Tokenizer, first: int = 0
 ) -> list[Job]:
-    """One for every unit of every part, in order; `first`: the number of the first one's folder."""
+    """One job for every unit of every part, in order; `first`: the number of the first one's folder."""
     jobs: list[Job] = []
     for unit in (unit for part in parts for unit in part.units):
         origin = _digest([unit.content(), limit, SHARD_TOKENS, tokenizer.digest])
@@ -329,9 +261,9 @@ def _jobs(
     return jobs
 
 
-def _tokens(config: Config, run: RunDir, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+def _tokenize(config: Config, run: RunDir, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """The manifests of all units, tokenized now or by an interrupted run."""
-    folder, names = run.data / "tokens", {job.directory.rpartition("/")[2] for job in jobs}
+    folder, names = run.data / "tokens", {Path(job.directory).name for job in jobs}
     for stale in folder.iterdir() if folder.is_dir() else ():
         if stale.name not in names:
             shutil.rmtree(stale, ignore_errors=True)
@@ -349,13 +281,12 @@ def _tokens(config: Config, run: RunDir, jobs: Sequence[Job]) -> list[dict[str, 
             for manifest in spread(work, jobs, config.data.engine, workers):
                 manifests.append(manifest)
                 bar.advance()
-    left_out = sum((Counter(manifest["left_out"]) for manifest in manifests), Counter[str]())
-    for kind, count in left_out.items():
+    for kind, count in sum((Counter(manifest["left_out"]) for manifest in manifests), Counter[str]()).items():
         say(f"  {count:,} {LEFT_OUT[kind]}", style="yellow")
     return manifests
 
 
-def _rows(
+def _pack(
     config: Config,
     run: RunDir,
     parts: Sequence[Part],
@@ -366,24 +297,49 @@ def _rows(
 ) -> dict[str, Any]:
     """Pack the rows of one split, source after source; facts."""
     data, row_len = config.data, config.model.seq_len + 1
-    tokens = sum(manifest["splits"][split]["tokens"] for manifest in manifests)
+    tokens, size, chars = (sum(m["splits"][split][key] for m in manifests) for key in ("tokens", "bytes", "chars"))
     if split == "train" and tokens < row_len:
         raise DataError(
             f"{data.source}: {tokens} tokens to train on are too few for one row of {row_len}; "
             "add text, or lower model.seq_len"
         )
-    target = run.data / "rows" / split
-    modes = remainders(config, parts, run, split)
-    how = [] if set(modes) == {"keep"} else [modes]  # rows that were packed before there was a choice are kept
+    target, modes = run.data / "rows" / split, _remainders(config, parts, split)
+    how = [] if set(modes) == {"keep"} else [modes]
     origin = _digest([[job.origin for job in jobs], split, data.dedup, row_len, WINDOW, *how])
     meta = finished_rows(target, origin)
     done = meta is not None
     if meta is None:
-        packer = _Packer(config, parts, jobs, tokenizer, split, modes)
+        stats, distinct, sources = PackStats(), Distinct(data.dedup), list[dict[str, Any]]()
+
+        def rows() -> Iterator[np.ndarray]:
+            left = iter(jobs)
+            for part, mode in zip(parts, modes, strict=True):
+                before = dataclasses.replace(stats)
+                documents = (
+                    document
+                    for job in itertools.islice(left, len(part.units))
+                    for document in distinct.documents(read_documents(Path(job.directory), split, tokenizer.digest))
+                )
+                yield from pack_documents(documents, row_len, tokenizer.bos, WINDOW, stats, mode)
+                counts = {key: getattr(stats, key) - getattr(before, key) for key in ("rows", "tokens", "lost")}
+                sources.append({"source": part.source, "weight": part.weight, "remainder": mode} | counts)
+
         with progress(f"pack {split}", None) as bar:
-            count = write_rows(target, bar.track(packer.rows()), row_len, tokenizer.bos, tokenizer.vocab_size)
-        read = {key: sum(manifest["splits"][split][key] for manifest in manifests) for key in ("bytes", "chars")}
-        facts = read | packer.facts() | {"tokenizer": tokenizer.digest, "origin": origin}
+            count = write_rows(target, bar.track(rows()), row_len, tokenizer.bos, tokenizer.vocab_size)
+        facts = {
+            "bytes": size,
+            "chars": chars,
+            "documents": distinct.kept,
+            "tokens": distinct.kept_tokens,
+            "lost": stats.lost,
+            "duplicates": distinct.found,
+            "fill": stats.fill,
+            "cuts": stats.cuts,
+            "documents_per_row": (stats.documents + stats.cuts - stats.cropped) / max(1, stats.rows),
+            "sources": sources,
+            "tokenizer": tokenizer.digest,
+            "origin": origin,
+        }
         meta = finish_rows(target, facts, row_len, count, tokenizer.vocab_size)
     if meta["duplicates"]:
         what = "left out" if data.dedup else "kept (data.dedup=true leaves them out)"
@@ -396,54 +352,19 @@ def _rows(
     )
     for source in meta["sources"] if len(parts) > 1 else ():
         say(f"    {source['weight']:.1%} of the tokens from {source['source']}: {source['rows']:,} rows")
-    return {key: meta.get(key, 0) for key in FACTS}  # rows of before had no `lost`: they lost nothing
+    return {key: meta.get(key, 0) for key in FACTS}  # older rows have no `lost`: they lost nothing
 
 
-class _Packer:
-    """Rows of one split, and what they are counted to hold."""
+def _remainders(config: Config, parts: Sequence[Part], split: str) -> list[str]:
+    """How the rests of each part's documents are packed; see `pack_documents`.
 
-    def __init__(
-        self,
-        config: Config,
-        parts: Sequence[Part],
-        jobs: Sequence[Job],
-        tokenizer: Tokenizer,
-        split: str,
-        modes: Sequence[str],
-    ):
-        self._config, self._parts, self._tokenizer, self._split = config, parts, tokenizer, split
-        self._modes = modes
-        self._jobs = iter(jobs)
-        self._stats, self._distinct = PackStats(), Distinct(config.data.dedup)
-        self._sources: list[dict[str, Any]] = []
-
-    def rows(self) -> Iterator[np.ndarray]:
-        stats, row_len = self._stats, self._config.model.seq_len + 1
-        for part, mode in zip(self._parts, self._modes, strict=True):
-            rows, tokens, lost = stats.rows, stats.tokens, stats.lost
-            documents = self._documents([next(self._jobs) for _ in part.units])
-            yield from pack_documents(documents, row_len, self._tokenizer.bos, WINDOW, stats, mode)
-            counts = {"rows": stats.rows - rows, "tokens": stats.tokens - tokens, "lost": stats.lost - lost}
-            self._sources.append({"source": part.source, "weight": part.weight, "remainder": mode} | counts)
-
-    def _documents(self, jobs: Sequence[Job]) -> Iterator[np.ndarray]:
-        for job in jobs:
-            found = read_documents(Path(job.directory), self._split, self._tokenizer.digest)
-            yield from self._distinct.documents(found)
-
-    def facts(self) -> dict[str, Any]:
-        """Once all rows are taken."""
-        stats, distinct = self._stats, self._distinct
-        return {
-            "documents": distinct.kept,
-            "tokens": distinct.kept_tokens,
-            "lost": stats.lost,
-            "duplicates": distinct.found,
-            "fill": stats.fill,
-            "cuts": stats.cuts,
-            "documents_per_row": (stats.documents + stats.cuts - stats.cropped) / max(1, stats.rows),
-            "sources": self._sources,
-        }
+    "auto" drops rests of web-scale text and keeps those of everything else. Held-out rows hold documents whole, or
+    their beginnings, so that each begins at a true document start.
+    """
+    if split == "val":
+        return ["whole"] * len(parts)
+    chosen = config.data.remainder
+    return [chosen if chosen != "auto" else "drop" if part.web_scale else "keep" for part in parts]
 
 
 def _digest(value: Any) -> str:

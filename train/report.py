@@ -27,7 +27,7 @@ from jaxchat.log import read_metrics, say
 from jaxchat.run_dir import RunDir, atomic_write, read_json, write_json
 from jaxchat.tasks.core import CORE_TASKS
 
-from .contamination import LONG_PASSAGE, exam_overlap
+from .contamination import LONG_PASSAGE, exam_contamination
 from .loop import with_error
 from .plots import curves, draw, kinds, rl_figures, save
 from .prepare import other_tokenizers
@@ -120,7 +120,7 @@ def collect(config: Config, run: RunDir) -> Card:
         "rl_progress": _progress(metrics.get("rl", []), facts.get("rl", {}).get("start", {})),
         "speed": {stage: speed(steps) for stage, steps in metrics.items()},
         "copied": exams.get("base", {}).get("copied"),
-        "overlap": exam_overlap(config, run, data.get("train", {}).get("documents")),
+        "overlap": exam_contamination(config, run, data.get("train", {}).get("documents")),
         "exams": {stage: record["tasks"] for stage, record in exams.items()},
         "standing": {stage: standing(record) for stage, record in exams.items()},
         "samples": {stage: read_json(path) for stage, path in samples.items() if path.exists()},

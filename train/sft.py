@@ -11,14 +11,14 @@ import importlib.metadata
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 import jaxchat
-from jaxchat import distributed as hosts
+from jaxchat import distributed
 from jaxchat.chat import Message
 from jaxchat.config import Config
 from jaxchat.data.files import find_files
@@ -45,75 +45,67 @@ from jaxchat.tasks.registry import get_task, parse_mixture_entry
 from jaxchat.tokenizer import ASSISTANT_END, Tokenizer
 
 from . import evaluate
-from .evaluate import spot_checks
-from .loop import Job, continued, fit
+from .loop import Trainer, continued
 
-Conversation = list[Message]
 T = TypeVar("T")
+Conversation = list[Message]
+Rendering = tuple[np.ndarray, np.ndarray]  # ids and mask of one conversation
 FACTS = ("rows", "conversations", "cut", "fill")
-Piece = tuple[np.ndarray, np.ndarray]  # ids and mask of one conversation
 CHATTERBOT = {"chatterbot": "english", "chatterbot_korean": "korean"}
 NO_TASKS = ("chitchat", *CHATTERBOT)  # conversations of packages; everything else is a task, or files
 MOMENTUM, MOMENTUM_STEPS = (0.85, 0.95, 0.95), 300  # Muon's, as in nanochat's SFT
 CHITCHAT_VAL = 200  # dialogues held out of chitchat, at most
-CHUNK = 256  # conversations rendered at once
 WARMDOWN_RATIO = 0.5  # share of the steps in which the rate falls to 0
-FEW = 10_000  # conversations that are rendered in this process: about two seconds, which starting others takes too
-PACKAGE = Path(jaxchat.__file__).parent
+CHUNK = 256  # conversations rendered at once
+FEW = 10_000  # conversations rendered in this process: about two seconds, which starting others takes too
 
 
 def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
     """Train from `base/` into `sft/`; facts: mixture, rows, fill, scores, seconds, `params_sha256`.
 
-    `limit`: as of a `Job`.
+    `limit`: see `Trainer`.
     """
     begin, tokenizer = time.perf_counter(), Tokenizer.load(run.tokenizer)
-    facts = hosts.on_first(lambda: _rows_of(config, run, tokenizer))
+    facts = distributed.on_first(lambda: checked_rows(config, run, tokenizer))
     facts["rows_seconds"] = time.perf_counter() - begin
     rows, val_rows = (Rows(run.data / "sft" / split, tokenizer.digest, verify=False) for split in ("train", "val"))
     settings = sft_config(config, len(rows))
-
-    job = Job(
-        config=settings,
-        directory=run.stage("sft"),
-        rows=rows,
-        val_rows=val_rows if len(val_rows) else None,
-        byte_lengths=tokenizer.byte_lengths(),
+    steps, tokens = settings.train.steps, settings.train.steps * settings.train.batch_tokens
+    say(f"  {sum(facts['conversations'].values()):,} conversations, {tokens:,} tokens in {steps:,} steps")
+    trainer = Trainer(
+        settings,
+        run.stage("sft"),
+        tokenizer.byte_lengths(),
+        rows,
+        val_rows if len(val_rows) else None,
         start=lambda state: continued(run, "base", state),
-        evaluators=spot_checks(config, run, tokenizer, "sft", config.sft.exam_cases),
+        evaluators=evaluate.spot_checks(config, run, tokenizer, "sft", config.sft.exam_cases),
         title="sft",
         limit=limit,
     )
-    tokens = settings.train.steps * settings.train.batch_tokens
-    say(
-        f"  {sum(facts['conversations'].values()):,} conversations, {tokens:,} tokens in {settings.train.steps:,} steps"
-    )
-    trained = fit(job)
-    return facts | trained | {"digest": trained["params_sha256"], "tokens": tokens, "steps": settings.train.steps}
+    facts |= trainer.run()
+    return facts | {"digest": facts["params_sha256"], "tokens": tokens, "steps": steps}
 
 
 def check(config: Config) -> None:
-    """Refuse an unknown, malformed or doubled entry of the mixture, and exams that cannot be asked on the way, before
-    any work; download what the mixture lacks."""
+    """Refuse, before any work, an unknown, malformed or doubled entry of the mixture and exams that cannot be asked.
+
+    Downloads what the mixture needs.
+    """
     if config.sft.exam_cases:
         evaluate.check(config)
-    names = [parse_mixture_entry(entry)[0] for entry in config.sft.mixture]
+    tasks, names = [], [parse_mixture_entry(entry)[0] for entry in config.sft.mixture]
     for name in names:
         if name.startswith("files:"):
             find_files(name)
         elif name not in NO_TASKS:
-            task = get_task(name)
+            tasks.append(task := get_task(name, TaskFiles.of(config, download=True)))
             if type(task).train_conversations is Task.train_conversations:
                 raise UsageError(f"sft.mixture: {name} is an exam alone, it has nothing to train on")
         if names.count(name) > 1:
             raise UsageError(f"sft.mixture: {name} stands there twice; give it one count")
-    for name in names:
-        if name not in NO_TASKS and not name.startswith("files:"):
-            get_task(name, _files(config)).fetch()
-
-
-def _files(config: Config) -> TaskFiles:
-    return TaskFiles.of(config, download=True)
+    for task in tasks:
+        task.fetch()
 
 
 def sft_config(config: Config, rows: int) -> Config:
@@ -140,39 +132,39 @@ def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
     and those of files are held out where pretraining on the same files holds them out.
     Raises `UsageError` for an unknown name and `DataError` for data that is missing or damaged.
     """
-    fraction, files = config.data.val_fraction, _files(config)
+    fraction = config.data.val_fraction
     for entry in config.sft.mixture:
         name, count, _ = parse_mixture_entry(entry)
+        conversations: Iterable[Conversation]
         if name == "chitchat":
             for split, limit in (("train", count), ("val", CHITCHAT_VAL)):
                 for conversation in itertools.islice(chitchat_dialogues(split, fraction), limit):
                     yield entry, split == "val", conversation
             continue
-        found: Iterable[Conversation]
         if name.startswith("files:"):
-            below = _limit(file_conversations(name, config.data.encoding), count, fraction)
+            hashes = (
+                document_hash(spoken(c))
+                for c in itertools.islice(file_conversations(name, config.data.encoding), count)
+            )
+            try:
+                limit_hash = limit_of_hashes(hashes, fraction)  # reads no further than needed
+            except ValueError:  # fewer than two different ones
+                limit_hash = fraction
             for conversation in itertools.islice(file_conversations(name, config.data.encoding), count):
-                yield entry, document_hash(spoken(conversation)) < below, conversation
+                yield entry, document_hash(spoken(conversation)) < limit_hash, conversation
             continue
         if name in CHATTERBOT:
-            found = itertools.islice(chatterbot_pairs(CHATTERBOT[name]), count)
+            conversations = itertools.islice(chatterbot_pairs(CHATTERBOT[name]), count)
         else:
-            found = get_task(name, files).train_conversations(count, config.seed)
-        for conversation in found:
+            task = get_task(name, TaskFiles.of(config, download=True))
+            conversations = task.train_conversations(count, config.seed)
+        for conversation in conversations:
             yield entry, document_hash(json.dumps(conversation)) < fraction, conversation
 
 
-def _limit(conversations: Iterator[Conversation], count: int | None, fraction: float) -> float:
-    """The hash below which a conversation of a file is held out. Reads no further than needed."""
-    try:
-        return limit_of_hashes((document_hash(spoken(c)) for c in itertools.islice(conversations, count)), fraction)
-    except ValueError:  # fewer than two different ones
-        return fraction
-
-
-def _rows_of(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write the rows; `DataError` where they are not those that a run under way began with."""
-    facts, path = _write_rows(config, run, tokenizer), run.stage("sft") / "rows.json"
+def checked_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Write the rows; `DataError` where they are not those that a training under way began with."""
+    facts, path = prepare_rows(config, run, tokenizer), run.stage("sft") / "rows.json"
     digests = Rows(run.data / "sft" / "train", verify=False).meta["sha256"]
     if not any(p.name.isdigit() for p in path.parent.glob("*")):
         write_json(path, digests)
@@ -184,15 +176,24 @@ def _rows_of(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any
     return facts
 
 
-def _write_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write `data/sft`, unless it holds the rows of these very inputs; facts: conversations by entry, rows and fill of
-    each split."""
+def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Write `data/sft`, unless it holds the rows of the same inputs.
+
+    Facts: conversations by entry, rows and fill of each split.
+    """
     origin = _origin(config, tokenizer)
     train, val = (finished_rows(run.data / "sft" / split, origin) for split in ("train", "val"))
     done = train is not None and val is not None
     if train is None or val is None:
-        pieces = _pieces(config, run, tokenizer)
-        train, val = (_pack(config, run, tokenizer, pieces, split, origin) for split in ("train", "val"))
+        rendered = _render(config, run, tokenizer)
+        wanted = {entry: parse_mixture_entry(entry)[2] for entry in config.sft.mixture}
+        epochs = [  # each epoch is packed for itself, so that no row holds a conversation twice
+            [one for entry, times in wanted.items() if times > epoch for one in rendered[entry, False]]
+            for epoch in range(max(wanted.values()))
+        ]
+        about = [{"origin": origin, "entries": {e: len(rendered[e, held]) for e in wanted}} for held in (False, True)]
+        train = write_split(config, run, tokenizer, "train", epochs, about[0])
+        val = write_split(config, run, tokenizer, "val", [[o for e in wanted for o in rendered[e, True]]], about[1])
     say(
         f"  {train['conversations']:,} conversations in {train['rows']:,} rows, {train['fill']:.2%} filled, "
         f"{train['cut']:,} cut" + (" (done before)" if done else "")
@@ -203,7 +204,8 @@ def _write_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, 
 
 def _origin(config: Config, tokenizer: Tokenizer) -> str:
     """SHA-256 of all that decides the rows: settings, data, and the code of generators and rendering."""
-    code = [path for part in ("data", "tasks", "text") for path in sorted((PACKAGE / part).glob("*.py"))]
+    package = Path(jaxchat.__file__).parent
+    code = [package / "chat.py", *(p for part in ("data", "tasks") for p in sorted((package / part).glob("*.py")))]
     content = [
         [config.seed, config.model.seq_len, config.data.val_fraction, config.data.encoding],
         [tokenizer.digest, identity_digest(config)],
@@ -219,35 +221,35 @@ def _content(name: str, config: Config) -> list[Any]:
         return Unit(name).content()
     if name in CHATTERBOT:
         return [p.version for p in importlib.metadata.distributions(name="chatterbot-corpus")]
-    paths = find_files(name) if name.startswith("files:") else get_task(name, _files(config)).fetch()
+    if name.startswith("files:"):
+        paths: Iterable[Path | str] = find_files(name)
+    else:
+        paths = get_task(name, TaskFiles.of(config, download=True)).fetch()
     return [Unit(name, str(path)).content() for path in paths]
 
 
-def _pieces(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[tuple[str, bool], list[Piece]]:
-    """The rendered conversations of the mixture in their order, by (entry, held out).
-
-    Few are rendered here; many by other processes, as documents are tokenized.
-    """
-    pieces: dict[tuple[str, bool], list[Piece]] = {(e, held): [] for e in config.sft.mixture for held in (False, True)}
-    with progress("sft: rendering", None) as bar:
-        for rendered in _rendered(config, run, tokenizer):
-            for label, ids, mask in rendered:
-                pieces[label].append((ids, mask))
-                bar.advance()
-    if not any(found for (_, held_out), found in pieces.items() if not held_out):
-        raise DataError("sft.mixture: no conversations; name at least one, for example identity:500")
-    return pieces
-
-
-def _rendered(config: Config, run: RunDir, tokenizer: Tokenizer) -> Iterator[Rendered]:
+def _render(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[tuple[str, bool], list[Rendering]]:
+    """The conversations of the mixture as tokens, by (entry, held out): few here, many in other processes."""
     conversations = mixture(config)
     few = list(itertools.islice(conversations, FEW))
+    chunks = _chunks(itertools.chain(few, conversations))
     workers = workers_for(config.data.workers, FEW)
+    parts: Iterable[Rendered]
     if len(few) < FEW or (workers == 1 and config.data.engine == "local"):
-        return (render_all(tokenizer, chunk) for chunk in _chunks(itertools.chain(few, conversations)))
-    path = str(run.tokenizer.resolve())
-    jobs = (RenderJob(path, tokenizer.digest, chunk) for chunk in _chunks(itertools.chain(few, conversations)))
-    return spread(render_job, jobs, config.data.engine, workers)
+        parts = (render_all(tokenizer, chunk) for chunk in chunks)
+    else:
+        path = str(run.tokenizer.resolve())
+        jobs = (RenderJob(path, tokenizer.digest, chunk) for chunk in chunks)
+        parts = spread(render_job, jobs, config.data.engine, workers)
+    rendered: dict[tuple[str, bool], list[Rendering]] = {(e, h): [] for e in config.sft.mixture for h in (False, True)}
+    with progress("sft: rendering", None) as bar:
+        for part in parts:
+            for label, ids, mask in part:
+                rendered[label].append((ids, mask))
+                bar.advance()
+    if not any(rendered[entry, False] for entry in config.sft.mixture):
+        raise DataError("sft.mixture: no conversations; name at least one, for example identity:500")
+    return rendered
 
 
 def _chunks(conversations: Iterable[T]) -> Iterator[list[T]]:
@@ -256,41 +258,20 @@ def _chunks(conversations: Iterable[T]) -> Iterator[list[T]]:
         yield chunk
 
 
-def _pack(
-    config: Config,
-    run: RunDir,
-    tokenizer: Tokenizer,
-    pieces: dict[tuple[str, bool], list[Piece]],
-    split: str,
-    origin: str,
-) -> dict[str, Any]:
-    """Write the rows of one split; its meta."""
-    if split == "val":
-        epochs = [[piece for entry in config.sft.mixture for piece in pieces[entry, True]]]
-    else:  # each epoch is packed for itself, so that no row holds a conversation twice
-        wanted = {entry: parse_mixture_entry(entry)[2] for entry in config.sft.mixture}
-        epochs = [
-            [piece for entry, times in wanted.items() if times > epoch for piece in pieces[entry, False]]
-            for epoch in range(max(wanted.values()))
-        ]
-    entries = {entry: len(pieces[entry, split == "val"]) for entry in config.sft.mixture}
-    return _write(config, run, tokenizer, split, epochs, {"origin": origin, "entries": entries})
-
-
-def _write(
+def write_split(
     config: Config,
     run: RunDir,
     tokenizer: Tokenizer,
     split: str,
-    epochs: list[list[Piece]],
-    more: dict[str, Any] | None = None,
+    epochs: Sequence[Sequence[Rendering]],
+    about: dict[str, Any],
 ) -> dict[str, Any]:
-    """Pack and write rows; their meta, with `more` in it."""
+    """Pack and write the rows of one split, epoch after epoch; their meta, with `about` in it."""
     row_len, stats = config.model.seq_len + 1, PackStats()
     turn_end = tokenizer.special[ASSISTANT_END]
-    packed = (row for pieces in epochs for row in pack_conversations(pieces, row_len, turn_end, stats))
+    packed = (row for epoch in epochs for row in pack_conversations(epoch, row_len, turn_end, stats))
     directory = run.data / "sft" / split
     directory.parent.mkdir(parents=True, exist_ok=True)
     count = write_rows(directory, packed, row_len, tokenizer.bos, tokenizer.vocab_size)
     meta = {"tokenizer": tokenizer.digest, "conversations": stats.documents, "cut": stats.cuts, "fill": stats.fill}
-    return finish_rows(directory, meta | (more or {}), row_len, count, tokenizer.vocab_size)
+    return finish_rows(directory, meta | about, row_len, count, tokenizer.vocab_size)

@@ -19,18 +19,15 @@ Log = Callable[[int, Mapping[str, Any]], None]  # (step, name -> number); None a
 
 
 def check_trackers(config: Config) -> None:
-    """Raise `UsageError` where a tracker that the configuration names is not installed: before a run, not in it."""
-    for key, wanted, module in (
-        ("tensorboard", config.train.tensorboard, "tensorboardX"),
-        ("wandb", bool(config.train.wandb), "wandb"),
-    ):
-        if wanted and importlib.util.find_spec(module) is None:
+    """`UsageError` for a tracker that the configuration names and that is not installed: before a run, not in it."""
+    for key, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        if getattr(config.train, key) and importlib.util.find_spec(module) is None:
             raise UsageError(f"train.{key}: {module} is not installed; run pip install -e '.[{key}]', or leave it off")
 
 
 @contextlib.contextmanager
 def trackers(config: Config, directory: Path, done: int, write: bool) -> Iterator[Log]:
-    """What gets every record of the training in `directory` (a stage's, in a run's), which goes on after `done` steps.
+    """Log every record of the training in `directory` (a stage's, in a run's), which goes on after `done` steps.
 
     `write`: of several processes that train together only one may.
     """
@@ -59,10 +56,10 @@ def _tensorboard(directory: Path, done: int) -> Iterator[Log]:
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
 
-    place = directory.parent / "tensorboard" / directory.name
-    again = place.exists()
-    place.mkdir(parents=True, exist_ok=True)
-    writer = EventsWriter(str(place / "events"), f".{time.time_ns()}")
+    folder = directory.parent / "tensorboard" / directory.name
+    again = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
     if again:
         writer.write_event(Event(step=done, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
 
@@ -79,43 +76,49 @@ def _tensorboard(directory: Path, done: int) -> Iterator[Log]:
 
 @contextlib.contextmanager
 def _wandb(config: Config, directory: Path) -> Iterator[Log]:
-    """A run of the project `train.wandb` for every stage, the same one after a resume. Whatever goes wrong with it is
-    said once, and training goes on without it."""
+    """A run of the project `train.wandb` for every stage, the same one after a resume.
+
+    Whatever goes wrong with it is reported once, and training goes on without it.
+    """
     run: Any = None
-    try:
-        run = _wandb_run(config, directory)
-    except Exception as error:  # of its service, its helper process, the network: it has many kinds
-        _without_wandb(error)
+
+    @contextlib.contextmanager
+    def tolerated() -> Iterator[None]:
+        nonlocal run
+        try:
+            yield
+        except Exception as error:  # of its service, its helper process, the network: it has many kinds
+            run = None
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            say(f"  Weights & Biases: {reason}; the training goes on without it", style="yellow")
 
     def log(step: int, values: Mapping[str, Any]) -> None:
-        nonlocal run
         if run is not None:
-            try:
+            with tolerated():
                 run.log({**values, "step": step})
-            except Exception as error:
-                run = None
-                _without_wandb(error)
 
-    ended = 1
+    with tolerated():
+        run = _wandb_run(config, directory)
+    exit_code = 1
     try:
         yield log
-        ended = 0
+        exit_code = 0
     finally:
         if run is not None:
             with contextlib.suppress(Exception):
-                run.finish(exit_code=ended)
+                run.finish(exit_code=exit_code)
 
 
 def _wandb_run(config: Config, directory: Path) -> Any:
     import wandb
 
     run_dir, stage = directory.parent, directory.name
-    kept = run_dir / "wandb" / f"{stage}.id"
-    if not kept.exists():
-        atomic_write(kept, secrets.token_hex(8))
+    identity = run_dir / "wandb" / f"{stage}.id"
+    if not identity.exists():
+        atomic_write(identity, secrets.token_hex(8))
     run = wandb.init(
         project=config.train.wandb,
-        id=kept.read_text(encoding="utf-8"),
+        id=identity.read_text(encoding="utf-8"),
         name=f"{run_dir.resolve().name}/{stage}",
         group=run_dir.resolve().name,
         dir=str(run_dir),
@@ -125,8 +128,3 @@ def _wandb_run(config: Config, directory: Path) -> Any:
     )
     run.define_metric("*", step_metric="step")  # its own counter refuses the steps that come again after a resume
     return run
-
-
-def _without_wandb(error: Exception) -> None:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    say(f"  Weights & Biases: {reason}; the training goes on without it", style="yellow")

@@ -41,16 +41,26 @@ class ChoiceExample:
 
 
 class Task(ABC):
-    """What all tasks have. `chance` is the accuracy of guessing."""
+    """What all tasks have: what evaluation, report card and page show of an exam comes from here alone."""
 
     name: str
-    chance: float = 0.0
+    title: str = ""  # for people, where it is not the name
+    chance: float = 0.0  # accuracy of guessing
+    auto: bool = False  # one of the exams of `eval.exams = ["auto"]`, where its data is at hand
+    chat_core: bool = False  # one of the five exams of ChatCORE
     damaged: Sequence[str] = ()  # what is wrong with rows of the exam's data that were left out
 
     def train_conversations(self, count: int | None, seed: int) -> Iterable[Conversation]:
         """`count` conversations for SFT (None: all, or 1,000 of a generator), the same for the same seed; no exam
         question is among them."""
         return []
+
+    def examples(self) -> Sequence[Any]:
+        """The questions of the exam, always the same and in the same order; none where there is no exam."""
+        return ()
+
+    def check(self) -> None:  # noqa: B027 - most exams can always be sat
+        """Refuse, before any work, settings that the exam cannot be sat with."""
 
     def setting(self) -> Sequence[str]:
         """What a score depends on beside model, questions and `eval.*`."""

@@ -60,10 +60,11 @@ CORE_START = "Question: "  # of the queries in CORE's copy, which is the same te
 class Arc(ChoiceTask):
     """`name`: one of `SETS`."""
 
+    auto = chat_core = True
     chance = 0.25  # as ChatCORE counts it; a few questions have three or five options
 
     def __init__(self, name: str, files: TaskFiles):
-        self.name, self.files = name, files
+        self.name, self.title, self.files = name, SETS[name], files
         self.damaged: list[str] = []
 
     @functools.cached_property
@@ -130,6 +131,9 @@ HEADER = ["question", "A", "B", "C", "D", "answer"]
 
 class MMLU(ChoiceTask):
     name = "mmlu"
+    title = "MMLU"
+    auto = True
+    chat_core = True
     chance = 0.25
 
     def __init__(self, files: TaskFiles):

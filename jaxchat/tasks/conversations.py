@@ -196,6 +196,7 @@ HUB = HubFiles(  # the names as the hub's viewer shows them; the newest commit, 
 
 class SmolTalk(Task):
     name = "smoltalk"
+    title = "SmolTalk"
 
     def __init__(self, files: TaskFiles):
         self._files = files

@@ -77,6 +77,8 @@ class Core(Task):
     """All of them; an exam of base models. `chance` is 0: accuracies count from their baselines."""
 
     name = "core"
+    title = "CORE"
+    auto = True
 
     def __init__(self, files: TaskFiles):
         self.files = files

@@ -133,6 +133,7 @@ class WordProblems(GeneratedTask):
     """Numbers from 2 to 99 (a dividend up to 480), results whole and not negative. `who`: the name in greetings."""
 
     name = "word_problems"
+    auto = True
     max_tokens = 48
     exam_seed = 20_260_201
 

@@ -39,6 +39,9 @@ class GSM8K(WrittenTask):
     """Right is the number after `####`, commas removed, compared as text."""
 
     name = "gsm8k"
+    title = "GSM8K"
+    auto = True
+    chat_core = True
     max_tokens = 512  # nanochat's limit; a solution is rarely half as long
 
     def __init__(self, files: TaskFiles):

@@ -40,6 +40,9 @@ class HumanEval(WrittenTask):
     """Right is an answer whose first fenced code block, or the whole, passes all tests."""
 
     name = "humaneval"
+    title = "HumanEval"
+    auto = True
+    chat_core = True
     max_tokens = 512
 
     def __init__(self, files: TaskFiles):
@@ -47,9 +50,11 @@ class HumanEval(WrittenTask):
         self.damaged: list[str] = []
         self._outcomes: Counter[str] = Counter()
 
-    def examples(self) -> Sequence[Example]:
+    def check(self) -> None:
         if self.files.sandbox == "strict":
-            open_sandbox("strict")  # refuses before anything is written
+            open_sandbox("strict")
+
+    def examples(self) -> Sequence[Example]:
         return self._examples
 
     @functools.cached_property

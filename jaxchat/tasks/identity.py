@@ -506,6 +506,7 @@ class Identity(WrittenTask):
     """`persona`: of an `identity.toml`; None: the one above."""
 
     name = "identity"
+    auto = True
     max_tokens = 48  # of the answers above; facts may be longer
 
     def __init__(self, persona: Persona | None = None):

@@ -1,6 +1,8 @@
 """Exam text in the training text: found where it stands, against plain sets of tuples, and never in the way."""
 
 import dataclasses
+import difflib
+import hashlib
 import random
 from pathlib import Path
 
@@ -12,10 +14,11 @@ from jaxchat.run_dir import RunDir, read_json, write_json
 from jaxchat.scaling import resolve
 from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.registry import get_task
-from train import contamination as overlap
+from train import contamination
+from train.contamination import LONG_PASSAGE, WINDOW, memorized
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
-N = overlap.WORDS
+N = contamination.WORDS
 
 
 def numbered(first, count):
@@ -31,9 +34,8 @@ def by_hand(questions, documents):
 
 
 def look_up(questions, documents):
-    hashes = overlap.Hashes()
-    exams = {"x": overlap.exam_of(questions, hashes)}
-    scores, read = overlap.search(exams, iter(documents), hashes)
+    exams = {"x": (len(questions), contamination.question_grams(questions))}
+    scores, read = contamination.search(exams, iter(documents))
     assert read == len(documents)
     x = scores["x"]
     assert x["questions"] == len(questions) and x["share"] == x["found"] / max(1, x["looked_up"])
@@ -42,7 +44,7 @@ def look_up(questions, documents):
 
 
 def test_words_are_lower_case_letters_and_digits_of_any_language():
-    assert overlap.words("Don't STOP_now: 3.5 é, 한국어! ２") == [
+    assert contamination.words("Don't STOP_now: 3.5 é, 한국어! ２") == [
         "don",
         "t",
         "stop",
@@ -58,7 +60,7 @@ def test_words_are_lower_case_letters_and_digits_of_any_language():
 @pytest.mark.parametrize("chars", [1, 400, 10**9])
 def test_it_is_what_sets_of_tuples_find(monkeypatch, chars):
     """Few different words, so that 13-grams meet; documents looked up one, some and all at a time."""
-    monkeypatch.setattr(overlap, "BATCH_CHARS", chars)
+    monkeypatch.setattr(contamination, "BATCH_CHARS", chars)
     rng = random.Random(3)
     documents = [[rng.choice("ab") for _ in range(rng.randrange(60))] for _ in range(40)]
     questions = [["q"] * (i % 2) + [rng.choice("ab") for _ in range(rng.randrange(40))] for i in range(60)]
@@ -88,13 +90,11 @@ def test_short_questions_and_empty_exams_are_counted_and_not_looked_up():
     assert look_up([], ["text"]) == (0, 0, 0, 0)
 
 
-def test_hashes_do_not_depend_on_what_was_read_before(monkeypatch):
-    monkeypatch.setattr(overlap, "MOST_WORDS", 5)
-    texts = [numbered(i, 15) for i in range(6)]
-    one = overlap.grams(texts, overlap.Hashes())
-    other = overlap.grams(texts, overlap.Hashes({"w3": overlap.Hashes()["w3"]}))
-    assert np.array_equal(one[0], other[0]) and one[1].tolist() == [i for i in range(6) for _ in range(3)]
-    assert len(np.unique(one[0])) == 8  # w0.. to w7.. begin eight different ones
+def test_hashes_are_the_same_everywhere():
+    hashes, owners = contamination.grams([numbered(i, 15) for i in range(6)])
+    assert owners.tolist() == [i for i in range(6) for _ in range(3)]
+    assert len(np.unique(hashes)) == 8  # w0.. to w7.. begin eight different ones
+    assert contamination.word_hash("w3") == int.from_bytes(hashlib.blake2b(b"w3", digest_size=8).digest(), "little")
 
 
 # As a part of a run
@@ -119,13 +119,13 @@ def make_run(tmp_path, text, *sets, record=None):
 def training_texts():
     """Word problems' own exam among other text: an exam that leaked."""
     exam = [e.prompt[0]["content"] for e in get_task("word_problems").examples()]
-    long = sorted({text for text in exam if len(overlap.words(text)) >= N})
+    long = sorted({text for text in exam if len(contamination.words(text)) >= N})
     return [f"Some text {i}.\n" for i in range(8)] + [f"Before it. {text} After it." for text in long[:10]]
 
 
 def test_a_leaked_exam_is_seen(tmp_path):
     config, run = make_run(tmp_path, training_texts())
-    found = overlap.exam_overlap(config, run, 36)
+    found = contamination.exam_contamination(config, run, 36)
     exam = found["exams"]["word_problems"]
     assert exam["questions"] == 256 and 9 <= exam["found"] < exam["looked_up"] < 256
     assert 17 <= found["documents"] <= 18 and found["document_share"] == found["documents"] / 36
@@ -134,25 +134,25 @@ def test_a_leaked_exam_is_seen(tmp_path):
 
 def test_the_result_is_kept_until_something_changes(tmp_path, capsys):
     config, run = make_run(tmp_path, training_texts())
-    first = overlap.exam_overlap(config, run, None)
+    first = contamination.exam_contamination(config, run, None)
     assert "looked up in" in capsys.readouterr().err and first["document_share"] is None
-    assert overlap.exam_overlap(config, run, None) == first and capsys.readouterr().err == ""
+    assert contamination.exam_contamination(config, run, None) == first and capsys.readouterr().err == ""
     fewer = dataclasses.replace(config, eval=dataclasses.replace(config.eval, overlap_documents=9))
-    assert overlap.exam_overlap(fewer, run, None)["documents"] == 9
+    assert contamination.exam_contamination(fewer, run, None)["documents"] == 9
     (tmp_path / "text" / "new.txt").write_text("One more document.")
-    assert overlap.exam_overlap(config, run, None)["documents"] == first["documents"] + 1
+    assert contamination.exam_contamination(config, run, None)["documents"] == first["documents"] + 1
     off = dataclasses.replace(config, eval=dataclasses.replace(config.eval, overlap_documents=0))
-    assert overlap.exam_overlap(off, run, None) == {}
+    assert contamination.exam_contamination(off, run, None) == {}
 
 
 def test_what_is_missing_is_said_and_nothing_breaks(tmp_path):
     tasks = {n: {"metric": 0.5, "accuracy": 0.5} for n in ("word_problems", "arc_easy", "of_another_version")}
     config, run = make_run(tmp_path, training_texts(), record={"tasks": tasks, "core_tasks": {"copa": {}}})
-    found = overlap.exam_overlap(config, run, 18)["exams"]
+    found = contamination.exam_contamination(config, run, 18)["exams"]
     assert found["word_problems"]["found"] and "core: copa" in found
     assert "ARC-Easy" in found["arc_easy"]["reason"] and "unknown" in found["of_another_version"]["reason"]
     gone = dataclasses.replace(config, data=dataclasses.replace(config.data, source="files:/no/such"))
-    assert "/no/such" in overlap.exam_overlap(gone, run, 18)["reason"]
+    assert "/no/such" in contamination.exam_contamination(gone, run, 18)["reason"]
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no exam data in ../shared/data")
@@ -161,17 +161,75 @@ def test_real_exams_of_all_kinds(tmp_path):
     files = TaskFiles(str(DATA))
     core = get_task("core", files)
     picked = [get_task("arc_easy", files).examples()[7].prompt[0]["content"]]
-    for part in overlap.core.CORE_TASKS:
+    for part in contamination.core.CORE_TASKS:
         if part.label in ("copa", "winograd", "lambada_openai"):
-            texts = [overlap._core_text(part, item) for item in core.load(part)]
-            picked.append(next(text for text in texts if len(overlap.words(text)) > 14))
+            texts = contamination.question_texts(core, part.label)
+            picked.append(next(text for text in texts if len(contamination.words(text)) > 14))
     tasks = {"arc_easy": {"metric": 0.3, "accuracy": 0.3}}
     record = {"tasks": tasks, "core_tasks": {"copa": {}, "winograd": {}, "lambada_openai": {}}}
     filler = [f"Nothing of interest, number {i}.\n" for i in range(5)]
     config, run = make_run(tmp_path, [*filler, *picked], f"tasks.data_dir={DATA}", record=record)
-    found = overlap.exam_overlap(config, run, None)
+    found = contamination.exam_contamination(config, run, None)
     counts = {name: exam["found"] for name, exam in found["exams"].items()}
     twice = {"core: winograd": 2}  # its items come in pairs that differ in one word
     assert counts == dict.fromkeys(found["exams"], 1) | twice
     assert found["exams"]["core: lambada_openai"]["questions"] == 5153
     assert read_json(run.root / "eval" / "overlap.json")["documents"] == found["documents"] == 8
+
+
+# Memorization: the same as the slow way finds, in any language
+
+VOCABULARY = [
+    "river",
+    "walked",
+    "over",
+    "the",
+    "hill",
+    "그는",
+    "길을",
+    "떠났다",
+    "and",
+    "then",
+    "나무",
+    "slowly",
+    "back",
+    "home",
+]
+
+
+def text(draw, words):
+    return " ".join(draw.choice(VOCABULARY) for _ in range(words))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_finds_what_the_slow_way_finds(seed):
+    draw = random.Random(seed)
+    documents = [text(draw, 120) for _ in range(8)]
+    samples = [text(draw, 40) for _ in range(3)]
+    samples[1] = samples[1][:50] + documents[5][100 : 160 + 20 * seed] + samples[1][50:]
+    found = memorized(samples, documents)
+    longest = max(
+        difflib.SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size
+        for a in samples
+        for b in documents
+    )
+    assert abs(found["longest"] - longest) <= 1  # a match may begin or end inside a character's bytes
+    assert any(found["passage"] in d for d in documents) and any(found["passage"] in s for s in samples)
+    assert (found["documents"], found["texts"]) == (8, 3)
+
+
+def test_nothing_in_common():
+    found = memorized(["abc" * 50], ["xyz" * 500, "", "a"])
+    assert found == {"longest": 0, "passage": "", "share": 0.0, "documents": 3, "texts": 1}
+    assert memorized([], ["text"])["share"] == 0.0 and memorized(["", "short"], ["short"])["longest"] == 0
+
+
+def test_the_share_counts_long_passages_alone():
+    document = text(random.Random(1), 400)
+    new = "".join(chr(0x4E00 + i) for i in range(500))
+    long, short = document[200 : 200 + LONG_PASSAGE + 50], document[900 : 900 + WINDOW + 8]
+    sample = new[:100] + long + new[100:200] + short + new[200:]
+    found = memorized([sample], [document])
+    assert found["passage"] == long
+    assert found["share"] == pytest.approx(len(long.encode()) / len(sample.encode()), abs=0.01)
+    assert memorized([document], [document])["share"] == 1.0
