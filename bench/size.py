@@ -24,7 +24,7 @@ from pathlib import Path
 from jaxchat.pack import ROOT, core_files
 
 CODE = (".py", ".js", ".css", ".html", ".jinja", ".j2")
-TINY = ["model.depth=2", "model.width=48", "model.n_heads=3", "model.head_width=16", "model.vocab_size=400",
+TINY = ["model.depth=2", "model.width=48", "model.n_heads=3", "model.head_width=16", "model.vocab_size=320",
         "model.seq_len=64", "train.batch_tokens=256", "train.steps=2", "train.device_batch_rows=4",
         'sft.mixture=["identity:60"]', "serve.max_tokens=8", "data.source=synthetic:lottery:300"]  # fmt: skip
 # Runs launch.py and writes the calls between our files as lines "caller callee", while the file `on` exists.
