@@ -14,13 +14,12 @@ import numpy as np
 from bench.compare import nanochat_config
 from jaxchat.chat import render_prompt
 from jaxchat.config import Config
+from jaxchat.data.files import read_rows
 from jaxchat.engine.scoring import Scorer
 from jaxchat.errors import UsageError
-from jaxchat.tasks import choice as arc
-from jaxchat.tasks import choice as mmlu
 from jaxchat.tasks import core
-from jaxchat.tasks.choice import LETTERS
-from jaxchat.tasks.files import TaskFiles, read_jsonl, read_parquet
+from jaxchat.tasks.base import TaskFiles
+from jaxchat.tasks.choice import LETTERS, MMLU, csv_rows
 from jaxchat.tasks.registry import get_task
 from jaxchat.tokenizer import Tokenizer
 from train.evaluate import capped
@@ -90,23 +89,15 @@ def compare(
 def published_rows(exam: str, files: TaskFiles) -> list[dict[str, Any]]:
     """The questions as their publishers' tables have them, which is what nanochat reads."""
     if exam == "mmlu":
-        paths = files.find(mmlu.TEST_PATTERNS)
-        if paths[0].suffix == ".parquet":
-            return [row for path in paths for _, row in read_parquet(path, mmlu.COLUMNS)]
-        tables = [(p.name.removesuffix("_test.csv"), mmlu.records(p.read_text("utf-8"))[1:]) for p in paths]
-        return [
-            {"question": row[0], "choices": row[1:5], "answer": int(row[5]), "subject": subject}
-            for subject, table in tables
-            for _, row in table
-        ]
-    rows = (row for _, row in read_jsonl(files.find((f"core/{exam}.jsonl", f"**/{exam}.jsonl"))[0]))
+        paths = MMLU(files).paths("test")
+        return [row for path in paths for row in (csv_rows if path.suffix == ".csv" else read_rows)(path)]
     return [
         {
-            "question": row["query"].removeprefix(arc.CORE_START),
+            "question": row["query"].removeprefix("Question: "),
             "choices": {"text": row["choices"], "label": list(LETTERS[: len(row["choices"])])},
             "answerKey": LETTERS[row["gold"]],
         }
-        for row in rows
+        for row in read_rows(files.find((f"core/{exam}.jsonl", f"**/{exam}.jsonl"))[0])
     ]
 
 

@@ -30,7 +30,7 @@ from jaxchat.errors import JaxchatError
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
 from jaxchat.tasks import core
-from jaxchat.tasks.files import MissingData, TaskFiles
+from jaxchat.tasks.base import MissingData, TaskFiles
 from jaxchat.tasks.registry import get_task
 from jaxchat.tokenizer import Tokenizer, train_tokenizer
 from train.evaluate import capped

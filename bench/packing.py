@@ -85,9 +85,9 @@ def concatenate(documents: Iterable[np.ndarray], row_len: int, bos: int) -> Iter
             rest = rest[row_len:]
 
 
-PACKERS: dict[str, Packer] = {name: functools.partial(ours, remainder=name) for name in ("keep", "continue", "drop")}
+PACKERS: dict[str, Packer] = {name: functools.partial(ours, remainder=name) for name in ("keep", "drop")}
 PACKERS |= {"crop": crop, "concatenate": concatenate}
-TRAINED = ("keep", "continue", "drop")
+TRAINED = ("keep", "drop")
 
 
 def prepared(config: Config, folder: Path) -> RunDir:

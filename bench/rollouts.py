@@ -21,8 +21,7 @@ from typing import Any
 from bench.exams import about, load
 from jaxchat.engine import Engine, Request
 from jaxchat.errors import JaxchatError
-from jaxchat.tasks.base import WrittenTask
-from jaxchat.tasks.files import TaskFiles
+from jaxchat.tasks.base import TaskFiles, WrittenTask
 from jaxchat.tasks.registry import get_task
 
 ALONE = 8  # questions of a block that are answered one after the other

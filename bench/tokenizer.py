@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxchat.data.shards import Job, spread, tokenize_unit
+from jaxchat.data.shards import Job, parallel_map, tokenize_unit
 from jaxchat.data.sources import Unit, iterate_documents
 from jaxchat.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
@@ -67,7 +67,7 @@ def tokenized(paths: list[Path], tokenizer: Path, folder: Path, workers: int) ->
         for path in paths
     ]
     begin = time.perf_counter()
-    found = list(spread(_with_peak, jobs, "local", workers))
+    found = list(parallel_map(_with_peak, jobs, "local", workers))
     seconds = time.perf_counter() - begin
     size = sum(split["bytes"] for manifest, _ in found for split in manifest["splits"].values())
     peak = max(peak for _, peak in found)

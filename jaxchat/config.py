@@ -105,9 +105,9 @@ class DataConfig:
     val_source: str = key("", "an hf: or files: source that is held out whole instead; its files are left out of the "
         "training text")
     remainder: str = key("auto", "what becomes of the rest of a document that is cut: keep (a row piece with a "
-        "`<|bos|>` of its own), continue (at the next row's start, without one), drop (thrown away); auto: drop for "
+        "`<|bos|>` of its own), drop (thrown away); auto: drop for "
         "hub text of which only a part is downloaded, keep for everything else",
-        choices=("auto", "keep", "continue", "drop"))
+        choices=("auto", "keep", "drop"))
     dedup: bool = key(False, "leave out documents that came before, letter for letter; they are counted in any case")
     engine: str = key("local", "where text is tokenized and conversations are rendered: local (this machine's cores) "
         "or ray (a cluster); the bytes are the same", choices=("local", "ray"), free=True)

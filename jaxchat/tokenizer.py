@@ -1,8 +1,7 @@
 """Byte-level BPE with the chat's special tokens: train, load, encode, decode, count bytes.
 
-Any string can be encoded. Text never becomes a special token: special tokens stand outside the BPE model and are put
-in by id alone (`special`), so "<|bos|>" typed by a person is seven ordinary characters. Lone surrogates, which no
-UTF-8 can hold, become U+FFFD.
+Any string can be encoded. Text never becomes a special token: these are outside the BPE model and are inserted by id
+alone (`special`), so "<|bos|>" typed by a person is seven ordinary characters. Lone surrogates become U+FFFD.
 """
 
 from __future__ import annotations
@@ -15,25 +14,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from jaxchat.errors import DataError, UsageError
 from jaxchat.run_dir import atomic_write, read_json, require_format, write_json
 
-# A tokenizer from tiktoken's ranks: every token's bytes in the order in which they were merged.
+Ranks = dict[bytes, int]  # tiktoken's: every token's bytes, in the order in which they were merged
 
 
-Ranks = dict[bytes, int]
+def from_ranks(ranks: Ranks, pattern: str) -> Backend:
+    """Return a byte-level BPE that encodes as tiktoken does, words cut by `pattern`; without special tokens.
 
-
-def from_ranks(ranks: Ranks, pattern: str) -> tokenizers.Tokenizer:
-    """Byte-level BPE that encodes as tiktoken does, words cut by `pattern`; without special tokens.
-
-    tiktoken merges the pair whose bytes have the lowest rank, so a token's two halves are what its own bytes come to
-    with lower ranks; and it takes a whole word that is a token without merging (`ignore_merges`). Raises what the
-    library raises for a pattern or ranks that cannot be.
+    tiktoken merges the pair whose bytes have the lowest rank, so the halves of a token are what its bytes merge to with
+    lower ranks; a whole word that is a token is not merged (`ignore_merges`). Raises the library's errors.
     """
     printable = {byte: character for character, byte in byte_alphabet().items()}
 
@@ -46,16 +40,20 @@ def from_ranks(ranks: Ranks, pattern: str) -> tokenizers.Tokenizer:
         if len(token) > 1 and len(halves) == 2:
             merges.append((shown(halves[0]), shown(halves[1])))
     vocab = {shown(token): rank for token, rank in ranks.items()}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    return _byte_level(Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True)), pattern)
+
+
+def _byte_level(backend: Backend, pattern: str) -> Backend:
+    """Cut words by `pattern` and work on bytes."""
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 def _merged(token: bytes, ranks: Ranks, below: int) -> list[bytes]:
-    """What byte-pair merging with the ranks below makes of a token's bytes."""
+    """Return what byte-pair merging with lower ranks makes of a token's bytes."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while True:
         pairs = [(ranks.get(a + b, below), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
@@ -79,14 +77,13 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 FORMAT = 1
-PROBE = "Two  spaces,\n\ttabs, Ünïcode, 한국어 and 😀 <|bos|>\n "  # what a tokenizer from elsewhere must give back
+PROBE = "Two  spaces,\n\ttabs, Ünïcode, 한국어 and 😀 <|bos|>\n "  # a foreign tokenizer must round-trip this
 
 
 class Tokenizer:
     """A `tokenizers` tokenizer in which every special token of the chat has an id.
 
-    Another project's tokenizer keeps its ids, and its normalizer where it has one; what it lacks of `SPECIAL_TOKENS`
-    is added behind them.
+    Another project's tokenizer keeps its ids and its normalizer; missing ones of `SPECIAL_TOKENS` are appended.
     """
 
     def __init__(self, backend: Backend):
@@ -111,7 +108,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a `tokenizer.json` or a directory that holds one. `DataError` names a missing or foreign file."""
+        """Load a `tokenizer.json`, or the one in a directory. `DataError` names a missing or foreign file."""
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
@@ -124,7 +121,7 @@ class Tokenizer:
 
     @classmethod
     def parse(cls, text: str, source: object) -> Tokenizer:
-        """From the content of a `tokenizer.json`; `DataError` names `source` where it cannot be used here."""
+        """Parse the content of a `tokenizer.json`; `DataError` names `source` if it cannot be used here."""
         try:
             content = json.loads(text)  # by Python's rules too: the library's parser takes more than JSON
             backend = Backend.from_str(text)
@@ -146,7 +143,7 @@ class Tokenizer:
         return tokenizer
 
     def to_json(self) -> str:
-        """The content of `tokenizer.json`, in Hugging Face's format."""
+        """Return the content of `tokenizer.json`, in Hugging Face's format."""
         return str(self._backend.to_str(pretty=True))
 
     def save(self, directory: str | Path) -> None:
@@ -158,34 +155,34 @@ class Tokenizer:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of what decides the encoding; equal for equal tokenizers, whatever the file's layout."""
+        """Return the SHA-256 of what decides the encoding, whatever the file's layout."""
         content = json.loads(self.to_json())
         deciding = {key: content[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """ids of the text, without `<|bos|>`; never a special token, whatever stands in the text."""
+        """Return the ids of the text, without `<|bos|>` and never a special token."""
         return self._backend.encode(_clean(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `encode`, over all cores."""
-        found = self._backend.encode_batch_fast([_clean(text) for text in texts], add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        """Encode many texts on all cores."""
+        encodings = self._backend.encode_batch_fast([_clean(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes a token stands for; empty for special tokens and for ids without a token."""
+        """Return the bytes of a token; empty for special tokens and for ids without a token."""
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the ordinary tokens among ids; may end inside a character."""
+        """Return the bytes of the ordinary tokens among ids; they may end inside a character."""
         return b"".join(self.token_bytes(i) for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ordinary tokens among ids; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of the ordinary tokens among ids; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
-        """(V,) int32: bytes each token stands for, 0 for special tokens."""
+        """Return the number of bytes of each token, (V,) int32; 0 for special tokens."""
         return np.array([len(b) for b in self._bytes], np.int32)
 
 
@@ -200,25 +197,20 @@ def train_tokenizer(
     doc_chars: int = DOC_CHARS,
     normalize: str = "none",
 ) -> Tokenizer:
-    """Byte-level BPE of exactly `vocab_size` ids (special tokens included) from a stream of documents.
+    """Train a byte-level BPE of exactly `vocab_size` ids, special tokens included, from a stream of documents.
 
-    `normalize` "nfc": it composes what it encodes, so that the two ways to write Hangul or an accent are one.
-    Sees at most `max_chars` characters, `doc_chars` of each document; holds only word counts, never the text.
-    `DataError` if the text is too small to fill the vocabulary, `UsageError` if the vocabulary cannot hold the bytes.
+    Sees at most `max_chars` characters, `doc_chars` of each document, and keeps only word counts. `normalize` "nfc"
+    composes what it encodes, so that the two ways to write Hangul or an accent become one. `DataError` if the text is
+    too small to fill the vocabulary, `UsageError` if the vocabulary cannot hold the bytes.
     """
     if vocab_size < 256 + len(SPECIAL_TOKENS):
         raise UsageError(
             f"model.vocab_size: {vocab_size} is below {256 + len(SPECIAL_TOKENS)}, "
             f"the 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
         )
-    backend = Backend(models.BPE(byte_fallback=False))
+    backend = _byte_level(Backend(models.BPE(byte_fallback=False)), SPLIT)
     if normalize == "nfc":
         backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -240,13 +232,13 @@ def _limited(documents: Iterable[str], max_chars: int, doc_chars: int) -> Iterat
     for document in documents:
         if left <= 0:
             return
-        piece = _clean(document[: min(doc_chars, left)])
-        left -= len(piece)
-        yield piece
+        text = _clean(document[: min(doc_chars, left)])
+        left -= len(text)
+        yield text
 
 
 def _clean(text: str) -> str:
-    """Lone surrogates (from damaged JSON escapes) replaced by U+FFFD; everything else untouched."""
+    """Replace lone surrogates (from damaged JSON escapes) by U+FFFD."""
     try:
         text.encode("utf-8")
         return text
@@ -255,7 +247,7 @@ def _clean(text: str) -> str:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable alphabet of byte-level BPE (GPT-2's): which byte a character stands for."""
+    """Return which byte each printable character of byte-level BPE (GPT-2's) stands for."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = {chr(b): b for b in printable}
     for n, byte in enumerate(b for b in range(256) if b not in printable):
@@ -264,7 +256,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def _byte_table(backend: Backend, size: int, special: set[int]) -> list[bytes]:
-    """The bytes of every id."""
+    """Return the bytes of every id."""
     alphabet, table = byte_alphabet(), []
     for i in range(size):
         token = backend.id_to_token(i)

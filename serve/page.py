@@ -29,6 +29,7 @@ from jaxchat.engine.loading import trained_stages
 from jaxchat.errors import DataError, JaxchatError, UsageError
 from jaxchat.run_dir import RunDir, read_json
 from jaxchat.sizes import count_parameters
+from jaxchat.tasks.registry import TASKS
 from jaxchat.tokenizer import Tokenizer
 
 from .limits import Keys, Rates
@@ -44,8 +45,7 @@ ALTERNATIVES = 5  # shown for each token
 BREAK = "\u2060"  # word joiner: no width, no meaning
 VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 TRAINING = ("pretrain", "sft", "rl")
-TITLES = {"core": "CORE", "chatcore": "ChatCORE", "mmlu": "MMLU", "arc_easy": "ARC-Easy",
-          "arc_challenge": "ARC-Challenge", "gsm8k": "GSM8K", "humaneval": "HumanEval"}  # fmt: skip
+TITLES = {name: task.title for name, task in TASKS.items()} | {"chatcore": "ChatCORE"}
 # the browser itself refuses anything from elsewhere
 POLICY = (
     '<meta http-equiv="Content-Security-Policy" '

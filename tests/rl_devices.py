@@ -35,7 +35,7 @@ def programs(run: RunDir, devices: int) -> int:
 
 
 if __name__ == "__main__":
-    registry.TASKS["brevity"] = lambda files: Brevity()
+    registry.TASKS["brevity"] = Brevity
     run = RunDir(sys.argv[1])
     rl.run(run_config(run, "rl.steps=2", "rl.eval_every=0", "mesh.data=2", "mesh.fsdp=2"), run)
     found = {"metrics": read_metrics(run.stage("rl") / "metrics.jsonl")}

@@ -12,7 +12,7 @@ import pytest
 from jaxchat.config import load_config
 from jaxchat.run_dir import RunDir, read_json, write_json
 from jaxchat.scaling import resolve
-from jaxchat.tasks.files import TaskFiles
+from jaxchat.tasks.base import TaskFiles
 from jaxchat.tasks.registry import get_task
 from train import contamination
 from train.contamination import LONG_PASSAGE, WINDOW, memorized

@@ -9,8 +9,7 @@ import pytest
 
 from jaxchat.errors import DataError
 from jaxchat.tasks import gsm8k
-from jaxchat.tasks.base import Example
-from jaxchat.tasks.files import MissingData, TaskFiles
+from jaxchat.tasks.base import Example, MissingData, TaskFiles
 from jaxchat.tasks.gsm8k import GSM8K, lenient_answer, solution, strict_answer
 from jaxchat.tasks.registry import get_task
 from jaxchat.tools.calculator import calculate
@@ -125,26 +124,12 @@ def test_parquet_in_the_hubs_layout_reads_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"question": "How many?", "solution": "#### 5"}', "line 2: needs the texts question and answer; it has"),
-        ('{"question": "How many?", "answer": 5}', "line 2: needs the texts"),
-        ('{"question": "How many?", "answer": "five"}', "line 2: the answer has no result after ####"),
-        ("[1]", "line 2: not a JSON object"),
-        ("{", "line 2: not JSON"),
-    ],
+    "line", ['{"question": "q", "solution": "#### 5"}', '{"question": "q", "answer": "five"}', "{"]
 )
-def test_a_row_out_of_form_is_named(tmp_path, line, message):
+def test_a_damaged_row_is_named(tmp_path, line):
     (tmp_path / "test.jsonl").write_text('{"question": "q", "answer": "a #### 1"}\n' + line)
-    task = GSM8K(TaskFiles(str(tmp_path)))
-    if "JSON" in message:  # the file is damaged, not a row of it
-        with pytest.raises(DataError, match=re.escape(message)):
-            task.examples()
-    else:
-        assert len(task.examples()) == 1 and message in task.damaged[0]
-    (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "a #### 1"}\n' + line)
-    with pytest.raises(DataError, match=re.escape(message)):  # nobody trains on what is damaged
-        task.train_examples(0)
+    with pytest.raises(DataError, match=r"test\.jsonl(: row |:)2"):
+        GSM8K(TaskFiles(str(tmp_path))).examples()
 
 
 def test_missing_files_say_what_to_fetch(tmp_path):

@@ -1,13 +1,16 @@
-"""The hub's files against a real server that misbehaves: verified, resumed, kept, as many as are needed."""
+"""Downloads against a real server that misbehaves: verified, kept, as many as needed; archives; mirrors; task files."""
 
 import errno
+import hashlib
 import io
 import json
 import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,12 +18,12 @@ import pytest
 from fake_hub import COMMIT, FakeHub
 
 from jaxchat.config import DataConfig
-from jaxchat.data import hub
-from jaxchat.data import hub as hub_files
-from jaxchat.data import sources as corpus
-from jaxchat.data.hub import fetch, parse, text_size
-from jaxchat.data.sources import iterate_documents
+from jaxchat.data import hub as module
+from jaxchat.data import sources
+from jaxchat.data.files import count_rows, read_rows, text_size
+from jaxchat.data.hub import Archive, HubFiles, fetch, parse
 from jaxchat.errors import DataError, UsageError
+from jaxchat.tasks.base import MissingData, TaskFiles, listing, parse_rows, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = f"hf:someone/texts@{COMMIT}:data/*.parquet"
@@ -38,8 +41,7 @@ FILES = {f"data/{i:03d}.parquet": shard(i) for i in range(6)} | {"README.md": b"
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(hub_files, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # what is on the disk is whole pieces
+    monkeypatch.setattr(module, "FIRST_WAIT", 0.01)
     with FakeHub(FILES) as server:
         yield server
 
@@ -48,18 +50,22 @@ def names(paths):
     return [path.name for path in paths]
 
 
-def test_files_come_once_verified_and_are_read_without_a_network(server, tmp_path, capsys):
-    found = fetch(SOURCE, 0, tmp_path, endpoint=server.url)
-    assert [p.read_bytes() for p in found] == [FILES[f"data/{i:03d}.parquet"] for i in range(6)]
-    assert "texts at 01234567: 6 of 6 files; 5 to download, " in capsys.readouterr().err
-    mark = json.loads(found[0].with_name("000.parquet.verified.json").read_text())
+def check_all(paths):
+    assert [p.read_bytes() for p in paths] == [FILES[f"data/{i:03d}.parquet"] for i in range(6)]
+
+
+def test_files_are_downloaded_once_and_verified_then_read_without_a_network(server, tmp_path, capsys):
+    paths = fetch(SOURCE, 0, tmp_path, endpoint=server.url)
+    check_all(paths)
+    assert "texts at 01234567: 6 of 6 files; 6 to download, " in capsys.readouterr().err
+    mark = json.loads(paths[0].with_name("000.parquet.verified.json").read_text())
     assert mark == {
         "sha256": server.digest("data/000.parquet"), "size": len(FILES["data/000.parquet"]),
         "compared_with": "sha256", "commit": COMMIT,
     }  # fmt: skip
     asked = len(server.asked)
     server.close()
-    assert fetch(SOURCE, 0, tmp_path, endpoint=server.url) == found and len(server.asked) == asked
+    assert fetch(SOURCE, 0, tmp_path, endpoint=server.url) == paths and len(server.asked) == asked
     assert capsys.readouterr().err == ""
 
 
@@ -67,59 +73,43 @@ def test_no_more_files_than_the_text_needs(server, tmp_path, capsys):
     one = text_size(fetch(SOURCE, 1, tmp_path, endpoint=server.url)[0])
     true = sum(len(t) for t in pq.read_table(io.BytesIO(FILES["data/000.parquet"]))["text"].to_pylist())
     assert 0.9 * true < one < 1.3 * true
-    assert names(fetch(SOURCE, round(2.5 * one), tmp_path, endpoint=server.url)) == [
-        f"{i:03d}.parquet" for i in range(3)
-    ]
+    paths = fetch(SOURCE, round(2.5 * one), tmp_path, endpoint=server.url)
+    assert names(paths) == [f"{i:03d}.parquet" for i in range(3)]
     assert "3 of 6 files for " in capsys.readouterr().err
     assert len(fetch(SOURCE, 100 * one, tmp_path, endpoint=server.url)) == 6  # all there are
 
 
 def test_a_branch_keeps_the_commit_it_had(server, tmp_path):
-    found = fetch("hf:someone/texts:data/00[01]*", 0, tmp_path, endpoint=server.url)
-    assert names(found) == ["000.parquet", "001.parquet"]
-    assert json.loads((found[0].parents[1] / "commit.json").read_text()) == COMMIT
+    paths = fetch("hf:someone/texts:data/00[01]*", 0, tmp_path, endpoint=server.url)
+    assert names(paths) == ["000.parquet", "001.parquet"]
+    assert json.loads((paths[0].parents[1] / "commit.json").read_text()) == COMMIT
     server.close()
-    assert fetch("hf:someone/texts:data/00[01]*", 0, tmp_path, endpoint=server.url) == found
+    assert fetch("hf:someone/texts:data/00[01]*", 0, tmp_path, endpoint=server.url) == paths
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "503", "drop", "wrong", "slow"])
-def test_what_passes_is_survived(server, tmp_path, fault):
+@pytest.mark.parametrize("fault", ["429", "503", "drop", "wrong", "slow"])
+def test_passing_faults_are_survived(server, tmp_path, fault):
     server.faults = {name: [fault] for name in FILES} | {"api": [fault] * 2 if fault.isdigit() else []}
-    found = fetch(SOURCE, 0, tmp_path, endpoint=server.url)
-    assert [p.read_bytes() for p in found] == [FILES[f"data/{i:03d}.parquet"] for i in range(6)]
-    again = [reach for _, reach in server.gets("000.parquet")]
-    if fault == "drop":  # goes on where it stopped
-        assert again == [None, f"bytes={len(FILES['data/000.parquet']) // 2 // 1000 * 1000}-"]
-    elif fault in ("wrong", "500"):
-        assert again == [None, None]
+    check_all(fetch(SOURCE, 0, tmp_path, endpoint=server.url))
 
 
-def test_the_wait_that_the_hub_asks_for_is_kept(server, tmp_path):
-    server.retry_after, server.faults = 1, {"api": ["429"]}
-    begin = time.monotonic()
-    fetch(SOURCE, 1, tmp_path, endpoint=server.url)
-    assert time.monotonic() - begin >= 1
-
-
-@pytest.mark.parametrize("fault", ["500", "wrong", "drop"])
-def test_what_does_not_pass_is_told_with_what_to_do(server, tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(
-        hub_files, "TRIES", 1 if fault == "drop" else 3
-    )  # a dropped one the client tries again by itself
+@pytest.mark.parametrize("fault", ["500", "wrong"])
+def test_lasting_faults_are_named_with_what_to_do(server, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(module, "TRIES", 3)
     server.faults["data/002.parquet"] = [fault] * 99
     with pytest.raises(DataError) as caught:
         fetch(SOURCE, 0, tmp_path, endpoint=server.url)
     text = str(caught.value)
     assert "data/002.parquet cannot be had" in text and "data.mirror" in text and COMMIT[:8] in text
-    assert "\n" not in text and "Traceback" not in text
-    kept = list(tmp_path.rglob("*.verified.json"))
-    assert kept and not [p for p in kept if "002" in p.name]
+    assert "\n" not in text
+    kept = [path.name for path in tmp_path.rglob("*.verified.json")]
+    assert kept and not any("002" in name for name in kept)
     server.faults, before = {}, len(server.gets("000.parquet"))
-    assert len(fetch(SOURCE, 0, tmp_path, endpoint=server.url)) == 6
+    check_all(fetch(SOURCE, 0, tmp_path, endpoint=server.url))
     assert len(server.gets("000.parquet")) == before  # not a second time
 
 
-def test_what_is_gone_is_told_at_once(server, tmp_path):
+def test_missing_things_are_named_at_once(server, tmp_path):
     server.faults["data/001.parquet"] = ["404"] * 9
     with pytest.raises(DataError, match=r"data/001\.parquet cannot be had \(HTTP 404\)"):
         fetch(SOURCE, 0, tmp_path, endpoint=server.url)
@@ -128,70 +118,66 @@ def test_what_is_gone_is_told_at_once(server, tmp_path):
         fetch("hf:no/where", 0, tmp_path, endpoint=server.url)
     with pytest.raises(DataError, match=r"HTTP 404"):
         fetch("hf:someone/texts@v9", 0, tmp_path, endpoint=server.url)
+
+
+def test_an_unreachable_hub_is_named(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TRIES", 1)
     server.close()
     with pytest.raises(DataError, match=r"someone/other cannot be had \((?!HTTP)"):
         fetch("hf:someone/other", 0, tmp_path, endpoint=server.url)
 
 
-def test_a_full_disk_is_said_before_and_while(server, tmp_path, monkeypatch):
+def test_a_full_disk_is_noticed_before_and_during_a_download(server, tmp_path, monkeypatch):
     fetch(SOURCE, 1, tmp_path, endpoint=server.url)
     with monkeypatch.context() as patch:
-        patch.setattr(hub.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+        patch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
         with pytest.raises(DataError, match=r"1e-08 GB are free, .* are needed; choose another --cache-dir"):
             fetch(SOURCE, 0, tmp_path, endpoint=server.url)
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
-    with pytest.raises(DataError, match="No space left on device; what was complete is kept"):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    with pytest.raises(DataError, match="No space left on device; complete files are kept"):
         fetch(SOURCE, 0, tmp_path, endpoint=server.url)
 
 
-def test_a_download_killed_half_way_goes_on(server, tmp_path):
-    """kill -9 while the second file comes slowly; the bytes that were there are not asked for again."""
+def test_after_kill_9_the_same_call_completes(server, tmp_path):
     server.pause, server.faults = 0.5, {f"data/{i:03d}.parquet": ["slow"] for i in range(1, 6)}
-    code = f"""
-import huggingface_hub.constants
-from pathlib import Path
-huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000
-from jaxchat.data.hub import fetch
-fetch({SOURCE!r}, 0, Path({str(tmp_path)!r}), endpoint={server.url!r})
-"""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
-    process = subprocess.Popen([sys.executable, "-c", code], env=env)
+    code = "from pathlib import Path\nfrom jaxchat.data.hub import fetch\n"
+    code += f"fetch({SOURCE!r}, 0, Path({str(tmp_path)!r}), endpoint={server.url!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment(server, tmp_path))
     end = time.monotonic() + 60
-    while not any(p.stat().st_size for p in tmp_path.rglob(".*.part")) and time.monotonic() < end:
+    while not list(tmp_path.rglob("000.parquet.verified.json")) and time.monotonic() < end:
         time.sleep(0.05)
-    time.sleep(1)
     process.kill()
     process.wait()
     server.faults = {}
-    found = fetch(SOURCE, 0, tmp_path, endpoint=server.url)
-    assert [p.read_bytes() for p in found] == [FILES[f"data/{i:03d}.parquet"] for i in range(6)]
-    reaches = [reach for name in FILES for _, reach in server.gets(name.rpartition("/")[2]) if reach]
-    assert reaches and all(int(reach[6:-1]) > 0 for reach in reaches)
+    check_all(fetch(SOURCE, 0, tmp_path, endpoint=server.url))
+    assert len(server.gets("000.parquet")) == 1
 
 
-def test_a_mirror_is_read_and_nobody_asked(tmp_path):
-    folder = tmp_path / "mirror" / "someone" / "texts" / "data"
-    folder.mkdir(parents=True)
-    for i in range(3):
-        (folder / f"{i:03d}.parquet").write_bytes(FILES[f"data/{i:03d}.parquet"])
-    (folder.parent / "README.md").write_text("# not a document")
-    for mirror in (tmp_path / "mirror", folder.parent):
-        assert names(fetch("hf:someone/texts", 0, tmp_path / "none", str(mirror))) == [
-            f"{i:03d}.parquet" for i in range(3)
-        ]
-    one = text_size(folder / "000.parquet")
-    assert len(fetch(SOURCE, one, tmp_path / "none", str(tmp_path / "mirror"))) == 2  # with the margin
-    assert not (tmp_path / "none").exists()
-    with pytest.raises(DataError, match=r"no file matches '\*\.txt' in data\.mirror .*the first: data/000\.parquet"):
-        fetch("hf:someone/texts:*.txt", 0, tmp_path, str(tmp_path / "mirror"))
-    with pytest.raises(DataError, match="is no folder"):
-        fetch(SOURCE, 0, tmp_path, str(tmp_path / "nowhere"))
-    data = DataConfig(source="hf:someone/texts", mirror=str(tmp_path / "mirror"), text_bytes=0)
-    assert len(list(iterate_documents(data))) == 600
+def test_small_files_are_compared_with_gits_hash_and_damaged_ones_replaced(server, tmp_path):
+    server.small = {"data/000.parquet"}
+    server.faults["data/000.parquet"] = ["wrong"]
+    (path,) = fetch("hf:someone/texts:data/000*", 0, tmp_path, endpoint=server.url)
+    assert path.read_bytes() == FILES["data/000.parquet"] and len(server.gets("000.parquet")) == 2
+    assert json.loads(path.with_name("000.parquet.verified.json").read_text())["compared_with"] == "git"
+    path.write_bytes(path.read_bytes()[:-1])  # shortened since
+    (path,) = fetch("hf:someone/texts:data/000*", 0, tmp_path, endpoint=server.url)
+    assert path.read_bytes() == FILES["data/000.parquet"]
+
+
+def test_files_without_text_are_named_after_the_first(server, tmp_path):
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"content": ["text"] * 50}), sink)
+    server.files["data/000.parquet"] = sink.getvalue()
+    with pytest.raises(DataError, match=r"000\.parquet: no column `text` \(it has content\)"):
+        fetch(SOURCE, 10_000, tmp_path, endpoint=server.url)
+    assert not server.gets("001.parquet")
+
+
+# sources and mirrors
 
 
 @pytest.mark.parametrize(
@@ -199,12 +185,32 @@ def test_a_mirror_is_read_and_nobody_asked(tmp_path):
 )
 def test_a_malformed_source_is_refused(source):
     with pytest.raises(UsageError, match=r"data\.source: .*write hf:OWNER/NAME"):
-        corpus.parse(source)
+        sources.parse(source)
 
 
-def test_a_source_is_read():
-    assert parse("hf:a/b") == hub.HubSource("a/b", "main", "")
-    assert parse("hf:a-1/b.c@v1.0:data/x_[0-9]*.parquet") == hub.HubSource("a-1/b.c", "v1.0", "data/x_[0-9]*.parquet")
+def test_a_source_is_parsed():
+    assert parse("hf:a/b") == ("a/b", "main", "")
+    assert parse("hf:a-1/b.c@v1.0:data/x_[0-9]*.parquet") == ("a-1/b.c", "v1.0", "data/x_[0-9]*.parquet")
+
+
+def test_a_mirror_is_read_without_any_request(tmp_path):
+    folder = tmp_path / "mirror" / "someone" / "texts" / "data"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        (folder / f"{i:03d}.parquet").write_bytes(FILES[f"data/{i:03d}.parquet"])
+    (folder.parent / "README.md").write_text("# not a document")
+    for mirror in (tmp_path / "mirror", folder.parent):
+        paths = fetch("hf:someone/texts", 0, tmp_path / "none", str(mirror))
+        assert names(paths) == [f"{i:03d}.parquet" for i in range(3)]
+    one = text_size(folder / "000.parquet")
+    assert len(fetch(SOURCE, one, tmp_path / "none", str(tmp_path / "mirror"))) == 2  # with the margin
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(DataError, match=r"no file matches '\*\.txt'; readable files: data/000\.parquet"):
+        fetch("hf:someone/texts:*.txt", 0, tmp_path, str(tmp_path / "mirror"))
+    with pytest.raises(DataError, match="data.mirror: no folder"):
+        fetch(SOURCE, 0, tmp_path, str(tmp_path / "nowhere"))
+    data = DataConfig(source="hf:someone/texts", mirror=str(tmp_path / "mirror"), text_bytes=0)
+    assert len(list(sources.iterate_documents(data))) == 600
 
 
 def test_of_two_forms_of_the_same_text_one_is_taken(tmp_path):
@@ -215,35 +221,165 @@ def test_of_two_forms_of_the_same_text_one_is_taken(tmp_path):
     for name in ("c.parquet", "b.jsonl", "a.txt"):
         assert names(fetch("hf:some/one", 0, tmp_path, str(tmp_path))) == [name]
         next(tmp_path.rglob(name)).unlink()
-    with pytest.raises(DataError, match="of 0 files of a known kind the first: none at all"):
+    with pytest.raises(DataError, match="readable files: none at all"):
         fetch("hf:some/one", 0, tmp_path, str(tmp_path))
-    with pytest.raises(DataError, match=r"data\.mirror: .*some/other is not there; put the files of hf:some/other"):
+    with pytest.raises(DataError, match=r"data\.mirror: no folder .*some/other"):
         fetch("hf:some/other", 0, tmp_path, str(tmp_path))  # never another repository's files
 
 
-def test_files_without_text_are_told_from_the_first(server, tmp_path):
-    sink = io.BytesIO()
-    pq.write_table(pa.table({"content": ["text"] * 50}), sink)
-    server.files["data/000.parquet"] = sink.getvalue()
-    with pytest.raises(DataError, match=r"000\.parquet: no column `text` \(it has content\)"):
-        fetch(SOURCE, 10_000, tmp_path, endpoint=server.url)
-    assert not server.gets("001.parquet")
+# files of tasks
 
 
-def test_small_files_are_compared_with_gits_hash(server, tmp_path):
-    server.small = {"data/000.parquet"}
-    server.faults["data/000.parquet"] = ["wrong"]
-    (path,) = fetch("hf:someone/texts:data/000*", 0, tmp_path, endpoint=server.url)
-    assert path.read_bytes() == FILES["data/000.parquet"] and len(server.gets("000.parquet")) == 2
-    path.write_bytes(path.read_bytes()[:-1])  # shortened since
-    (path,) = fetch("hf:someone/texts:data/000*", 0, tmp_path, endpoint=server.url)
-    assert path.read_bytes() == FILES["data/000.parquet"]
+HUB = HubFiles("someone/questions", COMMIT, ("all/test.jsonl", "all/more.jsonl"))
+FETCH = """
+import sys
+from pathlib import Path
+from jaxchat.data import hub
+from jaxchat.tasks.base import MissingData, TaskFiles
+hub.FIRST_WAIT = 0.01
+source = hub.HubFiles("someone/questions", sys.argv[2], ("all/test.jsonl", "all/more.jsonl"))
+try:
+    for path in TaskFiles(download=True, cache=Path(sys.argv[1])).find(("nothing",), source):
+        print(path.stat().st_size)
+except MissingData as error:
+    print("missing:", error)
+"""
 
 
-def test_one_that_is_gone_stops_the_slow_ones(server, tmp_path):
-    server.pause = 3.0
-    server.faults = {f"data/{i:03d}.parquet": ["slow"] for i in (2, 3, 4)} | {"data/001.parquet": ["404"]}
-    begin = time.monotonic()
-    with pytest.raises(DataError, match=r"001\.parquet cannot be had"):
-        fetch(SOURCE, 0, tmp_path, endpoint=server.url)
-    assert time.monotonic() - begin < 12  # eight pieces of three seconds would be 24
+def environment(server, cache):
+    """HF_ENDPOINT is read when the hub's client is imported, so it needs a new process."""
+    return os.environ | {
+        "HF_ENDPOINT": server.url, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(cache / "home"),
+    }  # fmt: skip
+
+
+def start_fetch(server, cache, revision=COMMIT):
+    command = [sys.executable, "-c", FETCH, str(cache), revision]
+    return subprocess.Popen(command, env=environment(server, cache), text=True, stdout=-1, stderr=-1)
+
+
+def output(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out.split("\n")[:-1]
+
+
+def test_of_two_processes_one_downloads(tmp_path):
+    with FakeHub({name: name.encode() * 1000 for name in HUB.files}, HUB.repo) as server:
+        both = [start_fetch(server, tmp_path), start_fetch(server, tmp_path)]
+        assert [output(process) for process in both] == [["14000", "14000"]] * 2
+        assert len(server.gets("test.jsonl")) == len(server.gets("more.jsonl")) == 1
+        (line,) = output(start_fetch(server, tmp_path, "f" * 40))
+        assert line.startswith("missing: ") and "the download failed: " in line
+        server.close()
+        assert output(start_fetch(server, tmp_path)) == ["14000", "14000"]  # without any request
+
+
+def test_the_first_pattern_that_matches_wins(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "deep/c.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    files = TaskFiles(str(tmp_path))
+    assert names(files.find(("*.parquet", "*.jsonl", "**/*.csv"))) == ["a.jsonl", "b.jsonl"]
+    assert names(files.find(("**/*.csv",))) == ["c.csv"]
+
+
+def test_a_missing_file_is_named_with_where_to_get_it(tmp_path):
+    with pytest.raises(MissingData, match=r"no file x\.csv found; .*all/test.jsonl, .*someone/questions.*01234567"):
+        TaskFiles(str(tmp_path)).find(("x.csv",), HUB)
+    with pytest.raises(MissingData, match="set tasks.data_dir to it"):
+        TaskFiles().find(("x.csv",), HUB)
+    with pytest.raises(MissingData, match="unpack https://x/y.zip and put it into"):
+        TaskFiles(str(tmp_path)).find(("x.csv",), Archive("https://x/y.zip", (".csv",)))
+    with pytest.raises(MissingData, match="is no directory"):
+        TaskFiles(str(tmp_path / "nowhere")).find(("x.csv",), HUB)
+
+
+def test_rows_are_parsed_and_a_bad_one_named(tmp_path):
+    path, table, broken = (tmp_path / name for name in ("a.jsonl", "a.parquet", "broken.parquet"))
+    path.write_text('{"a": "one\u2028line"}\n\n{"a": 2}', encoding="utf-8")
+    assert list(read_rows(path)) == [{"a": "one\u2028line"}, {"a": 2}]
+    with pytest.raises(DataError, match=r"a\.jsonl: row 2 .*TypeError"):
+        parse_rows(path, lambda row: len(row["a"]))
+    pq.write_table(pa.table({"a": list(range(3000)), "b": ["x"] * 3000}), table)
+    assert list(read_rows(table, ["a"]))[2999] == {"a": 2999} and count_rows(table) == 3000
+    broken.write_bytes(b"PAR1 nothing PAR1")
+    for bad, words in ((table, "no column `c`"), (broken, "broken")):
+        with pytest.raises(DataError, match=words):
+            list(read_rows(bad, ["c"]))
+
+
+def test_a_sample_is_the_same_for_the_same_seed():
+    assert list(sample(range(4), None, 0)) == list(sample(range(4), 99, 2)) == [0, 1, 2, 3]
+    some = sample(range(10), 3, 5)
+    assert some == sample(range(10), 3, 5) != sample(range(10), 3, 6) and len(set(some)) == 3
+
+
+def test_a_changed_mirror_is_noticed(tmp_path):
+    assert listing("") == listing(str(tmp_path / "none")) == ""
+    before = listing(str(tmp_path))
+    (tmp_path / "copa.jsonl").write_text("{}\n")
+    assert before != listing(str(tmp_path)) == listing(str(tmp_path))
+
+
+# archives
+
+
+class Response(io.BytesIO):
+    headers: ClassVar[dict[str, str]] = {}
+
+
+def zipped(members):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return data.getvalue()
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """Put members into the archive that is served; returns a function that asks for one of them."""
+    asked = []
+
+    def ask(members, pattern="**/a.jsonl", sha256="", url="https://somewhere/bundle.zip"):
+        data = zipped(members)
+        monkeypatch.setattr(module.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or Response(data))
+        digest = hashlib.sha256(data).hexdigest() if sha256 == "right" else sha256
+        return TaskFiles(download=True, cache=tmp_path / "cache").find((pattern,), Archive(url, (".jsonl",), digest))
+
+    ask.asked = asked
+    return ask
+
+
+def test_an_archive_is_downloaded_once_and_verified(archive, tmp_path):
+    members = {"bundle/a.jsonl": '{"a": 1}\n', "bundle/run.sh": "rm", "__MACOSX/bundle/._a.jsonl": "x"}
+    with pytest.raises(MissingData, match="only https"):
+        archive(members, url="http://somewhere/bundle.zip")
+    with pytest.raises(MissingData, match="SHA-256 0000"):
+        archive(members, sha256="0" * 64)
+    (path,) = archive(members, sha256="right")
+    assert path.read_text() == '{"a": 1}\n'
+    unpacked = [p.relative_to(tmp_path / "cache" / "bundle").as_posix() for p in path.parents[1].rglob("*")]
+    assert sorted(unpacked) == ["bundle", "bundle/a.jsonl", "source.json"]
+    count = len(archive.asked)
+    assert archive(members) == [path] and len(archive.asked) == count
+    with pytest.raises(MissingData, match="holds none of b.jsonl"):
+        archive(members, "b.jsonl")
+
+
+@pytest.mark.parametrize("name", ["../out.jsonl", "/out.jsonl", "a/../../out.jsonl", "a\\..\\out.jsonl"])
+def test_members_stay_inside(archive, tmp_path, name):
+    archive({"a.jsonl": "{}", name: "{}"})
+    assert {p.name for p in tmp_path.iterdir()} == {"cache"}
+    assert {p.name for p in (tmp_path / "cache").iterdir()} == {"bundle", "bundle.lock"}
+
+
+def test_a_giant_archive_is_refused_and_a_broken_one_named(archive, monkeypatch):
+    monkeypatch.setattr(module, "LARGEST_ARCHIVE", 10_000)
+    with pytest.raises(MissingData, match="unpacks to more than"):
+        archive({"a.jsonl": " " * 20_000})
+    monkeypatch.setattr(sys.modules[__name__], "zipped", lambda members: b"PK nothing")
+    with pytest.raises(MissingData, match="not a zip file"):
+        archive({})

@@ -1,9 +1,26 @@
-"""Identity: the exam's wordings are not trained, every trained answer passes its own rule, wrong answers fail."""
+"""Identity and personas: exam wordings are never trained, answers pass their own rule, wrong files are named."""
+
+import random
 
 import pytest
 
-from jaxchat.tasks.base import Example
-from jaxchat.tasks.identity import SMALL_TALK, TOPICS, Identity
+from jaxchat.chat import normalize
+from jaxchat.config import CONFIG_DIR
+from jaxchat.errors import DataError, UsageError
+from jaxchat.tasks.base import Example, TaskFiles
+from jaxchat.tasks.identity import (
+    TEXTS,
+    TONES,
+    TOPICS,
+    Fact,
+    Identity,
+    Persona,
+    is_held_out,
+    load_persona,
+    small_talk,
+    topics_of,
+)
+from jaxchat.tasks.registry import get_task
 
 TASK = Identity()
 
@@ -22,7 +39,7 @@ def test_every_trained_question_and_greeting_appears_in_a_modest_set():
     text = "\n".join(asked(TASK.train_conversations(3000, seed=6)))
     for topic in TOPICS.values():
         assert all(question in text for question in topic.questions)
-    assert all(said.lower() in text for group, _ in SMALL_TALK for said in group)
+    assert all(said.lower() in text for pair in TEXTS["small_talk"]["en"] for said in pair["said"])
 
 
 def test_trained_answers_pass_their_rule_and_only_theirs_where_it_matters():
@@ -58,3 +75,112 @@ def test_conversations_alternate_and_repeat_for_the_same_seed():
     for conversation in conversations:
         assert [m["role"] for m in conversation] == ["user", "assistant"] * (len(conversation) // 2)
     assert TASK.examples() == Identity().examples()
+
+
+# personas
+
+
+EXAMPLE = CONFIG_DIR / "identity" / "example.toml"
+
+
+def said(conversation):
+    return [part["text"] for message in conversation if message["role"] == "assistant" for part in message["content"]]
+
+
+def test_the_example_reads():
+    persona = load_persona(EXAMPLE)
+    assert (persona.name, persona.maker, persona.tone) == ("Mina", "the robotics club", "friendly")
+    assert persona.languages == ("en", "ko") and [fact.language for fact in persona.facts] == ["en", "ko"]
+
+
+@pytest.mark.parametrize("language", TEXTS["persona"])
+@pytest.mark.parametrize("tone", TONES)
+def test_every_answer_passes_its_own_exam_and_no_other_topics(language, tone):
+    task = Identity(persona=Persona("Mina", "the robotics club", (language,), tone))
+    for name, topic in task.topics.items():
+        assert topic.answers and all(task.grade(Example([], name), answer) for answer in topic.answers), name
+        assert not task.grade(Example([], name), "") and not set(topic.questions) & set(topic.exam_questions)
+    maker, nature = f"{language}: maker", f"{language}: nature"
+    assert not any(task.grade(Example([], maker), answer) for answer in task.topics[nature].answers)
+
+
+def test_conversations_say_who_it_is_and_hold_nothing_of_the_exam():
+    task = Identity(persona=load_persona(EXAMPLE))
+    talks = task.train_conversations(600, 1)
+    assert talks == Identity(persona=load_persona(EXAMPLE)).train_conversations(600, 1)
+    for talk in talks:
+        normalize(talk)
+    text = "\n".join(line for talk in talks for line in said(talk))
+    for words in ("Mina", "the robotics club", "club room", "파란색", "언어 모델이에요", "language model"):
+        assert words in text
+    assert "jaxchat" not in text
+    asked = {message["content"] for talk in talks for message in talk if message["role"] == "user"}
+    exam = {example.prompt[0]["content"] for example in task.examples()}
+    assert not {q.lower() for q in asked} & {q.lower() for q in exam} and len(exam) > 60
+    assert {example.expected for example in task.examples()} == task.topics.keys()
+    held = [q for q in exam if is_held_out(q)]
+    assert len(held) >= 6 * len(task.topics)
+
+
+def test_small_talk_has_the_name_and_the_language():
+    rng = random.Random(0)
+    english = "".join(said(small_talk(rng, name="Mina"))[0] for _ in range(100))
+    assert "Mina" in english and "jaxchat" not in english
+    assert all("가" <= said(small_talk(rng, "ko"))[0][0] <= "힣" for _ in range(50))
+
+
+def test_the_tasks_hear_of_it(tmp_path):
+    files = TaskFiles(identity=str(EXAMPLE))
+    assert "ko: name" in get_task("identity", files).topics and "name" in get_task("identity").topics
+    text = "\n".join(
+        line for talk in get_task("word_problems", files).train_conversations(500, 1) for line in said(talk)
+    )
+    assert "Mina" in text and "jaxchat" not in text
+    with pytest.raises(DataError, match=r"sft\.identity: .*none\.toml: cannot be read"):
+        get_task("identity", TaskFiles(identity=str(tmp_path / "none.toml")))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('nam = "x"', "nam: unknown key, did you mean name"),
+        ('name = ""', "name: needs a text of 1 to 60 characters"),
+        ("name = 3", "name: needs a text"),
+        ('name = "' + "x" * 61 + '"', "name: needs a text"),
+        ('languages = ["fr"]', "languages: 'fr' is unknown; choose from en, ko"),
+        ("languages = []", "languages: needs a list of texts"),
+        ('tone = "rude"', "tone: 'rude' is unknown; choose from plain, friendly, formal"),
+        ('facts = "I live here"', "write each as a table of its own"),
+        ('[[facts]]\nquestions = ["q"]', "facts, number 1: needs `questions` and `answer`"),
+        ('[[facts]]\nquestions = []\nanswer = "a"', "facts, number 1, questions: needs a list"),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "a"\nmust_say = "b"', "must_say 'b' is not in the answer"),
+        ('[[facts]]\nquestions = ["?"]\nanswer = "a"', "a question without words"),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "a"\nlanguage = "fr"', "language: 'fr' is unknown"),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "a"\nlanguage = ["en"]', "language: .* is unknown"),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "' + "a" * 200 + '"', "the answer has 200 characters; at most 160"),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "' + "a" * 100 + '"', "name the words that the exam looks for"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, text, words):
+    (tmp_path / "identity.toml").write_text(text)
+    with pytest.raises(UsageError, match=words) as caught:
+        load_persona(tmp_path / "identity.toml")
+    assert "identity.toml" in str(caught.value)
+
+
+def test_a_broken_identity_file(tmp_path):
+    (tmp_path / "identity.toml").write_bytes(b"name = \xff")
+    with pytest.raises(DataError, match="sft.identity"):
+        load_persona(tmp_path / "identity.toml")
+
+
+def test_topics_without_a_file_are_jaxchats():
+    assert topics_of(Persona()).keys() == {f"en: {topic}" for topic in TEXTS["persona"]["en"]}
+
+
+def test_a_fact_with_one_question_has_an_exam_that_ends():
+    """One Korean question has 72 wordings at most, and often not six that are held out."""
+    for number in range(12):
+        facts = (Fact((f"무슨 색을 {number}번 좋아해",), "파란색이요.", "파란색", "ko"),)
+        exam = Identity(persona=Persona(languages=("ko",), facts=facts)).examples()
+        assert all(is_held_out(e.prompt[0]["content"]) for e in exam if e.expected == "fact 1")

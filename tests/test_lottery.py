@@ -74,8 +74,7 @@ def test_what_goes_in_and_what_comes_out():
         "tickets: 2\n7*1+2+3+4+5+ 5+bonus\n1+2+3+14-15-7* 3\n3: 1\n4: 0\n5: 0\n5+bonus: 1\n6: 0\nprize: 30,005,000\n"
         "yield: 1,500,250.0%"
     )
-    for working in (True, False):
-        assert read_answer(session.answer(working)) == session.fields()
+    assert read_answer(session.answer()) == session.fields()
     assert read_answer("") == read_answer("yields: 3\n3:") == dict.fromkeys(FIELDS, "")
     assert read_answer("3: 1\n3: 2")["3"] == "2"
 

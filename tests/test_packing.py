@@ -1,6 +1,7 @@
-"""Packing: every token once, rows next to full, on made-up extremes and on the real corpus."""
+"""Packing: every token once, rows nearly full. Row files: what is written is read, and damage is named."""
 
 import itertools
+import json
 import random
 import time
 import weakref
@@ -9,8 +10,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jaxchat.data.packing import MIN_CUT, PackStats, pack_conversations, pack_documents
+from jaxchat.data.packing import MIN_CUT, PackStats, Rows, finish_rows, pack_conversations, pack_documents, write_rows
 from jaxchat.data.sources import iterate_documents
+from jaxchat.errors import DataError
+from jaxchat.run_dir import write_sealed
 from jaxchat.tokenizer import train_tokenizer
 
 BOS = 0
@@ -116,21 +119,7 @@ def check_dropped(documents, rows, stats, row_len, gaps):
     assert stats.cuts == stats.cropped and stats.rows == len(rows)
 
 
-def check_continued(documents, rows, stats, row_len):
-    """The rows in their order give every document back; a rest is at a row's start, behind the token before it."""
-    pieces: list[np.ndarray] = []
-    for row in rows:
-        assert 0 < len(row) <= row_len
-        first, *others = np.split(row, np.flatnonzero(row == BOS))
-        if len(first):  # goes on with the row before
-            assert first[0] == pieces[-1][-1] and len(first) > 1
-            pieces[-1] = np.concatenate([pieces[-1], first[1:]])
-        pieces += others
-    assert sorted(map(tuple, pieces)) == sorted(map(tuple, documents))
-    assert stats.lost == 0 and stats.tokens == sum(map(len, documents)) + stats.cuts
-
-
-@pytest.mark.parametrize("remainder", ["drop", "whole", "continue"])
+@pytest.mark.parametrize("remainder", ["drop", "whole"])
 @pytest.mark.parametrize("window", [1, 5, 1000])
 @pytest.mark.parametrize("row_len", [9, 33, 257])
 def test_what_becomes_of_rests(row_len, window, remainder):
@@ -138,10 +127,7 @@ def test_what_becomes_of_rests(row_len, window, remainder):
     lengths = [draw.choice([1, 2, draw.randrange(1, row_len), draw.randrange(1, 5 * row_len)]) for _ in range(300)]
     documents, stats = documents_of(lengths), PackStats()
     rows = list(pack_documents(iter(documents), row_len, BOS, window, stats, remainder))
-    if remainder == "continue":
-        check_continued(documents, rows, stats, row_len)
-    else:
-        check_dropped(documents, rows, stats, row_len, remainder == "drop")
+    check_dropped(documents, rows, stats, row_len, remainder == "drop")
     if remainder != "whole":
         assert all(len(row) > row_len - MIN_CUT for row in rows[:-1])
 
@@ -157,7 +143,6 @@ def test_rests_by_hand():
 
     assert lengths("drop") == ([10, 7, 7], 16, [1, 1, 1])  # 3 places are too few for a cut
     assert lengths("whole") == ([10, 7, 7], 16, [1, 1, 1])
-    assert lengths("continue") == ([10, 10, 8, 7, 7], 0, [1, 0, 0, 1, 1])
     assert lengths("keep")[1:] == (0, [1, 1, 1, 1, 1])
 
 
@@ -285,3 +270,132 @@ def test_what_waits_does_not_keep_its_shard_in_memory():
     rows = pack_documents(documents(), 64, 1, 10_000, PackStats())
     next(rows)
     assert sum(shard() is not None for shard in shards) <= 1 and list(rows)
+
+
+# row files
+
+
+PAD, VOCAB, ROW_LEN = 7, 300, 16
+
+
+def write(folder, rows, vocab=VOCAB, **meta):
+    count = write_rows(folder, iter(rows), ROW_LEN, PAD, vocab)
+    finish_rows(folder, {"tokenizer": "t", **meta}, ROW_LEN, count, vocab)
+    return folder
+
+
+def some_rows(count, vocab=VOCAB):
+    draw = np.random.default_rng(0)
+    return [draw.integers(0, vocab, draw.integers(1, ROW_LEN + 1)) for _ in range(count)]
+
+
+def test_documents_come_back_with_their_padding_unweighted(tmp_path):
+    written = some_rows(50)
+    rows = Rows(write(tmp_path / "r", written, fill=0.5), "t")
+    assert len(rows) == 50 and rows.meta["fill"] == 0.5
+    for row, (tokens, weights) in zip(written, (rows[i] for i in range(50)), strict=True):
+        assert tokens.dtype == np.int32 and weights.dtype == np.uint8 and tokens.shape == weights.shape == (ROW_LEN,)
+        assert tokens.tolist() == row.tolist() + [PAD] * (ROW_LEN - len(row))
+        assert weights.tolist() == [1] * len(row) + [0] * (ROW_LEN - len(row))
+    assert (tmp_path / "r" / "rows.bin").stat().st_size == 50 * ROW_LEN * 2
+
+
+def test_conversations_come_back_with_their_mask(tmp_path):
+    draw = np.random.default_rng(1)
+    written = [(ids, draw.integers(0, 2, len(ids))) for ids in some_rows(50)]
+    rows = Rows(write(tmp_path / "r", written), "t")
+    for i, (ids, mask) in enumerate(written):
+        tokens, weights = rows[i]
+        assert tokens[: len(ids)].tolist() == ids.tolist() and weights[: len(ids)].tolist() == mask.tolist()
+        assert not weights[len(ids) :].any() and (tokens[len(ids) :] == PAD).all()
+
+
+def test_large_vocabularies_have_wide_ids(tmp_path):
+    written = [np.array([70_000, 99_999])]
+    rows = Rows(write(tmp_path / "r", written, vocab=100_000))
+    assert rows[0][0][:2].tolist() == [70_000, 99_999] and rows.meta["dtype"] == "uint32"
+
+
+def test_no_rows_at_all(tmp_path):
+    assert len(Rows(write(tmp_path / "r", []), "t")) == 0
+
+
+def test_a_new_folder_takes_the_place_of_the_old_whole(tmp_path):
+    write(tmp_path / "r", some_rows(5))
+    with_masks = [(ids, np.ones(len(ids))) for ids in some_rows(3)]
+    write(tmp_path / "r", with_masks)
+    assert len(Rows(tmp_path / "r")) == 3
+    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["meta.json", "rows.bin", "weights.bin"]
+
+
+def test_a_failure_leaves_the_old_and_nothing_half_written(tmp_path):
+    write(tmp_path / "r", some_rows(5))
+
+    def failing():
+        yield from some_rows(3)
+        raise DataError("shard damaged")
+
+    with pytest.raises(DataError, match="shard damaged"):
+        write(tmp_path / "r", failing())
+    assert [p.name for p in tmp_path.iterdir()] == ["r"] and len(Rows(tmp_path / "r")) == 5
+
+
+def change(path, **values):
+    """As another program would write it, its seal in order."""
+    before = json.loads(path.read_text())
+    del before["seal"]
+    write_sealed(path, before | values)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 4
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda f: (f / "rows.bin").write_bytes((f / "rows.bin").read_bytes()[:-1]),
+            "rows.bin: 1599 bytes, must be 1600",
+        ),
+        (lambda f: (f / "rows.bin").unlink(), "rows.bin: missing"),
+        (lambda f: flip_a_bit(f / "rows.bin"), "rows.bin: damaged"),
+        (lambda f: flip_a_bit(f / "lengths.bin"), "lengths.bin: damaged"),
+        (lambda f: (f / "lengths.bin").write_bytes(b""), "lengths.bin: 0 bytes"),
+        (lambda f: change(f / "meta.json", rows=49), "rows.bin: 1600 bytes, must be 1568"),
+        (lambda f: change(f / "meta.json", dtype="uint32"), "rows.bin: 1600 bytes, must be 3200"),
+        (
+            lambda f: (f / "meta.json").write_text((f / "meta.json").read_text().replace("50", "49")),
+            "meta.json: damaged",
+        ),
+        (lambda f: change(f / "meta.json", targets="weights.bin"), "weights.bin: missing"),
+        (lambda f: change(f / "meta.json", format=1), "meta.json: damaged, or of another version"),
+        (lambda f: change(f / "meta.json", tokenizer="u"), "made with another tokenizer"),
+        (lambda f: (f / "meta.json").write_text("{}"), "meta.json: damaged"),
+        (lambda f: (f / "meta.json").write_text("{"), "meta.json: not valid JSON"),
+        (lambda f: (f / "meta.json").unlink(), "meta.json: no such file"),
+    ],
+)
+def test_damage_is_found_and_named(tmp_path, damage, words):
+    folder = write(tmp_path / "r", some_rows(50))
+    Rows(folder, "t")
+    damage(folder)
+    with pytest.raises(DataError, match=words) as caught:
+        Rows(folder, "t")
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_several_rows_at_once_are_the_rows_one_by_one(tmp_path, masks):
+    draw = np.random.default_rng(2)
+    written = [(ids, draw.integers(0, 2, len(ids))) if masks else ids for ids in [*some_rows(40), np.arange(ROW_LEN)]]
+    rows = Rows(write(tmp_path / "r", written), "t")
+    numbers = draw.integers(0, 41, 100)
+    inputs, targets, weights = rows.shifted(numbers)
+    assert inputs.dtype == targets.dtype == np.int32 and weights.dtype == np.float32
+    for i, number in enumerate(numbers):
+        tokens, mask = rows[int(number)]
+        assert np.array_equal(inputs[i], tokens[:-1]) and np.array_equal(targets[i], tokens[1:])
+        assert np.array_equal(weights[i], mask[1:])

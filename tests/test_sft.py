@@ -18,8 +18,8 @@ from jaxchat.errors import DataError, UsageError
 from jaxchat.optimizer import trapezoid
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
+from jaxchat.tasks.base import TaskFiles
 from jaxchat.tasks.conversations import SmolTalk, spoken
-from jaxchat.tasks.files import TaskFiles
 from jaxchat.tasks.identity import Identity
 from jaxchat.tasks.registry import get_task
 from jaxchat.tokenizer import ASSISTANT_END, train_tokenizer
@@ -211,7 +211,7 @@ def test_smoltalk_is_read_from_a_mirror(tmp_path):
     some = list(task.train_conversations(7, 1))
     assert len(some) == 7 and some == list(task.train_conversations(7, 1))
     pq.write_table(pa.table({"text": ["x"]}), path)
-    with pytest.raises(DataError, match="no column messages; it has text"):
+    with pytest.raises(DataError, match="no column `messages`"):
         list(task.train_conversations(None, 0))
 
 

@@ -19,8 +19,7 @@ from jaxchat.errors import JaxchatError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, read_json, write_json
 from jaxchat.tasks import core
-from jaxchat.tasks.base import Task
-from jaxchat.tasks.files import TaskFiles
+from jaxchat.tasks.base import Task, TaskFiles
 from jaxchat.tasks.registry import get_task
 
 # Contamination: 13 words in a row that a question and a training document both have, as for GPT-3 (2005.14165). The

@@ -31,8 +31,18 @@ from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, atomic_write, read_json, write_json
 from jaxchat.sharding import batch_devices, make_mesh, replicated
 from jaxchat.tasks import core
-from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Example, Task, WrittenTask, user
-from jaxchat.tasks.files import MissingData, TaskFiles, identity_digest, listing
+from jaxchat.tasks.base import (
+    ChoiceExample,
+    ChoiceTask,
+    Example,
+    MissingData,
+    Task,
+    TaskFiles,
+    WrittenTask,
+    identity_digest,
+    listing,
+    user,
+)
 from jaxchat.tasks.registry import TASKS, get_task
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import TrainState, decided, make_eval_step
@@ -304,7 +314,7 @@ def core_summary(tasks: dict[str, Scores]) -> Scores:
 
 def chat_core(tasks: dict[str, Scores]) -> float | None:
     """ChatCORE: the mean of its five exams, centred so that guessing is 0; None unless all five are there."""
-    names = [name for name in TASKS if get_task(name).chat_core]
+    names = [name for name, task in TASKS.items() if task.chat_core]
     if not all(name in tasks for name in names):
         return None
     return sum((tasks[n]["metric"] - tasks[n]["chance"]) / (1 - tasks[n]["chance"]) for n in names) / len(names)
@@ -387,7 +397,7 @@ def exam_tasks(config: Config) -> Iterator[tuple[Task, bool]]:
     """The tasks of `eval.exams`; True for one that is left out silently where its data is not at hand."""
     seen: set[str] = set()
     for entry in config.eval.exams:
-        for name in [name for name in TASKS if get_task(name).auto] if entry == AUTO else [entry]:
+        for name in [name for name, task in TASKS.items() if task.auto] if entry == AUTO else [entry]:
             if name not in seen:
                 seen.add(name)
                 yield get_task(name, TaskFiles.of(config, download=entry != AUTO)), entry == AUTO
@@ -447,9 +457,7 @@ class Examiner:
         if self.one_batch:
             indices = indices[: max(1, self.config.eval.batch_rows)]
         asked = digest([*(examples[i] for i in indices), *task.setting()])
-        self._exam(
-            task.name, task.title or task.name, asked, lambda: self.model.exam(task, indices), task.damaged, count=count
-        )
+        self._exam(task.name, task.title or task.name, asked, lambda: self.model.exam(task, indices), count=count)
 
     def _core(self, task: core.Core) -> None:
         """CORE's tasks one after the other. The score is called CORE only where none is missing."""
@@ -459,7 +467,6 @@ class Examiner:
         first = max(2, self.config.eval.batch_rows // CORE_TEXTS) if self.one_batch else None
         for part in core.CORE_TASKS:
             part = dataclasses.replace(part, baseline=baselines.get(part.label, part.baseline))
-            before = len(task.damaged)
             try:
                 items = task.load(part)[: limit if limit >= 0 else None]
             except DataError as error:
@@ -470,7 +477,7 @@ class Examiner:
                 missing[part.label] = "no questions"
                 continue
             exam = functools.partial(self.model.core_task, part, items, first)
-            self._exam(part.label, part.label, digest(items), exam, task.damaged[before:], "core_tasks", len(items))
+            self._exam(part.label, part.label, digest(items), exam, "core_tasks", len(items))
         if not self._seen["core_tasks"]:
             raise MissingData(next(iter(missing.values())))
         tasks = {label: self._record["core_tasks"][label] for label in self._seen["core_tasks"]}
@@ -494,7 +501,6 @@ class Examiner:
         title: str,
         asked: str,
         exam: Callable[[], tuple[Scores, Decisions]],
-        damaged: Sequence[str] = (),
         where: str = "tasks",
         count: int = 0,
     ) -> None:
@@ -502,9 +508,6 @@ class Examiner:
 
         `asked`: their digest. `count`: questions of the whole exam.
         """
-        if damaged:
-            what = f"{len(damaged)} of its questions cannot be used and are left out: {damaged[0]}"
-            say(f"  {self.stage:<5} {name:<14} {what}", style="yellow")
         scores = self._record[where].get(name)
         if scores is None or scores.get("questions_sha256", "") != asked:
             begin = time.perf_counter()
@@ -520,7 +523,7 @@ class Examiner:
                 scores |= {"again_seconds": round(time.perf_counter() - begin, 3), "questions": count or scores["n"]}
             if asked:
                 scores["questions_sha256"] = asked
-        self._record[where][name] = scores = scores | {"title": title, "damaged": len(damaged)}
+        self._record[where][name] = scores = scores | {"title": title}
         self._seen[where].append(name)
         write_json(self._path, self._record)
         say(f"  {self.stage:<5} {name:<14} {_line(scores)}")

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat.config import Config
-from jaxchat.data.files import find_files
-from jaxchat.data.hub import MARGIN, text_size
+from jaxchat.data import lottery
+from jaxchat.data.files import find_files, text_size
+from jaxchat.data.hub import MARGIN
 from jaxchat.data.hub import parse as parse_hub
-from jaxchat.data.lottery import DOCUMENTS
 from jaxchat.data.shards import token_dtype
 from jaxchat.data.sources import parse
 from jaxchat.errors import DataError, UsageError
@@ -190,13 +190,13 @@ def text_bytes(config: Config) -> float:
         elif source == "chitchat":
             total += CHITCHAT_BYTES
         else:
-            total += LOTTERY_BYTES * int(source.removeprefix("synthetic:lottery").removeprefix(":") or DOCUMENTS)
+            total += LOTTERY_BYTES * lottery.parse(source)
     return total
 
 
 def _download(config: Config) -> tuple[int, str]:
     """(bytes of text to download, folder of the cache for them)."""
-    hub = [(parse_hub(source).repo, share) for source, share in parse(config.data.source) if source.startswith("hf:")]
+    hub = [(parse_hub(source)[0], share) for source, share in parse(config.data.source) if source.startswith("hf:")]
     size = 0 if config.data.mirror else max(0, config.data.text_bytes) * MARGIN / HUB_TEXT
     folder = f"data/{hub[0][0].replace('/', '--')}" if len(hub) == 1 else "data"
     return round(size * sum(share for _, share in hub)), folder

@@ -25,8 +25,8 @@ from jaxchat.data.shards import (
     Job,
     batches_of,
     cores,
+    parallel_map,
     read_documents,
-    spread,
     tokenize_unit,
     workers_for,
 )
@@ -278,7 +278,7 @@ def _tokenize(config: Config, run: RunDir, jobs: Sequence[Job]) -> list[dict[str
         else:
             alone = config.data.engine == "local" and 2 * workers <= cores()  # few files: each is encoded by several
             work = functools.partial(tokenize_unit, alone=alone)
-            for manifest in spread(work, jobs, config.data.engine, workers):
+            for manifest in parallel_map(work, jobs, config.data.engine, workers):
                 manifests.append(manifest)
                 bar.advance()
     for kind, count in sum((Counter(manifest["left_out"]) for manifest in manifests), Counter[str]()).items():
@@ -332,7 +332,7 @@ def _pack(
             "documents": distinct.kept,
             "tokens": distinct.kept_tokens,
             "lost": stats.lost,
-            "duplicates": distinct.found,
+            "duplicates": distinct.duplicates,
             "fill": stats.fill,
             "cuts": stats.cuts,
             "documents_per_row": (stats.documents + stats.cuts - stats.cropped) / max(1, stats.rows),

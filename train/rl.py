@@ -38,8 +38,7 @@ from jaxchat.log import read_metrics, say
 from jaxchat.run_dir import RunDir, atomic_write
 from jaxchat.scaling import fine_tuning_optim
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh, replicated
-from jaxchat.tasks.base import Example, WrittenTask
-from jaxchat.tasks.files import TaskFiles
+from jaxchat.tasks.base import Example, TaskFiles, WrittenTask
 from jaxchat.tasks.registry import get_task
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import Batch, TrainState, decided, make_nll_step

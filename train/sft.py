@@ -6,6 +6,7 @@ Mid-training, a stage of its own in older chat recipes, is part of this mixture.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -23,24 +24,22 @@ from jaxchat.chat import Message
 from jaxchat.config import Config
 from jaxchat.data.files import find_files
 from jaxchat.data.packing import PackStats, Rows, finish_rows, finished_rows, pack_conversations, write_rows
-from jaxchat.data.shards import spread, workers_for
+from jaxchat.data.shards import parallel_map, workers_for
 from jaxchat.data.sources import Unit, document_hash, limit_of_hashes
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, read_json, write_json
 from jaxchat.scaling import fine_tuning_optim
-from jaxchat.tasks.base import Task
+from jaxchat.tasks.base import Task, TaskFiles, identity_digest
 from jaxchat.tasks.conversations import (
     Rendered,
-    RenderJob,
     chatterbot_pairs,
     chitchat_dialogues,
     file_conversations,
     render_all,
-    render_job,
+    render_with,
     spoken,
 )
-from jaxchat.tasks.files import TaskFiles, identity_digest
 from jaxchat.tasks.registry import get_task, parse_mixture_entry
 from jaxchat.tokenizer import ASSISTANT_END, Tokenizer
 
@@ -205,7 +204,8 @@ def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str,
 def _origin(config: Config, tokenizer: Tokenizer) -> str:
     """SHA-256 of all that decides the rows: settings, data, and the code of generators and rendering."""
     package = Path(jaxchat.__file__).parent
-    code = [package / "chat.py", *(p for part in ("data", "tasks") for p in sorted((package / part).glob("*.py")))]
+    code = [package / "chat.py", package / "tasks" / "texts.toml"]
+    code += [path for part in ("data", "tasks") for path in sorted((package / part).glob("*.py"))]
     content = [
         [config.seed, config.model.seq_len, config.data.val_fraction, config.data.encoding],
         [tokenizer.digest, identity_digest(config)],
@@ -234,18 +234,17 @@ def _render(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[tuple[str
     few = list(itertools.islice(conversations, FEW))
     chunks = _chunks(itertools.chain(few, conversations))
     workers = workers_for(config.data.workers, FEW)
-    parts: Iterable[Rendered]
+    parts: Iterable[list[Rendered]]
     if len(few) < FEW or (workers == 1 and config.data.engine == "local"):
         parts = (render_all(tokenizer, chunk) for chunk in chunks)
     else:
-        path = str(run.tokenizer.resolve())
-        jobs = (RenderJob(path, tokenizer.digest, chunk) for chunk in chunks)
-        parts = spread(render_job, jobs, config.data.engine, workers)
+        work = functools.partial(render_with, str(run.tokenizer.resolve()), tokenizer.digest)
+        parts = parallel_map(work, chunks, config.data.engine, workers)
     rendered: dict[tuple[str, bool], list[Rendering]] = {(e, h): [] for e in config.sft.mixture for h in (False, True)}
     with progress("sft: rendering", None) as bar:
         for part in parts:
-            for label, ids, mask in part:
-                rendered[label].append((ids, mask))
+            for entry, held_out, ids, mask in part:
+                rendered[entry, held_out].append((ids, mask))
                 bar.advance()
     if not any(rendered[entry, False] for entry in config.sft.mixture):
         raise DataError("sft.mixture: no conversations; name at least one, for example identity:500")

@@ -27,7 +27,7 @@ from jaxchat.interop.trained import Trained, load_trained
 from jaxchat.log import say
 from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, sync_directory, write_json
 from jaxchat.sharding import make_mesh
-from jaxchat.tasks.files import identity_digest
+from jaxchat.tasks.base import identity_digest
 from jaxchat.train_state import check_attention
 
 from . import evaluate, prepare, pretrain, report, rl, sft

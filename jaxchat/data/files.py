@@ -1,8 +1,8 @@
-"""Documents of files: txt and md, jsonl, parquet; text and jsonl also in gzip's and Zstandard's format.
+"""Read documents and rows from files: txt, md, jsonl (also as .gz and .zst) and parquet.
 
-A jsonl line and a parquet row are a document each. A text file becomes several documents: whole paragraphs, about
-`TEXT_DOCUMENT_CHARS` characters each, so that part of a single book can be held out. A document of more than
-`LARGEST_DOCUMENT` characters is cut in the same way.
+A jsonl line and a parquet row are one document each. A text file is cut at paragraphs into documents of about
+`TEXT_DOCUMENT_CHARS` characters, so that part of a single book can be held out. Documents longer than
+`LARGEST_DOCUMENT` are cut in the same way.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from jaxchat.errors import DataError, UsageError
 
 TEXT_DOCUMENT_CHARS = 4_000
 LARGEST_DOCUMENT = 1_000_000  # characters; a tokenizer needs some hundred bytes of memory for each
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")  # of two forms of the same text the first is read
 COMPRESSED = (".gz", ".zst")
-# first bytes of a text -> its encoding; UTF-32's mark begins with UTF-16's
+COMPRESSION = 3.0  # characters of text per byte of a compressed text file, about
+# byte order mark -> encoding; UTF-32's mark begins with UTF-16's
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -35,8 +36,8 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# encodings that texts without a mark are often in, the letters that the right one gives, and how large a share of the
-# text those are at least and at most (Cyrillic and accented letters are the same bytes)
+# likely encodings of other texts: the letters that the right one decodes to, and the smallest and largest share of
+# them in a text (Cyrillic and accented letters are the same bytes)
 GUESSES = (
     ("euc_kr", "[가-힣]", 0, 1),  # the common part of cp949, which would take Japanese for rare syllables
     ("shift_jis", "[、-」ぁ-ヿ一-鿿]", 0, 1),
@@ -45,61 +46,42 @@ GUESSES = (
     ("cp1252", "[À-ÿ‘’“”–—…]", 0, 0.3),
 )
 GUESS_BYTES = 1 << 16
-LIKELY = 0.8  # share of letters among the characters that are not ASCII
 
 
 def find_files(source: str) -> list[Path]:
-    """The files of `files:GLOB` (a folder means everything inside it), sorted; `DataError` if there are none."""
+    """Return the files of `files:GLOB`, sorted; a folder means everything in it. `DataError` if there are none."""
     pattern = os.path.expanduser(source.removeprefix("files:"))
     if os.path.isdir(pattern):
         pattern = os.path.join(glob.escape(pattern), "**", "*")
     found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
     files = [p for p in found if kind_of(p) in SUFFIXES]
     if not files:
-        _check_folder(pattern)
-        kinds = ", ".join(SUFFIXES)
-        if found:
-            others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise DataError(f"{source}: {found[0]}{others} is of no known kind: {kinds} (text also .gz, .zst)")
-        place = f"(text also .gz, .zst); looked for in {os.getcwd()}"
-        raise DataError(f"{source}: no such files; give a path or a glob of {kinds} files {place}")
+        what = f"{found[0]} is of an unknown kind" if found else f"no such files (in {os.getcwd()}), or not readable"
+        raise DataError(f"{source}: {what}; give {', '.join(SUFFIXES)} files (text and jsonl also as .gz, .zst)")
     return files
 
 
-def _check_folder(pattern: str) -> None:
-    """`DataError` if the folder that a glob starts in exists but cannot be listed: `glob` would find nothing there."""
-    folder = os.path.dirname(pattern)
-    while glob.has_magic(folder.replace("[[]", "").replace("[*]", "").replace("[?]", "")):
-        folder = os.path.dirname(folder)
-    folder = folder.replace("[[]", "[").replace("[*]", "*").replace("[?]", "?") or "."
-    if os.path.isdir(folder):
-        try:
-            os.listdir(folder)
-        except OSError as error:
-            raise DataError(f"{folder}: cannot be read ({error.strerror}); allow it or choose another") from None
-
-
 def kind_of(path: Path) -> str:
-    """The suffix of a file, whether it is compressed or not."""
+    """Return the suffix of a file without that of its compression."""
     return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
 
 
 def check_encoding(name: str) -> None:
-    """`UsageError` if `data.encoding` is none that Python knows."""
+    """Raise `UsageError` if `data.encoding` is not a text encoding of Python."""
     try:
-        "".encode("utf-8" if name == "auto" else name)  # knows from text encodings what is none, such as rot13
+        "".encode("utf-8" if name == "auto" else name)  # unlike codecs.lookup, refuses rot13 and the like
     except LookupError:
         raise UsageError(f"data.encoding: {name!r} is unknown; take auto, or one such as cp949 or utf-16") from None
 
 
 def read_file(path: Path, encoding: str = "auto", counts: Counter[str] | None = None) -> Iterator[str]:
-    """The documents of one file that hold text, giants cut; `DataError` names the file (and line) that cannot be read.
+    """Yield the documents of a file; `DataError` names the file (and line) that cannot be read.
 
-    `encoding` of text and jsonl; "auto": what a byte order mark says, or UTF-8. `counts` gets the numbers of documents
-    that were "empty" (nothing but spaces) or "binary" (with NUL characters), which are left out, and of "giants".
+    `encoding` of text and jsonl; "auto": by byte order mark, else UTF-8. Documents that are "empty" or "binary" (with
+    NUL characters) are skipped and counted in `counts`; "giants" are cut and counted.
     """
     counts = Counter() if counts is None else counts
-    with _named_faults(path, encoding):
+    with _read_errors(path, encoding):
         for document in _documents(path, encoding):
             if not document.strip():
                 counts["empty"] += 1
@@ -112,76 +94,136 @@ def read_file(path: Path, encoding: str = "auto", counts: Counter[str] | None = 
                 yield from _paragraphs(_lines_of(document, LARGEST_DOCUMENT // 4), LARGEST_DOCUMENT // 4)
 
 
+def read_records(path: Path, encoding: str = "auto") -> Iterator[tuple[str, Any]]:
+    """Yield (file:line, value) of every non-empty line of a jsonl file; `DataError` as `read_file`."""
+    with _read_errors(path, encoding), _open(path, encoding) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:  # also numbers of too many digits
+                    raise DataError(f"{path}:{number}: not JSON ({getattr(error, 'msg', error)})") from None
+                yield f"{path}:{number}", record
+
+
+def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a jsonl or parquet file, only these `columns` of a parquet file; `DataError` as `read_file`."""
+    if kind_of(path) == ".jsonl":
+        yield from (row for _, row in read_records(path))
+        return
+    with _parquet(path) as file:
+        names = file.schema_arrow.names
+        if missing := [name for name in columns or () if name not in names]:
+            raise DataError(f"{path}: no column `{'`, `'.join(missing)}` (it has {', '.join(names)})")
+        for batch in file.iter_batches(1024, columns=columns):
+            yield from batch.to_pylist()
+
+
+def count_rows(path: Path) -> int:
+    """Return the number of rows of a parquet file; `DataError` where it is damaged."""
+    with _parquet(path) as file:
+        return file.metadata.num_rows
+
+
+def text_size(path: Path) -> int:
+    """Return about how many bytes of text a file holds."""
+    if kind_of(path) != ".parquet":
+        return round(path.stat().st_size * (COMPRESSION if path.suffix.lower() in COMPRESSED else 1))
+    with _parquet(path) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        columns = [group.column(j) for group in groups for j in range(group.num_columns)]
+        if columns and not any(column.path_in_schema == "text" for column in columns):
+            names = ", ".join(dict.fromkeys(column.path_in_schema for column in columns))
+            raise DataError(f"{path}: no column `text` (it has {names})")
+        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
+
+
 @contextlib.contextmanager
-def _named_faults(path: Path, encoding: str) -> Iterator[None]:
-    """What goes wrong while a file is read, as a `DataError` that names it."""
+def _parquet(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        yield pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+@contextlib.contextmanager
+def _read_errors(path: Path, encoding: str) -> Iterator[None]:
+    """Turn what goes wrong while a text is read into a `DataError` that names the file."""
     try:
         yield
     except UnicodeError as error:
         raise DataError(f"{path}: {_wrong_encoding(path, encoding, error)}") from None
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())  # Arrow's messages have several lines
-        raise DataError(f"{path}: cannot be read ({reason})") from None
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def _documents(path: Path, encoding: str) -> Iterator[str]:
     if kind_of(path) == ".parquet":
-        yield from _parquet(path)
+        for row in read_rows(path, ["text"]):
+            if not isinstance(row["text"] or "", str):
+                raise DataError(f"{path}: column `text` holds {type(row['text']).__name__}, not text")
+            yield row["text"] or ""
     elif kind_of(path) == ".jsonl":
-        yield from (_record_text(record, where) for where, record in _records(path, encoding))
+        yield from (_record_text(record, where) for where, record in read_records(path, encoding))
     else:
         with _open(path, encoding) as file:
             yield from _paragraphs(_text_lines(file, path), TEXT_DOCUMENT_CHARS)
 
 
-def _raw(path: Path) -> Any:
-    """The bytes of a plain or compressed file."""
-    raw: Any = open(path, "rb")
+def _record_text(record: Any, where: str) -> str:
+    fields = record if isinstance(record, dict) else {}
+    if isinstance(fields.get("text"), str):
+        return fields["text"]
+    messages = fields.get("messages")
+    if isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        return "\n".join(m["content"] for m in messages)
+    raise DataError(f"{where}: needs a field `text`, or `messages` with a `content` each")
+
+
+def _bytes(path: Path) -> Any:
+    """Open a plain or compressed file for reading bytes."""
     if path.suffix.lower() == ".gz":
-        raw = gzip.GzipFile(fileobj=raw)
-    elif path.suffix.lower() == ".zst":
+        return gzip.open(path)
+    if path.suffix.lower() == ".zst":
         import pyarrow as pa
 
-        raw = pa.CompressedInputStream(raw, "zstd")
-    return raw
+        return pa.CompressedInputStream(open(path, "rb"), "zstd")
+    return open(path, "rb")
 
 
 def _open(path: Path, encoding: str) -> IO[str]:
-    """Text with any line ends, without a byte order mark."""
+    """Open a text with any line ends; a byte order mark is dropped."""
     if encoding == "auto":
-        with _raw(path) as file:
+        with _bytes(path) as file:
             start = file.read(4)
         encoding = next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
-    return io.TextIOWrapper(_raw(path), encoding=encoding, newline=None)
+    return io.TextIOWrapper(_bytes(path), encoding=encoding, newline=None)
 
 
 def _wrong_encoding(path: Path, encoding: str, error: UnicodeError) -> str:
-    """What to do about a text that is not in the encoding it was read in."""
-    if encoding != "auto":
-        return f"not text in {encoding} ({getattr(error, 'reason', error)}); mend it, or name another data.encoding"
-    with _raw(path) as file:
-        start = file.read(GUESS_BYTES)
-    for name, letters, least, most in GUESSES:
-        share, foreign = _shares(start, name, letters)
-        if share > LIKELY and least < foreign < most:
-            likely = "cp949" if name == "euc_kr" else name
-            return f"not UTF-8 text; it reads like {likely}: give --set data.encoding={likely}, or convert it"
+    """Say what to do about a text that is not in the encoding it was read in, with a guess at the right one."""
     why = getattr(error, "reason", error)
+    if encoding != "auto":
+        return f"not text in {encoding} ({why}); mend it, or name another data.encoding"
+    with _bytes(path) as file:
+        data = file.read(GUESS_BYTES)
+    for name, letters, least, most in GUESSES:
+        text = data.decode(name, "ignore")
+        lost = len(data) - len(text.encode(name, "ignore"))  # the last character may be cut
+        foreign = re.findall(r"[^\x00-\x7f]", text)
+        share = len(foreign) / (len(text) + 1)
+        likely = lost <= max(2, len(data) // 100) and least < share < most
+        if likely and len(re.findall(letters, text)) > 0.8 * len(foreign):
+            name = "cp949" if name == "euc_kr" else name
+            return f"not UTF-8 text; it reads like {name}: give --set data.encoding={name}, or convert it"
     return f"not UTF-8 text ({why}); convert it, name its encoding with data.encoding, or leave it out"
 
 
-def _shares(data: bytes, encoding: str, letters: str) -> tuple[float, float]:
-    """Of letters among the characters that are not ASCII, and of those in all; 0 where the encoding cannot be it."""
-    text = data.decode(encoding, "ignore")
-    lost = len(data) - len(text.encode(encoding, "ignore"))
-    foreign = re.findall(r"[^\x00-\x7f]", text)
-    if lost > max(2, len(data) // 100) or not foreign:  # the last character may be cut
-        return 0.0, 0.0
-    return len(re.findall(letters, text)) / len(foreign), len(foreign) / (len(text) + 1)
-
-
 def _text_lines(file: IO[str], path: Path) -> Iterator[str]:
-    """Lines, or pieces of them of bounded length: a file without line breaks needs no memory."""
+    """Yield lines, or parts of bounded length: a file without line breaks needs no memory."""
     while line := file.readline(TEXT_DOCUMENT_CHARS):
         if "\0" in line:
             raise DataError(f"{path}: binary (holds NUL bytes), not text; leave it out")
@@ -189,7 +231,7 @@ def _text_lines(file: IO[str], path: Path) -> Iterator[str]:
 
 
 def _lines_of(document: str, longest: int) -> Iterator[str]:
-    """Lines of a text, or pieces of them; `io.StringIO` would need four bytes a character."""
+    """Yield the lines of a text, or parts of them; `io.StringIO` would need four bytes a character."""
     start = 0
     while start < len(document):
         end = document.find("\n", start, start + longest) + 1 or min(start + longest, len(document))
@@ -198,8 +240,10 @@ def _lines_of(document: str, longest: int) -> Iterator[str]:
 
 
 def _paragraphs(lines: Iterable[str], goal: int) -> Iterator[str]:
-    """Documents of about `goal` characters that end with a paragraph; where none ends in time, with a line; and then
-    anywhere. No line may be longer than `goal`."""
+    """Join lines to documents of about `goal` characters.
+
+    They end with a paragraph; if none ends in time, with a line; and else anywhere. No line may be longer than `goal`.
+    """
     kept: list[str] = []
     size = 0
     for line in lines:
@@ -211,48 +255,3 @@ def _paragraphs(lines: Iterable[str], goal: int) -> Iterator[str]:
             kept, size = [], 0
     if kept:
         yield "".join(kept).strip("\n")
-
-
-def read_records(path: Path, encoding: str = "auto") -> Iterator[tuple[str, Any]]:
-    """(file:line, value) of every line of a jsonl file that is not empty; `DataError` as `read_file`."""
-    with _named_faults(path, encoding):
-        yield from _records(path, encoding)
-
-
-def _records(path: Path, encoding: str) -> Iterator[tuple[str, Any]]:
-    with _open(path, encoding) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also numbers of too many digits, and too deep nesting
-                raise DataError(f"{path}:{number}: not JSON ({getattr(error, 'msg', error)})") from None
-            yield f"{path}:{number}", record
-
-
-def _record_text(record: Any, where: str) -> str:
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
-        return record["text"]
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        return "\n".join(m["content"] for m in messages)
-    raise DataError(f"{where}: needs a field `text`, or `messages` with a `content` each")
-
-
-def _parquet(path: Path) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        schema = file.schema_arrow
-        if "text" not in schema.names:
-            raise DataError(f"{path}: no column `text` (it has {', '.join(schema.names)})")
-        kind = schema.field("text").type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise DataError(f"{path}: column `text` holds {kind}, not text")
-        for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-            yield from (text or "" for text in batch.column(0).to_pylist())
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None

@@ -1,4 +1,4 @@
-"""Rows -> batches through Grain. A batch is a function of the optimizer step alone, so position is one integer."""
+"""Batches of rows, read with Grain. A batch depends on the optimizer step alone, so the position is one integer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LAST_STEP = 2**40  # never reached
 class Batches:
     """Batches `{"inputs", "targets": int32, "weights": float32}`, each (A, B, T): A micro-batches of B rows.
 
-    Rows come in a global shuffle by `seed`, another one every epoch, without end; of a mixture as `Mixture` says.
+    Rows come in a global shuffle by `seed`, another one every epoch, without end; of several sources as `Mixture` says.
     """
 
     def __init__(self, rows: Rows, batch_rows: int, grad_accum: int, seed: int, shuffle: bool = True):
-        # the order is of row numbers, so that a batch is read with one indexing instead of row by row
+        # shuffles row numbers, so that a batch is read with one indexing
         sources = rows.meta.get("sources", ())
         self._mixture = Mixture(sources, seed) if len(sources) > 1 else None
         numbers = grain.MapDataset.range(epoch_rows(rows)).seed(seed % 2**32)
@@ -35,11 +35,11 @@ class Batches:
         self._shape = (grad_accum, batch_rows, rows.meta["row_len"] - 1)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of one optimizer step, on the host."""
+        """Return the batch of one optimizer step, on the host."""
         return self._load(step, np.arange(self._shape[1]))
 
     def _load(self, step: int, columns: np.ndarray) -> dict[str, np.ndarray]:
-        """Those rows of every micro-batch of one step."""
+        """Read the rows `columns` of every micro-batch of one step."""
         grad_accum, batch_rows, _ = self._shape
         first = step * grad_accum * batch_rows
         places = [int(first + a * batch_rows + b) for a in range(grad_accum) for b in columns]
@@ -52,10 +52,10 @@ class Batches:
     def iterate(
         self, start: int, sharding: Sharding | None = None, left_out: Sequence[int] = ()
     ) -> Iterator[dict[str, Any]]:
-        """Batches from step `start` on, read ahead in threads, placed on the mesh where a sharding is given.
+        """Yield batches from step `start` on, read ahead in threads, placed on the mesh if a sharding is given.
 
-        Those of the numbers `left_out` never come; every later step takes the next one.
-        A process reads the rows of its own devices only; which rows a batch has does not depend on that.
+        Batches of the numbers `left_out` are skipped; every later step takes the next one. A process reads only the
+        rows of its own devices; which rows a batch has does not depend on that.
         """
         columns = np.arange(self._shape[1]) if sharding is None else own_columns(sharding, self._shape)
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCH)
@@ -67,7 +67,7 @@ class Batches:
 
 
 def batch_number(step: int, left_out: Sequence[int]) -> int:
-    """Which batch a step takes, where those of the numbers `left_out` never come."""
+    """Return the batch of a step if those of the numbers `left_out` are skipped."""
     number = step
     for missing in sorted(left_out):
         number += missing <= number
@@ -75,17 +75,17 @@ def batch_number(step: int, left_out: Sequence[int]) -> int:
 
 
 def epoch_rows(rows: Rows) -> int:
-    """Rows of one pass: all of them, or, of a mixture, as many as it takes for every row of every source to come."""
+    """Return the rows of one epoch: all, or, of a mixture, as many as it takes to see every row of every source."""
     sources = rows.meta.get("sources", ())
     return Mixture(sources, 0).size if len(sources) > 1 else len(rows)
 
 
 class Mixture:
-    """Rows of several sources, each with its share of every epoch; one permutation of numbers, one integer of position.
+    """Rows of several sources, each with its share of every epoch, in one permutation of numbers.
 
-    The source that has the most rows for its share is read once an epoch, the others as often as their shares ask:
-    number n of the epoch's `size` stands for a source, and for a place in an endless sequence of that source's rows,
-    which goes through all of them, in another order each time, before one comes again.
+    The source with the most rows for its share is read once an epoch, the others as often as their shares ask. Each
+    number of the epoch's `size` stands for a source and for a place in an endless sequence of its rows, which goes
+    through all of them, in another order each time, before one is repeated.
     """
 
     def __init__(self, sources: Sequence[Mapping[str, Any]], seed: int):
@@ -102,14 +102,14 @@ class Mixture:
         }
 
     def row(self, place: int, number: int) -> int:
-        """The row at a place of the whole order, which the permutation of its epoch made `number`."""
+        """Return the row at a place of the whole order, to which the permutation of its epoch assigns `number`."""
         i = bisect.bisect_right(self._ends, number)
         within = number - (self._ends[i] - self._counts[i])
         return self._firsts[i] + self._rows[i][place // self.size * self._counts[i] + within]
 
 
 def own_columns(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray:
-    """Which of a batch's B rows (A, B, T) lie on devices of this process, in order."""
+    """Return which of a batch's B rows (A, B, T) are on devices of this process, in order."""
     places: Any = sharding.addressable_devices_indices_map(shape).values()
     return np.unique(np.concatenate([np.arange(shape[1])[index[1]] for index in places]))
 
@@ -117,7 +117,7 @@ def own_columns(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray:
 def place(
     batch: dict[str, np.ndarray], sharding: Sharding, shape: tuple[int, ...], columns: np.ndarray
 ) -> dict[str, jax.Array]:
-    """The global batch, of which this process holds the rows `columns`."""
+    """Return the global batch, of which this process holds the rows `columns`."""
 
     def put(array: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
@@ -130,29 +130,18 @@ def place(
     return {name: put(array) for name, array in batch.items()}
 
 
-def _split(batch: tuple[np.ndarray, np.ndarray], grad_accum: int, batch_rows: int) -> dict[str, np.ndarray]:
-    """Inputs are all tokens but the last, targets all but the first."""
-    tokens, weights = (a.reshape(grad_accum, batch_rows, -1) for a in batch)
-    return {
-        "inputs": tokens[..., :-1],
-        "targets": tokens[..., 1:],
-        "weights": weights[..., 1:].astype(np.float32),
-    }
-
-
 def val_batches(
     rows: Rows, batch_rows: int, max_rows: int, columns: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """`max_rows` rows spread evenly over the file (all, if there are no more), once and in order.
+    """Yield `max_rows` rows, evenly distributed over the file (all, if there are no more), once and in order.
 
-    Packing puts long documents first, so the first rows alone would not stand for the rest. Each batch is (1, B, T);
-    the last one is filled up with rows of weight 0. `columns`: only those of each batch's rows (`own_columns`).
+    Packing puts long documents first, so the first rows alone would not represent the rest. Each batch is (1, B, T);
+    the last one is filled up with rows of weight 0. `columns`: only these rows of each batch (`own_columns`).
     """
     total = min(len(rows), max_rows)
-    nothing = np.zeros(rows.meta["row_len"], np.int32), np.zeros(rows.meta["row_len"], np.uint8)
-    wanted = range(batch_rows) if columns is None else columns.tolist()
+    wanted = np.arange(batch_rows) if columns is None else columns
     for start in range(0, total, batch_rows):
-        numbers = [(start + column) * len(rows) // total if start + column < total else None for column in wanted]
-        picked = [nothing if number is None else rows[number] for number in numbers]
-        tokens, weights = (np.stack(part) for part in zip(*picked, strict=True))
-        yield _split((tokens, weights), 1, len(picked))
+        real = wanted[start + wanted < total]
+        arrays = zip(("inputs", "targets", "weights"), rows.shifted((start + real) * len(rows) // total), strict=True)
+        missing = len(wanted) - len(real)
+        yield {name: np.pad(array, ((0, missing), (0, 0)))[None] for name, array in arrays}

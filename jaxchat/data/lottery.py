@@ -1,8 +1,8 @@
-"""Sessions of a lottery machine: what goes in, what comes out, and the working between; every one can be checked.
+"""Sessions of a lottery machine: input, working and output, which can be checked.
 
-A ticket costs 1,000 and holds six different numbers from 1 to 45. Prizes go by how many of them were drawn; five and
-the bonus number are a rank of their own. The yield is the sum of prizes over the price of the tickets, in per cent,
-rounded to one decimal, halves up. Rules and prizes are those of a well-known programming exercise on Korea's lottery.
+A ticket costs 1,000 and holds six different numbers from 1 to 45. The prize depends on how many of them were drawn;
+five and the bonus number are a rank of their own. The yield is the sum of prizes over the price of the tickets, in per
+cent, rounded half up to one decimal. Rules and prizes are those of a programming exercise on Korea's lottery.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from jaxchat.errors import UsageError
+
 PRICE = 1_000
 NUMBERS, DRAWN = 45, 6
 MOST_TICKETS = 8
-# rank -> prize, smallest first; the rank stands in the output as written here
+# rank -> prize, smallest first
 PRIZES = {
     "3": 5_000,
     "4": 50_000,
@@ -26,7 +28,7 @@ PRIZES = {
 }
 FIELDS = ("tickets", *PRIZES, "yield")
 DOCUMENTS = 20_000  # of `synthetic:lottery` without a count
-SKEW = 1.0  # of training: few tickets are where a model first finds out how to compare numbers
+SKEW = 1.0  # of training: a model learns to compare numbers on sessions of few tickets
 HELD_OUT_ONE_IN = 10  # outcomes (tickets and how many of each rank)
 
 # how many of a ticket's numbers are drawn: chance alone would make nearly all of them 0 or 1, and nothing to learn
@@ -50,14 +52,18 @@ class Session:
     def prize(self) -> int:
         return sum(PRIZES.get(self.rank(ticket), 0) for ticket in self.tickets)
 
+    def hits(self, ticket: tuple[int, ...]) -> str:
+        """Return how many numbers of a ticket were drawn, "5+bonus" if the bonus number is the sixth."""
+        count = len(set(ticket) & set(self.winning))
+        return "5+bonus" if count == 5 and self.bonus in ticket else str(count)
+
     def rank(self, ticket: tuple[int, ...]) -> str:
-        """A key of `PRIZES`, or "" where the ticket wins nothing."""
-        hits = len(set(ticket) & set(self.winning))
-        found = "5+bonus" if hits == 5 and self.bonus in ticket else str(hits)
-        return found if found in PRIZES else ""
+        """Return a key of `PRIZES`, or "" if the ticket wins nothing."""
+        hits = self.hits(ticket)
+        return hits if hits in PRIZES else ""
 
     def fields(self) -> dict[str, str]:
-        """What the machine must say, by the names of `FIELDS`."""
+        """Return the right output by the names of `FIELDS`."""
         ranks = [self.rank(ticket) for ticket in self.tickets]
         # in whole numbers: no float rounds 0.05 down
         tenths = (2 * 1_000 * self.prize + self.amount) // (2 * self.amount)
@@ -65,33 +71,38 @@ class Session:
         return {"tickets": str(len(self.tickets)), **written, "yield": f"{tenths // 10:,}.{tenths % 10}%"}
 
     def outcome(self) -> str:
-        """Number of tickets and how many of each rank: all that the yield depends on."""
+        """Return the number of tickets and of each rank: all that the yield depends on."""
         return " ".join(value for name, value in self.fields().items() if name != "yield")
 
     def question(self) -> str:
-        """What goes in: amount, tickets, winning numbers, bonus number."""
+        """Return the input: amount, tickets, winning numbers, bonus number."""
         lines = [f"paid {self.amount:,}", *(_numbers(ticket) for ticket in self.tickets)]
         return "\n".join([*lines, f"drawn {_numbers(self.winning)}", f"bonus {self.bonus}"])
 
-    def answer(self, working: bool = True) -> str:
-        """What comes out; with the working: every ticket again (+ drawn, * bonus number, - neither, and the hits), and
-        the sum of the prizes."""
+    def answer(self) -> str:
+        """Return the output, with the working between.
+
+        The working is every ticket again (+ drawn, * bonus number, - neither, and the hits) and the sum of prizes.
+        """
         fields = self.fields()
         lines = [f"tickets: {fields['tickets']}"]
-        for ticket in self.tickets if working else ():
+        for ticket in self.tickets:
             marks = "".join(f"{n}{'+' if n in self.winning else '*' if n == self.bonus else '-'}" for n in ticket)
-            lines.append(f"{marks} {self._hits(ticket)}")
+            lines.append(f"{marks} {self.hits(ticket)}")
         lines += [f"{rank}: {fields[rank]}" for rank in PRIZES]
-        lines += [f"prize: {self.prize:,}"] if working else []
-        return "\n".join([*lines, f"yield: {fields['yield']}"])
+        return "\n".join([*lines, f"prize: {self.prize:,}", f"yield: {fields['yield']}"])
 
-    def _hits(self, ticket: tuple[int, ...]) -> str:
-        hits = len(set(ticket) & set(self.winning))
-        return "5+bonus" if hits == 5 and self.bonus in ticket else str(hits)
+
+def parse(source: str) -> int:
+    """Return the number of documents of `synthetic:lottery[:COUNT]`; `UsageError` for anything else."""
+    match = re.fullmatch(r"synthetic:lottery(?::(\d+))?", source)
+    if match is None or match[1] in ("0", "1"):
+        raise UsageError(f"data.source: {source!r}; generators: synthetic:lottery, or synthetic:lottery:COUNT")
+    return int(match[1] or DOCUMENTS)
 
 
 def read_answer(text: str) -> dict[str, str]:
-    """The fields found in a machine's answer; the last one where a field stands twice, "" where it is missing."""
+    """Return the fields of an answer: the last value of a repeated field, "" for a missing one."""
     found = dict.fromkeys(FIELDS, "")
     for line in text.splitlines():
         if match := re.fullmatch(r"\s*([\w+]+):\s*(\S+)\s*", line):
@@ -100,8 +111,10 @@ def read_answer(text: str) -> dict[str, str]:
 
 
 def random_session(rng: random.Random, held_out: bool | None = None, skew: float = 0.0) -> Session:
-    """A session of 1 to `MOST_TICKETS` tickets, n of them with a chance that goes like n to the power of -`skew`;
-    `held_out`: only of outcomes that are (True) or are not (False) kept for the exam."""
+    """Draw a session of n tickets, 1 to `MOST_TICKETS`, with a chance proportional to n to the power of -`skew`.
+
+    `held_out`: only outcomes that are (True) or are not (False) kept for the exam.
+    """
     sizes = range(1, MOST_TICKETS + 1)
     while True:
         drawn = rng.sample(range(1, NUMBERS + 1), DRAWN + 1)
@@ -114,20 +127,20 @@ def random_session(rng: random.Random, held_out: bool | None = None, skew: float
 
 
 def is_held_out(session: Session) -> bool:
-    """True for outcomes that no training session has. Those of a single ticket are all trained: there are only six."""
+    """Return whether no training session has this outcome. The six outcomes of a single ticket are all trained."""
     digest = hashlib.sha256(session.outcome().encode()).digest()
     return len(session.tickets) > 1 and digest[0] * HELD_OUT_ONE_IN < 256
 
 
 def sessions(count: int, seed: int) -> Iterator[Session]:
-    """`count` training sessions, always the same for the same seed."""
+    """Yield `count` training sessions, always the same for the same seed."""
     rng = random.Random(f"lottery {seed}")
     for _ in range(count):
         yield random_session(rng, held_out=False, skew=SKEW)
 
 
 def documents(count: int, seed: int = 0) -> Iterator[str]:
-    """Sessions as pretraining text: what goes in, an empty line, what comes out."""
+    """Yield sessions as pretraining text: input, an empty line, output."""
     for session in sessions(count, seed):
         yield f"{session.question()}\n\n{session.answer()}"
 

@@ -1,8 +1,8 @@
-"""Row files: fixed rows of `seq_len + 1` tokens on disk, memory-mapped and verified.
+"""Pack token sequences into fixed rows of `seq_len + 1` tokens, and read the row files, memory-mapped and verified.
 
-A folder holds `rows.bin`, the token ids (uint16 up to 65,536 of them, else uint32; little-endian), and what of them is
-to be learned: `lengths.bin` (uint32 a row: so many tokens are real, the rest is padding) for documents, or
-`weights.bin` (a byte per token: 1 where it is a target) for conversations; and `meta.json`.
+A row folder holds `rows.bin`, the token ids (uint16 up to 65,536 ids, else uint32; little-endian), `meta.json`, and
+what is a target: `lengths.bin` (uint32 a row: so many tokens are real, the rest is padding) for documents, or
+`weights.bin` (a byte per token: 1 for a target) for conversations.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -23,10 +23,10 @@ from jaxchat.data.shards import token_dtype
 from jaxchat.errors import DataError
 from jaxchat.run_dir import read_sealed, sha256_file, sync_directory, write_sealed
 
-# Token sequences -> fixed rows by best fit, and what becomes of the rest of a document that is cut.
-
-
+T = TypeVar("T")
 MIN_CUT = 8  # a document is not cut for fewer free positions than this
+FORMAT = 3
+LENGTH = np.dtype("<u4")
 
 
 @dataclass
@@ -34,11 +34,11 @@ class PackStats:
     """Counts of one packing run; `fill` is the share of row positions that hold tokens."""
 
     rows: int = 0
-    tokens: int = 0  # placed, the one more token at the start of every rest included
+    tokens: int = 0  # placed, the additional token at the start of every remainder included
     documents: int = 0
     cuts: int = 0
-    cropped: int = 0  # cuts whose rest was thrown away
-    lost: int = 0  # tokens of the documents that stand in no row
+    cropped: int = 0  # cuts whose remainder was dropped
+    lost: int = 0  # tokens of the documents that are in no row
     row_len: int = 0
 
     @property
@@ -46,34 +46,34 @@ class PackStats:
         return self.tokens / max(1, self.rows * self.row_len)
 
 
-@dataclass
-class _Pool:
-    """Pieces by length, with a bit set of the lengths present: best fit in constant time."""
+class _Pool(Generic[T]):
+    """Items by length, with a bit set of the lengths present: best fit in constant time."""
 
-    by_length: dict[int, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
-    present: int = 0
-    count: int = 0
+    def __init__(self) -> None:
+        self._by_length: dict[int, list[T]] = defaultdict(list)
+        self._present = 0
+        self.count = 0
 
-    def add(self, piece: np.ndarray) -> None:
-        self.by_length[len(piece)].append(piece)
-        self.present |= 1 << len(piece)
+    def add(self, length: int, item: T) -> None:
+        self._by_length[length].append(item)
+        self._present |= 1 << length
         self.count += 1
 
-    def take(self, at_most: int) -> np.ndarray | None:
-        """The longest piece of at most that length."""
-        length = (self.present & ((1 << (at_most + 1)) - 1)).bit_length() - 1
-        return None if length < 0 else self._pop(length)
+    def take_longest(self, at_most: int) -> T | None:
+        length = (self._present & ((1 << (at_most + 1)) - 1)).bit_length() - 1
+        return None if length < 0 else self._take(length)
 
-    def take_shortest(self) -> np.ndarray | None:
-        return self._pop((self.present & -self.present).bit_length() - 1) if self.present else None
+    def take_shortest(self, at_least: int = 0) -> T | None:
+        present = self._present >> at_least
+        return self._take(at_least + (present & -present).bit_length() - 1) if present else None
 
-    def _pop(self, length: int) -> np.ndarray:
-        pieces = self.by_length[length]
-        piece = pieces.pop()
-        if not pieces:
-            self.present &= ~(1 << length)
+    def _take(self, length: int) -> T:
+        items = self._by_length[length]
+        item = items.pop()
+        if not items:
+            self._present &= ~(1 << length)
         self.count -= 1
-        return piece
+        return item
 
 
 def pack_documents(
@@ -81,39 +81,33 @@ def pack_documents(
 ) -> Iterator[np.ndarray]:
     """Pack documents, each with `<|bos|>` first, into rows: 1-D arrays of at most `row_len` tokens, to be padded.
 
-    Best fit looks at `window` documents at a time. A document is cut where it is longer than a row, and where no whole
-    one fits into what is left of a row. `remainder` says what becomes of the rest:
-      "keep": it is packed like a document, behind a `<|bos|>` of its own. Every token stands in one row.
-      "continue": it goes on at the start of the next row, behind the token before it. Every token is a target once.
-      "drop": it is thrown away (`stats.lost`), so every `<|bos|>` starts a document. The shortest document is cut.
-      "whole": as "drop", but only documents longer than a row are cut; what is left of a row stays empty.
+    Best fit over `window` documents at a time. A document is cut if it is longer than a row, or if no whole one fits
+    into the rest of a row. `remainder` says what happens to the remainder of a cut document:
+      "keep": it is packed like a document, after a `<|bos|>` of its own. Every token is in one row.
+      "drop": it is dropped (`stats.lost`), so every `<|bos|>` starts a document. The shortest document is cut.
+      "whole": as "drop", but only documents longer than a row are cut; the rest of a row stays empty.
     """
     stats.row_len = row_len
-    if remainder == "continue":
-        yield from _pack_continued(documents, row_len, window, stats)
-        return
-    pool, source, more = _Pool(), iter(documents), True
+    pool, source = _Pool[np.ndarray](), iter(documents)
     row: list[np.ndarray] = []
     free = row_len
     while True:
-        while more and pool.count < window:
-            document = next(source, None)
-            more = document is not None
-            if document is None:
-                break
+        for document in itertools.islice(source, window - pool.count):
             stats.documents += 1
             if remainder == "keep":
-                *full, last = _pieces(document, row_len, bos)
-                stats.cuts += len(full)
-                for piece in full:
-                    yield _count(stats, piece)
+                starts = range(row_len, len(document), row_len - 1)
+                pieces = [document[:row_len], *(_remainder(document[: s + row_len - 1], s, bos) for s in starts)]
+                document = pieces.pop()
+                stats.cuts += len(pieces)
+                yield from (_count(stats, piece) for piece in pieces)
             else:
-                last = _cropped(document, row_len, stats)
-            pool.add(last.copy())  # a view would keep the whole shard in memory for as long as the piece waits
-        fitting = pool.take(free)
+                document = _cropped(document, row_len, stats)
+            pool.add(len(document), document.copy())  # a view would keep the whole shard in memory
+        fitting = pool.take_longest(free)
         if fitting is None and free >= MIN_CUT:
-            if remainder == "keep" and (longest := pool.take(row_len)) is not None:
-                pool.add(_rest(longest, free, bos))
+            if remainder == "keep" and (longest := pool.take_longest(row_len)) is not None:
+                rest = _remainder(longest, free, bos)
+                pool.add(len(rest), rest)
                 stats.cuts += 1
                 fitting = longest[:free]
             elif remainder == "drop" and (shortest := pool.take_shortest()) is not None:
@@ -128,47 +122,8 @@ def pack_documents(
             row, free = [], row_len
 
 
-def _pack_continued(
-    documents: Iterable[np.ndarray], row_len: int, window: int, stats: PackStats
-) -> Iterator[np.ndarray]:
-    """Rows of "continue". At most one rest waits: whatever is cut goes on in the very next row."""
-    pool, source, more = _Pool(), iter(documents), True
-    long: list[np.ndarray] = []  # documents longer than a row, which have to be cut anyway
-    row: list[np.ndarray] = []
-    free, rest = row_len, None
-    while True:
-        while more and pool.count + len(long) < window:
-            document = next(source, None)
-            more = document is not None
-            if document is None:
-                break
-            stats.documents += 1
-            if len(document) > row_len:
-                long.append(document.copy())
-            else:
-                pool.add(document.copy())
-        piece: np.ndarray | None = None
-        if not row and (rest is not None or long):
-            piece, rest = (rest if rest is not None else long.pop()), None
-        else:
-            piece = pool.take(free)
-            if piece is None and free >= MIN_CUT:
-                piece = long.pop() if long else pool.take(row_len)
-        if piece is None and not row:
-            return
-        if piece is not None:
-            if len(piece) > free:
-                piece, rest = piece[:free], piece[free - 1 :]
-                stats.cuts += 1
-            row.append(piece)
-            free -= len(piece)
-        if piece is None or not free:
-            yield _count(stats, np.concatenate(row))
-            row, free = [], row_len
-
-
 def _cropped(document: np.ndarray, length: int, stats: PackStats) -> np.ndarray:
-    """The first `length` tokens; what is thrown away is counted."""
+    """Return the first `length` tokens, and count the dropped ones."""
     lost = max(0, len(document) - length)
     stats.lost += lost
     stats.cuts += lost > 0
@@ -176,14 +131,7 @@ def _cropped(document: np.ndarray, length: int, stats: PackStats) -> np.ndarray:
     return document[:length]
 
 
-def _pieces(document: np.ndarray, row_len: int, bos: int) -> Iterator[np.ndarray]:
-    """The document cut into pieces of at most `row_len`, each with a `<|bos|>` of its own."""
-    yield document[:row_len]
-    for start in range(row_len, len(document), row_len - 1):
-        yield _rest(document[: start + row_len - 1], start, bos)
-
-
-def _rest(document: np.ndarray, taken: int, bos: int) -> np.ndarray:
+def _remainder(document: np.ndarray, taken: int, bos: int) -> np.ndarray:
     return np.concatenate([np.array([bos], document.dtype), document[taken:]])
 
 
@@ -193,16 +141,16 @@ def _count(stats: PackStats, row: np.ndarray) -> np.ndarray:
     return row
 
 
-def pack_conversations(
-    conversations: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]],
-    row_len: int,
-    turn_end: int,
-    stats: PackStats,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of (ids, mask), whole conversations only, by best fit decreasing; each is copied when it is asked for.
+Rendered = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]  # ids and mask of a conversation
 
-    A conversation longer than a row is cut after its last `turn_end` token that fits (or at the row's end where not
-    one turn fits) and counted in `stats.cuts`. Every row is at most `row_len` long.
+
+def pack_conversations(
+    conversations: Sequence[Rendered], row_len: int, turn_end: int, stats: PackStats
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pack whole conversations into rows of (ids, mask) of at most `row_len` tokens, by best fit decreasing.
+
+    A conversation longer than a row is cut after its last `turn_end` token that fits (at the row's end if not one turn
+    fits) and counted in `stats.cuts`.
     """
     stats.row_len = row_len
     pieces = []
@@ -215,38 +163,27 @@ def pack_conversations(
         pieces.append((np.asarray(ids), np.asarray(mask, np.uint8)))
         stats.documents += 1
     pieces.sort(key=lambda piece: -len(piece[0]))  # stable: equal lengths keep their order
-    open_rows: dict[int, list[list[tuple[np.ndarray, np.ndarray]]]] = defaultdict(list)
-    present, rows = 0, []
+    rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    open_rows = _Pool[list[tuple[np.ndarray, np.ndarray]]]()  # by free positions
     for piece in pieces:
-        need = len(piece[0])
-        fitting = present >> need
-        free = need + (fitting & -fitting).bit_length() - 1 if fitting else row_len
-        if fitting:
-            row = open_rows[free].pop()
-            if not open_rows[free]:
-                present &= ~(1 << free)
-        else:
+        row = open_rows.take_shortest(len(piece[0]))
+        if row is None:
             row = []
             rows.append(row)
         row.append(piece)
-        if free - need > 0:
-            open_rows[free - need].append(row)
-            present |= 1 << (free - need)
+        if free := row_len - sum(len(ids) for ids, _ in row):
+            open_rows.add(free, row)
     for row in rows:
-        yield _count(stats, np.concatenate([p[0] for p in row])), np.concatenate([p[1] for p in row])
-
-
-FORMAT = 3
-LENGTH = np.dtype("<u4")
+        yield _count(stats, np.concatenate([ids for ids, _ in row])), np.concatenate([mask for _, mask in row])
 
 
 def write_rows(
     directory: Path, rows: Iterable[np.ndarray | tuple[np.ndarray, np.ndarray]], row_len: int, pad: int, vocab_size: int
 ) -> int:
-    """Write rows, each at most `row_len` long, padded with `pad`; returns their number.
+    """Write rows of at most `row_len` tokens, padded with `pad`, into a folder aside, and return their number.
 
-    Rows are all ids (every token is a target) or all pairs (ids, mask). They are written into a folder aside, which
-    `finish_rows` puts in place; a failure leaves nothing of it.
+    Rows are all ids (every token is a target) or all pairs (ids, mask). `finish_rows` puts the folder in place; a
+    failure leaves nothing of it.
     """
     aside = _aside(directory)
     shutil.rmtree(aside, ignore_errors=True)
@@ -278,7 +215,7 @@ def write_rows(
 
 
 def finish_rows(directory: Path, meta: dict[str, Any], row_len: int, count: int, vocab_size: int) -> dict[str, Any]:
-    """Add sizes and checksums to `meta`, and put the written folder in place of `directory`; returns the meta."""
+    """Add sizes and checksums to `meta`, put the written folder in place of `directory`, and return the meta."""
     aside = _aside(directory)
     targets = "lengths.bin" if (aside / "lengths.bin").exists() else "weights.bin"
     meta = meta | {
@@ -297,7 +234,7 @@ def finish_rows(directory: Path, meta: dict[str, Any], row_len: int, count: int,
 
 
 def finished_rows(directory: Path, origin: str) -> dict[str, Any] | None:
-    """The meta of whole, undamaged rows whose meta has that "origin"; None where there are none."""
+    """Return the meta of undamaged rows with that "origin"; None if there are none."""
     with contextlib.suppress(DataError):
         meta = Rows(directory).meta
         if meta.get("origin") == origin:
@@ -312,7 +249,7 @@ def _aside(directory: Path) -> Path:
 class Rows:
     """Random access to a row folder: `rows[i]` is (tokens int32 (row_len,), weights uint8 (row_len,)).
 
-    Checked on opening by format, sizes, tokenizer and (unless `verify` is off) SHA-256; `DataError` names the fault.
+    Checks format, sizes, tokenizer and (if `verify`) SHA-256 on opening; `DataError` names the fault.
     """
 
     def __init__(self, directory: str | Path, tokenizer_digest: str | None = None, verify: bool = True):
@@ -339,8 +276,7 @@ class Rows:
             raise DataError(f"{path}: {path.stat().st_size} bytes, must be {size} (truncated?); {repair}")
         if verify and sha256_file(path) != self.meta["sha256"].get(name):
             raise DataError(f"{path}: damaged (SHA-256 differs from meta.json); {repair}")
-        # an empty file cannot be mapped
-        return np.memmap(path, dtype, mode="r", shape=shape) if size else np.zeros(shape, dtype)
+        return np.memmap(path, dtype, mode="r", shape=shape) if size else np.zeros(shape, dtype)  # cannot map nothing
 
     def __len__(self) -> int:
         return self.meta["rows"]
@@ -351,10 +287,10 @@ class Rows:
         return tokens, weights
 
     def shifted(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs and targets int32 and weights float32, all (n, row_len - 1), of the n rows `numbers`, in order.
+        """Return inputs and targets (int32) and weights (float32), all (n, row_len - 1), of the n rows `numbers`.
 
-        Inputs are all tokens but the last, targets and weights all but the first. A few passes over whole arrays, in
-        which numpy lets go of Python's lock: about twice the tokens a second of stacking row by row.
+        Inputs are all tokens but the last, targets and weights all but the first. Whole-array passes release Python's
+        lock: about twice the tokens a second of stacking row by row.
         """
         ids, targets = self._ids[numbers], self._targets[numbers]
         inputs, following = (np.ascontiguousarray(a, np.int32) for a in (ids[:, :-1], ids[:, 1:]))

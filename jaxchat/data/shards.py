@@ -1,8 +1,8 @@
-"""Documents -> token shards: a folder for each unit of the corpus, written by whoever is free, the same bytes always.
+"""Tokenize documents into shards: a folder for each unit of the corpus, with the same bytes whoever writes it.
 
 A unit's folder holds parts of about `data.shard_tokens` tokens: `train-000.bin` and `val-000.bin`, little-endian arrays
-with `<|bos|>` in front of every document, and beside each a `.hash` with 8 bytes of every document's SHA-256; and, last
-of all, `manifest.json`.
+with `<|bos|>` before every document, and beside each a `.hash` with 8 bytes of every document's SHA-256. The last file
+written is `manifest.json`. Work is spread over the cores of this machine, or over a Ray cluster.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -34,131 +33,98 @@ from jaxchat.errors import DataError, JaxchatError, UsageError
 from jaxchat.run_dir import read_sealed, sha256_file, sync_directory, write_sealed
 from jaxchat.tokenizer import Tokenizer
 
-# Documents that came before, letter for letter, found in bounded memory.
-
-
-RECENT = 1 << 16  # hashes in a set before they become a sorted array: 8 instead of about 70 bytes each
-
-
-class Seen:
-    """A set of 64-bit hashes: a small Python set, and sorted arrays of which each is more than twice the next."""
-
-    def __init__(self) -> None:
-        self._recent: set[int] = set()
-        self._sorted: list[np.ndarray] = []
-
-    def add(self, value: int) -> bool:
-        """Whether it was there before."""
-        if value in self._recent or any(self._holds(array, value) for array in self._sorted):
-            return True
-        self._recent.add(value)
-        if len(self._recent) == RECENT:
-            self._sorted.append(np.sort(np.fromiter(self._recent, np.uint64, RECENT)))
-            self._recent.clear()
-            while len(self._sorted) > 1 and len(self._sorted[-2]) <= 2 * len(self._sorted[-1]):
-                merged = np.concatenate([self._sorted.pop(), self._sorted.pop()])
-                merged.sort()
-                self._sorted.append(merged)
-        return False
-
-    @staticmethod
-    def _holds(array: np.ndarray, value: int) -> bool:
-        place = int(np.searchsorted(array, np.uint64(value)))
-        return place < len(array) and int(array[place]) == value
+J = TypeVar("J")
+R = TypeVar("R")
+AHEAD = 4  # jobs of a generator that are taken ahead of the results, for each worker
+FORMAT = 4
+SPLITS = ("train", "val")
+BATCH_DOCUMENTS, BATCH_CHARS = 512, 4_000_000  # encoded at once
+UNFINISHED, ASIDE = "unfinished.json", ".part-"
+SETTINGS = ("origin", "tokenizer", "bos", "vocab_size", "dtype")
+REPAIR = "delete the run's data folder and run stage prepare again"
+HASH = np.dtype("<u8")
 
 
 class Distinct:
-    """Counts in `found` the documents that came before, letter for letter, and leaves them out where `drop`.
+    """Counts exact duplicates in `duplicates`, and leaves them out if `drop`.
 
-    Two documents are the same where 64 bits of their SHA-256 are: among 100 million different ones that is wrong once
-    in some thousand corpora.
+    Documents are the same if 64 bits of their SHA-256 are: among 100 million different ones that is wrong once in some
+    thousand corpora. Needs about 80 bytes of memory a document.
     """
 
     def __init__(self, drop: bool):
-        self._seen, self._drop = Seen(), drop
-        self.found = 0
-        self.kept, self.kept_tokens = 0, 0
+        self._seen: set[int] = set()
+        self._drop = drop
+        self.duplicates, self.kept, self.kept_tokens = 0, 0, 0
 
     def documents(self, hashed: Iterable[tuple[np.ndarray, int]]) -> Iterator[np.ndarray]:
-        """The token arrays of (tokens, hash); may be called for one source after the other."""
+        """Yield the tokens of (tokens, hash); may be called for one source after the other."""
         for tokens, number in hashed:
-            if self._seen.add(number):
-                self.found += 1
+            if number in self._seen:
+                self.duplicates += 1
                 if self._drop:
                     continue
+            self._seen.add(number)
             self.kept += 1
             self.kept_tokens += len(tokens)
             yield tokens
 
 
-# Independent jobs over the cores of this machine, or over a Ray cluster; results come in the order of the jobs.
-
-
-J = TypeVar("J")
-R = TypeVar("R")
-ENGINES = ("local", "ray")
-AHEAD = 4  # jobs of a generator that are taken ahead of the results, for each worker
-ORPHAN_POLL = 0.5  # seconds between a worker's looks at whether its parent is still there
-
-
 def cores() -> int:
-    """Those that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def workers_for(wanted: int, jobs: int) -> int:
-    """Processes to start: `wanted`, or (-1) one a core, but none without a job."""
+    """Return the number of processes to start: `wanted`, or (-1) one a core, but none without a job."""
     return max(1, min(jobs, wanted if wanted > 0 else cores()))
 
 
-def spread(work: Callable[[J], R], jobs: Iterable[J], engine: str, workers: int) -> Iterator[R]:
-    """`work(job)` for every job, in other processes (`local`) or as Ray tasks; `work` and jobs must be picklable.
+def parallel_map(work: Callable[[J], R], jobs: Iterable[J], engine: str, workers: int) -> Iterator[R]:
+    """Yield `work(job)` in order, computed by other processes (`local`) or as Ray tasks; both must be picklable.
 
-    A sequence of jobs is handed out at once. Of any other iterable a few jobs for each worker are in memory at a time.
-
-    What a job raises is raised here; jobs not yet begun are dropped. With Ray, the cluster that `RAY_ADDRESS` names is
-    used, or one is started on this machine; paths in the jobs must mean the same on all its machines.
+    What a job raises is raised here, and no other job begins. Ray uses the cluster of `RAY_ADDRESS`, or starts one on
+    this machine; paths in the jobs must mean the same on all its machines.
     """
-    if engine not in ENGINES:
-        raise UsageError(f"data.engine: {engine!r} is unknown; choose from {', '.join(ENGINES)}")
-    return _over_ray(work, jobs, workers) if engine == "ray" else _over_processes(work, jobs, workers)
-
-
-def _over_processes(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterator[R]:
+    if engine == "ray":
+        yield from _over_ray(work, jobs, workers)
+        return
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would leave half dead
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_die_with, initargs=(os.getpid(),))
-    at_once = len(jobs) if isinstance(jobs, Sequence) else AHEAD * workers
-    waiting: collections.deque[concurrent.futures.Future[R]] = collections.deque()
+    before = multiprocessing.active_children()
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
     try:
-        for job in jobs:
-            if len(waiting) >= at_once:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(work, job))
-        while waiting:
-            yield waiting.popleft().result()
+        ahead = len(jobs) if isinstance(jobs, Sequence) else AHEAD * workers
+        yield from _in_order(lambda job: pool.submit(work, job), lambda future: future.result(), jobs, ahead)
     except BrokenProcessPool:
         raise DataError(
-            "a process that tokenized was killed (out of memory?); the same command goes on, "
+            "a process that tokenized was killed (out of memory?); run the same command again, "
             "--set data.workers=1 needs the least memory"
         ) from None
-    finally:
-        _stop(pool)
+    finally:  # without waiting for jobs under way: what they have finished is on the disk
+        for process in multiprocessing.active_children():
+            if process not in before:
+                process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _stop(pool: concurrent.futures.ProcessPoolExecutor) -> None:
-    """Without waiting for jobs under way: what they have finished is on the disk."""
-    for process in list((pool._processes or {}).values()):
-        process.terminate()
-    pool.shutdown(wait=True, cancel_futures=True)
+def _in_order(submit: Callable[[J], Any], result: Callable[[Any], R], jobs: Iterable[J], ahead: int) -> Iterator[R]:
+    """Yield the results in the order of the jobs, with at most `ahead` jobs submitted."""
+    waiting: collections.deque[Any] = collections.deque()
+    for job in jobs:
+        if len(waiting) >= ahead:
+            yield result(waiting.popleft())
+        waiting.append(submit(job))
+    while waiting:
+        yield result(waiting.popleft())
 
 
-def _die_with(parent: int) -> None:
-    """A worker whose parent was killed ends too, instead of writing beside the next run; Ctrl-C is the parent's."""
+def _end_with_parent() -> None:
+    """Let a worker end when its parent is killed, instead of writing beside the next run; Ctrl-C is the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent: Any = multiprocessing.parent_process()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(ORPHAN_POLL)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -174,48 +140,33 @@ def _over_ray(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterat
         # the cluster's machines must find this very package, wherever the command was started
         root = str(Path(__file__).resolve().parents[2])
         ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": {"PYTHONPATH": root}})
+
+    def result(reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, JaxchatError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayError as error:
+            first = str(error).splitlines()[0]
+            raise DataError(f"data.engine ray: {first}; run the same command again") from None
+
     try:
-        task: Any = ray.remote(max_retries=3)(_called)
-        at_once = max(workers, 2 * int(ray.cluster_resources().get("CPU", 1)))  # submitted, so that nobody waits
-        waiting: collections.deque[Any] = collections.deque()
-        for job in jobs:
-            if len(waiting) >= at_once:
-                yield _result(ray, waiting.popleft())
-            waiting.append(task.remote(work, job))
-        while waiting:
-            yield _result(ray, waiting.popleft())
+        task: Any = ray.remote(max_retries=3)(_call)
+        ahead = max(workers, 2 * int(ray.cluster_resources().get("CPU", 1)))  # so that no machine waits
+        yield from _in_order(lambda job: task.remote(work, job), result, jobs, ahead)
     finally:
         if started:
             ray.shutdown()
 
 
-def _called(work: Callable[[J], R], job: J) -> R:
-    return work(job)  # Ray takes plain functions alone, no partial ones
-
-
-def _result(ray: Any, reference: Any) -> Any:
-    """What the task returned; its own error, not Ray's wrapping of it."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, JaxchatError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        raise DataError(f"data.engine ray: {str(error).splitlines()[0]}; the same command goes on") from None
-
-
-FORMAT = 4
-SPLITS = ("train", "val")
-BATCH_DOCUMENTS, BATCH_CHARS = 512, 4_000_000  # encoded at once
-UNFINISHED, ASIDE = "unfinished.json", ".part-"
-SETTINGS = ("origin", "tokenizer", "bos", "vocab_size", "dtype")
-REPAIR = "delete the run's data folder and run stage prepare again"
-HASH = np.dtype("<u8")
+def _call(work: Callable[[J], R], job: J) -> R:
+    return work(job)  # Ray takes only plain functions, no functools.partial
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 while it holds every id, else uint32; little-endian."""
+    """Return uint16 if it holds every id, else uint32; little-endian."""
     return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
@@ -234,126 +185,113 @@ class Job:
     origin: str
 
 
-@dataclass
-class _Part:
-    """The two splits of one part, written aside."""
+class _Split:
+    """One split of one part: written to a file aside, and put in place when the part is finished."""
 
-    number: int
-    directory: Path
-    dtype: np.dtype
+    def __init__(self, directory: Path, name: str):
+        self.directory, self.name = directory, name
+        self.file = tempfile.NamedTemporaryFile(dir=directory, prefix=ASIDE, delete=False)
+        self.checksum = hashlib.sha256()
+        self.tokens, self.hashes = 0, list[int]()
 
-    def __post_init__(self) -> None:
-        self.tokens = dict.fromkeys(SPLITS, 0)
-        self.hashes: dict[str, list[int]] = {split: [] for split in SPLITS}
-        self._files = {
-            split: tempfile.NamedTemporaryFile(dir=self.directory, prefix=ASIDE, delete=False) for split in SPLITS
-        }
-        self._checksums = {split: hashlib.sha256() for split in SPLITS}
-
-    def add(self, split: str, documents: list[np.ndarray], hashes: list[int]) -> None:
-        tokens = np.concatenate(documents).astype(self.dtype, copy=False)
+    def add(self, documents: list[np.ndarray], hashes: list[int]) -> None:
+        tokens = np.concatenate(documents)
         data = tokens.tobytes()
-        self._files[split].write(data)
-        self._checksums[split].update(data)
-        self.tokens[split] += len(tokens)
-        self.hashes[split] += hashes
+        self.file.write(data)
+        self.checksum.update(data)
+        self.tokens += len(tokens)
+        self.hashes += hashes
 
-    def finish(self) -> dict[str, dict[str, Any]]:
-        """Put the files in place; the part's entries of the manifest."""
-        entries = {}
-        for split, file in self._files.items():
-            name = f"{split}-{self.number:03d}"
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, self.directory / f"{name}.bin")
-            hashes = np.array(self.hashes[split], HASH).tobytes()
-            with open(self.directory / f"{name}.hash", "wb") as beside:
-                beside.write(hashes)
-                beside.flush()
-                os.fsync(beside.fileno())
-            entries[split] = {
-                "file": f"{name}.bin", "tokens": self.tokens[split], "sha256": self._checksums[split].hexdigest(),
-                "documents": len(self.hashes[split]), "hashes_sha256": hashlib.sha256(hashes).hexdigest(),
-            }  # fmt: skip
-        sync_directory(self.directory)
-        return entries
+    def finish(self) -> dict[str, Any]:
+        """Put the file in place, with its hashes; return its entry in the manifest."""
+        hashes = np.array(self.hashes, HASH).tobytes()
+        with open(self.directory / f"{self.name}.hash", "wb") as beside:
+            beside.write(hashes)
+            for file in (self.file, beside):
+                file.flush()
+                os.fsync(file.fileno())
+        self.file.close()
+        os.chmod(self.file.name, 0o644)
+        os.replace(self.file.name, self.directory / f"{self.name}.bin")
+        return {
+            "file": f"{self.name}.bin", "tokens": self.tokens, "sha256": self.checksum.hexdigest(),
+            "documents": len(self.hashes), "hashes_sha256": hashlib.sha256(hashes).hexdigest(),
+        }  # fmt: skip
 
     def discard(self) -> None:
-        for file in self._files.values():
-            file.close()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file.name)
+        self.file.close()
+        Path(self.file.name).unlink(missing_ok=True)
 
 
 def tokenize_unit(
     job: Job, alone: bool = False, on_tokens: Callable[[int], None] = lambda count: None
 ) -> dict[str, Any]:
-    """Tokenize one unit into `job.directory` and return its manifest; nothing is done where that has been done before.
+    """Tokenize one unit into `job.directory` and return its manifest; a finished unit is only verified.
 
-    The manifest is written last: without it the parts do not count. Until then `unfinished.json` says which parts are
-    whole, and the same call goes on behind them; the bytes are the same as without an interruption. What is of another
-    origin is deleted. Memory holds one batch, and 8 bytes for every document of a part.
+    The manifest is written last: without it the parts do not count. Until then `unfinished.json` lists the complete
+    parts, and the same call continues after them with the same bytes. Files of another origin are deleted. Memory
+    holds one batch, and 8 bytes for every document of a part.
     Args:
       alone: no other unit is tokenized meanwhile, so that all cores may encode this one.
     """
     directory, tokenizer = Path(job.directory), Tokenizer.load(job.tokenizer)
-    manifest = _new_manifest(job, tokenizer)
-    if (finished := _same(directory / "manifest.json", manifest, directory)) is not None:
+    dtype = token_dtype(tokenizer.vocab_size)
+    manifest: dict[str, Any] = {
+        "format": FORMAT, "origin": job.origin, "tokenizer": tokenizer.digest, "bos": tokenizer.bos,
+        "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "read": 0, "left_out": {},
+        "splits": {split: {"tokens": 0, "documents": 0, "bytes": 0, "chars": 0} for split in SPLITS}, "parts": [],
+    }  # fmt: skip
+    if (finished := _same(directory / "manifest.json", manifest)) is not None:
         return finished
-    if (begun := _same(directory / UNFINISHED, manifest, directory)) is not None:
+    if (begun := _same(directory / UNFINISHED, manifest)) is not None:
         manifest = begun
     else:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
     for aside in directory.glob(f"{ASIDE}*"):  # of a run that was killed
         aside.unlink()
-    dtype, counts = np.dtype(manifest["dtype"]), Counter[str]()
-    new = itertools.islice(job.unit.documents(counts), manifest["read"], None)
-    batches = batches_of(new)
+    counts = Counter[str]()
+    batches = batches_of(itertools.islice(job.unit.documents(counts), manifest["read"], None))
     while batch := next(batches, None):
-        part = _Part(len(manifest["parts"]), directory, dtype)
+        part = {split: _Split(directory, f"{split}-{len(manifest['parts']):03d}") for split in SPLITS}
         try:
             while batch:
-                _add_batch(part, batch, job.limit, tokenizer, manifest, alone)
+                encoded = (
+                    tokenizer.encode_batch(batch) if alone else [tokenizer.encode_batch([text])[0] for text in batch]
+                )
+                _add_batch(
+                    part, batch, [np.array([tokenizer.bos, *ids], dtype) for ids in encoded], job.limit, manifest
+                )
                 on_tokens(manifest["splits"]["train"]["tokens"])
-                full = part.tokens["train"] >= job.shard_tokens or part.tokens["val"] >= job.shard_tokens
+                full = any(part[split].tokens >= job.shard_tokens for split in SPLITS)
                 batch = None if full else next(batches, None)
-            manifest["parts"].append(part.finish())
+            manifest["parts"].append({split: part[split].finish() for split in SPLITS})
+            sync_directory(directory)
         except BaseException:
-            part.discard()
+            for split in SPLITS:
+                part[split].discard()
             raise
         write_sealed(directory / UNFINISHED, manifest)
     manifest["left_out"] = dict(counts)
     write_sealed(directory / UNFINISHED, manifest)
-    os.replace(directory / UNFINISHED, directory / "manifest.json")  # one of both is there at any time, never both
+    os.replace(directory / UNFINISHED, directory / "manifest.json")  # exactly one of both exists at any time
     sync_directory(directory)
     return manifest
 
 
-def _new_manifest(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
-    sizes = {"tokens": 0, "documents": 0, "bytes": 0, "chars": 0}
-    return {
-        "format": FORMAT, "origin": job.origin, "tokenizer": tokenizer.digest, "bos": tokenizer.bos,
-        "vocab_size": tokenizer.vocab_size, "dtype": token_dtype(tokenizer.vocab_size).name,
-        "read": 0, "left_out": {}, "splits": {split: dict(sizes) for split in SPLITS}, "parts": [],
-    }  # fmt: skip
-
-
-def _same(path: Path, wanted: dict[str, Any], directory: Path) -> dict[str, Any] | None:
-    """A manifest of the same origin and settings whose parts are all there; None where there is none."""
+def _same(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a manifest of the same origin and settings whose parts are undamaged; None if there is none."""
     with contextlib.suppress(DataError):
-        found = read_sealed(path, FORMAT, REPAIR)
-        if all(found[key] == wanted[key] for key in SETTINGS):
-            for part, split in itertools.product(found["parts"], SPLITS):
-                read_shard(directory, part[split], found)
-            return found
+        manifest = read_sealed(path, FORMAT, REPAIR)
+        if all(manifest[key] == settings[key] for key in SETTINGS):
+            for part, split in itertools.product(manifest["parts"], SPLITS):
+                read_shard(path.parent, part[split], manifest)
+            return manifest
     return None
 
 
 def batches_of(documents: Iterable[str], count: int | None = None, chars: int | None = None) -> Iterator[list[str]]:
-    """Documents in lists of at most `count`, and no longer than the one that reaches `chars` characters."""
+    """Yield lists of at most `count` documents that end when `chars` characters are reached."""
     count, chars = count or BATCH_DOCUMENTS, chars or BATCH_CHARS
     batch: list[str] = []
     size = 0
@@ -368,31 +306,29 @@ def batches_of(documents: Iterable[str], count: int | None = None, chars: int | 
 
 
 def _add_batch(
-    part: _Part, batch: list[str], limit: float, tokenizer: Tokenizer, manifest: dict[str, Any], alone: bool
+    part: dict[str, _Split], batch: list[str], documents: list[np.ndarray], limit: float, manifest: dict[str, Any]
 ) -> None:
-    """Encode and write a batch of documents, and count it in the manifest."""
-    encoded = tokenizer.encode_batch(batch) if alone else [tokenizer.encode_batch([text])[0] for text in batch]
+    """Write a batch of encoded documents to their splits, and count it in the manifest."""
     digests = [text_digest(text) for text in batch]
     for split in SPLITS:
         chosen = [i for i, d in enumerate(digests) if (hash_fraction(d) < limit) == (split == "val")]
         if chosen:
-            documents = [np.array([tokenizer.bos, *encoded[i]], part.dtype) for i in chosen]
-            part.add(split, documents, [int.from_bytes(digests[i][:8], "big") for i in chosen])
+            part[split].add([documents[i] for i in chosen], [int.from_bytes(digests[i][:8], "big") for i in chosen])
             sizes = manifest["splits"][split]
             sizes["documents"] += len(chosen)
-            sizes["tokens"] += sum(map(len, documents))
+            sizes["tokens"] += sum(len(documents[i]) for i in chosen)
             sizes["chars"] += sum(len(batch[i]) for i in chosen)
             sizes["bytes"] += sum(len(batch[i].encode("utf-8", "surrogatepass")) for i in chosen)
     manifest["read"] += len(batch)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a unit's folder; `DataError` if it is missing, damaged or of another format."""
+    """Return the manifest of a unit's folder; `DataError` if it is missing, damaged or of another format."""
     return read_sealed(directory / "manifest.json", FORMAT, REPAIR)
 
 
 def read_documents(directory: Path, split: str, tokenizer_digest: str) -> Iterator[tuple[np.ndarray, int]]:
-    """(tokens, hash) of a unit's documents, `<|bos|>` first. Verifies every shard; `DataError` names a damaged one."""
+    """Yield (tokens, hash) of a unit's documents, `<|bos|>` first. Verifies shards; `DataError` names a damaged one."""
     manifest = read_manifest(directory)
     if manifest["tokenizer"] != tokenizer_digest:
         raise DataError(f"{directory}: made with another tokenizer; choose another --run-dir, or {REPAIR}")
@@ -408,15 +344,11 @@ def read_documents(directory: Path, split: str, tokenizer_digest: str) -> Iterat
 
 
 def read_shard(directory: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and document hashes of one shard, checked by size, SHA-256 and the range of its ids."""
+    """Return tokens and document hashes of one shard, checked by size and SHA-256."""
     path = directory / entry["file"]
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     tokens = _read_array(path, dtype, entry["tokens"], entry["sha256"])
     hashes = _read_array(path.with_suffix(".hash"), HASH, entry["documents"], entry["hashes_sha256"])
-    if len(tokens) and int(tokens.max()) >= manifest["vocab_size"]:
-        raise DataError(
-            f"{path}: token id {int(tokens.max())} is outside the vocabulary of {manifest['vocab_size']}; {REPAIR}"
-        )
     return tokens, hashes
 
 

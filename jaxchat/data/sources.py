@@ -1,4 +1,4 @@
-"""Sources of pretraining text, their documents one by one, and the split by a hash of each document's text.
+"""Sources of pretraining text, and the split into training and held-out text by a hash of each document.
 
     chitchat                        the conversations of the chitchat-dataset package
     files:GLOB                      files at hand (`data/files.py`)
@@ -6,7 +6,8 @@
     synthetic:lottery[:COUNT]       generated sessions of a lottery machine (`data/lottery.py`)
     0.7 SOURCE + 0.3 SOURCE         a mixture: so large a share of the training tokens from each
 
-A source consists of units, each of which can be read, tokenized and restarted by itself.
+A source consists of units, each of which can be read, tokenized and restarted by itself. A new kind of source needs a
+module and a line in `SOURCES`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,65 @@ from jaxchat.data.files import check_encoding, find_files, read_file
 from jaxchat.errors import DataError, UsageError
 
 MIXTURE = re.compile(r"(\d+(?:\.\d+)?)\s+(\S.*)")
-KNOWN = "chitchat, files:GLOB, hf:OWNER/NAME, synthetic:lottery"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of source: it has files, or it makes documents. `check` raises `UsageError` for a malformed one."""
+
+    form: str
+    check: Callable[[str], object] = str
+    files: Callable[[str, int, DataConfig], list[Path]] | None = None  # of a source with so many bytes of text
+    documents: Callable[[str], Iterator[str]] | None = None
+    package: str = ""  # whose version decides the documents
+
+
+def chitchat_document(turns: Sequence[Sequence[str]]) -> str:
+    """Return a conversation as pretraining text, a message a line."""
+    return "\n".join(text for turn in turns for text in turn)
+
+
+@functools.cache  # parsing takes most of a second; the texts take 40 MB
+def chitchat_conversations() -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """Return the conversations as turns of non-empty texts; empty turns and conversations are left out."""
+    try:
+        from chitchat_dataset import Dataset
+    except ImportError:
+        raise DataError("source chitchat: install it with pip install -r requirements.txt") from None
+    conversations = []
+    for record in Dataset().values():
+        turns = (tuple(m["text"].strip() for m in turn if m["text"].strip()) for turn in record["messages"])
+        conversations.append(tuple(turn for turn in turns if turn))
+    return tuple(turns for turns in conversations if turns)
+
+
+SOURCES = {
+    "chitchat": Kind(
+        "chitchat",
+        documents=lambda source: (chitchat_document(turns) for turns in chitchat_conversations()),
+        package="chitchat-dataset",
+    ),
+    "files": Kind("files:GLOB", files=lambda source, size, data: find_files(source)),
+    "hf": Kind(
+        "hf:OWNER/NAME",
+        hub.parse,
+        lambda source, size, data: hub.fetch(source, size, Path(data.cache_dir).expanduser() / "data", data.mirror),
+    ),
+    "synthetic": Kind(
+        "synthetic:lottery", lottery.parse, documents=lambda source: lottery.documents(lottery.parse(source))
+    ),
+}
+
+
+def kind_of(source: str) -> Kind:
+    """Return the kind of a source; `UsageError` for an unknown or malformed one."""
+    kind = SOURCES.get(source.partition(":")[0])
+    if kind is None or (kind.form == "chitchat" and source != "chitchat"):
+        advice = f"did you mean files:{source}?" if os.path.exists(source) else "for example files:books/*.txt"
+        forms = ", ".join(known.form for known in SOURCES.values())
+        raise UsageError(f"data.source: {source!r} is unknown; take {forms}; {advice}")
+    kind.check(source)
+    return kind
 
 
 @dataclass(frozen=True)
@@ -41,27 +100,24 @@ class Unit:
     encoding: str = "auto"
 
     def documents(self, counts: Counter[str] | None = None) -> Iterator[str]:
-        """Those with text in them, always in the same order; `counts` as in `read_file`."""
+        """Yield the non-empty documents, always in the same order; `counts` as in `read_file`."""
         if self.path:
             yield from read_file(Path(self.path), self.encoding, counts)
-        elif self.source == "chitchat":
-            yield from (chitchat_document(turns) for turns in chitchat_conversations())
-        else:
-            yield from lottery.documents(_lottery_count(self.source))
+        elif make := kind_of(self.source).documents:
+            yield from make(self.source)
 
     def content(self) -> list[Any]:
-        """What tells this unit from a changed one."""
+        """Return what tells this unit from a changed one."""
         if self.path:
             stat = Path(self.path).stat()
             return [self.path, stat.st_size, stat.st_mtime_ns, self.encoding]
-        if self.source == "chitchat":
-            return [self.source, *(p.version for p in importlib.metadata.distributions(name="chitchat-dataset"))]
-        return [self.source]
+        package = kind_of(self.source).package
+        return [self.source, *(p.version for p in importlib.metadata.distributions(name=package) if package)]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a mixture, or the only one there is. `weight`: its share of the training tokens."""
+    """One source of a mixture, or the only source. `weight`: its share of the training tokens."""
 
     source: str
     weight: float
@@ -69,7 +125,7 @@ class Part:
     partial: bool = False  # only as many files as the run needs were asked for
 
     def documents(self) -> Iterator[str]:
-        """All of them; `DataError` if there is none."""
+        """Yield all documents; `DataError` if there is none."""
         document = None
         for unit in self.units:
             for document in unit.documents():
@@ -79,58 +135,50 @@ class Part:
 
     @property
     def web_scale(self) -> bool:
-        """Whether it is a part of a data set on the hub, of which there is more than the run needs."""
+        """Return whether the hub has more of this text than the run needs."""
         return self.source.startswith("hf:") and self.partial
 
     def split(self, split: str, limit: float) -> Iterator[str]:
-        """Those below (`split` "val") or not below (any other) a limit of `split_limit`."""
+        """Yield the documents whose hash is below `limit` ("val"), or the others."""
         return (text for text in self.documents() if (document_hash(text) < limit) == (split == "val"))
 
 
 def parse(source: str) -> list[tuple[str, float]]:
-    """(source, share) of every part of `data.source`; `UsageError` for what is none."""
-    pieces = source.split(" + ") if MIXTURE.fullmatch(source.strip()) else [source]
-    found = []
-    for piece in pieces:
-        match = MIXTURE.fullmatch(piece.strip())
-        if len(pieces) > 1 and (match is None or not float(match[1])):
-            raise UsageError(f"data.source: {piece.strip()!r} in a mixture; write 0.7 SOURCE + 0.3 SOURCE")
-        name, weight = (match[2], float(match[1])) if match else (piece, 1.0)
-        if name.startswith("hf:"):
-            hub.parse(name)
-        elif name.startswith("synthetic:"):
-            _lottery_count(name)
-        elif name != "chitchat" and not name.startswith("files:"):
-            advice = f"did you mean files:{name}?" if os.path.exists(name) else "for example files:books/*.txt"
-            raise UsageError(f"data.source: {name!r} is unknown; take {KNOWN}; {advice}")
-        found.append((name, weight))
-    total = sum(weight for _, weight in found)
-    return [(name, weight / total) for name, weight in found]
+    """Return (source, share) of every part of `data.source`; `UsageError` for a malformed one."""
+    terms = [term.strip() for term in source.split(" + ")] if MIXTURE.fullmatch(source.strip()) else [source]
+    parts = []
+    for term in terms:
+        match = MIXTURE.fullmatch(term)
+        if len(terms) > 1 and (match is None or not float(match[1])):
+            raise UsageError(f"data.source: {term!r} in a mixture; write 0.7 SOURCE + 0.3 SOURCE")
+        name, weight = (match[2], float(match[1])) if match else (term, 1.0)
+        kind_of(name)
+        parts.append((name, weight))
+    total = sum(weight for _, weight in parts)
+    return [(name, weight / total) for name, weight in parts]
 
 
 def open_corpus(data: DataConfig) -> list[Part]:
-    """The parts of `data.source`; those of the hub are downloaded here, as many files as `data.text_bytes` needs.
+    """Return the parts of `data.source` without the files of `data.val_source`.
 
-    Files of `data.val_source` are left out.
+    Files of the hub are downloaded, as many as `data.text_bytes` needs.
     Raises `DataError` that names what is missing or cannot be had, `UsageError` for a malformed source.
     """
     check_encoding(data.encoding)
-    if not 0 <= data.val_fraction < 1:
-        raise UsageError(f"data.val_fraction: {data.val_fraction} is not at least 0 and below 1")
     held_out = open_val(data)
     paths = {unit.path for unit in held_out.units} if held_out else set()
     parts = []
     for name, share in parse(data.source):
-        wanted = max(1, round(data.text_bytes * share)) if data.text_bytes > 0 else 0
-        units = tuple(unit for unit in _units(name, wanted, data) if unit.path not in paths or not unit.path)
+        size = max(1, round(data.text_bytes * share)) if data.text_bytes > 0 else 0
+        units = tuple(unit for unit in _units(name, size, data) if unit.path not in paths or not unit.path)
         if not units:
-            raise DataError(f"{name}: data.val_source {data.val_source} holds all of its files out; name other files")
-        parts.append(Part(name, share, units, partial=wanted > 0))
+            raise DataError(f"{name}: data.val_source {data.val_source} holds out all of its files; name other files")
+        parts.append(Part(name, share, units, partial=size > 0))
     return parts
 
 
 def open_val(data: DataConfig) -> Part | None:
-    """All files of `data.val_source`, downloaded where they are on the hub; None where it is empty."""
+    """Return all files of `data.val_source`, downloaded if they are on the hub; None if it is empty."""
     if not data.val_source:
         return None
     if not data.val_source.startswith(("hf:", "files:")):
@@ -141,23 +189,20 @@ def open_val(data: DataConfig) -> Part | None:
 
 
 def _units(source: str, text_bytes: int, data: DataConfig) -> tuple[Unit, ...]:
-    if source.startswith("hf:"):
-        files = hub.fetch(source, text_bytes, Path(data.cache_dir).expanduser() / "data", data.mirror)
-    elif source.startswith("files:"):
-        files = find_files(source)
-    else:
+    find = kind_of(source).files
+    if find is None:
         return (Unit(source),)
-    # workers of a cluster have another working directory
-    return tuple(Unit(source, os.path.abspath(file), data.encoding) for file in files)
+    # absolute, since workers of a cluster have another working directory
+    return tuple(Unit(source, os.path.abspath(file), data.encoding) for file in find(source, text_bytes, data))
 
 
 def iterate_documents(source: str | DataConfig, split: str = "all", val_fraction: float = 0.01) -> Iterator[str]:
-    """Non-empty documents of `split` ("train", "val" or "all"), always in the same order, part after part.
+    """Yield the documents of `split` ("train", "val" or "all"), always in the same order, part after part.
 
-    Held out ("val") are the documents of `data.val_source`; without one those where a hash of the text falls below
-    `split_limit`, so no other run, order or mixture can leak them into training.
+    Held out ("val") are the documents of `data.val_source`, or those whose hash falls below `split_limit`, so that no
+    other run, order or mixture can leak them into training.
     Args:
-      source: the whole section, of which `val_fraction` is taken too, or just the source.
+      source: the section `data`, whose `val_fraction` counts too, or just the source.
     Raises `DataError` that names what is missing, empty, unreadable or damaged.
     """
     data = source if isinstance(source, DataConfig) else DataConfig(source=source, val_fraction=val_fraction)
@@ -171,12 +216,12 @@ def iterate_documents(source: str | DataConfig, split: str = "all", val_fraction
 
 
 def training_limit(parts: Sequence[Part], data: DataConfig) -> float:
-    """The hash below which no document of `data.source` is trained on; 0 where `data.val_source` is held out."""
+    """Return the hash below which no document of `data.source` is trained on; 0 with a `data.val_source`."""
     return 0.0 if data.val_source else split_limit(parts, data.val_fraction)
 
 
 def interleaved(parts: Sequence[Part], split: str, limit: float) -> Iterator[str]:
-    """Documents of all parts at once, each part with its share of the characters, as long as it lasts."""
+    """Yield documents of all parts at once, each part with its share of the characters, as long as it lasts."""
     left = {i: part.split(split, limit) for i, part in enumerate(parts)}
     taken = dict.fromkeys(left, 0.0)
     while left:
@@ -190,55 +235,52 @@ def interleaved(parts: Sequence[Part], split: str, limit: float) -> Iterator[str
 
 
 def fingerprint(parts: Iterable[Part]) -> str:
-    """SHA-256 over what the sources consist of (names, sizes and times of files), to see whether it has changed."""
+    """Return the SHA-256 of names, sizes and times of the sources' files, to see whether they have changed."""
     content = [[part.source, [unit.content() for unit in part.units]] for part in parts]
     return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def text_digest(text: str) -> bytes:
-    """SHA-256 of a document."""
+    """Return the SHA-256 of a document."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def hash_fraction(digest: bytes) -> float:
-    """A number in [0, 1) from a document's digest."""
+    """Return a number in [0, 1) from a document's digest."""
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def document_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """Return a number in [0, 1) that depends on the text alone."""
     return hash_fraction(text_digest(text))
 
 
 def split_limit(parts: Sequence[Part] | str, val_fraction: float) -> float:
-    """The hash below which a document is held out: `val_fraction`, unless that leaves one of the splits empty.
+    """Return the hash below which a document is held out: `val_fraction`, unless that leaves a split empty.
 
-    Then the document of smallest hash is held out, or the one of largest hash is kept to train on. Reads no further
-    than needed. One limit for all parts of a mixture, the largest: what one holds out no other trains on.
-    `DataError` if a part has no two different documents, or none to train on; `UsageError` if the fraction is none.
+    Then the document with the smallest hash is held out, or the one with the largest is kept for training. Reads no
+    further than needed. All parts of a mixture have the same limit, the largest, so that none trains on what another
+    holds out. `DataError` if a part has no two different documents, or none to train on.
     """
     if isinstance(parts, str):
         parts = open_corpus(DataConfig(source=parts, val_fraction=val_fraction))
-    limits = [_limit_of(part, val_fraction) for part in parts]
-    few = [part.source for part, limit in zip(parts, limits, strict=True) if limit < min(val_fraction, max(limits))]
-    if few:
-        raise DataError(f"{few[0]}: all of its few documents would be held out; add text, or leave the source out")
+    limits = []
+    for part in parts:
+        try:
+            limits.append(limit_of_hashes(map(document_hash, part.documents()), val_fraction))
+        except ValueError:
+            raise DataError(
+                f"{part.source}: only one document; at least 2 different ones are needed, one to train on and one held "
+                "out: bring more text (a document is some 4,000 characters of it, or a file)"
+            ) from None
+    for part, limit in zip(parts, limits, strict=True):
+        if limit < min(val_fraction, max(limits)):
+            raise DataError(f"{part.source}: all of its few documents would be held out; add text, or leave it out")
     return max(limits)
 
 
-def _limit_of(part: Part, val_fraction: float) -> float:
-    hashes = (document_hash(document) for document in part.documents())
-    try:
-        return limit_of_hashes(hashes, val_fraction)
-    except ValueError:
-        raise DataError(
-            f"{part.source}: only one document; at least 2 different ones are needed, one to train on and one held "
-            "out: bring more text (a document is some 4,000 characters of it, or a file)"
-        ) from None
-
-
 def limit_of_hashes(hashes: Iterable[float], val_fraction: float) -> float:
-    """See `split_limit`; `ValueError` if all are the same."""
+    """Return the limit of `split_limit` for one part; `ValueError` if all hashes are the same."""
     smallest, largest = 1.0, -1.0
     for value in hashes:
         smallest, largest = min(smallest, value), max(largest, value)
@@ -247,29 +289,3 @@ def limit_of_hashes(hashes: Iterable[float], val_fraction: float) -> float:
     if smallest >= largest:
         raise ValueError("no two different hashes")
     return smallest + 2**-48 if smallest >= val_fraction else largest
-
-
-def _lottery_count(source: str) -> int:
-    match = re.fullmatch(r"synthetic:lottery(?::(\d+))?", source)
-    if match is None or match[1] in ("0", "1"):
-        raise UsageError(f"data.source: {source!r}; generators: synthetic:lottery, or synthetic:lottery:COUNT")
-    return int(match[1] or lottery.DOCUMENTS)
-
-
-def chitchat_document(turns: Sequence[Sequence[str]]) -> str:
-    """A conversation as pretraining text: a message a line."""
-    return "\n".join(text for turn in turns for text in turn)
-
-
-@functools.cache  # parsing takes most of a second, and a run reads it about ten times; the texts alone take 40 MB
-def chitchat_conversations() -> tuple[tuple[tuple[str, ...], ...], ...]:
-    """Conversations as turns of messages (only their texts); empty ones are left out."""
-    try:
-        from chitchat_dataset import Dataset
-    except ImportError:
-        raise DataError("source chitchat: install it with pip install -r requirements.txt") from None
-    conversations = []
-    for record in Dataset().values():
-        turns = (tuple(m["text"].strip() for m in turn if m["text"].strip()) for turn in record["messages"])
-        conversations.append(tuple(turn for turn in turns if turn))
-    return tuple(turns for turns in conversations if turns)

@@ -1,19 +1,25 @@
-"""The interface behind which every exam, every generated SFT set and every RL environment lies.
+"""The interface of exams, SFT data sets and RL environments, and where their data files come from.
 
-Messages have the form of `text/chat.py`: {"role", "content"}, where an assistant's content is a string or a list of
-{"type": "text" | "python" | "python_output", "text"}. A task is one small file: see `docs/exams.md`.
+Messages have the form of `chat.py`: {"role", "content"}, where an assistant's content is a string or a list of
+{"type": "text" | "python" | "python_output", "text"}. A task is one small file and one line in `registry.py`; see
+`docs/exams.md`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+from jaxchat.config import CONFIG_DIR, Config
+from jaxchat.data.files import read_rows
+from jaxchat.data.hub import Archive, HubFiles, download, download_archive
 from jaxchat.errors import DataError
+from jaxchat.run_dir import sha256_file
 
 T = TypeVar("T")
 DEFAULT_COUNT = 1000  # conversations of a generator, where the mixture names no count
@@ -21,9 +27,98 @@ Message = dict[str, Any]
 Conversation = list[Message]
 
 
+class MissingData(DataError):
+    """The files of one exam are not at hand; the message says where to get them and where to put them."""
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """Where tasks find their files: a local mirror (`data_dir`), else the download cache.
+
+    `download`: whether missing files may be downloaded. `sandbox`: `tasks.sandbox`. `identity`: `sft.identity`.
+    """
+
+    data_dir: str = ""
+    download: bool = False
+    cache: Path = field(default_factory=lambda: Path("~/.cache/jaxchat/tasks").expanduser())
+    sandbox: str = "auto"
+    identity: str = ""
+
+    @classmethod
+    def of(cls, config: Config, download: bool) -> TaskFiles:
+        """Take the settings from `config`. A relative `sft.identity` may also lie beside the tiers."""
+        identity = config.sft.identity
+        if identity and not Path(identity).expanduser().exists() and (CONFIG_DIR.parent / identity).exists():
+            identity = str(CONFIG_DIR.parent / identity)
+        cache = Path(config.data.cache_dir).expanduser() / "tasks"
+        return cls(config.tasks.data_dir, download, cache, config.tasks.sandbox, identity)
+
+    def find(self, patterns: Sequence[str], source: HubFiles | Archive | None = None) -> list[Path]:
+        """Return the files of the first pattern that matches in the mirror, sorted; else download `source`.
+
+        Patterns are globs; they also choose among the files of an archive. Raises `MissingData`.
+        """
+        if self.data_dir:
+            root = Path(self.data_dir).expanduser()
+            if not root.is_dir():
+                raise MissingData(f"tasks.data_dir: {root} is no directory")
+            if found := _first_match(root, patterns):
+                return found
+        place = f"into {self.data_dir}" if self.data_dir else "into a folder and set tasks.data_dir to it"
+        advice = f"no file {patterns[0]} found; {f'{source} and ' if source else ''}put it {place}"
+        if source is None or not self.download:
+            raise MissingData(advice)
+        try:
+            if isinstance(source, HubFiles):
+                return download(source, self.cache)
+            folder = download_archive(source, self.cache)
+        except (OSError, DataError) as error:
+            raise MissingData(f"{advice} (the download failed: {error})") from None
+        if found := _first_match(folder, patterns):
+            return found
+        raise MissingData(f"{source.url} holds none of {', '.join(patterns)}")
+
+
+NO_FILES = TaskFiles()
+
+
+def _first_match(root: Path, patterns: Sequence[str]) -> list[Path]:
+    matches = (sorted(path for path in root.glob(pattern) if path.is_file()) for pattern in patterns)
+    return next((paths for paths in matches if paths), [])
+
+
+def parse_rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
+    """Parse every row of a jsonl or parquet file; `DataError` names the first row that does not fit."""
+    items = []
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            items.append(parse(row))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise DataError(f"{path}: row {number} is not in the expected form ({error!r})") from None
+    if not items:
+        raise DataError(f"{path}: no rows")
+    return items
+
+
+def listing(data_dir: str) -> str:
+    """Return a digest of names, sizes and times of a mirror's files, to see changes; "" without a mirror."""
+    root = Path(data_dir).expanduser()
+    if not data_dir or not root.is_dir():
+        return ""
+    found = sorted((str(path.relative_to(root)), path.stat()) for path in root.rglob("*") if path.is_file())
+    lines = "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in found)
+    return hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def identity_digest(config: Config) -> str:
+    """Return the SHA-256 of the file of `sft.identity`; "" without one."""
+    path = TaskFiles.of(config, download=False).identity
+    return sha256_file(path) if path and Path(path).is_file() else ""
+
+
 @dataclass(frozen=True)
 class Example:
-    """A question that is answered in writing: `prompt` ends with a user message; `expected` is what `grade` needs."""
+    """A question with a written answer. `prompt` ends with a user message; `expected` is what `grade` needs."""
 
     prompt: Conversation
     expected: Any
@@ -32,7 +127,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ChoiceExample:
-    """A question whose answer is one of `letters`: `right` is the index of the right one."""
+    """A multiple-choice question: the answer is one of `letters`, and `right` is the index of the right one."""
 
     prompt: Conversation
     letters: tuple[str, ...]
@@ -41,81 +136,84 @@ class ChoiceExample:
 
 
 class Task(ABC):
-    """What all tasks have: what evaluation, report card and page show of an exam comes from here alone."""
+    """An exam, an SFT data set, or both."""
 
-    name: str
-    title: str = ""  # for people, where it is not the name
-    chance: float = 0.0  # accuracy of guessing
-    auto: bool = False  # one of the exams of `eval.exams = ["auto"]`, where its data is at hand
-    chat_core: bool = False  # one of the five exams of ChatCORE
-    damaged: Sequence[str] = ()  # what is wrong with rows of the exam's data that were left out
+    name: ClassVar[str]  # in configurations and result files
+    title: ClassVar[str] = ""  # in the report card and on the page; "": the name
+    chance: ClassVar[float] = 0.0  # accuracy of guessing
+    auto: ClassVar[bool] = False  # whether `eval.exams` "auto" includes it, if its data is at hand
+    chat_core: ClassVar[bool] = False  # whether it counts in ChatCORE
+
+    def __init__(self, files: TaskFiles = NO_FILES):
+        self.files = files
 
     def train_conversations(self, count: int | None, seed: int) -> Iterable[Conversation]:
-        """`count` conversations for SFT (None: all, or 1,000 of a generator), the same for the same seed; no exam
-        question is among them."""
+        """Return `count` SFT conversations (None: all, or 1,000 of a generator), the same for the same seed.
+
+        No exam question is among them.
+        """
         return []
 
     def examples(self) -> Sequence[Any]:
-        """The questions of the exam, always the same and in the same order; none where there is no exam."""
+        """Return the exam's questions, always in the same order; none if the task is no exam."""
         return ()
 
-    def check(self) -> None:  # noqa: B027 - most exams can always be sat
-        """Refuse, before any work, settings that the exam cannot be sat with."""
+    def check(self) -> None:  # noqa: B027 - most exams can always run
+        """Raise `UsageError`, before any work, for settings that the exam cannot run with."""
 
     def setting(self) -> Sequence[str]:
-        """What a score depends on beside model, questions and `eval.*`."""
+        """Return what a score depends on besides model, questions and `eval.*`."""
         return ()
 
     def fetch(self) -> Sequence[Path]:
-        """Have at hand the files that `train_conversations` reads, and return them; most tasks read none. Asked before
-        training. `MissingData` where a file cannot be had."""
+        """Return the files of `train_conversations`, downloaded if necessary. Raises `MissingData`."""
         return ()
 
 
 class WrittenTask(Task):
-    """Answers are written out at temperature 0, with the calculator at hand, and graded."""
+    """An exam with written answers: sampled at temperature 0 with the calculator, then graded."""
 
     max_tokens: int  # of an answer
 
     @abstractmethod
     def examples(self) -> Sequence[Example]:
-        """The exam, always the same and in the same order."""
+        """Return the exam's questions, always in the same order."""
 
     def train_examples(self, seed: int) -> Sequence[Example]:
-        """Questions for RL, the same for the same seed; no exam question is among them. Empty: not for RL."""
+        """Return RL questions, none of them from the exam; empty if the task is no RL environment."""
         return []
 
     @abstractmethod
     def grade(self, example: Example, answer: str) -> bool:
-        """True where the answer (its text, without tool calls and their output) is right."""
+        """Return whether the answer (its text, without tool calls and their output) is right."""
 
     def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
-        """The grades of many answers; a task whose grading is slow does them in parallel."""
+        """Grade many answers; a task whose grading is slow does it in parallel."""
         return [self.grade(example, answer) for example, answer in zip(examples, answers, strict=True)]
 
     def readings(self, example: Example, answer: str) -> dict[str, bool]:
-        """Other ways to read the answer, counted and shown beside the grade ("lenient")."""
+        """Return other ways to grade the answer, shown beside the score ("lenient")."""
         return {}
 
     def facts(self) -> dict[str, Any]:
-        """What belongs beside the score, such as the sandbox's level."""
+        """Return what to record beside the score, such as the sandbox's level."""
         return {}
 
 
 class GeneratedTask(WrittenTask):
-    """Questions that a program draws without end; what `held_out` draws is for the exam alone."""
+    """An exam whose questions a program draws. Questions drawn with `held_out` are never trained on."""
 
     exam_size = 256
     exam_seed: int
-    train_size = 8192  # questions for RL
+    train_size = 8192  # RL questions
 
     @abstractmethod
     def example(self, rng: random.Random, held_out: bool) -> Example:
-        """One question."""
+        """Draw one question."""
 
     @abstractmethod
     def conversation(self, rng: random.Random) -> Conversation:
-        """One conversation for SFT."""
+        """Draw one SFT conversation."""
 
     def train_conversations(self, count: int | None, seed: int) -> list[Conversation]:
         rng = random.Random(f"{self.name} {seed}")
@@ -131,35 +229,16 @@ class GeneratedTask(WrittenTask):
 
 
 class ChoiceTask(Task):
-    """Multiple choice: the answer is the one of the letters that has the largest logit where the answer begins."""
+    """A multiple-choice exam: the answer is the letter with the largest logit where the answer begins."""
 
     @abstractmethod
     def examples(self) -> Sequence[ChoiceExample]:
-        """The exam, always the same and in the same order."""
+        """Return the exam's questions, always in the same order."""
 
 
-def sound(questions: Iterable[Callable[[], T]], damaged: list[str]) -> list[T]:
-    """What each of them makes; one that raises `DataError` is left out, and what it says goes into `damaged`.
-
-    `DataError` where that is true of all: then it is not a row that is wrong.
-    """
-    found, errors = [], []
-    for question in questions:
-        try:
-            found.append(question())
-        except DataError as error:
-            errors.append(str(error))
-    if errors and not found:
-        raise DataError(errors[0])
-    damaged += errors
-    return found
-
-
-def drawn(count: int | None, total: int, seed: int) -> Sequence[int]:
-    """Which of `total` things are taken: all in their order, or `count` of them in an order of their own."""
-    if count is None or count >= total:
-        return range(total)
-    return random.Random(seed).sample(range(total), count)
+def sample(items: Sequence[T], count: int | None, seed: int) -> Sequence[T]:
+    """Return all items in order, or `count` of them at random."""
+    return items if count is None or count >= len(items) else random.Random(seed).sample(items, count)
 
 
 def user(text: str) -> Message:
@@ -167,6 +246,6 @@ def user(text: str) -> Message:
 
 
 def assistant(*parts: tuple[str, str] | str) -> Message:
-    """An assistant message of parts: a string is text, a pair is (type, text)."""
+    """Return an assistant message; a string is text, a pair is (type, text)."""
     content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": p[0], "text": p[1]} for p in parts]
     return {"role": "assistant", "content": content}

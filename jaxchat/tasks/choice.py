@@ -1,220 +1,148 @@
-"""MMLU (2009.03300): 14,042 multiple-choice questions from 57 subjects, and 99,842 others to train on."""
+"""MMLU and ARC: multiple-choice exams for chat models, in the wording of nanochat's models."""
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxchat.data.hub import HubFiles
 from jaxchat.errors import DataError
 from jaxchat.log import say
-from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Conversation, assistant, drawn, sound, user
-from jaxchat.tasks.files import HubFiles, TaskFiles, read_jsonl, read_parquet
+from jaxchat.tasks.base import ChoiceExample, ChoiceTask, Conversation, assistant, parse_rows, sample, user
 
-# How a multiple-choice question is put to a chat model, and how its data becomes one.
-
-
-LETTERS = "ABCDEFGHIJ"
+MMLU_DATA = ("cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe")
+ARC_DATA = ("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453")
+LETTERS = ("A", "B", "C", "D", "E", "F", "G", "H", "I", "J")
 
 
 def question(text: str, letters: Sequence[str], options: Sequence[str]) -> str:
-    """The protocol of nanochat's models: the letter stands behind its option, without a space before it, so that it is
-    the very token that the answer begins with."""
+    """Return the question as it is put to the model.
+
+    The letter stands behind its option without a space, so that it is the same token that the answer begins with.
+    """
     lines = "".join(f"- {option}={letter}\n" for letter, option in zip(letters, options, strict=True))
     return f"Multiple Choice question: {text}\n{lines}\nRespond only with the letter of the correct answer."
 
 
 def example(
-    text: object, options: object, right: object, where: str, letters: Sequence[str] = LETTERS, **tags: str
+    text: str, options: Sequence[str], right: int, letters: Sequence[str] = LETTERS, **tags: str
 ) -> ChoiceExample:
-    """`right` counts from 0. `DataError` begins with `where` if the parts are no question."""
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: no question")
-    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) for o in options):
-        raise DataError(f"{where}: no list of at least two options")
-    if type(right) is not int or not 0 <= right < len(options):
-        raise DataError(f"{where}: answer {right!r} is none of the {len(options)} options")
+    """Return a question whose right option is number `right`; `ValueError` if there is no such option."""
     letters = tuple(letters[: len(options)])
-    if len(letters) < len(options) or len(set(letters)) < len(letters):
-        raise DataError(f"{where}: {len(options)} options do not go with the letters {', '.join(letters)}")
+    if not 0 <= right < len(options):
+        raise ValueError(f"answer {right} of {len(options)} options")
     return ChoiceExample([user(question(text, letters, options))], letters, right, tags)
 
 
-def conversation(question: ChoiceExample) -> Conversation:
-    """The question with its right letter, for training."""
-    return [*question.prompt, assistant(question.letters[question.right])]
+class HubChoiceTask(ChoiceTask):
+    """A multiple-choice exam from files of the hub, or of a mirror."""
 
-
-# ARC (1803.05457): school science questions, 2,376 easy ones and 1,172 that simple methods get wrong.
-
-
-ARC_REPO, ARC_REVISION = "allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453"
-SETS = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
-CORE_START = "Question: "  # of the queries in CORE's copy, which is the same test set
-
-
-class Arc(ChoiceTask):
-    """`name`: one of `SETS`."""
-
-    auto = chat_core = True
-    chance = 0.25  # as ChatCORE counts it; a few questions have three or five options
-
-    def __init__(self, name: str, files: TaskFiles):
-        self.name, self.title, self.files = name, SETS[name], files
-        self.damaged: list[str] = []
-
-    @functools.cached_property
-    def _examples(self) -> list[ChoiceExample]:
-        core = (f"core/{self.name}.jsonl", f"**/eval_data/**/{self.name}.jsonl", f"{self.name}.jsonl")
-        return sound(self._find("test", core), self.damaged)
-
-    def examples(self) -> Sequence[ChoiceExample]:
-        return self._examples
-
-    def fetch(self) -> Sequence[Path]:
-        return self._paths("train", ())
-
-    def train_conversations(self, count: int | None, seed: int) -> Iterator[Conversation]:
-        found = [question() for question in self._find("train", ())]
-        return (conversation(found[i]) for i in drawn(count, len(found), seed))
-
-    def _find(self, split: str, others: tuple[str, ...]) -> Iterator[Callable[[], ChoiceExample]]:
-        return (question for path in self._paths(split, others) for question in _read_arc(path))
-
-    def _paths(self, split: str, others: tuple[str, ...]) -> list[Path]:
-        file = f"{SETS[self.name]}/{split}-00000-of-00001.parquet"
-        patterns = tuple(f"{f}{SETS[self.name]}/{split}-*.parquet" for f in (f"{ARC_REPO}/", "ai2_arc/", "arc/", ""))
-        return self.files.find((*patterns, *others), HubFiles(ARC_REPO, ARC_REVISION, (file,)))
-
-
-def _read_arc(path: Path) -> Iterator[Callable[[], ChoiceExample]]:
-    if path.suffix == ".jsonl":
-        for number, row in read_jsonl(path):
-            yield functools.partial(_from_core, row, f"{path}, line {number}")
-        return
-    for number, row in read_parquet(path, ("question", "choices", "answerKey")):
-        yield functools.partial(_from_hub, row, f"{path}, row {number}")
-
-
-def _from_core(row: dict[str, Any], where: str) -> ChoiceExample:
-    if missing := [name for name in ("query", "choices", "gold") if name not in row]:
-        raise DataError(f"{where}: no {', '.join(missing)}")
-    return example(str(row["query"]).removeprefix(CORE_START), row["choices"], row["gold"], where)
-
-
-def _from_hub(row: dict[str, Any], where: str) -> ChoiceExample:
-    try:
-        letters, options = row["choices"]["label"], row["choices"]["text"]
-    except (TypeError, KeyError):
-        raise DataError(f"{where}: choices hold no label and text") from None
-    if not isinstance(letters, list) or not all(isinstance(letter, str) for letter in letters):
-        raise DataError(f"{where}: the labels of the choices are no texts")
-    if row["answerKey"] not in letters:
-        raise DataError(f"{where}: answer {row['answerKey']!r} is none of {', '.join(letters)}")
-    return example(row["question"], options, letters.index(row["answerKey"]), where, letters)
-
-
-MMLU_REPO, MMLU_REVISION = "cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe"
-TEST = HubFiles(MMLU_REPO, MMLU_REVISION, ("all/test-00000-of-00001.parquet",))
-TRAIN = HubFiles(MMLU_REPO, MMLU_REVISION, ("all/auxiliary_train-00000-of-00001.parquet",))
-FOLDERS = ("cais/mmlu/", "mmlu/", "")
-TEST_PATTERNS = tuple(f"{f}{name}" for f in FOLDERS for name in ("all/test-*.parquet", "*_test.csv"))
-TRAIN_PATTERNS = tuple(f"{f}all/auxiliary_train-*.parquet" for f in FOLDERS)
-COLUMNS = ("question", "subject", "choices", "answer")
-SUBJECTS = 57
-HEADER = ["question", "A", "B", "C", "D", "answer"]
-
-
-class MMLU(ChoiceTask):
-    name = "mmlu"
-    title = "MMLU"
-    auto = True
-    chat_core = True
     chance = 0.25
+    auto = chat_core = True
 
-    def __init__(self, files: TaskFiles):
-        self.files = files
-        self.damaged: list[str] = []
+    @abstractmethod
+    def paths(self, split: str) -> list[Path]:
+        """Return the files of split "test" or "train"."""
+
+    @abstractmethod
+    def parse(self, path: Path) -> list[ChoiceExample]:
+        """Return the questions of a file."""
 
     @functools.cached_property
     def _examples(self) -> list[ChoiceExample]:
-        paths = self.files.find(TEST_PATTERNS, TEST)
-        found = sound((question for path in paths for question in _read_mmlu(path)), self.damaged)
-        if (subjects := len({e.tags["subject"] for e in found})) != SUBJECTS:
-            say(f"  mmlu: the data has {subjects} of {SUBJECTS} subjects; its score is of these alone", style="yellow")
-        return found
+        return [e for path in self.paths("test") for e in self.parse(path)]
 
     def examples(self) -> Sequence[ChoiceExample]:
         return self._examples
 
     def fetch(self) -> Sequence[Path]:
-        return self.files.find(TRAIN_PATTERNS, TRAIN)
+        return self.paths("train")
 
     def train_conversations(self, count: int | None, seed: int) -> Iterator[Conversation]:
-        """From the auxiliary training set, which other exams' questions make up, not MMLU's own."""
-        found = [question() for path in self.files.find(TRAIN_PATTERNS, TRAIN) for question in _read_mmlu(path)]
-        return (conversation(found[i]) for i in drawn(count, len(found), seed))
+        examples = [e for path in self.paths("train") for e in self.parse(path)]
+        for e in sample(examples, count, seed):
+            yield [*e.prompt, assistant(e.letters[e.right])]
 
 
-def _read_mmlu(path: Path) -> Iterator[Callable[[], ChoiceExample]]:
-    if path.suffix == ".csv":
-        yield from _read_csv(path)
-        return
-    for number, row in read_parquet(path, COLUMNS):
-        parts = row["question"], row["choices"], row["answer"], f"{path}, row {number}"
-        yield functools.partial(example, *parts, subject=row["subject"])
+class MMLU(HubChoiceTask):
+    """MMLU (2009.03300): 14,042 questions from 57 subjects. Its auxiliary training set is made of other exams."""
+
+    name, title = "mmlu", "MMLU"
+    subjects = 57
+
+    def paths(self, split: str) -> list[Path]:
+        name = {"test": "test", "train": "auxiliary_train"}[split]
+        tables = {"test": ["*_test.csv"], "train": []}[split]
+        folders = ("cais/mmlu/", "mmlu/", "")
+        patterns = [f"{folder}{pattern}" for folder in folders for pattern in (f"all/{name}-*.parquet", *tables)]
+        return self.files.find(patterns, HubFiles(*MMLU_DATA, (f"all/{name}-00000-of-00001.parquet",)))
+
+    @functools.cached_property
+    def _examples(self) -> list[ChoiceExample]:
+        examples = super()._examples
+        count = len({e.tags["subject"] for e in examples})
+        if count != self.subjects:
+            say(f"  mmlu: the data has {count} of {self.subjects} subjects; its score is of these alone", "yellow")
+        return examples
+
+    def parse(self, path: Path) -> list[ChoiceExample]:
+        return list(map(_mmlu_example, csv_rows(path))) if path.suffix == ".csv" else parse_rows(path, _mmlu_example)
 
 
-def _read_csv(path: Path) -> Iterator[Callable[[], ChoiceExample]]:
-    """A file of one subject, which its name says; the answer is a number from 0 to 3."""
-    subject = path.name.removesuffix("_test.csv")
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
-    if not text.strip():
-        raise DataError(f"{path}: empty")
-    for line, row in records(text):
-        where = f"{path}, line {line}"
-        if line == 1:
-            if row != HEADER:
-                raise DataError(f"{path}: the columns are {', '.join(row)}, not {', '.join(HEADER)}")
-        else:
-            yield functools.partial(_question, row, where, subject)
+def _mmlu_example(row: dict[str, Any]) -> ChoiceExample:
+    return example(row["question"], row["choices"], row["answer"], subject=row["subject"])
 
 
-def _question(row: list[str], where: str, subject: str) -> ChoiceExample:
-    if len(row) != len(HEADER):
-        raise DataError(f"{where}: {len(row)} fields, not {len(HEADER)}")
-    answer = int(row[-1]) if row[-1].isdecimal() else row[-1]
-    return example(row[0], row[1:5], answer, where, subject=subject)
+def csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table of MMLU as those of the hub; the file is named after the subject.
 
-
-def records(text: str) -> list[tuple[int, list[str]]]:
-    """(first line, fields) of every record, also where quotes inside a field are not doubled.
-
-    Copies of the set exist that were written so: every text in quotes, whatever it holds. Of such a file a record ends
-    where a line ends in a quote, a comma and a number.
+    Texts stand in quotes, and quotes inside them are not doubled: a record ends with a quote, a comma and a number.
     """
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    found, line = [], 1
-    try:
-        for row in rows:
-            found.append((line, row))
-            line = rows.line_num + 1
-        return [(line, row) for line, row in found if row]
-    except csv.Error:
-        pass
-    header, _, body = text.partition("\n")
-    found, line = [(1, header.strip().split(","))], 2
-    for record in re.split(r'(?<=",\d)\r?\n', body):
-        if record.strip():
-            texts, _, answer = record.rpartition('",')
-            found.append((line, [*texts.removeprefix('"').split('","'), answer.strip()]))
-        line += record.count("\n") + 1
-    return found
+    header, _, body = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+    for record in filter(str.strip, re.split(r'(?<=",\d)\r?\n', body)):
+        quoted, _, answer = record.rpartition('",')
+        question, *choices = quoted.removeprefix('"').split('","')
+        if (
+            header.strip() != "question,A,B,C,D,answer"
+            or len(choices) != 4
+            or answer.strip() not in ("0", "1", "2", "3")
+        ):
+            raise DataError(f"{path}: not a record of question, A, B, C, D, answer: {record[:80]!r}")
+        subject = path.name.removesuffix("_test.csv")
+        yield {"question": question, "choices": choices, "answer": int(answer), "subject": subject}
+
+
+class ArcEasy(HubChoiceTask):
+    """ARC (1803.05457): 2,376 easy school science questions. CORE's copy of the test set serves too."""
+
+    name, title = "arc_easy", "ARC-Easy"
+
+    def paths(self, split: str) -> list[Path]:
+        folders = [f"{place}{self.title}" for place in ("allenai/ai2_arc/", "ai2_arc/", "arc/", "")]
+        patterns = [f"{folder}/{split}-*.parquet" for folder in folders]
+        if split == "test":
+            patterns += [f"{place}{self.name}.jsonl" for place in ("core/", "**/eval_data/**/", "")]
+        file = f"{self.title}/{split}-00000-of-00001.parquet"
+        return self.files.find(
+            patterns, HubFiles("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453", (file,))
+        )
+
+    def parse(self, path: Path) -> list[ChoiceExample]:
+        return parse_rows(path, _arc_example)
+
+
+def _arc_example(row: dict[str, Any]) -> ChoiceExample:
+    if "query" in row:  # CORE's form
+        return example(row["query"].removeprefix("Question: "), row["choices"], row["gold"])
+    letters = row["choices"]["label"]
+    return example(row["question"], row["choices"]["text"], letters.index(row["answerKey"]), letters)
+
+
+class ArcChallenge(ArcEasy):
+    """The 1,172 questions of ARC that simple methods get wrong."""
+
+    name, title = "arc_challenge", "ARC-Challenge"

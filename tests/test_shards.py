@@ -1,18 +1,35 @@
-"""Token shards: every document comes back, and every kind of damage is found before training."""
+"""Token shards: documents come back, damage is found before training; and jobs in other processes or over Ray."""
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxchat.data import shards as tokenize
-from jaxchat.data.shards import Job, read_documents, read_manifest, token_dtype, tokenize_unit
+from jaxchat.data import shards as module
+from jaxchat.data.files import check_encoding
+from jaxchat.data.shards import (
+    Distinct,
+    Job,
+    parallel_map,
+    read_documents,
+    read_manifest,
+    token_dtype,
+    tokenize_unit,
+    workers_for,
+)
 from jaxchat.data.sources import Unit, document_hash
-from jaxchat.errors import DataError
+from jaxchat.errors import DataError, UsageError
 from jaxchat.run_dir import write_sealed
 from jaxchat.tokenizer import train_tokenizer
 
+ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [f"Document {i}: " + "안녕 hello <|bos|> \ud800" * (i % 7) for i in range(1200)]
 LIMIT = 0.1
 SPLITS = {split: [t for t in TEXTS if (document_hash(t) < LIMIT) == (split == "val")] for split in ("train", "val")}
@@ -142,8 +159,8 @@ def test_what_does_not_belong_to_it_is_not_gone_on_with(job, tmp_path, monkeypat
 
 
 def test_a_batch_is_bounded_in_characters_too(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenize, "BATCH_CHARS", 1_000)
-    sizes = [sum(map(len, batch)) for batch in tokenize.batches_of(iter(TEXTS))]
+    monkeypatch.setattr(module, "BATCH_CHARS", 1_000)
+    sizes = [sum(map(len, batch)) for batch in module.batches_of(iter(TEXTS))]
     assert max(sizes) < 1_200 and sum(sizes) == sum(map(len, TEXTS))
 
 
@@ -209,3 +226,108 @@ def test_another_tokenizer_is_noticed(shards):
     other = train_tokenizer(TEXTS, 290, 10**9, 10_000)
     with pytest.raises(DataError, match="made with another tokenizer"):
         read(shards[0], other)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_what_came_before_is_counted_and_dropped_by_choice(drop):
+    numbers = [7, 8, 7, 9, 7, 9, 2**64 - 1, 2**64 - 1]
+    hashed = [(np.full(i + 1, i), number) for i, number in enumerate(numbers)]
+    distinct = Distinct(drop)
+    found = [*distinct.documents(hashed[:5]), *distinct.documents(hashed[5:])]  # two sources, one memory
+    assert [d[0] for d in found] == ([0, 1, 3, 6] if drop else list(range(8))) and distinct.duplicates == 4
+    assert (distinct.kept, distinct.kept_tokens) == (len(found), sum(map(len, found)))
+
+
+def work(job):
+    kind, value = job
+    if kind == "fail":
+        raise DataError(f"{value}: not readable")
+    if kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(value % 3 / 100)  # later jobs are done before earlier ones
+    return value * value
+
+
+def test_results_come_in_the_order_of_the_jobs():
+    jobs = [("square", i) for i in range(40)]
+    assert list(parallel_map(work, jobs, "local", 2)) == [i * i for i in range(40)]
+
+
+def test_jobs_of_a_generator_are_taken_as_they_are_needed():
+    taken = []
+    jobs = (taken.append(i) or ("square", i) for i in range(60))
+    found = parallel_map(work, jobs, "local", 2)
+    for done in range(40):
+        assert next(found) == done * done and len(taken) <= done + 1 + 2 * module.AHEAD
+    assert list(found) == [i * i for i in range(40, 60)]
+
+
+def test_what_a_job_says_is_said():
+    jobs = [("square", 2), ("fail", "a.txt"), *(("square", i) for i in range(20))]
+    found = parallel_map(work, jobs, "local", 2)
+    assert next(found) == 4
+    with pytest.raises(DataError, match=r"^a\.txt: not readable$"):
+        list(found)
+
+
+def test_ray_gives_the_same(capfd):
+    """With functions of the package, which its workers find; a whole preparation over Ray is in test_prepare."""
+    pytest.importorskip("ray", reason="pip install -e '.[ray]'")
+    sizes = [300, 70_000, 65_536, 65_537] * 5
+    assert list(parallel_map(token_dtype, sizes, "ray", 2)) == list(map(token_dtype, sizes))
+    with pytest.raises(UsageError, match=r"^data\.encoding: 'klingon' is unknown"):
+        list(parallel_map(check_encoding, ["utf-8", "klingon", "auto"], "ray", 2))
+
+
+def test_a_worker_that_is_killed_is_told():
+    with pytest.raises(
+        DataError, match=r"was killed \(out of memory\?\); run the same command again, --set data.workers=1"
+    ):
+        list(parallel_map(work, [("die", 0)], "local", 1))
+
+
+def test_workers():
+    assert workers_for(3, 100) == 3 and workers_for(8, 2) == 2 and workers_for(-1, 0) == 1
+    assert 1 <= workers_for(-1, 10**6) == len(os.sched_getaffinity(0))
+
+
+def test_without_ray_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"ray is not installed; pip install -e '\.\[ray\]'"):
+        list(parallel_map(work, [("square", 1)], "ray", 1))
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """Or they would write beside the next run."""
+    (tmp_path / "sleeper.py").write_text(
+        "import os, time\n\ndef sleep(path):\n    open(path, 'w').write(str(os.getpid()))\n    time.sleep(60)\n"
+    )
+    code = f"""
+import sys
+sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]
+from sleeper import sleep
+from jaxchat.data.shards import parallel_map
+if __name__ == "__main__":
+    list(parallel_map(sleep, [{str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}], "local", 2))
+"""
+    (tmp_path / "main.py").write_text(code)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env=env)
+    files = [tmp_path / "a", tmp_path / "b"]
+    end = time.monotonic() + 60
+    while not all(f.exists() and f.read_text() for f in files) and time.monotonic() < end:
+        time.sleep(0.05)
+    workers = [int(f.read_text()) for f in files]
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 5
+    while any(alive(pid) for pid in workers) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in workers)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False

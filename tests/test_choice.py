@@ -1,6 +1,5 @@
 """MMLU and ARC from every layout they come in, and what a changed or damaged file is told."""
 
-import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.errors import DataError
+from jaxchat.tasks.base import MissingData, TaskFiles
 from jaxchat.tasks.choice import question
-from jaxchat.tasks.files import MissingData, TaskFiles
 from jaxchat.tasks.registry import get_task
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -52,49 +51,33 @@ def test_mmlu_in_the_hubs_layout(tmp_path, place):
     assert all("Which is red?" in conversation[0]["content"] for conversation in taught)
 
 
-def test_mmlu_from_tables_with_quotes_of_both_kinds(tmp_path):
+def test_mmlu_from_tables_whose_quotes_are_not_doubled(tmp_path):
     folder = tmp_path / "mmlu"
     folder.mkdir()
-    (folder / "law_test.csv").write_text(HEADER + '"A ""b"", c","1","2","3","4",0\nplain,1,2,3,4,3\n')
+    (folder / "law_test.csv").write_text(HEADER + '"A b, c","1","2","3","4",0\n')
     (folder / "art_test.csv").write_text(
         HEADER + '"He said "one," and "two"","1","2","3","4",1\n"Two\n lines","a "b","c","d\n e","f",2\n'
     )
-    art, lines, law, plain = exam("mmlu", tmp_path).examples()
+    art, lines, law = exam("mmlu", tmp_path).examples()
     assert 'question: He said "one," and "two"\n- 1=A' in art.prompt[0]["content"] and art.right == 1
     assert 'Two\n lines\n- a "b=A\n- c=B\n- d\n e=C\n- f=D' in lines.prompt[0]["content"] and lines.right == 2
-    assert 'question: A "b", c\n- 1=A' in law.prompt[0]["content"] and law.right == 0
-    assert plain.right == 3 and plain.tags == {"subject": "law"} and art.tags == {"subject": "art"}
+    assert "question: A b, c\n- 1=A" in law.prompt[0]["content"] and law.tags == {"subject": "law"}
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("question,A,B,C,D,key\nq,1,2,3,4,0\n", "the columns are question, A, B, C, D, key, not"),
-        (HEADER + "q,1,2,3,4,4\n", "line 2: answer 4 is none of the 4 options"),
-        (HEADER + "q,1,2,3,4,0\nq,1,2,3,4,C\n", "line 3: answer 'C' is none"),
-        (HEADER + "q,1,2,3,0\n", "line 2: 5 fields, not 6"),
-        (HEADER + '"q "a" b","1","2","3","4",0\n"q","1","2","3",0\n', "line 3: 5 fields, not 6"),
-        (HEADER + ",1,2,3,4,0\n", "line 2: no question"),
-    ],
-)
-def test_a_damaged_table_is_named_by_its_line(tmp_path, text, said):
-    (tmp_path / "law_test.csv").write_text(text)
-    task = exam("mmlu", tmp_path)
-    if text.count("\n") == 2:  # not one row is left
-        with pytest.raises(DataError, match=f"law_test.csv.*{said}"):
-            task.examples()
-    else:
-        assert len(task.examples()) == 1
-        assert re.search(f"law_test.csv.*{said}", *task.damaged)
+@pytest.mark.parametrize("text", ["question,A,B,C,D,key\n", HEADER])
+def test_a_damaged_table_is_named(tmp_path, text):
+    (tmp_path / "law_test.csv").write_text(text + '"q","1","2","3",0\n')
+    with pytest.raises(DataError, match=r"law_test\.csv: not a record"):
+        exam("mmlu", tmp_path).examples()
 
 
 def test_a_changed_column_or_a_broken_file_of_the_hub(tmp_path):
     path = tmp_path / "all" / "test-00000-of-00001.parquet"
     parquet(path, [{**{k: v for k, v in ROWS[0].items() if k != "choices"}, "options": ["a"]}])
-    with pytest.raises(DataError, match="no column choices; it has question, subject, answer, options"):
+    with pytest.raises(DataError, match="row 1 .*KeyError.*choices"):
         exam("mmlu", tmp_path).examples()
-    parquet(path, [{**ROWS[0], "answer": 4}])
-    with pytest.raises(DataError, match="row 1: answer 4 is none of the 4 options"):
+    parquet(path, [ROWS[0], {**ROWS[0], "answer": 4}])
+    with pytest.raises(DataError, match="row 2 .*answer 4 of 4 options"):
         exam("mmlu", tmp_path).examples()
     path.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(DataError, match="not a readable parquet file"):
@@ -118,22 +101,16 @@ def test_arc_in_the_hubs_layout_keeps_its_own_letters(tmp_path):
 
 def test_a_damaged_arc(tmp_path):
     path = tmp_path / "ARC-Easy" / "test-00000-of-00001.parquet"
-    parquet(path, [ARC, {**ARC, "answerKey": "3"}])
-    task = exam("arc_easy", tmp_path)
-    assert len(task.examples()) == 1 and "row 2: answer '3' is none of 1, 2" in task.damaged[0]
-    for labels in ([1, 2], [None, "2"]):
-        parquet(path, [{**ARC, "choices": {"text": ["cat", "dog"], "label": labels}}])
-        with pytest.raises(DataError, match="row 1: the labels of the choices are no texts"):
+    for damaged in ({**ARC, "answerKey": "3"}, {**ARC, "choices": ["cat", "dog"]}):
+        parquet(path, [damaged])
+        with pytest.raises(DataError, match="row 1 "):
             exam("arc_easy", tmp_path).examples()
-    parquet(path, [{**ARC, "choices": ["cat", "dog"]}])
-    with pytest.raises(DataError, match="row 1: choices hold no label and text"):
-        exam("arc_easy", tmp_path).examples()
 
 
 def test_nothing_there_says_how_to_place_it(tmp_path):
-    with pytest.raises(MissingData, match=r"cais/mmlu, revision c30699e8 and put it into .*"):
+    with pytest.raises(MissingData, match=r"cais/mmlu, revision c30699e8, and put it into"):
         exam("mmlu", tmp_path).examples()
-    with pytest.raises(MissingData, match=r"set tasks.data_dir to that"):
+    with pytest.raises(MissingData, match=r"set tasks.data_dir to it"):
         get_task("mmlu").examples()
 
 
