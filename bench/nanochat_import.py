@@ -59,7 +59,7 @@ def compare(folder: Path, depth: int, tokens: int, greedy: int) -> dict[str, Any
     torch.save(model.state_dict(), folder / "model_000001.pt")
     (folder / "meta_000001.json").write_text(json.dumps({"model_config": shapes}))
     train_tokenizer(["a b c d e f g h"] * 50, 265, 1000, 1000).save(folder)
-    imported, _ = read_nanochat(folder, tokenizer=folder / "tokenizer.json", allow_pickle=True)
+    imported = read_nanochat(folder, tokenizer=folder / "tokenizer.json", allow_pickle=True)
 
     @jax.jit
     def ours(ids: np.ndarray) -> jax.Array:

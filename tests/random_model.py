@@ -1,5 +1,7 @@
 """Models with random weights, every extra of them in use, for what goes out and comes in."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -50,7 +52,8 @@ def random_model(kind, stage="sft", dtype=np.float32, **more):
 
 def random_run(root, kind, stage="sft", dtype=np.float32, **more):
     """A run directory that holds `random_model`."""
-    write_run(random_model(kind, stage, dtype, **more), root, {"format": "test", "from": "random numbers"})
+    origin = {"format": "test", "from": "random numbers"}
+    write_run(dataclasses.replace(random_model(kind, stage, dtype, **more), imported=origin), root)
     return RunDir(root)
 
 

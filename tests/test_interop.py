@@ -15,6 +15,7 @@ import jinja2.sandbox
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import KINDS, config, logits_of, random_model, random_params, random_run, tokenizer
@@ -28,24 +29,20 @@ from jaxchat.engine import Engine
 from jaxchat.errors import DataError, UsageError
 from jaxchat.interop import huggingface
 from jaxchat.interop.__main__ import main, make_parser
-from jaxchat.interop.card import model_card
 from jaxchat.interop.exported.model import GPT
 from jaxchat.interop.huggingface import (
     architecture_of,
     assemble,
-    export_hf,
-    from_hf,
-    import_hf,
-    leaves,
+    config_from_hf,
+    config_to_hf,
     places,
     read_hf,
     tensor,
-    to_hf,
     write_hf,
 )
-from jaxchat.interop.orbax_export import HOW, export_orbax, write_orbax
+from jaxchat.interop.orbax_export import HOW, write_orbax
 from jaxchat.interop.tokenizer_files import MARK, read_tokenizer, tokenizer_files
-from jaxchat.interop.trained import load_trained
+from jaxchat.interop.trained import load_trained, model_card, write_run
 from jaxchat.model import abstract_params
 from jaxchat.run_dir import read_json
 from jaxchat.scaling import resolve
@@ -55,6 +52,20 @@ from train.stages import FORMATS
 from train.stages import run_export as stage_run
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def leaves(params):
+    return flatten_dict(params, sep=".").items()
+
+
+def export_hf(run, out, dtype="auto"):
+    return write_hf(load_trained(run, dtype=dtype), out)
+
+
+def import_hf(source, out, stage=None):
+    model = read_hf(source, stage)
+    write_run(model, out)
+    return model
 
 
 def interop(*arguments):
@@ -84,11 +95,12 @@ def test_every_parameter_has_one_place_and_comes_back(kind, format):
         sizes[place.path] -= np.prod(place.shape, dtype=int)
     padding = {path: size for path, size in sizes.items() if size}
     assert all(path.endswith("embedding") for path in padding), "all but the padded rows of tables are there"
-    tensors = {name: tensor(model.config, model.params, place) for name, place in found.items()}
+    flat = flatten_dict(model.params, sep=".")
+    tensors = {name: tensor(flat, place) for name, place in found.items()}
     assert {name: t.shape for name, t in tensors.items()} == {name: p.shape for name, p in found.items()}
     shapes = {name: t.shape for name, t in tensors.items()}
     back = assemble(model.config, format, shapes, tensors.__getitem__, "here")
-    again = {name: tensor(model.config, back, place) for name, place in found.items()}
+    again = {name: tensor(flatten_dict(back, sep="."), place) for name, place in found.items()}
     assert all(np.array_equal(tensors[name], again[name]) for name in tensors)
     assert params_sha256(abstract_like(back)) == params_sha256(abstract_like(model.params))
 
@@ -100,7 +112,9 @@ def abstract_like(params):
 
 def test_kernels_are_transposed_for_torch():
     model = random_model("classic")
-    q = tensor(model.config, model.params, places(model.config, "hf")["model.layers.3.self_attn.q_proj.weight"])
+    q = tensor(
+        flatten_dict(model.params, sep="."), places(model.config, "hf")["model.layers.3.self_attn.q_proj.weight"]
+    )
     np.testing.assert_array_equal(q, model.params["blocks"]["q"][3].T)
 
 
@@ -162,9 +176,8 @@ def test_every_tier_s_config_comes_back(tier, recipe):
     sizes = ["model.depth=4", "model.seq_len=256", "model.vocab_size=999", "train.steps=9"]
     own_size = sizes if tier == "book" else []  # it takes them from its text
     shape = resolve(load_config(tier, [f"model.recipe={recipe}", *own_size])).model
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    found = to_hf(shape, architecture_of(shape), "float32", ids)
-    again = from_hf(json.loads(json.dumps(found)), "here")
+    found = config_to_hf(shape, architecture_of(shape))
+    again = config_from_hf(json.loads(json.dumps(found)), "here")
     assert again == dataclasses.replace(shape, attention="auto")
     assert (found["model_type"] == "nanochat") == (recipe == "classic")
 
@@ -328,7 +341,7 @@ def load(root):
 @pytest.mark.parametrize("kind", ["classic", "modern"])
 def test_the_five_printed_lines_run_without_us(tmp_path, kind, devices):
     run = random_run(tmp_path / "run", kind)
-    export_orbax(run, tmp_path / "out", dtype="bfloat16")
+    write_orbax(load_trained(run, dtype="bfloat16"), tmp_path / "out")
     code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(encoding="utf-8"), re.S)[1]
     assert len(code.strip().splitlines()) == 5
     more = (
@@ -472,25 +485,25 @@ BROKEN = {
     "another architecture": (lambda f: edit(f, model_type="llama"), "architecture 'llama'"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "config no object": (lambda f: (f / "config.json").write_text("[]"), "architecture None"),
-    "depth a text": (lambda f: edit(f, num_hidden_layers="5"), "num_hidden_layers is '5'"),
-    "depth negative": (lambda f: edit(f, num_hidden_layers=-5), "num_hidden_layers is -5"),
+    "depth a text": (lambda f: edit(f, num_hidden_layers="5"), "depth: needs a whole number, not '5'"),
+    "depth negative": (lambda f: edit(f, num_hidden_layers=-5), "depth: must be at least 1, not -5"),
     "depth gone": (lambda f: edit(f, num_hidden_layers="drop"), "lacks num_hidden_layers"),
     "more layers": (lambda f: edit(f, num_hidden_layers=6), "lacks model.layers.5"),
     "fewer layers": (lambda f: edit(f, num_hidden_layers=4), "has, beside .* model.layers.4"),
     "heads that cannot be": (lambda f: edit(f, num_key_value_heads=4), "does not divide"),
     "other activation": (lambda f: edit(f, hidden_act="silu"), "hidden_act is 'silu'"),
     "biases": (lambda f: edit(f, attention_bias=True), "attention_bias is True"),
-    "scaled rotary": (lambda f: edit(f, rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn'"),
-    "uncapped": (lambda f: edit(f, final_logit_softcapping=None), "final_logit_softcapping is null"),
+    "scaled rotary": (lambda f: edit(f, rope_parameters={"rope_type": "yarn"}), "'yarn'"),
+    "uncapped": (lambda f: edit(f, final_logit_softcapping=None), "softcap: needs a number"),
     "missing tensor": (lambda f: with_tensors(f, lambda t: t.pop(Q)), f"lacks {Q}"),
     "extra tensor": (lambda f: with_tensors(f, lambda t: t.update(more=t[Q])), "has, beside .* more"),
     "wrong shape": (lambda f: with_tensors(f, lambda t: t.update({Q: t[Q][:, :64].copy()})), r"q_proj.* \(96, 64\)"),
     "whole numbers": (lambda f: with_tensors(f, lambda t: t.update({Q: t[Q].astype(np.int32)})), "is int32"),
     "not finite": (lambda f: with_tensors(f, lambda t: t.update({Q: t[Q] * np.inf})), "NaN or Inf"),
-    "truncated": (cut, "model.safetensors: damaged"),
-    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04" * 250), "model.safetensors: damaged"),
-    "a pickle": (pickled, "pytorch_model.bin.*pickles"),
-    "index of a missing file": (lambda f: index(f, {Q: "model-2.safetensors"}), "model-2.safetensors: no such file"),
+    "truncated": (cut, "missing, damaged"),
+    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04" * 250), "missing, damaged"),
+    "a pickle": (pickled, "no safetensors there .pickles"),
+    "index of a missing file": (lambda f: index(f, {Q: "model-2.safetensors"}), "model-2.safetensors: missing"),
     "index that leaves the folder": (lambda f: index(f, {Q: "../x.safetensors"}), "no weight_map of file names"),
     "depth beyond its tensors": (lambda f: edit(f, num_hidden_layers=20_000_000), "model.depth: must be at most 10000"),
     "architecture a list": (lambda f: edit(f, model_type=[1]), r"architecture \[1\]"),

@@ -27,14 +27,20 @@ from jaxchat.engine import Engine, Request
 from jaxchat.errors import DataError, UsageError
 from jaxchat.interop.__main__ import main, make_parser
 from jaxchat.interop.exported.modeling_jaxchat import JaxchatConfig, JaxchatForCausalLM
-from jaxchat.interop.huggingface import export_hf, read_hf, write_hf
-from jaxchat.interop.nanochat import import_nanochat, read_nanochat
+from jaxchat.interop.huggingface import read_hf, write_hf
+from jaxchat.interop.nanochat import read_nanochat
 from jaxchat.interop.tokenizer_files import read_tiktoken
-from jaxchat.interop.trained import load_trained
+from jaxchat.interop.trained import load_trained, write_run
 from jaxchat.run_dir import RunDir
 from jaxchat.tokenizer import SPECIAL_TOKENS
 
 torch.set_num_threads(2)
+
+
+def import_nanochat(source, out):
+    model = read_nanochat(source, allow_pickle=True)
+    write_run(model, out)
+    return model
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -192,7 +198,7 @@ def test_odd_shapes_agree(tmp_path, kind, shape):
 
 
 def test_weights_in_bfloat16_load_as_they_are(tmp_path):
-    export_hf(random_run(tmp_path / "run", "modern"), tmp_path / "hf", dtype="bfloat16")
+    write_hf(load_trained(random_run(tmp_path / "run", "modern"), dtype="bfloat16"), tmp_path / "hf")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).dtype == torch.bfloat16
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype=torch.float32)
     rounded = load_trained(RunDir(tmp_path / "run"), dtype="bfloat16")
@@ -258,7 +264,7 @@ def test_both_layouts_come_in(base_dir, kind, folder, stage):
     source = base_dir / folder / "d5" if "_" in folder else base_dir / folder
     write_nanochat(source, kind, step=3)
     tensors = write_nanochat(source, kind, step=650, prefix="_orig_mod." if kind == "classic" else "")
-    model = import_nanochat(source, base_dir / "run", allow_pickle=True)
+    model = import_nanochat(source, base_dir / "run")
     assert (model.stage, model.step, model.config.recipe) == (stage, 650, kind)
     assert params_sha256(load_trained(RunDir(base_dir / "run")).params) == params_sha256(model.params)
     if folder != "d5":
@@ -277,7 +283,7 @@ def test_both_layouts_come_in(base_dir, kind, folder, stage):
 
 def test_dtypes_are_kept(base_dir):
     write_nanochat(base_dir / "d5", "modern", dtype="bfloat16")
-    model, _ = read_nanochat(base_dir / "d5", allow_pickle=True)
+    model = read_nanochat(base_dir / "d5", allow_pickle=True)
     assert model.params["embedding"].dtype == "bfloat16" and model.params["blocks"]["q"].dtype == "float32"
     assert params_sha256(model.params)
 
@@ -340,7 +346,7 @@ def test_other_checkpoints_are_refused_by_name(base_dir, fault):
     kind, change, message = BROKEN[fault]
     write_nanochat(base_dir / "d5", kind, change=change)
     with pytest.raises(DataError, match=message):
-        import_nanochat(base_dir / "d5", base_dir / "run", allow_pickle=True)
+        import_nanochat(base_dir / "d5", base_dir / "run")
     assert not (base_dir / "run").exists()
 
 
@@ -365,7 +371,7 @@ def test_files_that_lack_something_are_named(base_dir):
 
 def test_an_imported_run_can_be_exported_again(base_dir):
     write_nanochat(base_dir / "d5", "classic")
-    import_nanochat(base_dir / "d5", base_dir / "run", allow_pickle=True)
+    import_nanochat(base_dir / "d5", base_dir / "run")
     model = load_trained(RunDir(base_dir / "run"))
     write_hf(model, base_dir / "hf")
     assert f"imported into jaxchat {jaxchat.__version__} from d5 (nanochat)" in (

@@ -15,12 +15,11 @@ import orbax.checkpoint as ocp
 from jaxchat import __version__
 from jaxchat.checkpoint import this_process
 from jaxchat.errors import DataError
-from jaxchat.interop.card import model_card
 from jaxchat.interop.tokenizer_files import tokenizer_files
-from jaxchat.interop.trained import Trained, appearing, load_trained
+from jaxchat.interop.trained import Trained, atomic_directory, model_card
 from jaxchat.log import quiet_libraries
 from jaxchat.model import Params, hidden, layer_params, logits
-from jaxchat.run_dir import RunDir, atomic_write, write_checksums, write_json
+from jaxchat.run_dir import atomic_write, write_checksums, write_json
 from jaxchat.sizes import value_layers, windows
 from jaxchat.tokenizer import ASSISTANT_END
 
@@ -42,16 +41,11 @@ print("largest difference from golden.npz:", model.check())
 --check SHA256SUMS` tells whether the files arrived whole."""
 
 
-def export_orbax(run: RunDir, out: str | Path, stage: str | None = None, dtype: str = "auto") -> dict[str, Any]:
-    """Write a run's model to the new folder `out` and return its dtype and bytes; dtype "auto": as stored."""
-    return write_orbax(load_trained(run, stage, dtype), Path(out))
-
-
 def write_orbax(model: Trained, out: Path) -> dict[str, Any]:
-    """Write a model at hand, as `export_orbax` does."""
+    """Write a model into the new folder `out`; facts: dtype, bytes."""
     dtype = model.dtype
     params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype, copy=False), model.params)
-    with appearing(out) as folder:
+    with atomic_directory(out) as folder:
         _write_params(folder.resolve() / "params", params)
         write_json(folder / "config.json", _config(model, dtype))
         for name, text in tokenizer_files(model.tokenizer, model.chats, model.config.seq_len).items():

@@ -1,4 +1,4 @@
-"""What goes out of a run directory, and what comes in."""
+"""A trained model on its way between formats: read from a run directory, or written into a new one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxchat import __version__
 from jaxchat.checkpoint import RECORDS, params_sha256, recorded, save_params
@@ -26,27 +27,29 @@ from jaxchat.errors import DataError, UsageError
 from jaxchat.model import Params
 from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, read_json, sync_directory, write_json
 from jaxchat.scaling import resolve
+from jaxchat.sizes import count_parameters
 from jaxchat.tokenizer import Tokenizer
 
 STAGES = tuple(reversed(FURTHEST_FIRST))
 CARD = "card.md"  # the model card that an imported model came with
 DTYPES = ("auto", "float32", "bfloat16")
+KINDS = {"base": "a base model that continues text", "sft": "a chat model", "rl": "a chat model after RL"}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model on its way between formats; `params` are host arrays, kernels (in, out)."""
+    """A model with all that other formats want to know; `params` are host arrays, kernels (in, out)."""
 
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer
     stage: str  # "base", "sft" or "rl"
     name: str
-    card: str | None = None  # the README.md that it came with
-    report: dict[str, Any] | None = None  # `report.json` of the run that made it
+    card: str | None = None  # the README.md that an imported model came with
+    report: dict[str, Any] | None = None  # `report.json` of the run that trained it
     step: int = 0
-    imported: dict[str, Any] | None = None  # where its base came from, if it was not trained here
-    trained_on: bool = False  # whether its own stage was, then
+    imported: dict[str, Any] | None = None  # where its base came from, if it was not trained here: format, from, sha256
+    trained_on: bool = False  # whether this stage was trained here, on an imported base
 
     @property
     def chats(self) -> bool:
@@ -55,46 +58,55 @@ class Trained:
     @property
     def dtype(self) -> str:
         """Of all parameters; float32, which holds the others, where they differ."""
-        found = {np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(self.params)}
-        return found.pop() if len(found) == 1 else "float32"
+        names = {np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(self.params)}
+        return names.pop() if len(names) == 1 else "float32"
+
+
+def check_dtype(name: str) -> None:
+    """Raise `UsageError` for a dtype that no export is written in."""
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is unknown; choose from {', '.join(DTYPES)}")
+
+
+def check_stage(name: str | None) -> None:
+    if name is not None and name not in STAGES:
+        raise UsageError(f"stage {name!r} is unknown; choose from {', '.join(STAGES)}")
 
 
 def load_trained(run: RunDir, stage: str | None = None, dtype: str = "auto") -> Trained:
-    """The furthest trained stage of a run, or the one named, in a dtype ("auto": as stored).
+    """Load the stage of a run, or its furthest trained one, in a dtype ("auto": as stored).
 
     `DataError` says what is missing or damaged.
     """
     check_dtype(dtype)
     stage = stage or trained_stages(run)[0]
     config, params, tokenizer, serve = load_run(run, stage)
-    _cast(params, dtype)
-    imported, origin = (recorded(run, s).get("imported") for s in (stage, "base"))
-    card = (run.root / CARD).read_text(encoding="utf-8") if imported and (run.root / CARD).exists() else None
-    report = read_json(run.root / "report.json") if (run.root / "report.json").exists() and not card else None
-    name = serve.model_name or run.root.resolve().name
-    return Trained(config, params, tokenizer, stage, name, card, report, 0, origin, origin is not None and not imported)
-
-
-def check_dtype(name: str) -> None:
-    """`UsageError` for a dtype that no export is written in."""
-    if name not in DTYPES:
-        raise UsageError(f"dtype {name!r} is unknown; choose from {', '.join(DTYPES)}")
-
-
-def _cast(params: Params, dtype: str) -> None:
-    """In place and leaf by leaf, so that a big model is never held twice."""
-    for name, leaf in params.items():
-        if isinstance(leaf, dict):
-            _cast(leaf, dtype)
-        elif dtype != "auto":
-            params[name] = leaf.astype(dtype, copy=False)
+    if dtype != "auto":
+        flat = flatten_dict(params)
+        del params
+        for path in flat:  # leaf by leaf, so that a big model is never held twice
+            flat[path] = flat[path].astype(dtype, copy=False)
+        params = unflatten_dict(flat)
+    own, base = (recorded(run, s).get("imported") for s in (stage, "base"))
+    card, report = run.root / CARD, run.root / "report.json"
+    return Trained(
+        config,
+        params,
+        tokenizer,
+        stage,
+        name=serve.model_name or run.root.resolve().name,
+        card=card.read_text(encoding="utf-8") if own and card.exists() else None,
+        report=read_json(report) if report.exists() and not own else None,
+        imported=base,
+        trained_on=base is not None and not own,
+    )
 
 
 @contextlib.contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """A folder to write into that gets the name `out` when all is done, or vanishes after a failure.
+def atomic_directory(out: Path) -> Iterator[Path]:
+    """Yield a folder to write into. It gets the name `out` at the end, or vanishes after a failure.
 
-    `UsageError` where `out` is there already, and not empty.
+    `UsageError` where `out` exists and is not empty.
     """
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UsageError(f"{out}: exists already; choose another --out or remove it")
@@ -103,8 +115,8 @@ def appearing(out: Path) -> Iterator[Path]:
     try:
         yield aside
         for path in aside.rglob("*"):
-            with open(path, "rb") if path.is_file() else contextlib.nullcontext() as file:
-                if file:
+            if path.is_file():
+                with open(path, "rb") as file:
                     os.fsync(file.fileno())
         aside.chmod(0o755)
         if out.exists():
@@ -120,11 +132,10 @@ def appearing(out: Path) -> Iterator[Path]:
         raise
 
 
-def write_run(model: Trained, out: Path, origin: dict[str, Any]) -> None:
-    """A run directory that chats, is examined and trains on, from a model of elsewhere.
+def write_run(model: Trained, out: Path) -> None:
+    """Write a new run directory that chats, takes exams and trains on, from an imported model.
 
-    The weights stand in `base/` too when it chats, where exams that want a base model and further training find them.
-    `origin` goes into the records.
+    A chat model's weights are in `base/` too, for exams of base models and for further training.
     """
     if model.tokenizer.vocab_size > model.config.vocab_size:
         raise DataError(
@@ -136,46 +147,71 @@ def write_run(model: Trained, out: Path, origin: dict[str, Any]) -> None:
         config = resolve(Config(tier="imported", model=model.config, rl=rl, serve=serve))
     except UsageError as error:
         raise DataError(f"{model.name}: {error}") from None
-    with appearing(out) as aside:
-        run = RunDir(aside)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record = {"format": RECORD_FORMAT, "status": "done", "start": now, "end": now, "seconds": 0.0, "inputs": {}}
+    record |= {"version": __version__, "imported": model.imported}  # no stage here made it
+    with atomic_directory(out) as folder:
+        run = RunDir(folder)
         atomic_write(run.config, to_toml(config))
         model.tokenizer.save(run.tokenizer)
         if model.card is not None:
-            atomic_write(aside / CARD, model.card)
-        stages = STAGES[: STAGES.index(model.stage) + 1]
-        meta = {"imported": origin, "tokens": 0}
-        save_params(run.stage("base"), model.step, model.params, meta)
-        for stage in stages[1:]:
-            shutil.copytree(run.stage("base"), run.stage(stage), copy_function=_link)
+            atomic_write(folder / CARD, model.card)
+        save_params(run.stage("base"), model.step, model.params, {"imported": model.imported, "tokens": 0})
         digest = params_sha256(model.params)
-        shapes = dataclasses.asdict(model.config).items()
-        shape = {f"model.{key}": value for key, value in shapes if key != "attention"}
-        facts = {"digest": digest, "params_sha256": digest}
-        records = {"tokenizer": _record({}, {"digest": model.tokenizer.digest}, origin)}
-        for stage in stages:
-            records[RECORDS.get(stage, stage)] = _record(shape if stage == "base" else {}, facts, origin)
+        records = {"tokenizer": record | {"facts": {"digest": model.tokenizer.digest}}}
+        for stage in STAGES[: STAGES.index(model.stage) + 1]:
+            facts = {"digest": digest, "params_sha256": digest}
+            records[RECORDS.get(stage, stage)] = record | {"facts": facts, "params_sha256": digest}
+            if stage != "base":
+                shutil.copytree(run.stage("base"), run.stage(stage), copy_function=_link)
+        shape = {f"model.{k}": v for k, v in dataclasses.asdict(model.config).items() if k != "attention"}
+        records[RECORDS["base"]]["inputs"] = shape
         write_json(run.stages, records)
 
 
-def _record(inputs: dict[str, Any], facts: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any]:
-    """As `train/stages.py` keeps them; `imported` says that no stage here made it."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    shared = {
-        "format": RECORD_FORMAT,
-        "status": "done",
-        "start": now,
-        "end": now,
-        "seconds": 0.0,
-        "version": __version__,
-        "inputs": inputs,
-        "facts": facts,
-    }
-    return shared | {key: facts[key] for key in ("params_sha256",) if key in facts} | {"imported": origin}
-
-
 def _link(source: str, target: str) -> None:
-    """Orbax never changes a file in place, so two folders may share it; elsewhere it is copied."""
+    """Hard-link where that works: Orbax never changes a file in place, so two folders may share it."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def model_card(model: Trained, how: str, library: str) -> str:
+    """Return the README.md of an export: what the model is, how it is loaded (`how`), what it scored.
+
+    A model that came with a card keeps it.
+    """
+    if model.card is not None:
+        return model.card
+    config, report, origin = model.config, model.report or {}, f"trained with jaxchat {__version__}"
+    if model.imported:
+        origin = f"imported into jaxchat {__version__} from {model.imported['from']} ({model.imported['format']})"
+        origin += " and trained on" if model.trained_on else ""
+    parts = [
+        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- jaxchat\n---",
+        f"# {model.name}",
+        f"{count_parameters(config).total:,} parameters, {KINDS[model.stage]}, {origin}: {config.depth} layers of "
+        f"width {config.width}, {config.n_heads} heads of {config.head_width}, context {config.seq_len:,} tokens, "
+        f"vocabulary {config.vocab_size:,}. Recipe `{config.recipe}`.",
+        f"## Load it\n\n{how}",
+    ]
+    data, pretrain = report.get("data", {}), report.get("pretrain", {})
+    rows = [f"| text | `{data['source']}` |"] if data.get("source") and pretrain else []
+    rows += [f"| tokens of pretraining | {pretrain['tokens']:,} |"] if pretrain.get("tokens") else []
+    rows += [f"| passes over the text | {pretrain['epochs']:.2f} |"] if pretrain.get("epochs") else []
+    if rows:
+        parts.append("\n".join(["## Training\n\n| | |\n| --- | --- |", *rows]))
+    rows = [
+        f"| {stage} | {name} | {score['metric']:.4f} | {score.get('n', '')} |"
+        for stage, exams in report.get("exams", {}).items()
+        for name, score in exams.items()
+        if stage in ("base", model.stage)
+    ]
+    if rows:
+        parts.append("\n".join(["## Exams\n\n| stage | exam | score | questions |\n| --- | --- | --- | --- |", *rows]))
+    parts.append(
+        "## Limits\n\nA model of this size makes facts up, and repeats what its training text held. Look at the exams "
+        "before you rely on it."
+    )
+    return "\n\n".join(parts) + "\n"
