@@ -422,16 +422,6 @@ def test_the_printed_model_is_ours(kind):
     assert np.abs(found - logits_of(shape, params, ids)).max() < 1e-4
 
 
-@pytest.mark.parametrize("change, message", [
-    ('export.formats=["orbax","gguf"]', "export.formats: 'gguf' is unknown; choose from orbax, hf"),
-    ("export.dtype=int8", "export.dtype: 'int8' is unknown"),
-])  # fmt: skip
-def test_the_export_stage_knows_its_settings_before_any_work(change, message):
-    with pytest.raises(UsageError, match=re.escape(message)):
-        load_config("nano", [change])
-    load_config("nano", ["export.formats=[]"])
-
-
 def test_the_export_stage_leaves_both_formats(finished):
     card = (finished / "export" / "hf" / "README.md").read_text(encoding="utf-8")
     report = read_json(finished / "report.json")
@@ -505,7 +495,7 @@ BROKEN = {
     "a pickle": (pickled, "no safetensors there .pickles"),
     "index of a missing file": (lambda f: index(f, {Q: "model-2.safetensors"}), "model-2.safetensors: missing"),
     "index that leaves the folder": (lambda f: index(f, {Q: "../x.safetensors"}), "no weight_map of file names"),
-    "depth beyond its tensors": (lambda f: edit(f, num_hidden_layers=20_000_000), "model.depth: must be at most 10000"),
+    "depth beyond its tensors": (lambda f: edit(f, num_hidden_layers=20_000_000), "at most 10000"),
     "architecture a list": (lambda f: edit(f, model_type=[1]), r"architecture \[1\]"),
     "width beyond floats": (lambda f: edit(f, intermediate_size=10**400), "values that cannot be"),
     "eps beyond floats": (lambda f: edit(f, rms_norm_eps=10**400), "values that cannot be"),
@@ -582,8 +572,7 @@ def test_bad_arguments(exported, tmp_path, capsys):
     arguments = ("--run-dir", tmp_path / "run", "--format", "hf", "--out", tmp_path / "out")
     assert interop("export", *arguments, "--architecture", "nanochat") == 2
     assert interop("export", *arguments, "--stage", "rl") == 3
-    with pytest.raises(UsageError, match="dtype 'int4'"):
-        export_hf(load(tmp_path / "run"), tmp_path / "out", dtype="int4")
+    assert interop("export", *arguments, "--dtype", "int4") == 2
     assert not (tmp_path / "out").exists()
 
 

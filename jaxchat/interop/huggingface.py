@@ -103,8 +103,6 @@ def assemble(
 
     `DataError` names `source` and what is missing, too many, of the wrong shape, not floating-point or not finite.
     """
-    if config.depth > len(shapes):
-        raise DataError(f"{source}: its config says {config.depth} layers, and it holds {len(shapes)} tensors")
     expected = places(config, format)
     for problem, names in (
         ("lacks", expected.keys() - shapes.keys()),
@@ -207,7 +205,7 @@ def config_from_hf(content: Any, source: object) -> ModelConfig:
             inner = content.get("intermediate_size", 4 * values["width"])
             values |= {"recipe": "classic", "mlp_factor": inner / values["width"]}
             values["norm_eps"] = content.get("rms_norm_eps", 1e-6)
-        config = resolve_model(build(ModelConfig, values))
+        config = resolve_model(build({"model": values}).model)
         expected = config_to_hf(config, kind)
     except (UsageError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"{source}: holds values that cannot be ({error})") from None

@@ -32,7 +32,6 @@ from jaxchat.tokenizer import Tokenizer
 
 STAGES = tuple(reversed(FURTHEST_FIRST))
 CARD = "card.md"  # the model card that an imported model came with
-DTYPES = ("auto", "float32", "bfloat16")
 KINDS = {"base": "a base model that continues text", "sft": "a chat model", "rl": "a chat model after RL"}
 
 
@@ -62,12 +61,6 @@ class Trained:
         return names.pop() if len(names) == 1 else "float32"
 
 
-def check_dtype(name: str) -> None:
-    """Raise `UsageError` for a dtype that no export is written in."""
-    if name not in DTYPES:
-        raise UsageError(f"dtype {name!r} is unknown; choose from {', '.join(DTYPES)}")
-
-
 def check_stage(name: str | None) -> None:
     if name is not None and name not in STAGES:
         raise UsageError(f"stage {name!r} is unknown; choose from {', '.join(STAGES)}")
@@ -78,7 +71,6 @@ def load_trained(run: RunDir, stage: str | None = None, dtype: str = "auto") -> 
 
     `DataError` says what is missing or damaged.
     """
-    check_dtype(dtype)
     stage = stage or trained_stages(run)[0]
     config, params, tokenizer, serve = load_run(run, stage)
     if dtype != "auto":
