@@ -116,11 +116,11 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         os.replace(aside, out)
         sync_directory(out.parent)
     except BaseException:
-        for _ in range(20):  # Orbax's threads may still be writing
+        for _ in range(20):
             shutil.rmtree(aside, ignore_errors=True)
+            time.sleep(0.1)  # Orbax's threads may still be writing
             if not aside.exists():
                 break
-            time.sleep(0.1)
         raise
 
 
