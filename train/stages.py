@@ -56,67 +56,38 @@ def run_export(config: Config, run: RunDir) -> dict[str, Any]:
     return facts | {"stage": model.stage, "digest": hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()}
 
 
-SHARED_SECONDS = 60.0  # until what process 0 wrote must be seen by the others
+@dataclass(frozen=True)
+class Stage:
+    """`run(config, run_dir)` returns facts for the record, `digest` among them; `outputs` must exist when done."""
+
+    name: str
+    run: Callable[[Config, RunDir], dict[str, Any]]
+    reads: tuple[str, ...]  # configuration keys, or sections that end in a dot
+    needs: tuple[str, ...]  # stages whose digests are inputs
+    outputs: tuple[str, ...]  # paths inside the run directory; <step> stands for a complete checkpoint
+    trained: bool = False  # refuses changed inputs instead of running again
+    uses: tuple[str, ...] = ()  # stages whose digests are inputs where they are done, but which need not be
+    check: Callable[[Config], None] = lambda config: None  # of settings, before anything runs
+    wanted: Callable[[Config], bool] = lambda config: True  # False: this configuration goes without it
+    external_inputs: Callable[[Config], str] = lambda config: ""  # what it reads outside the run
+    joint: bool = False  # by all processes together; the others by process 0, while the rest waits
 
 
 # fmt: off
 STAGES = (
-    Stage("tokenizer", prepare.run_tokenizer, prepare.READS, (), ("tokenizer/tokenizer.json",), True),
-    Stage("prepare", prepare.run, ("data.", "model.seq_len"), ("tokenizer",), prepare.OUTPUTS, True),
-    Stage(
-        "pretrain",
-        pretrain.run,
-        ("seed", "model.", "train.", "optim."),
-        ("prepare",),
-        ("base/<step>",),
-        True,
-        joint=True,
-    ),
-    Stage(
-        "sft",
-        sft.run,
-        ("seed", "sft."),
-        ("pretrain",),
-        ("sft/<step>",),
-        True,
-        check=sft.check,
-        looks=identity_digest,
-        wanted=lambda config: bool(config.sft.mixture),
-        joint=True,
-    ),
-    Stage(
-        "rl",
-        rl.run,
-        ("seed", "rl."),
-        ("sft",),
-        ("rl/<step>",),
-        True,
-        check=rl.check,
-        wanted=lambda config: bool(config.rl.environment and config.sft.mixture),
-        joint=True,
-    ),
-    Stage(
-        "eval",
-        evaluate.run,
-        ("eval.", "tasks."),
-        ("pretrain",),
-        ("eval/base.json",),
-        False,
-        uses=("sft", "rl"),
-        check=evaluate.check,
-        looks=evaluate.looks,
-    ),
-    Stage("report", report.run, (), ("eval",), ("report.md", "report.json"), False),
-    Stage(
-        "export",
-        run_export,
-        ("export.",),
-        ("pretrain",),
-        ("export",),
-        False,
-        uses=("sft", "rl", "report"),
-        wanted=lambda config: bool(config.export.formats),
-    ),
+    Stage("tokenizer", prepare.run_tokenizer, prepare.READS, (), ("tokenizer/tokenizer.json",), trained=True),
+    Stage("prepare", prepare.run, ("data.", "model.seq_len"), ("tokenizer",), prepare.OUTPUTS, trained=True),
+    Stage("pretrain", pretrain.run, ("seed", "model.", "train.", "optim."), ("prepare",), ("base/<step>",),
+          trained=True, joint=True),
+    Stage("sft", sft.run, ("seed", "sft."), ("pretrain",), ("sft/<step>",), trained=True, joint=True, check=sft.check,
+          wanted=lambda config: bool(config.sft.mixture), external_inputs=identity_digest),
+    Stage("rl", rl.run, ("seed", "rl."), ("sft",), ("rl/<step>",), trained=True, joint=True, check=rl.check,
+          wanted=lambda config: bool(config.rl.environment and config.sft.mixture)),
+    Stage("eval", evaluate.run, ("eval.", "tasks."), ("pretrain",), ("eval/base.json",), uses=("sft", "rl"),
+          check=evaluate.check, external_inputs=evaluate.external_inputs),
+    Stage("report", report.run, (), ("eval",), ("report.md", "report.json")),
+    Stage("export", run_export, ("export.",), ("pretrain",), ("export",), uses=("sft", "rl", "report"),
+          wanted=lambda config: bool(config.export.formats)),
 )
 # fmt: on
 NAMES = tuple(stage.name for stage in STAGES)
