@@ -354,7 +354,7 @@ def test_files_that_lack_something_are_named(base_dir):
     with pytest.raises(DataError, match=r"no model_NNNNNN.pt there"):
         read_nanochat(base_dir, allow_pickle=True)
     write_nanochat(base_dir / "deep" / "d5", "classic", n_layer="5")
-    with pytest.raises(DataError, match=r"there are some in d5"):
+    with pytest.raises(DataError, match=r"there are some in ..d5"):
         read_nanochat(base_dir / "deep", allow_pickle=True)
     with pytest.raises(DataError, match="its meta file has no model_config"):
         read_nanochat(base_dir / "deep" / "d5", allow_pickle=True)
