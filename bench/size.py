@@ -3,9 +3,10 @@
     python -m bench.size            lines, files and tokens
     python -m bench.size --paths    also trains a tiny model and asks it a question, about two minutes
 
-Tokens are bytes / 4. Files of a training step: those on a call path from train/loop.py to jaxchat/loss.py while a tiny
-model trains. Files of a chat request: those with a function that runs between the request and the end of its answer.
-Calls are seen by `sys.setprofile`; imports do not count. The last line is one JSON object.
+Tokens are bytes / 4. Files of a training step: those on the stack from train/loop.py to the function that calls
+jaxchat/loss.py, and those whose functions run below that one (the forward pass and the loss), while a tiny model
+trains. Files of a chat request: those with a function that runs between the request and the end of its answer. Calls
+are seen by `sys.setprofile`; imports do not count. The last line is one JSON object.
 """
 
 import argparse
@@ -23,33 +24,34 @@ from pathlib import Path
 
 from jaxchat.pack import ROOT, core_files
 
+LOOP, LOSS = "train/loop.py", "jaxchat/loss.py"
 CODE = (".py", ".js", ".css", ".html", ".jinja", ".j2")
 TINY = ["model.depth=2", "model.width=48", "model.n_heads=3", "model.head_width=16", "model.vocab_size=320",
         "model.seq_len=64", "train.batch_tokens=256", "train.steps=2", "train.device_batch_rows=4",
         'sft.mixture=["identity:60"]', "serve.max_tokens=8", "data.source=synthetic:lottery:300"]  # fmt: skip
-# Runs launch.py and writes the calls between our files as lines "caller callee", while the file `on` exists.
+# Runs launch.py. While the file `on` exists it collects the stacks of our functions, "file:function file:function ...".
 TRACER = """
 import os, runpy, sys, threading
 root, folder = sys.argv.pop(1), sys.argv.pop(1)
 del sys.argv[0]
-edges, on = set(), [False]
+stacks, on = set(), [False]
 
 def profile(frame, event, argument):
     if event != "call" or not on[0] or not frame.f_code.co_filename.startswith(root):
         return
-    if frame.f_code.co_name == "<module>":
-        return
-    caller = frame.f_back
-    while caller and not (caller.f_code.co_filename.startswith(root) and caller.f_code.co_name != "<module>"):
-        caller = caller.f_back
-    edges.add((caller.f_code.co_filename if caller else "-", frame.f_code.co_filename))
+    stack = []
+    while frame:
+        if frame.f_code.co_filename.startswith(root) and frame.f_code.co_name != "<module>":
+            stack.append(frame.f_code.co_filename[len(root):] + ":" + frame.f_code.co_name)
+        frame = frame.f_back
+    stacks.add(" ".join(reversed(stack)))
 
 def watch():
     while True:
         on[0] = os.path.exists(folder + "/on")
-        with open(folder + "/edges.part", "w") as file:
-            file.writelines(f"{a} {b}\\n" for a, b in list(edges))
-        os.replace(folder + "/edges.part", folder + "/edges")
+        with open(folder + "/stacks.part", "w") as file:
+            file.writelines(stack + chr(10) for stack in list(stacks))
+        os.replace(folder + "/stacks.part", folder + "/stacks")
         threading.Event().wait(0.1)
 
 threading.Thread(target=watch, daemon=True).start()
@@ -76,33 +78,31 @@ def traced(folder: Path, *words: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=ROOT, env=environment)
 
 
-def edges(folder: Path) -> set[tuple[str, str]]:
-    time.sleep(0.3)  # the tracer writes every 0.1 s
-    pairs = (line.split() for line in (folder / "edges").read_text().splitlines())
-    return {(a.removeprefix(f"{ROOT}/"), b.removeprefix(f"{ROOT}/")) for a, b in pairs}
+def stacks(folder: Path) -> list[list[str]]:
+    """Return the stacks that the tracer has seen, functions of ours as "file:function"."""
+    time.sleep(0.5)  # the tracer writes every 0.1 s
+    return [line.split() for line in (folder / "stacks").read_text().splitlines() if line]
 
 
-def reachable(graph: set[tuple[str, str]], start: str) -> set[str]:
-    seen, left = {start}, [start]
-    while left:
-        here = left.pop()
-        new = {b for a, b in graph if a == here} - seen
-        seen |= new
-        left += new
-    return seen
+def file_of(function: str) -> str:
+    return function.partition(":")[0]
 
 
 def training_files(folder: Path, run: Path) -> list[str]:
-    """Train a tiny model; return the files on a call path from the loop to the loss."""
+    """Train a tiny model; return the files on the way from the loop to the loss."""
     (folder / "on").touch()
     sets = [word for setting in TINY for word in ("--set", setting)]
     process = traced(folder, "train", "--run-dir", str(run), "--stages", "sft", *sets)
     if process.wait():
         raise SystemExit("the tiny training failed")
-    graph = edges(folder)
-    there = reachable(graph, "train/loop.py")
-    back = reachable({(b, a) for a, b in graph}, "jaxchat/loss.py")
-    return sorted(there & back)
+    below = []  # the part of a stack that begins in the loop
+    for stack in stacks(folder):
+        files = [file_of(function) for function in stack]
+        if LOOP in files:
+            below.append(stack[files.index(LOOP) :])
+    callers = {tuple(stack[:-1]) for stack in below if file_of(stack[-1]) == LOSS and file_of(stack[-2]) != LOSS}
+    on_the_way = [stack for stack in below if any(tuple(stack[: len(caller)]) == caller for caller in callers)]
+    return sorted({file_of(function) for stack in on_the_way for function in stack})
 
 
 def request_files(folder: Path, run: Path) -> list[str]:
@@ -130,11 +130,11 @@ def request_files(folder: Path, run: Path) -> list[str]:
         (folder / "on").touch()
         time.sleep(0.3)
         ask()
-        pairs = edges(folder)
+        seen = stacks(folder)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
-    return sorted({callee for _, callee in pairs})
+    return sorted({file_of(stack[-1]) for stack in seen})
 
 
 def main() -> None:
