@@ -163,18 +163,13 @@ def close(found, expected):
 
 def test_the_updates_gradient_is_the_float64_reference():
     answers = answers_of([[1, 0, 0], [1, 1, 1], [0, 1, 1], [0, 0, 0]])
-    value, expected = reference_gradient(answers)
+    answers.formatted[2] = [1, 1, 0]  # the format bonus is part of the reward
+    np.testing.assert_allclose(rewards(answers, 0.2)[2], [0.2, 1.2, 1.0])
+    value, expected = reference_gradient(answers, 0.2)
     for shape in ((1, 6), (6, 2)):  # in one piece, and accumulated over micro-batches of which the last are padding
-        grads, metrics = update_of(batch_of(answers, shape=shape))
+        grads, metrics = update_of(batch_of(answers, 0.2, shape=shape))
         close(grads, expected)
         assert metrics["loss"] == pytest.approx(value, rel=1e-4) and metrics["ok"] == 1
-
-
-def test_the_format_bonus_is_part_of_the_reward():
-    answers = answers_of([[1, 0, 0], [1, 1, 1]], seed=1)
-    answers.formatted[:] = [[1, 1, 0], [1, 0, 1]]
-    np.testing.assert_allclose(rewards(answers, 0.2), [[1.2, 0.2, 0.0], [1.2, 1.0, 1.2]])
-    close(update_of(batch_of(answers, 0.2))[0], reference_gradient(answers, 0.2)[1])
 
 
 def test_equal_rewards_give_exactly_zero():
@@ -351,10 +346,7 @@ def test_four_devices_sample_the_same_answers_and_make_the_same_update(undisturb
     command = [sys.executable, ROOT / "tests/rl_devices.py", write_run(tmp_path).root]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    found, one = json.loads(done.stdout.splitlines()[-1]), read_metrics(undisturbed[0].stage("rl") / "metrics.jsonl")
-    alone, together = found["programs"]
-    assert together <= alone  # one engine, however many devices
-    four = found["metrics"]
+    four, one = json.loads(done.stdout.splitlines()[-1]), read_metrics(undisturbed[0].stage("rl") / "metrics.jsonl")
     assert {k: v for k, v in four[0].items() if k in COUNTED} == {k: v for k, v in one[0].items() if k in COUNTED}
     assert four[0]["live"] > 0
     for name in ("loss", "grad_norm"):
