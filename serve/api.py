@@ -85,15 +85,17 @@ class Service:
         limits = self.limits
         if max_tokens is not None and max_tokens > limits.max_tokens:
             raise bad_request("max_tokens", f"at most {limits.max_tokens}, not {max_tokens}")
-        optional = {name: getattr(body, name) for name in ("top_p", "min_p", "repetition_penalty")}
         return {
             "max_tokens": limits.max_tokens if max_tokens is None else max_tokens,
             "temperature": limits.temperature if body.temperature is None else body.temperature,
             "top_k": limits.top_k if body.top_k is None else max(body.top_k, 0),
+            "top_p": body.top_p or 1.0,
+            "min_p": body.min_p or 0.0,
+            "repetition_penalty": body.repetition_penalty or 1.0,
             "seed": body.seed,
             "stop_texts": (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
             "client": client,
-        } | {name: value for name, value in optional.items() if value is not None}
+        }
 
 
 class Call:
@@ -235,25 +237,21 @@ class TextForm:
 
     def opening(self, number: int) -> schemas.CompletionChoice | None:
         """The echoed prompt."""
-        if not self._echo:
-            return None
-        prompt = self._prompts[number // self._n]
-        scores = list(zip(prompt.ids, prompt.scores, strict=False))
-        return self._choice(number, prompt.text, scores, None if self._generates else "length")
+        text, scores = self._echoed(number)
+        return self._choice(number, text, scores, None if self._generates else "length") if self._echo else None
 
     def chunk_choice(self, number: int, event: Event) -> schemas.CompletionChoice:
         return self._choice(number, event.text, [(token.id, token) for token in event.tokens], event.finish_reason)
 
     def choice(self, number: int, events: Sequence[Event]) -> schemas.CompletionChoice:
-        pieces = [self.opening(number), *(self.chunk_choice(number, event) for event in events)]
-        whole, *others = [piece for piece in pieces if piece]
-        for piece in others:
-            whole.text += piece.text
-            whole.finish_reason = piece.finish_reason
-            if whole.logprobs and piece.logprobs:
-                for name in schemas.CompletionLogprobs.model_fields:
-                    getattr(whole.logprobs, name).extend(getattr(piece.logprobs, name))
-        return whole
+        text, scores = self._echoed(number)
+        text += "".join(event.text for event in events)
+        scores += [(token.id, token) for event in events for token in event.tokens]
+        return self._choice(number, text, scores, events[-1].finish_reason if events else "length")
+
+    def _echoed(self, number: int) -> tuple[str, list[tuple[int, Token | None]]]:
+        prompt = self._prompts[number // self._n]
+        return (prompt.text, list(zip(prompt.ids, prompt.scores, strict=False))) if self._echo else ("", [])
 
     def _choice(
         self, number: int, text: str, scores: Sequence[tuple[int, Token | None]], finish_reason: Any
@@ -417,10 +415,9 @@ def chat_group(call: Call, body: ChatRequest) -> Group:
     call.log_text(messages)
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     settings = service.settings(body, max_tokens, call.client)
+    settings["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
     if body.ignore_eos:
         settings["stop"] = ()
-    if body.logprobs:
-        settings["logprobs"] = body.top_logprobs or 0
     try:
         request = engine.chat_request(messages, **settings)
     except UsageError as error:
@@ -437,12 +434,12 @@ def check_fits(engine: Engine, tokens: Sequence[int], param: str) -> None:
 
 def text_prompts(service: Service, body: CompletionRequest) -> list[TextPrompt]:
     """The prompts in order. `ApiError` for token ids that do not exist and for prompts that do not fit."""
-    engine, given = service.worker.engine, body.prompt
-    tokenizer = engine.tokenizer
-    many: Sequence[Any] = given if isinstance(given, list) and isinstance(given[0], (str, list)) else [given]
+    engine, tokenizer, several = service.worker.engine, service.worker.engine.tokenizer, body.prompt
+    if not isinstance(several, list) or isinstance(several[0], int):
+        several = [several]  # type: ignore[list-item]
     prompts = []
-    for i, prompt in enumerate(many):
-        param = f"prompt[{i}]" if many is given else "prompt"
+    for i, prompt in enumerate(several):
+        param = f"prompt[{i}]" if several is body.prompt else "prompt"
         if isinstance(prompt, str):
             check_length(service.limits.total_chars, param, len(prompt))
             ids = tokenizer.encode(prompt)

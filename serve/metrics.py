@@ -38,8 +38,8 @@ class Metrics:
         ProcessCollector(registry=self._registry)
 
         def metric(kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
-            found = kind(f"jaxchat:{name}", text, ["model_name", *labels], registry=self._registry, **options)
-            return found if labels else found.labels(model)
+            own = kind(f"jaxchat:{name}", text, ["model_name", *labels], registry=self._registry, **options)
+            return own if labels else own.labels(model)
 
         def gauge(name: str, text: str, value: str) -> None:
             def read() -> float:

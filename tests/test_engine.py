@@ -450,7 +450,7 @@ def test_a_model_of_8_bit_weights_says_nearly_the_same():
 
 
 @pytest.mark.parametrize("recipe", SHAPES)
-@pytest.mark.parametrize("cuts", [(0, 40), (7, 21, 40), (1, 2, 3, 40), (16, 32, 40), (39, 40)])
+@pytest.mark.parametrize("cuts", [(7, 21, 40), (1, 2, 3, 40), (16, 32, 40)])
 def test_pieces_leave_the_same_logits_as_the_whole(recipe, cuts):
     config, _, serving = model(recipe)
     tokens = random_tokens(50)

@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 from live_service import live, needs_openai
 
-from serve.schemas import ERROR_CODES, ERROR_TYPES, UNSUPPORTED, ChatRequest, CompletionRequest
-
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "docs/chat.md", ROOT / "docs/ko/chat.md"]
+PAGE = ROOT / "docs/chat.md"
 HERE = "127.0.0.1:8000"
 
 
@@ -30,7 +28,7 @@ def blocks(page, language):
 
 def service_examples():
     """The Python examples that talk to a service; the others load a run (tests/test_docs.py)."""
-    return [example for example in blocks(PAGES[0], "python") if HERE in example]
+    return [example for example in blocks(PAGE, "python") if HERE in example]
 
 
 def shell(command, service, **options):
@@ -41,15 +39,9 @@ def shell(command, service, **options):
     return done.stdout
 
 
-def test_both_languages_show_the_same_examples():
-    for language in ("sh", "python"):
-        assert blocks(PAGES[0], language) == blocks(PAGES[1], language)
-    assert len(blocks(PAGES[0], "sh")) == 5 and len(service_examples()) == 2
-
-
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_curl(service):
-    commands = [command for command in blocks(PAGES[0], "sh") if command.startswith("curl")]
+    commands = [command for command in blocks(PAGE, "sh") if command.startswith("curl")]
     whole, stream, scores, tokens = [shell(command, service) for command in commands]
     assert json.loads(whole)["choices"][0]["message"]["content"]
     *_, usage, done, end = stream.split("\n\n")
@@ -90,7 +82,7 @@ def test_lm_eval(service, tmp_path):
     data.write_text("\n".join(json.dumps(row) for row in rows))
     for name, rest in KINDS.items():
         (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, data=data, rest=rest))
-    (command,) = [command for command in blocks(PAGES[0], "sh") if command.startswith("lm_eval")]
+    (command,) = [command for command in blocks(PAGE, "sh") if command.startswith("lm_eval")]
     assert "--tasks arc_easy" in command and "max_length=256" in command
     command = command.replace("--tasks arc_easy", f"--tasks choice,say --include_path {tmp_path}").rstrip()
     command = f"{program}{command.removeprefix('lm_eval').replace('max_length=256', 'max_length=128')}"
@@ -100,18 +92,3 @@ def test_lm_eval(service, tmp_path):
     results = json.loads(found.read_text())["results"]
     assert results["choice"]["acc,none"] == 0.5  # the model finds the same option likelier every time
     assert 0 <= results["say"]["exact_match,none"] <= 1
-
-
-@pytest.mark.parametrize("page", PAGES, ids=["en", "ko"])
-def test_fields_errors_and_what_is_refused(page):
-    text = page.read_text(encoding="utf-8")
-    fields = next(table for table in re.findall(r"(?:^\|.*\n)+", text, re.M) if "| `stream`" in table)
-    named = {name for row in re.findall(r"^\| (`.*?) \|", fields, re.M) for name in re.findall(r"`(\w+)`", row)}
-    assert named | {"max_completion_tokens"} == set(ChatRequest.model_fields) | set(CompletionRequest.model_fields)
-    errors = next(table for table in re.findall(r"(?:^\|.*\n)+", text, re.M) if "| 429 |" in table)
-    assert {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", errors, re.M) for code in row.split(", ")} == (
-        set(ERROR_CODES) | {400, 503}
-    )
-    assert set(ERROR_TYPES) <= set(ERROR_CODES) | {403}
-    for name in ("tools", "response_format", "logit_bias", "suffix", "best_of"):
-        assert name in UNSUPPORTED and f"`{name}`" in text

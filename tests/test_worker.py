@@ -67,20 +67,6 @@ def test_errors_reach_the_client_that_caused_them(worker):
     assert text_of(asyncio.run(collect(worker, GREETING))) == "Hi 🙂 안녕!"
 
 
-def test_a_dying_engine_tells_everybody():
-    worker = Worker(Engine(CONFIG, learned(), tokenizer(), slots=1))
-
-    def fail():
-        raise RuntimeError("device lost")
-
-    worker.engine.step = fail
-    with pytest.raises(EngineStopped, match="device lost"):
-        asyncio.run(collect(worker, GREETING))
-    assert not worker.alive
-    with pytest.raises(EngineStopped):
-        asyncio.run(collect(worker, GREETING))
-
-
 def test_closed_is_closed():
     worker = Worker(Engine(CONFIG, learned(), tokenizer(), slots=1))
     worker.close()
@@ -217,4 +203,8 @@ def test_a_dying_engine_tells_everybody_though_somebody_left():
         hold.set()
         return await asyncio.wait_for(asyncio.gather(answer, stays, return_exceptions=True), 20)
 
-    assert all(isinstance(found, EngineStopped) for found in asyncio.run(scenes()))
+    errors = asyncio.run(scenes())
+    assert all(isinstance(error, EngineStopped) for error in errors) and "device lost" in str(errors[0])
+    assert not own.alive
+    with pytest.raises(EngineStopped):
+        asyncio.run(collect(own, GREETING))

@@ -26,19 +26,19 @@ def trained_stages(run: RunDir) -> list[str]:
     """Return the stages with a checkpoint, the furthest first; `DataError` where there is none."""
     if not run.config.is_file():
         raise DataError(f"{run.root}: not a run directory (no config.toml); train one with launch.py first")
-    found = [s for s in STAGES if any(p.name.isdigit() for p in run.stage(s).glob("*"))]
-    if not found:
+    stages = [s for s in STAGES if any(p.name.isdigit() for p in run.stage(s).glob("*"))]
+    if not stages:
         raise DataError(f"{run.root}: no trained stage yet; finish the run first: launch.py --run-dir {run.root}")
-    return found
+    return stages
 
 
 def load_run(run: RunDir, stage: str | None) -> tuple[ModelConfig, dict[str, Any], Tokenizer, ServeConfig]:
     """Return (resolved config, parameters, tokenizer, `serve.*`) of the stage, by default the furthest trained one."""
-    found = trained_stages(run)
-    if stage is not None and stage not in found:
-        raise DataError(f"{run.root}: no stage {stage!r} with a checkpoint; found: {', '.join(found)}")
+    stages = trained_stages(run)
+    if stage is not None and stage not in stages:
+        raise DataError(f"{run.root}: no stage {stage!r} with a checkpoint; found: {', '.join(stages)}")
     config = load_config(run.config)
-    params = trained_params(run, stage or found[0])
+    params = trained_params(run, stage or stages[0])
     return resolve_model(config.model), params, Tokenizer.load(run.tokenizer), config.serve
 
 

@@ -220,8 +220,8 @@ class Scheduler:
         """Return (slot, tokens) of the longest cached prefix of a prompt."""
         if not self.reuse:
             return 0, 0
-        found = ((prefix.usable(prompt, self._ring), slot) for slot, prefix in self.prefix_cache.items())
-        tokens, slot = max(found, default=(0, 0))
+        usable = ((prefix.usable(prompt, self._ring), slot) for slot, prefix in self.prefix_cache.items())
+        tokens, slot = max(usable, default=(0, 0))
         return slot, tokens
 
     def _begin_prefill(self, handle: Handle, place: int, budget: int) -> int:
@@ -406,9 +406,9 @@ class Engine:
         """The model of a run directory: the furthest trained stage, or the one named. `DataError` if there is none."""
         stage = stage or trained_stages(RunDir(run_dir))[0]
         config, params, tokenizer, serve = load_run(RunDir(run_dir), stage)
-        given: dict[str, Any] = {"slots": serve.slots, "weights": serve.weights, "chats": stage != "base"} | options
-        given.setdefault("mesh", mesh_for(given["slots"]))
-        return cls(config, params, tokenizer, **given)
+        options = {"slots": serve.slots, "weights": serve.weights, "chats": stage != "base"} | options
+        options.setdefault("mesh", mesh_for(options["slots"]))
+        return cls(config, params, tokenizer, **options)
 
     def load(self, params: dict[str, Any]) -> None:
         """Take other weights of the same model, in the training layout or from `kv_cache.serving_params`.
