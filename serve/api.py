@@ -353,18 +353,19 @@ async def respond(
 ) -> Response:
     """Begin to generate, then answer in one piece or as a stream."""
     headers = {"X-Request-ID": call.id}
-    await unless_gone(request.receive, begin)
     if body.stream:
+        await unless_gone(request.receive, begin)
         return EventStream(stream(call, form, body.include_usage), call.end, headers)
     try:
-        whole = await unless_gone(request.receive, collect(call, form))
+        whole = await unless_gone(request.receive, collect(call, form, begin))
     finally:
         call.end()
     return Response(whole.model_dump_json(exclude_unset=True), 200, headers, "application/json")
 
 
-async def collect(call: Call, form: ChatForm | TextForm) -> BaseModel:
+async def collect(call: Call, form: ChatForm | TextForm, begin: Coroutine[Any, Any, Any]) -> BaseModel:
     """All answers, once all are finished."""
+    await begin
     pieces: list[list[Event]] = [[] for _ in range(form.count)]
     async for events in call.events():
         for number, event in events:
@@ -434,12 +435,12 @@ def check_fits(engine: Engine, tokens: Sequence[int], param: str) -> None:
 
 def text_prompts(service: Service, body: CompletionRequest) -> list[TextPrompt]:
     """The prompts in order. `ApiError` for token ids that do not exist and for prompts that do not fit."""
-    engine, tokenizer, several = service.worker.engine, service.worker.engine.tokenizer, body.prompt
-    if not isinstance(several, list) or isinstance(several[0], int):
-        several = [several]  # type: ignore[list-item]
+    engine, tokenizer = service.worker.engine, service.worker.engine.tokenizer
+    several = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
+    many: Any = body.prompt if several else [body.prompt]
     prompts = []
-    for i, prompt in enumerate(several):
-        param = f"prompt[{i}]" if several is body.prompt else "prompt"
+    for i, prompt in enumerate(many):
+        param = f"prompt[{i}]" if several else "prompt"
         if isinstance(prompt, str):
             check_length(service.limits.total_chars, param, len(prompt))
             ids = tokenizer.encode(prompt)

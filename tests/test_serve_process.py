@@ -147,9 +147,10 @@ def test_a_damaged_run_is_one_line_too(run, tmp_path):
 
 
 def test_draining_ends_by_its_limit():
-    with live(drain_seconds=0.5) as service, slowed(service.worker, 0.2):
+    with live(drain_seconds=0.5) as service:
+        service.post(CHAT, {"messages": GREETING})  # compiles
         body = {"messages": GREETING, "ignore_eos": True}
-        with service.stream(CHAT, body) as stream:
+        with slowed(service.worker, 0.2), service.stream(CHAT, body) as stream:
             chunks = stream.iter_bytes()
             next(chunks)
             begin = time.monotonic()

@@ -406,7 +406,7 @@ class Engine:
         """The model of a run directory: the furthest trained stage, or the one named. `DataError` if there is none."""
         stage = stage or trained_stages(RunDir(run_dir))[0]
         config, params, tokenizer, serve = load_run(RunDir(run_dir), stage)
-        options = {"slots": serve.slots, "weights": serve.weights, "chats": stage != "base"} | options
+        options = dict[str, Any](slots=serve.slots, weights=serve.weights, chats=stage != "base") | options
         options.setdefault("mesh", mesh_for(options["slots"]))
         return cls(config, params, tokenizer, **options)
 
