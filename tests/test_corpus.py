@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxchat.config import DataConfig
+from jaxchat.config import DataConfig, load_config
 from jaxchat.data import files
 from jaxchat.data.sources import (
+    SOURCES,
+    Kind,
     document_hash,
     fingerprint,
     interleaved,
@@ -24,6 +26,7 @@ from jaxchat.data.sources import (
     parse,
 )
 from jaxchat.errors import DataError, UsageError
+from train.preflight import text_bytes
 
 BOOK = "\n\n".join(f"Paragraph {i}. " + "그래서 그는 길을 떠났다. " * 40 for i in range(60))
 
@@ -347,3 +350,10 @@ def test_a_codec_that_is_no_encoding_is_refused(tmp_path, name):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UsageError, match=rf"data\.encoding: '{name}' is unknown"):
         list(iterate_documents(DataConfig(source=f"files:{tmp_path}", encoding=name)))
+
+
+def test_a_new_source_needs_a_line_in_the_table_only(monkeypatch):
+    poems = Kind("poems", documents=lambda source: iter(["roses are red", "violets are blue"]), size=lambda source: 29)
+    monkeypatch.setitem(SOURCES, "poems", poems)
+    assert list(iterate_documents("poems")) == ["roses are red", "violets are blue"]
+    assert text_bytes(load_config("nano", ["data.source=2 poems + 1 chitchat"])) > 29

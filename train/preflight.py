@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat.config import Config
-from jaxchat.data import lottery
 from jaxchat.data.files import find_files, text_size
 from jaxchat.data.hub import MARGIN
 from jaxchat.data.hub import parse as parse_hub
 from jaxchat.data.shards import token_dtype
-from jaxchat.data.sources import parse
+from jaxchat.data.sources import kind_of, parse
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import say
 from jaxchat.run_dir import RunDir
@@ -33,7 +32,6 @@ from .targets import CPU
 
 WRITTEN = 0.93  # bytes of a checkpoint over those of its float32 arrays: Orbax compresses (nano: 47.8 MB of 51.9)
 HUB_TEXT = 2.5  # bytes of text in a byte of a compressed hub file (nanochat: 250 M characters in 100 MB)
-CHITCHAT_BYTES, LOTTERY_BYTES = 12_737_462, 226  # of text: all of it; one document
 # Conversations of a data set where the mixture gives no count, and tokens of one. The generated ones and those of
 # packages were counted with nano's tokenizer; the others (rows from their cards) are estimates.
 CONVERSATIONS = {
@@ -187,10 +185,8 @@ def text_bytes(config: Config) -> float:
             total += max(0, config.data.text_bytes) * share * MARGIN
         elif source.startswith("files:"):
             total += _files_bytes(source)
-        elif source == "chitchat":
-            total += CHITCHAT_BYTES
         else:
-            total += LOTTERY_BYTES * lottery.parse(source)
+            total += kind_of(source).size(source)
     return total
 
 
