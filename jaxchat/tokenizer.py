@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,49 +18,6 @@ from tokenizers import Tokenizer as Backend
 
 from jaxchat.errors import DataError, UsageError
 from jaxchat.run_dir import atomic_write, read_json, require_format, write_json
-
-Ranks = dict[bytes, int]  # tiktoken's: every token's bytes, in the order in which they were merged
-
-
-def from_ranks(ranks: Ranks, pattern: str) -> Backend:
-    """Return a byte-level BPE that encodes as tiktoken does, words cut by `pattern`; without special tokens.
-
-    tiktoken merges the pair whose bytes have the lowest rank, so the halves of a token are what its bytes merge to with
-    lower ranks; a whole word that is a token is not merged (`ignore_merges`). Raises the library's errors.
-    """
-    printable = {byte: character for character, byte in byte_alphabet().items()}
-
-    def shown(token: bytes) -> str:
-        return "".join(printable[byte] for byte in token)
-
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        halves = _merged(token, ranks, rank)
-        if len(token) > 1 and len(halves) == 2:
-            merges.append((shown(halves[0]), shown(halves[1])))
-    vocab = {shown(token): rank for token, rank in ranks.items()}
-    return _byte_level(Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True)), pattern)
-
-
-def _byte_level(backend: Backend, pattern: str) -> Backend:
-    """Cut words by `pattern` and work on bytes."""
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _merged(token: bytes, ranks: Ranks, below: int) -> list[bytes]:
-    """Return what byte-pair merging with lower ranks makes of a token's bytes."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while True:
-        pairs = [(ranks.get(a + b, below), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
-        rank, i = min(pairs, default=(below, 0))
-        if rank >= below:
-            return parts
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-
 
 BOS = "<|bos|>"
 USER_START, USER_END = "<|user_start|>", "<|user_end|>"
@@ -208,7 +164,7 @@ def train_tokenizer(
             f"model.vocab_size: {vocab_size} is below {256 + len(SPECIAL_TOKENS)}, "
             f"the 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
         )
-    backend = _byte_level(Backend(models.BPE(byte_fallback=False)), SPLIT)
+    backend = byte_level(Backend(models.BPE(byte_fallback=False)), SPLIT)
     if normalize == "nfc":
         backend.normalizer = normalizers.NFC()
     trainer = trainers.BpeTrainer(
@@ -244,6 +200,15 @@ def _clean(text: str) -> str:
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def byte_level(backend: Backend, pattern: str) -> Backend:
+    """Cut words by `pattern` and work on bytes."""
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -7,16 +7,19 @@ person types never becomes a special token.
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from jaxchat.errors import DataError
-from jaxchat.tokenizer import ASSISTANT_END, BOS, Tokenizer, from_ranks
+from jaxchat.tokenizer import ASSISTANT_END, BOS, Tokenizer, byte_alphabet, byte_level
 
+Ranks = dict[bytes, int]  # tiktoken's: every token's bytes, in the order in which they were merged
 MARK = "\ue000"
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
@@ -104,3 +107,34 @@ def read_tiktoken(file: Path) -> Tokenizer:
     if not follows:
         raise DataError(f"{file}: its special tokens do not follow its {len(ranks)} ranks one by one")
     return Tokenizer.parse(backend.to_str(), file)
+
+
+def from_ranks(ranks: Ranks, pattern: str) -> Backend:
+    """Return a byte-level BPE that encodes as tiktoken does, words cut by `pattern`; without special tokens.
+
+    tiktoken merges the pair whose bytes have the lowest rank, so the halves of a token are what its bytes merge to with
+    lower ranks; a whole word that is a token is not merged (`ignore_merges`). Raises the library's errors.
+    """
+    printable = {byte: character for character, byte in byte_alphabet().items()}
+
+    def shown(token: bytes) -> str:
+        return "".join(printable[byte] for byte in token)
+
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        halves = _merged(token, ranks, rank)
+        if len(token) > 1 and len(halves) == 2:
+            merges.append((shown(halves[0]), shown(halves[1])))
+    vocab = {shown(token): rank for token, rank in ranks.items()}
+    return byte_level(Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True)), pattern)
+
+
+def _merged(token: bytes, ranks: Ranks, below: int) -> list[bytes]:
+    """Return what byte-pair merging with lower ranks makes of a token's bytes."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while True:
+        pairs = [(ranks.get(a + b, below), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
+        rank, i = min(pairs, default=(below, 0))
+        if rank >= below:
+            return parts
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
