@@ -13,7 +13,8 @@ from random_model import logits_of
 import launch
 from jaxchat.config import REMOVED, ModelConfig, load_config
 from jaxchat.engine import Engine
-from jaxchat.interop.huggingface import import_hf
+from jaxchat.interop.huggingface import read_hf
+from jaxchat.interop.trained import write_run
 
 OLD = Path(__file__).parent / "old_run"
 
@@ -77,7 +78,7 @@ def test_sft_trains_again_from_its_checkpoint_and_rl_after_it(inside):
 
 
 def test_its_hugging_face_export_loads(old, tmp_path):
-    import_hf(old / "run" / "export" / "hf", tmp_path / "imported", None)
+    write_run(read_hf(old / "run" / "export" / "hf"), tmp_path / "imported")
     assert answer(old, tmp_path / "imported") == json.loads((old / "answer.json").read_text())["answer"]
 
 
