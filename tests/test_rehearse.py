@@ -50,6 +50,7 @@ def test_what_is_missing_is_replaced_listed_and_ends_with_1(corpus, tmp_path, mo
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # says so at once instead of trying again
     monkeypatch.setattr(rehearse, "SAMPLE_BYTES", 200_000)
+    monkeypatch.setattr(rehearse, "SOME_CONVERSATIONS", 100)
     overrides = ['rl.environment="gsm8k"', 'sft.mixture=["gsm8k","identity:60"]', 'eval.exams=["gsm8k"]']
     overrides += ['data.source="hf:nobody/nothing"', f'data.cache_dir="{tmp_path}/cache"']
     args = rehearsal(corpus, tmp_path / "tiny", "--keep", "--json", overrides=overrides)
