@@ -50,6 +50,7 @@ def share(right, n, interval, **more):
     } | more
 
 
+PARTIAL = "core_partial (mean of 2 of CORE's 22 tasks)"
 CORE_TASKS = {
     "jeopardy": share(3, 30, [0.03460, 0.25621], centred=0.1, shots=10, cropped=0),
     "boolq": share(18, 30, [0.42320, 0.75408], chance=0.62, centred=-0.05263, shots=10, cropped=4),
@@ -61,7 +62,14 @@ SUBJECTS = {
 EXAMS = {
     "base": {
         "bits_per_byte": bits(1.6057, 64.94, conversations={"n": 131, "bits_per_byte": 1.9502}),
-        "core_partial": {"metric": 0.02368, "n": 60, "interval": [-0.19, 0.24], "chance": 0.0, "groups": CORE_TASKS},
+        "core_partial": {
+            "title": PARTIAL,
+            "metric": 0.02368,
+            "n": 60,
+            "interval": [-0.19, 0.24],
+            "chance": 0.0,
+            "groups": CORE_TASKS,
+        },
     },
     "sft": {
         "bits_per_byte": bits(1.9257, 150.66, conversations={"n": 131, "bits_per_byte": 1.6099}),

@@ -377,13 +377,9 @@ def _sat(card: Card, stage: str) -> dict[str, Scores]:
 
 
 def _title(card: Card, name: str) -> str:
-    """The title that the exam's task gave itself when it was scored; else its name."""
-    if name == "core":
-        return "CORE"
-    if name == "core_partial":
-        part = next((s["core_partial"] for s in card["standing"].values() if s.get("core_partial")), None)
-        return f"core_partial (mean of {part['tasks']} of CORE's {part['of']} tasks)" if part else name
-    return next((t[name]["title"] for t in card["exams"].values() if "title" in t.get(name, ())), name)
+    """The title that the exam's task had when it was scored; older records have none."""
+    titles = (tasks[name]["title"] for tasks in card["exams"].values() if "title" in tasks.get(name, ()))
+    return next(titles, "CORE" if name == "core" else name)
 
 
 def _exam_rows(card: Card, stages: Sequence[str]) -> Iterator[list[Cell]]:
