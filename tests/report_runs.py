@@ -5,7 +5,7 @@ import json
 from jaxchat.config import load_config
 from jaxchat.run_dir import RunDir, write_json
 from jaxchat.scaling import resolve
-from train.plots import loss_plot
+from train.plots import plot
 
 HARDWARE = {"platform": "cpu", "device": "x86_64", "devices": 1, "hosts": 1, "cpu_cores": 2, "memory_bytes": 2**33}
 VERSIONS = {"python": "3.11.7", "jax": "0.10.2"}
@@ -129,7 +129,7 @@ def make_run(folder, stages=tuple(FACTS), **changes):
     for stage, needed in (("base", "pretrain"), ("sft", "sft")):
         if needed in stages:
             metrics(run.stage(stage) / "metrics.jsonl", mfu=changes.get("mfu"))
-            loss_plot(run.stage(stage) / "metrics.jsonl", run.stage(stage) / "loss.png", stage)
+            plot(run.stage(stage) / "metrics.jsonl", "loss", run.stage(stage) / "loss.png", stage)
         if "eval" in stages:
             write_json(run.stage(stage) / "samples.json", samples(stage))
             write_json(run.eval(stage), {"tasks": EXAMS[stage], "inputs": {}} | standing(stage, changes))

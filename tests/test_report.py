@@ -15,7 +15,7 @@ from jaxchat.log import console, read_metrics
 from jaxchat.run_dir import RunDir, read_json, write_json
 from jaxchat.scaling import resolve
 from train import report
-from train.plots import POINTS, curves, draw, kinds, loss_plot
+from train.plots import POINTS, curves, draw, kinds, plot
 from train.report import collect, duration, headline, plain, render, summarize
 
 
@@ -163,7 +163,7 @@ def test_pictures(whole, tmp_path):
     assert kinds(curves(steps)) == kinds({}) == []
     gap = {"step": 0, "tokens": 1, "loss": 1.0, "grad_norm": None, "lr_mult": 1.0, "tokens_per_second": None}
     assert kinds(curves([gap, gap])) == ["loss", "dynamics"] and draw(curves([gap, gap]), "dynamics", "gaps")
-    loss_plot(tmp_path / "none.jsonl", tmp_path / "loss.png", "none")
+    plot(tmp_path / "none.jsonl", "loss", tmp_path / "loss.png", "none")
     assert not (tmp_path / "loss.png").exists()
 
 

@@ -45,7 +45,7 @@ from jaxchat.train_state import (
 )
 
 from .doctor import available_memory
-from .plots import loss_plot
+from .plots import plot
 from .statistics import Z95
 from .trackers import trackers
 
@@ -166,7 +166,7 @@ class Trainer:
         finally:
             self.checkpoints.close()
         if distributed.index() == 0:
-            loss_plot(self.metrics.path, self.directory / "loss.png", self.title)
+            plot(self.metrics.path, "loss", self.directory / "loss.png", self.title)
         if self.limit:
             self.facts |= {"timings": self.timings | {"written": self.checkpoints.seconds}}
         return self.facts | {"params_sha256": params_sha256(state.params)}

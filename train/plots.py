@@ -79,19 +79,9 @@ def save(figure: Figure, file: Any, svg: bool = False) -> None:
         figure.savefig(file, **settings)
 
 
-def loss_plot(metrics: str | Path, picture: str | Path, title: str) -> None:
-    """Draw the loss and the held-out bits per byte of a `metrics.jsonl`; nothing where it has no loss."""
-    plot(read_metrics(metrics), "loss", picture, title)
-
-
-def rl_plot(steps: Steps, picture: str | Path, title: str) -> None:
-    """Draw reward, length, KL and pass@k of the records of a `metrics.jsonl`."""
-    plot(steps, "rl", picture, title)
-
-
-def plot(steps: Steps, kind: str, picture: str | Path, title: str) -> None:
-    """Draw records of `metrics.jsonl` where they suffice for that kind of picture."""
-    points = curves(steps)
+def plot(metrics: str | Path, kind: str, picture: str | Path, title: str) -> None:
+    """Draw one kind of picture of a `metrics.jsonl`; nothing where its curves do not suffice."""
+    points = curves(read_metrics(metrics))
     if kind in kinds(points):
         save(draw(points, kind, title), picture)
 

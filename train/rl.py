@@ -34,7 +34,7 @@ from jaxchat.engine import Engine, Result
 from jaxchat.engine.turn import Turn
 from jaxchat.errors import DataError, UsageError
 from jaxchat.kv_cache import serving_params
-from jaxchat.log import read_metrics, say
+from jaxchat.log import say
 from jaxchat.run_dir import RunDir, atomic_write
 from jaxchat.scaling import fine_tuning_optim
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh, replicated
@@ -45,7 +45,7 @@ from jaxchat.train_state import Batch, TrainState, decided, make_nll_step
 
 from .evaluate import shown
 from .loop import StepBatch, Trainer, continued
-from .plots import rl_plot
+from .plots import plot
 from .report import code
 from .statistics import pass_at_k
 
@@ -86,7 +86,7 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
     )
     facts = trainer.run()
     if distributed.index() == 0:
-        rl_plot(read_metrics(run.stage("rl") / "metrics.jsonl"), run.stage("rl") / "reward.png", "RL")
+        plot(run.stage("rl") / "metrics.jsonl", "rl", run.stage("rl") / "reward.png", "RL")
     about = {"environment": task.name, "questions": len(questions), "steps": settings.train.steps}
     return about | facts | {"digest": facts["params_sha256"]}
 
