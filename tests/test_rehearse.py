@@ -25,6 +25,15 @@ def rehearsal(corpus, run_dir, *more, overrides=()):
     return arguments(corpus, run_dir, "--rehearse", *sets, *more)
 
 
+def test_stages_that_would_go_well_end_with_0_and_leave_nothing(corpus, tmp_path, capsys):
+    assert launch.main(rehearsal(corpus, tmp_path / "runs" / "tiny", "--json", "--stages", "pretrain")) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["ok"] and not found["problems"] and list(found["stages"]) == STAGES[:3]
+    assert found["measured"]["pretrain"]["rehearsed_steps"] >= 8 and found["measured"]["answer"]["tokens"] > 0
+    assert found["total"]["usd"] == 0 and found["total"]["disk_bytes"] > 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_every_stage_is_rehearsed_and_nothing_is_left(corpus, tmp_path):
     code, out, err = finish(start(rehearsal(corpus, tmp_path / "runs" / "tiny", "--json")), timeout=600)
     assert code == 0, err
