@@ -106,6 +106,7 @@ def together(corpus, alone, tmp_path_factory):
     return run_dir, finish(start_two(corpus, run_dir))
 
 
+@pytest.mark.slow  # all stages; training by two processes is in the test of signals
 def test_two_processes_go_on_from_the_checkpoint_of_one(alone, together):
     run_dir, [(code, said), (other_code, other_said)] = together
     assert (code, other_code) == (0, 0), said + other_said
@@ -119,6 +120,7 @@ def test_two_processes_go_on_from_the_checkpoint_of_one(alone, together):
     assert found["sft"]["hardware"]["hosts"] == 2 and found["sft"]["hardware"]["devices"] == 8
 
 
+@pytest.mark.slow  # all stages; training by two processes is in the test of signals
 def test_what_two_processes_trained_is_examined_once(together):
     run_dir = together[0]
     exams = json.loads((run_dir / "eval" / "sft.json").read_text())

@@ -80,7 +80,7 @@ def test_scan_equals_the_plain_loop(recipe, depth):
     np.testing.assert_allclose(scanned(params, tokens), plain(params, tokens), atol=1e-5)
 
 
-@pytest.mark.parametrize("unroll", [1, 4])
+@pytest.mark.parametrize("unroll", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_rematerialization_changes_memory_alone(unroll):
     """Gradients stay the same to the last bits, and every policy keeps less than the one before."""
     config = resolve_model(ModelConfig(**(SMALL | {"depth": 4, "width": 32, "n_heads": 4})))
