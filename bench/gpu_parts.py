@@ -66,6 +66,8 @@ def device(settings: Settings) -> Findings:
     config = settings.config("d20")
     first = jax.devices()[0]
     yield machine.about() | {"peak_tflops": _tera(peak_flops(first.device_kind)), "fp8": has_fp8(first)}
+    if first.platform == "cpu" and not settings.toy:
+        return  # the command refuses to measure a CPU at full size
     dtype = compute_dtype(config, make_mesh(config.mesh))
     backend, why = choose_backend(config.model, dtype, first)
     yield {"attention": backend, "why": why, "disagreement": disagreement(backend, config.model, dtype)}
