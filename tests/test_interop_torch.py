@@ -168,8 +168,7 @@ def test_it_can_be_trained_there_and_wants_ids(tmp_path):
     assert small(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 50)
 
 
-@pytest.mark.parametrize("stage", ["base", "sft"])
-@pytest.mark.parametrize("kind", ["classic", "modern"])
+@pytest.mark.parametrize("kind, stage", [("classic", "base"), ("modern", "sft")])
 def test_the_lines_of_the_export_s_own_card_run_and_ask_nothing(tmp_path, kind, stage):
     write_hf(random_model(kind, stage), tmp_path / "hf")
     lines = re.search(r"```python\n(.*?)```", (tmp_path / "hf" / "README.md").read_text(encoding="utf-8"), re.S)[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.model import LM
@@ -29,10 +29,11 @@ HARNESS = {"batch_size", "max_batch_size", "device"}  # what the harness adds by
 
 @register_model("jaxchat")
 class JaxChat(LM):
-    """Args (of `--model_args`):
+    """A model of the harness, with these `--model_args`.
+
     run_dir: a finished run; stage: base, sft or rl, by default the furthest trained one.
     batch_rows: rows scored and answers written at once, -1: by the device.
-    chat: put written questions as a user's message.
+    chat: put questions as a user's message.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class JaxChat(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Under which the harness keeps what it has tokenized."""
+        """The name under which the harness caches tokenized texts."""
         return self.tokenizer.digest
 
     def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
@@ -62,7 +63,7 @@ class JaxChat(LM):
         return self.config.seq_len
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(log-probability, greedy) of each continuation. Requests in a row with one context share its computation."""
+        """Return (log-probability, greedy) of each continuation. Neighbours with one context share its work."""
         found: list[tuple[float, bool]] = []
         pairs = [request.args for request in requests]
         groups = [[self._span(*pair) for pair in same] for _, same in itertools.groupby(pairs, key=lambda p: p[0])]
@@ -71,7 +72,7 @@ class JaxChat(LM):
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Log-probability of each whole text, in pieces of the context's length where it is longer."""
+        """Return the log-probability of each whole text, in chunks where it is longer than the context."""
         groups = []
         for request in requests:
             ids = self.tokenizer.encode(request.args[0])
@@ -81,7 +82,7 @@ class JaxChat(LM):
         return [-sum(score.loss for score in scores) for scores in self.scorer.spans(groups)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answers up to the first of each request's `until` texts."""
+        """Return answers, each up to the first of its request's `until` texts."""
         engine = Engine(self.config, self._params, self.tokenizer, slots=self.slots)
         handles: dict[Handle, tuple[int, list[str]]] = {}
         for i, request in enumerate(requests):
@@ -93,44 +94,35 @@ class JaxChat(LM):
         while not all(handle.done for handle in handles):
             for handle, event in engine.step():
                 if event.kind == "text":
-                    i, until = handles[handle]
+                    i, stops = handles[handle]
                     answers[i] += event.text
-                    if any(stop in answers[i] for stop in until):
+                    if any(stop in answers[i] for stop in stops):
                         engine.cancel(handle)
-        return [_before(answer, until) for answer, (_, until) in zip(answers, handles.values(), strict=True)]
+        for i, stops in handles.values():
+            for stop in stops:
+                answers[i] = answers[i].split(stop, 1)[0]
+        return answers
 
     def _request(self, engine: Engine, text: str, settings: dict[str, Any]) -> Request:
-        sampled = settings.get("do_sample", (settings.get("temperature") or 0.0) > 0)
-        given: dict[str, Any] = {
+        temperature = settings.get("temperature") or 0.0
+        sampled = settings.get("do_sample", temperature > 0)
+        options: dict[str, Any] = {
             "max_tokens": int(settings.get("max_gen_toks", MAX_TOKENS)),
-            "temperature": float(settings.get("temperature") or 1.0) if sampled else 0.0,
+            "temperature": float(temperature or 1.0) if sampled else 0.0,
             "seed": 0,
         }
         if self.chat:
-            request = engine.chat_request([{"role": "user", "content": text}], **given)
+            request = engine.chat_request([{"role": "user", "content": text}], **options)
         else:
-            request = engine.text_request(text, **given)
-        room = max(engine.capacity - given["max_tokens"], engine.capacity // 2)  # for the prompt
+            request = engine.text_request(text, **options)
+        room = max(engine.capacity - options["max_tokens"], engine.capacity // 2)  # for the prompt
         return dataclasses.replace(request, tokens=request.tokens[-room:])
 
     def _span(self, context: str, continuation: str) -> Span:
-        """Tokenized together; spaces at the context's end belong to the continuation, as the harness does it."""
-        kept = context.rstrip()
-        before = [self.tokenizer.bos, *self.tokenizer.encode(kept)]
-        whole = [self.tokenizer.bos, *self.tokenizer.encode(kept + context[len(kept) :] + continuation)]
+        """Tokenize both together. Spaces at the context's end belong to the continuation, as in the harness."""
+        before = [self.tokenizer.bos, *self.tokenizer.encode(context.rstrip())]
+        whole = [self.tokenizer.bos, *self.tokenizer.encode(context + continuation)]
         return Span(whole, min(len(before), len(whole)), len(whole))
-
-
-def _before(text: str, stops: Sequence[str]) -> str:
-    for stop in stops:
-        text = text.split(stop, 1)[0]
-    return text
-
-
-def _arguments(given: Sequence[str]) -> Iterator[str]:
-    yield from given
-    if "--model" not in given:
-        yield from ("--model", "jaxchat")
 
 
 if __name__ == "__main__":
@@ -138,5 +130,6 @@ if __name__ == "__main__":
 
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv[1:] = _arguments(sys.argv[1:])
+    if "--model" not in sys.argv:
+        sys.argv += ["--model", "jaxchat"]
     cli_evaluate()

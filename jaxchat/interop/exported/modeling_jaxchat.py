@@ -1,12 +1,12 @@
-"""jaxchat's GPT for Hugging Face's transformers, in torch. It stands beside the weights and needs nothing else of ours.
+"""jaxchat's GPT for Hugging Face's transformers, in torch. This one file and the weights are all it needs.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 Axes: B batch, T new tokens, S tokens in all (cached ones first), H query heads, K kv heads, N head width, D width.
 
-A NanoChat (QK-norm behind rotary embeddings that turn by minus theta, relu squared, norms without weights, capped
-logits), and what it lacks: short windows, value embeddings (2410.17897), learned residual scalars, smear (a bit of the
-token before in every embedding), backout (the middle layer's output taken away at the end). The config says which.
+It is transformers' NanoChat (QK-norm after rotary embeddings that turn by minus theta, relu squared, norms without
+weights, capped logits) and, as the config says: short windows, value embeddings (arXiv 2410.17897), learned residual
+scalars, smear (part of the previous token's embedding is added), backout (the middle layer's output is subtracted).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class JaxchatConfig(PreTrainedConfig):
     """`layer_windows`: how many tokens before its own a layer sees; `value_embedding_layers`: which have a table."""
 
     model_type = "jaxchat"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (as the base class has it)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (as the base class has it)
 
     def __init__(
         self,
@@ -228,30 +228,32 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V) float32, capped; with `labels` (B, T) the mean loss of every next token, -100 left out.
 
-        `logits_to_keep`: of the last so many positions (0: all), or of those positions. Hidden states and attention
-        weights are not returned.
+        `logits_to_keep`: of the last so many positions (0: all), or of those positions. `cache`: another name of
+        `past_key_values`, since transformers 5.24. Hidden states and attention weights are not returned.
         """
         if input_ids is None:
             raise ValueError("give input_ids: value embeddings are looked up by token, so inputs_embeds cannot do")
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and labels is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and getattr(past_key_values, "is_compileable", False):
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None and labels is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None and getattr(cache, "is_compileable", False):
             raise ValueError("only a cache that grows (DynamicCache) can be used, no static one")
-        (B, T), past = input_ids.shape, past_key_values.get_seq_length() if past_key_values is not None else 0
+        (B, T), past = input_ids.shape, cache.get_seq_length() if cache is not None else 0
         if attention_mask is None:
             attention_mask = torch.ones(B, past + T, device=input_ids.device)
         real = attention_mask.bool()
         if position_ids is None:
             position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
-        x = self.model(input_ids, real, position_ids, past_key_values)
+        x = self.model(input_ids, real, position_ids, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         z = self.lm_head(x[:, kept]).float()
         cap = self.config.final_logit_softcapping
         z = cap * torch.tanh(z / cap)
         loss: Any = None if labels is None else F.cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=z, past_key_values=past_key_values if use_cache else None)
+        return CausalLMOutputWithPast(loss=loss, logits=z, past_key_values=cache if use_cache else None)
