@@ -193,11 +193,12 @@ def config_from_hf(content: Any, source: object) -> ModelConfig:
     kind = content.get("model_type") if isinstance(content, dict) else None
     if kind not in ("nanochat", "jaxchat"):
         raise DataError(f"{source}: is of the architecture {kind!r}; only nanochat and jaxchat can be read")
-    if lacking := [SHARED[n] for n in ("depth", "vocab_size", "width", "n_heads") if SHARED[n] not in content]:
+    if lacking := [SHARED[n] for n in ("depth", "vocab_size", "width", "n_heads") if content.get(SHARED[n]) is None]:
         raise DataError(f"{source}: lacks {', '.join(lacking)}")
-    values = {ours: content[theirs] for ours, theirs in SHARED.items() if theirs in content}
+    values = {ours: content[theirs] for ours, theirs in SHARED.items() if content.get(theirs) is not None}
     try:
         rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
         values["rotary_base"] = rope.get("rope_theta", content.get("rope_theta", 10_000.0))
         if kind == "jaxchat":
             values |= {name: content[name] for name in OWN if name in content}
@@ -206,14 +207,16 @@ def config_from_hf(content: Any, source: object) -> ModelConfig:
             values |= {"recipe": "classic", "mlp_factor": inner / values["width"]}
             values["norm_eps"] = content.get("rms_norm_eps", 1e-6)
         config = resolve_model(build({"model": values}).model)
-        expected = config_to_hf(config, kind)
+        expected = config_to_hf(config, kind) | {"rope_type": "default"}
     except (UsageError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"{source}: holds values that cannot be ({error})") from None
-    expected["rope_parameters"] = {**rope, "rope_type": "default", "rope_theta": config.rotary_base}
-    free = ("architectures", "auto_map", "initializer_range")  # no part of the computation
-    for key, value in expected.items():
-        if key not in free and content.get(key, value) != value:
-            raise DataError(f"{source}: {key} is {content[key]!r}; only {value!r} can be run here")
+    # whatever has no place in our config must be as in all our models
+    content = {"rope_type": rope_type, **content}
+    for key in ("rope_type", *STOCK, "final_logit_softcapping", "intermediate_size", "jaxchat_format", "layer_windows",
+                "value_embedding_layers"):  # fmt: skip
+        given = content.get(key, None if kind == "jaxchat" else expected.get(key))
+        if key in expected and given != expected[key]:
+            raise DataError(f"{source}: {key} is {given!r}; only {expected[key]!r} can be run here")
     return config
 
 
