@@ -24,7 +24,7 @@ import jaxchat
 from jaxchat.chat import render_prompt
 from jaxchat.checkpoint import params_sha256
 from jaxchat.engine import Engine, Request
-from jaxchat.errors import DataError, UsageError
+from jaxchat.errors import DataError
 from jaxchat.interop.__main__ import main, make_parser
 from jaxchat.interop.exported.modeling_jaxchat import JaxchatConfig, JaxchatForCausalLM
 from jaxchat.interop.huggingface import read_hf, write_hf
@@ -357,8 +357,6 @@ def test_files_that_lack_something_are_named(base_dir):
         read_nanochat(base_dir / "deep", allow_pickle=True)
     with pytest.raises(DataError, match="its meta file has no model_config"):
         read_nanochat(base_dir / "deep" / "d5", allow_pickle=True)
-    with pytest.raises(UsageError, match="stage 'x'"):
-        read_nanochat(base_dir / "deep" / "d5", stage="x", allow_pickle=True)
     (base_dir / "deep" / "d5" / "meta_000650.json").unlink()
     with pytest.raises(DataError, match="meta_000650.json: no such file"):
         read_nanochat(base_dir / "deep" / "d5", allow_pickle=True)

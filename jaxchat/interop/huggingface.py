@@ -21,7 +21,7 @@ from jaxchat import __version__
 from jaxchat.config import ModelConfig, build
 from jaxchat.errors import DataError, UsageError
 from jaxchat.interop.tokenizer_files import read_tokenizer, tokenizer_files
-from jaxchat.interop.trained import Trained, atomic_directory, check_stage, model_card
+from jaxchat.interop.trained import Trained, atomic_directory, model_card
 from jaxchat.model import Params, abstract_params
 from jaxchat.run_dir import atomic_write, read_json, sha256_file, write_json
 from jaxchat.scaling import resolve_model
@@ -298,7 +298,6 @@ def read_hf(source: Path, stage: str | None = None) -> Trained:
     `stage`: what the weights are; by default the tokenizer's end token tells "base" or "sft". `DataError` names what
     cannot be read.
     """
-    check_stage(stage)
     if not source.is_dir():
         raise DataError(f"{source}: not a folder; give the one that holds config.json and the safetensors")
     config = config_from_hf(read_json(source / "config.json"), source / "config.json")

@@ -16,7 +16,7 @@ from jaxchat.config import ModelConfig
 from jaxchat.errors import DataError, UsageError
 from jaxchat.interop.huggingface import assemble
 from jaxchat.interop.tokenizer_files import read_tiktoken, read_tokenizer
-from jaxchat.interop.trained import Trained, check_stage
+from jaxchat.interop.trained import Trained
 from jaxchat.run_dir import read_json, sha256_file
 from jaxchat.scaling import resolve_model
 from jaxchat.sizes import VE_GATE_CHANNELS
@@ -41,7 +41,6 @@ def read_nanochat(
     for beside the checkpoint and where nanochat keeps it. `DataError` names what cannot be read, and says that the
     files are pickles where `allow_pickle` is off.
     """
-    check_stage(stage)
     files = {int(m[1]): p for p in [source, *source.glob("model_*.pt")] if (m := MODEL.fullmatch(p.name))}
     if not files:
         inner = sorted({p.parent.name for p in source.glob("*/model_*.pt")})

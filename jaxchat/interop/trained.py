@@ -61,11 +61,6 @@ class Trained:
         return names.pop() if len(names) == 1 else "float32"
 
 
-def check_stage(name: str | None) -> None:
-    if name is not None and name not in STAGES:
-        raise UsageError(f"stage {name!r} is unknown; choose from {', '.join(STAGES)}")
-
-
 def load_trained(run: RunDir, stage: str | None = None, dtype: str = "auto") -> Trained:
     """Load the stage of a run, or its furthest trained one, in a dtype ("auto": as stored).
 
