@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 VE_GATE_CHANNELS = 12  # of a layer's normed input that gate its value embedding
 SMEAR_CHANNELS = 24  # of an embedding that gate its smear
+CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # since 5.24
 
 
 class JaxchatConfig(PreTrainedConfig):
@@ -255,5 +256,6 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
         z = self.lm_head(x[:, kept]).float()
         cap = self.config.final_logit_softcapping
         z = cap * torch.tanh(z / cap)
-        loss: Any = None if labels is None else F.cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=z, past_key_values=cache if use_cache else None)
+        loss = None if labels is None else F.cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        outputs: dict[str, Any] = {"loss": loss, "logits": z, CACHE_FIELD: cache if use_cache else None}
+        return CausalLMOutputWithPast(**outputs)
