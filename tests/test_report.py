@@ -363,12 +363,12 @@ def test_the_end_of_a_command_says_where_everything_is_and_what_comes_next(finis
     assert headline(read_json(finished / "report.json")) in text
     for path in ("report.md", "report.html", "export/hf", "export/orbax"):
         assert str(finished / path) in text
-    assert f"python launch.py --run-dir {finished} --chat" in text and "--serve" in text and "go on" not in text
+    assert f"python launch.py chat {finished}" in text and "launch.py serve" in text and "go on" not in text
     text = said(RunDir(finished), ["report"])  # the card is an older one
-    assert "A chat model of" not in text and "--chat" in text and "(next: report)" in text
+    assert "A chat model of" not in text and "launch.py chat" in text and "(next: report)" in text
     text = said(RunDir(tmp_path / "my run"), ["prepare", "pretrain"])
     assert f"python launch.py --run-dir '{tmp_path / 'my run'}'   (next: prepare)" in text
-    assert "--chat" not in text and "report card" not in text
+    assert "launch.py chat" not in text and "report card" not in text
 
 
 def test_a_setting_that_is_newer_than_a_run_repeats_nothing(finished, corpus, tmp_path):

@@ -54,7 +54,7 @@ def compare(first: str, second: str, as_json: bool = False) -> dict[str, Any]:
     have nothing in common to compare.
     """
     if Path(first).resolve() == Path(second).resolve():
-        raise UsageError(f"--compare: {first} and {second} are the same directory; name two runs")
+        raise UsageError(f"compare: {first} and {second} are the same directory; name two runs")
     found = collect(side(first), side(second))
     print(json.dumps(found) if as_json else tables(found))
     return found
@@ -64,13 +64,13 @@ def side(path: str) -> Side:
     """Return a run directory's own records; `DataError` where it is none, or has neither checkpoints nor exams."""
     run = RunDir(path)
     if not run.root.is_dir():
-        raise DataError(f"--compare: {path}: no such directory; name the directories of two runs, such as runs/nano")
+        raise DataError(f"compare: {path}: no such directory; name the directories of two runs, such as runs/nano")
     if not run.config.is_file():
-        raise DataError(f"--compare: {path}: not a run directory (no config.toml)")
+        raise DataError(f"compare: {path}: not a run directory (no config.toml)")
     trained = tuple(s for s in STAGE_TITLES if any(p.name.isdigit() for p in run.stage(s).glob("*")))
     examined = tuple(s for s in STAGE_TITLES if run.eval(s).is_file())
     if not trained and not examined:
-        raise DataError(f"--compare: {path}: neither checkpoints nor exams; train it first: launch.py --run-dir {path}")
+        raise DataError(f"compare: {path}: neither checkpoints nor exams; train it first: launch.py --run-dir {path}")
     done = {name: record for name, record in run.records().items() if record["status"] == "done"}
     return Side(run, resolve(load_config(run.config)), done, trained, examined)
 
@@ -90,7 +90,7 @@ def collect(a: Side, b: Side) -> dict[str, Any]:
     asked = {stage: found for stage in both if (found := exams(a.run, b.run, stage, not_compared))}
     if not scores and not asked:
         reasons = "; ".join(f"{name}: {why}" for name, why in not_compared.items())
-        raise DataError(f"--compare: nothing in common: {reasons}")
+        raise DataError(f"compare: nothing in common: {reasons}")
     settings = [{k: v for k, v in flatten(s.config).items() if not k.startswith(PRIVATE)} for s in (a, b)]
     metrics = {stage: [read_metrics(s.run.stage(stage) / "metrics.jsonl") for s in (a, b)] for stage in common}
     names = dict.fromkeys([*a.records, *b.records])

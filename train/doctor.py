@@ -1,4 +1,4 @@
-"""`--doctor`: what this machine can do, tried here and now; and what stage records say of machine and code."""
+"""The command `doctor`: what this machine can do, tried here and now; what stage records say of machine and code."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def unused_accelerator(root: Path = Path("/")) -> str | None:
         return None
     device = found[0]
     if any(map(is_installed, device.plugins)):
-        return f"{device.name}: its JAX is installed but does not start; python launch.py --doctor says why"
+        return f"{device.name}: its JAX is installed but does not start; python launch.py doctor says why"
     return f"{device.name}: this JAX computes on the CPU; {device.install}"
 
 
@@ -338,7 +338,7 @@ def advice(found: dict[str, Any], warnings: list[str]) -> list[str]:
     if not found["disk"].get("writable", True):
         lines.append(f"{found['disk']['path']} cannot be written: give another --run-dir")
     if not found["network"].get("loopback", True):
-        lines.append("no loopback socket: --serve cannot work here; --chat does")
+        lines.append("no loopback socket: serve cannot work here; chat does")
     if "bubblewrap" in found["sandbox"] and found["sandbox"]["bubblewrap"] is None:
         lines.append("bubblewrap is not installed (apt install bubblewrap): it adds sandbox level 3")
     return lines

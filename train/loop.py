@@ -451,5 +451,5 @@ def memory_advice(config: Config) -> str:
         )
     if fits is None or fits >= rows:
         other = "by the compiled step it fits, so something else takes memory; " if fits else ""
-        return f"{begin}; {other}take --set train.device_batch_rows={smaller}, or see what fits with --plan"
+        return f"{begin}; {other}take --set train.device_batch_rows={smaller}, or see what fits: python launch.py plan"
     return f"{begin}; {fits} is the most that fits: the same command with --set train.device_batch_rows={fits} goes on"

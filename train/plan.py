@@ -1,4 +1,4 @@
-"""`--plan`: what a run needs on a target; `--budget` and `--hours`: the deepest model that they buy. Nothing trains.
+"""The command `plan`: what a run needs on a target; `--budget` and `--hours`: the deepest model that they buy.
 
 The train step and the decode step are compiled for the target, and memory, products and collectives read from the
 programs. Without the target's compiler arithmetic on the configuration answers (`"method": "analytic"`). Every

@@ -241,7 +241,7 @@ def check_time(config: Config, run: RunDir, left: Collection[str], line: str | N
         advice = f"{line}. Or take" if line else "Take"
         raise UsageError(
             f"{config.tier}: training would take about {hours / 24:,.0f} days on this CPU ({measured}). {advice} a "
-            "machine with a GPU or TPU (what it needs there: --plan --target h100:8), or a smaller tier (--tiers); "
+            "machine with a GPU or TPU (what it needs there: plan --target h100:8), or a smaller tier (tiers); "
             "--set train.allow_slow=true trains here all the same"
         )
 

@@ -1,4 +1,4 @@
-"""`--rehearse`: run every stage of a tier with its real shapes and few steps, and predict what the whole run takes.
+"""The command `rehearse`: run every stage of a tier with its real shapes and few steps, and predict the whole run.
 
 The stages are those of the real run, in a run directory of their own. What cannot be had (no network, a data set that
 is missing) is replaced by made-up text and listed.

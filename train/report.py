@@ -705,7 +705,7 @@ def summarize(run: RunDir, left: Sequence[str]) -> None:
 
     `left`: the stages that this configuration has and that are not done.
     """
-    command = f"python launch.py --run-dir {shlex.quote(str(run.root))}"
+    root = shlex.quote(str(run.root))
     rows = []
     if run.report.exists() and "report" not in left:
         say(f"\n{headline(read_json(run.root / 'report.json'))}\n")
@@ -714,9 +714,9 @@ def summarize(run: RunDir, left: Sequence[str]) -> None:
     if exports and "export" not in left:
         rows.append(("for others", ", ".join(exports)))
     if run.records().get("pretrain", {}).get("status") == "done":
-        rows += [("talk to it", f"{command} --chat"), ("on a page", f"{command} --serve")]
+        rows += [("talk to it", f"python launch.py chat {root}"), ("on a page", f"python launch.py serve {root}")]
     if left:
-        rows.append(("go on", f"{command}   (next: {left[0]})"))
+        rows.append(("go on", f"python launch.py --run-dir {root}   (next: {left[0]})"))
     for name, text in rows:
         say(f"{name:<12} {text}")
 

@@ -81,7 +81,7 @@ def import_model(args: argparse.Namespace) -> None:
     write_run(model, Path(args.out))
     kind = "a chat model" if model.chats else "a base model"
     say(f"{args.out}: {kind} (stage {model.stage}; --stage says otherwise), {model.config.depth} layers")
-    say(f"talk to it:  python launch.py --run-dir {args.out} --chat   (or --serve for the page)")
+    say(f"talk to it:  python launch.py chat {args.out}   (or serve, for the page)")
 
 
 def main(arguments: Callable[[], argparse.Namespace]) -> int:
