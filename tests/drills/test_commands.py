@@ -39,7 +39,7 @@ ELSEWHERE = {
 LITTLE = [*TINY, "eval.exams=[\"auto\"]", "mesh.data=-1", "mesh.fsdp=1", "tokenizer.path=", "eval.sample_prompts=1",
           "eval.sample_temperatures=[0.0]", "train.remat=none", "model.tie_embeddings=false", "train.token_ratio=-1.0",
           "eval.chat_prompts=[]", "rl.environment=word_problems", "data.size_model=false",
-          "train.sample_every=0"]  # fmt: skip
+          "train.sample_every=0", "data.val_source="]  # fmt: skip
 
 
 def every_command():
