@@ -191,7 +191,8 @@ def derivations(given: Config, resolved: Config) -> dict[str, str]:
     for key in after:
         if before[key] != after[key]:
             _, derived, rule = KEYS[key].meaning.rpartition("-1: ")
+            rule = rule.partition(";")[0].replace("by recipe", recipe) if derived else recipe
             if given.data.size_model and key in (*SIZED, "train.steps"):
                 rule = "fitted to the amount of text"
-            reasons[key] = "derived: " + (rule.partition(";")[0].replace("by recipe", recipe) if derived else recipe)
+            reasons[key] = f"derived: {rule}"
     return reasons
