@@ -91,7 +91,8 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, window: int, score_bound:
             top = jax.lax.stop_gradient(jnp.max(jnp.where(mask, scores, -jnp.inf), axis=-1, keepdims=True))
         weights = jnp.exp(jnp.where(mask, scores - top, -jnp.inf))
         total = weights.sum(axis=-1, keepdims=True)
-        out = jnp.einsum("bkgqs,bksn->bkgqn", weights.astype(v.dtype), v[:, :, first:stop])
+        weights = weights.astype(v.dtype)  # JAX 0.11 would add bfloat16 products in bfloat16 on a CPU
+        out = jnp.einsum("bkgqs,bksn->bkgqn", weights, v[:, :, first:stop], preferred_element_type=jnp.float32)
         blocks.append((out / total).astype(q.dtype))
     y = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
     return y.transpose(0, 3, 1, 2, 4).reshape(B, T, H, N)
