@@ -431,4 +431,4 @@ def test_the_table_is_printed(config, run, facts, capsys):
     found = scores["bits_per_byte"]
     low, high = found["interval"]
     assert low < found["metric"] < high and high - low == pytest.approx(2 * 1.96 * found["se"], rel=1e-3)
-    assert f"{found['metric']:.4f} ± {found['se']:.4f}" in shown["bits_per_byte"]
+    assert f"{found['metric']:.4f} ± {found['se']:.4f}" in shown["bits per byte"]

@@ -46,10 +46,10 @@ def row(text, section, name):
 def test_exams_are_one_table(whole):
     text = whole[2]
     assert row(text, "Exams", "exam") == ["BASE", "SFT", "chance", "cases"]
-    assert row(text, "Exams", "bits_per_byte") == ["1.6057", "1.9257", "-", "226"]
+    assert row(text, "Exams", "bits per byte") == ["1.6057", "1.9257", "-", "226"]
     assert row(text, "Exams", "perplexity")[:2] == ["64.9", "150.7"]
-    assert row(text, "Exams", "bits_per_byte, conversations")[:2] == ["1.9502", "1.6099"]
-    assert row(text, "Exams", "word_problems") == ["-", "95.3% (92.0% to 97.3%)", "0%", "256"]
+    assert row(text, "Exams", "bits per byte, conversations")[:2] == ["1.9502", "1.6099"]
+    assert row(text, "Exams", "word problems") == ["-", "95.3% (92.0% to 97.3%)", "0%", "256"]
     assert row(text, "Exams", "gsm8k, read as lenient")[1] == "7.5% (2.6% to 19.9%)"
     assert "| college b | - | 100.0% (20.7% to 100.0%) | 1 |" in text
 
@@ -236,7 +236,7 @@ def test_a_record_that_says_less_has_a_card_too(config, tmp_path):
     metrics.write_text('{"step": 0, "loss": 1.0, "reward": 0.5}\n')
     text = render(collect(config, run))[0]
     assert "| gsm8k | RL | no file |" in text and "| x\\|y | - | - | 50.0% | - | - |" in text
-    assert row(text, "Exams", "bits_per_byte")[2] == "1.5000"
+    assert row(text, "Exams", "bits per byte")[2] == "1.5000"
 
 
 def test_code_size_counts_what_a_reader_reads():

@@ -424,7 +424,7 @@ class Examiner:
 
     def examine(self) -> dict[str, Any]:
         """Sit the exams that have no result yet; writes the record after each, and returns it."""
-        self._exam("bits_per_byte", "bits_per_byte", "", lambda: (self.model.bits_per_byte(), []))
+        self._exam("bits_per_byte", "bits per byte", "", lambda: (self.model.bits_per_byte(), []))
         for task, optional in exam_tasks(self.config):
             if isinstance(task, core.Core) != (self.stage == "base"):
                 continue

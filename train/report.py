@@ -318,7 +318,7 @@ def headline(card: Card) -> str:
     text += "" if card["sft"] else " It continues a text; it was not taught to answer."
     if base := card["exams"].get("base", {}).get("bits_per_byte"):
         text += f" Held-out text: {bits(base, 3)} bits per byte."
-    exams = [f"{_title(card, name).replace('_', ' ')} {share:.1%}" for name, share in _latest(card).items()]
+    exams = [f"{_title(card, name)} {share:.1%}" for name, share in _latest(card).items()]
     return text + (f" Exams: {', '.join(exams)}." if exams else "")
 
 
@@ -335,7 +335,7 @@ def _tiles(card: Card) -> list[tuple[str, str]]:
         tiles.append(("bits per byte", bits(base, 3)))
     for key, title in (("core", "CORE"), ("chatcore", "ChatCORE")):
         tiles += [(title, f"{s[key]:.4f}") for s in card["standing"].values() if s.get(key) is not None][-1:]
-    tiles += [(_title(card, name).replace("_", " "), f"{share:.1%}") for name, share in _latest(card).items()]
+    tiles += [(_title(card, name), f"{share:.1%}") for name, share in _latest(card).items()]
     return tiles[:MOST_TILES]
 
 
@@ -379,7 +379,7 @@ def _sat(card: Card, stage: str) -> dict[str, Scores]:
 def _title(card: Card, name: str) -> str:
     """The title that the exam's task had when it was scored; older records have none."""
     titles = (tasks[name]["title"] for tasks in card["exams"].values() if "title" in tasks.get(name, ()))
-    return next(titles, "CORE" if name == "core" else name)
+    return next(titles, "CORE" if name == "core" else name.replace("_", " "))
 
 
 def _exam_rows(card: Card, stages: Sequence[str]) -> Iterator[list[Cell]]:
