@@ -1,11 +1,13 @@
 """`--doctor`: what it says is true here, and what is broken is said instead of raised."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import jax
@@ -114,3 +116,16 @@ def test_the_sandbox_is_tried(found):
     assert list(told.values())[1:] == ["level 2: so\nlevel 3: not so"]
     parts = {"devices": {}, "attention": {}, "disk": {}, "network": {}, "sandbox": part | {"bubblewrap": None}}
     assert ["apt install bubblewrap" in line for line in doctor.advice(parts, [])] == [True]
+
+
+def test_what_jax_says_of_a_missing_plugin_is_said_once_by_us_and_the_rest_is_passed_on(monkeypatch):
+    def look_for_devices():
+        logging.getLogger("jax.backends").warning("An NVIDIA GPU may be present on this machine, but no plugin is.")
+        logging.getLogger("jax.backends").warning("the driver is too old")
+        return "cpu"
+
+    unset = types.SimpleNamespace(jax_platforms=None)
+    monkeypatch.setattr(doctor, "jax", types.SimpleNamespace(config=unset, default_backend=look_for_devices))
+    with doctor._jax_log() as records:
+        doctor.unused_accelerator()
+    assert [record.getMessage() for record in records] == ["the driver is too old"]

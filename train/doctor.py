@@ -157,9 +157,14 @@ def unused_accelerator(root: Path = Path("/")) -> str | None:
 
     None too where the user asked for the CPU (JAX_PLATFORMS).
     """
-    # ours says what to install; it must be there before JAX looks for devices
-    logging.getLogger("jax._src.xla_bridge").addFilter(_is_other)
-    if getattr(jax.config, "jax_platforms", None) == "cpu" or jax.default_backend() != "cpu":
+    if getattr(jax.config, "jax_platforms", None) == "cpu":
+        return None
+    with _jax_log() as records:  # JAX looks for devices now, if it has not yet
+        backend = jax.default_backend()
+    for record in records:
+        if "may be present" not in record.getMessage():  # our line says it, and what to install
+            logging.getLogger("jax").handle(record)
+    if backend != "cpu":
         return None
     if not (found := accelerators(root)):
         return None
@@ -167,11 +172,6 @@ def unused_accelerator(root: Path = Path("/")) -> str | None:
     if any(map(is_installed, device.plugins)):
         return f"{device.name}: its JAX is installed but does not start; python launch.py doctor says why"
     return f"{device.name}: this JAX computes on the CPU; {device.install}"
-
-
-def _is_other(record: logging.LogRecord) -> bool:
-    """Whether a line of JAX's log is not its own hint that a device may be present."""
-    return "may be present" not in record.getMessage()
 
 
 def _nvidia_smi(root: Path) -> tuple[str, int, float] | None:
@@ -240,12 +240,13 @@ def examine(config: Config, place: Path) -> dict[str, Any]:
         "extras": lambda: {name: is_installed(module) for name, (module, _) in EXTRAS.items()},
     }
     found: dict[str, Any] = {}
-    with _jax_warnings() as warnings:
+    with _jax_log() as records:
         for name, part in parts.items():
             try:
                 found[name] = part()
             except Exception as error:  # a broken driver raises anything; this command is there to show it
                 found[name] = {"error": _first_line(error)}
+    warnings = [record.getMessage().splitlines()[0].rstrip(".") for record in records]
     return found | {"advice": advice(found, warnings)}
 
 
@@ -345,22 +346,21 @@ def advice(found: dict[str, Any], warnings: list[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _jax_warnings() -> Iterator[list[str]]:
-    """Collect what JAX logs while it looks for devices, such as plugins that fail."""
-    lines: list[str] = []
+def _jax_log() -> Iterator[list[logging.LogRecord]]:
+    """Collect JAX's warnings, such as plugins that fail, instead of showing them."""
+    records: list[logging.LogRecord] = []
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage().splitlines()[0].rstrip("."))
+            records.append(record)
 
-    logger, handler = logging.getLogger("jax._src.xla_bridge"), Collector(logging.WARNING)
-    logger.addHandler(handler)
-    propagate, logger.propagate = logger.propagate, False
+    logger = logging.getLogger("jax")
+    handlers, propagate = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [Collector(logging.WARNING)], False
     try:
-        yield lines
+        yield records
     finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
+        logger.handlers, logger.propagate = handlers, propagate
 
 
 def _first_line(error: Exception) -> str:
