@@ -179,7 +179,7 @@ SAVED_NAMES = ("attention_in", "q", "k", "v", "middle", "mlp_in", "mlp", "scale"
 
 
 class LayerOptions(NamedTuple):
-    """How the layers run in training; beyond rounding none of it changes the result."""
+    """Options of the layers in training; beyond rounding none changes the result."""
 
     unroll: int = 1  # groups of layers per iteration of the scan; all of them: a plain loop
     backend: str = "xla"  # of the attention

@@ -595,7 +595,7 @@ def open_routes(service: Service) -> APIRouter:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told about an error; no trace, no path."""
+    """Convert an error to an API error; no trace, no path."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):

@@ -97,7 +97,7 @@ class Chat:
         self.messages = [*messages[dropped:], {"role": "assistant", "content": parts}]
 
     def _bracket(self, before: str, after: str) -> str:
-        """What stands between parts of an answer: tool calls are in brackets, as [12+30 = 42]."""
+        """Return the text between parts of an answer: tool calls are in brackets, as [12+30 = 42]."""
         dim, plain = (DIM, PLAIN) if self.interactive else ("", "")
         if before == "python" and after == "python_output":
             return " = "
@@ -144,7 +144,7 @@ def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO |
 
 
 def notes(run: RunDir, stage: str) -> list[str]:
-    """What a person must know about the answers of this stage."""
+    """Return a note on the answers of this stage."""
     record = recorded(run, stage)
     unfinished = "imported" not in record and record.get("status") == "running"
     return [

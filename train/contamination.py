@@ -91,7 +91,7 @@ def _exams_sat(run: RunDir) -> list[str]:
 
 
 def question_texts(task: Task, label: str) -> list[str]:
-    """What is asked, options included; of CORE's task `label` with the right continuation."""
+    """Return the text of a question, options included; of CORE's task `label` with the right continuation."""
     if isinstance(task, core.Core):
         part = next(part for part in core.CORE_TASKS if part.label == label)
         keys = {core.CHOICE: ("query", "choices"), core.SCHEMA: ("context_options", "continuation")}
@@ -192,7 +192,7 @@ LONG_PASSAGE = 100  # bytes from which on a passage counts as memorized
 
 
 def memorized(texts: Sequence[str], documents: Iterable[str]) -> dict[str, Any]:
-    """How much of `texts` is in one of the documents.
+    """Return how much of `texts` is in one of the documents.
 
     `longest`: characters of the longest common passage, `passage`: that passage, "" where it is under `WINDOW` bytes;
     `share`: of the texts' bytes, those inside passages of at least `LONG_PASSAGE` bytes; `documents`: how many were

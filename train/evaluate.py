@@ -321,7 +321,7 @@ def chat_core(tasks: dict[str, Scores]) -> float | None:
 
 
 def capped(count: int, limit: int) -> list[int]:
-    """Which of `count` questions are asked: all in their order, or the first `limit` of a fixed shuffle."""
+    """Return the indices of the questions to ask: all in order, or the first `limit` of a fixed shuffle."""
     if limit < 0 or limit >= count:
         return list(range(count))
     return [int(i) for i in np.random.default_rng(ORDER_SEED).permutation(count)[:limit]]
@@ -389,12 +389,12 @@ def check(config: Config) -> None:
 
 
 def external_inputs(config: Config) -> str:
-    """What the exams read outside the run: the files of `tasks.data_dir`, the identity file."""
+    """Describe the external inputs: the files of `tasks.data_dir`, the identity file."""
     return listing(config.tasks.data_dir) + identity_digest(config)
 
 
 def exam_tasks(config: Config) -> Iterator[tuple[Task, bool]]:
-    """The tasks of `eval.exams`; True for one that is left out silently where its data is not at hand."""
+    """Yield the tasks of `eval.exams`; True for one that is left out silently where its data is not at hand."""
     seen: set[str] = set()
     for entry in config.eval.exams:
         for name in [name for name, task in TASKS.items() if task.auto] if entry == AUTO else [entry]:

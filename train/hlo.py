@@ -83,7 +83,7 @@ class Collective:
 
 @dataclass
 class Transfer:
-    """What one instruction reads and writes, in bytes per device and execution."""
+    """Return what one instruction reads and writes, in bytes per device and execution."""
 
     kind: str  # "products", "attention", "collectives" or "other"
     bytes: float
@@ -235,7 +235,7 @@ def _repeats(computation: list[Instruction]) -> set[str]:
 
 
 def _trip_count(i: Instruction, computations: Computations, program: Program) -> int:
-    """What XLA noted, else the bound that the counter (from 0, by 1: a `lax.scan`) is compared with."""
+    """Return the trip count that XLA noted, else the bound of the counter (from 0, by 1: a `lax.scan`)."""
     if found := re.search(r'known_trip_count":\{"n":"(\d+)"', i.attributes):
         return int(found[1])
     condition = computations.get(i.called("condition"), [])

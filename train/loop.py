@@ -56,7 +56,7 @@ Evaluator = Callable[[TrainState, int], Iterable[tuple[str, float]]]
 
 @dataclass
 class StepBatch:
-    """What one step trains on. `arrays` None: there is nothing to learn, and only the schedules advance.
+    """The batch of one step. `arrays` None: there is nothing to learn, and only the schedules advance.
 
     `tokens`: how many the step adds to the count; `trained`: how many go through the update, for the MFU; `facts` go
     into its record.

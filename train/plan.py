@@ -162,7 +162,7 @@ def _tried(step: Any) -> dict[str, Any]:
 
 
 def _sizes(config: Config, target: Target, rows: int, accumulate: int) -> Plan:
-    """What is known without any compiler."""
+    """Return the part of a plan that needs no compiler."""
     tokens = config.train.steps * config.train.batch_tokens
     return {
         "tier": config.tier,
@@ -181,7 +181,7 @@ def _sizes(config: Config, target: Target, rows: int, accumulate: int) -> Plan:
 
 
 def _program(config: Config, target: Target, step: Any, rows: int, tensor: int) -> Plan:
-    """What the compiled program does, and the time that follows."""
+    """Return what the compiled program does, and the time that follows."""
     program = step.program
     again, parts = program.recomputed_share, step_seconds(target, program)
     seconds = sum(c.count * c.sent_bytes / _rate(target, c.group) for c in program.collectives)
@@ -394,7 +394,7 @@ def _deepest(configs: list[Config], target: Target, within: Callable[[Plan], boo
 
 
 def _command(given: Config, config: Config) -> str:
-    """What trains that configuration; keys set on this command line have to be repeated by hand."""
+    """Return the command that trains that configuration; keys set on this command line have to be repeated by hand."""
     parts = [f"python launch.py --tier {given.tier}"]
     if config.model.depth != given.model.depth:
         parts.append(f"--set model.depth={config.model.depth} --run-dir runs/d{config.model.depth}")

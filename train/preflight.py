@@ -215,7 +215,7 @@ def _saves(config: Config, stage: str) -> list[int]:
 
 
 def _kept(config: Config, saves: list[int]) -> int:
-    """How many of them stay: the last ones, and where `keep_every` is set its multiples."""
+    """Return how many of them are kept: the last ones, and where `keep_every` is set its multiples."""
     last, period = config.train.keep_last, config.train.keep_every
     return len(saves[-last:]) + sum(period > 0 and step % period == 0 for step in saves[:-last])
 

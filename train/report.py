@@ -443,7 +443,7 @@ def _chance(tasks: Sequence[Scores | None]) -> str:
 
 
 def _cases(tasks: Sequence[Scores | None]) -> str:
-    """How many questions; by stage where the numbers differ."""
+    """Return the number of questions; by stage where the numbers differ."""
     numbers = [f"{task['n']:,}" for task in tasks if task and "n" in task]
     return numbers[0] if len(set(numbers)) == 1 else " / ".join(numbers) or "-"
 
@@ -517,7 +517,7 @@ def _groups(card: Card, stages: Sequence[str]) -> list[Table]:
 
 
 def _overlap(card: Card) -> list[Table]:
-    """How much of the exams' text is in the training text."""
+    """Return the tables of contamination: exam text that is in the training text."""
     found, title = card.get("overlap") or {}, "Exam text in the pretraining text"
     if "reason" in found:
         return [Table(title, [], [], f"Not looked up: {found['reason']}")]

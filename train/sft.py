@@ -216,7 +216,7 @@ def _origin(config: Config, tokenizer: Tokenizer) -> str:
 
 
 def _content(name: str, config: Config) -> list[Any]:
-    """What tells the data of a mixture's entry from changed data."""
+    """Describe the data behind a mixture entry; changed data is described differently."""
     if name == "chitchat":
         return Unit(name).content()
     if name in CHATTERBOT:

@@ -276,7 +276,7 @@ def _refuse_training(stage: Stage, config: Config, run: RunDir) -> None:
 
 
 def _follow(config: Config, run: RunDir) -> None:
-    """What the other processes do: train along, wait for process 0 in everything else."""
+    """Run the stages on a process other than 0: train with it, wait for it in everything else."""
     while message := distributed.receive():
         name, start = message
         stage = STAGES[NAMES.index(name)]

@@ -184,7 +184,7 @@ NO_TOKEN = -1
 @jax.tree_util.register_dataclass
 @dataclass
 class Settings:
-    """How R slots sample and stop."""
+    """Sampling and stopping settings of R slots."""
 
     seed: Any  # uint32
     temperature: Any  # float32, 0: greedy
@@ -352,7 +352,7 @@ def release(slots: Slots, slot: jax.Array) -> Slots:
 @jax.tree_util.register_dataclass
 @dataclass
 class ChunkOutput:
-    """What a chunk made in R rows."""
+    """Output of a decoding chunk of R rows."""
 
     tokens: jax.Array  # (R, steps) int32, NO_TOKEN where a row made none
     status: jax.Array  # (R,) int32
@@ -634,7 +634,7 @@ class Programs:
 
     @property
     def compiling(self) -> int:
-        """How many programs of `warm_up` are still to come."""
+        """Number of programs that `warm_up` has still to compile."""
         return sum(not future.done() for future in list(self._compiling.values()))
 
     def stop_compiling(self) -> None:

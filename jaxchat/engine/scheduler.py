@@ -90,7 +90,7 @@ class CachedPrefix:
     reach: int
 
     def usable(self, prompt: list[int], ring: int) -> int:
-        """How many first tokens of a prompt need no prefill; the last one always runs.
+        """Return how many first tokens of a prompt need no prefill; the last one always runs.
 
         `ring`: positions of the smallest windowed layer's cache. A ring that came round has lost its oldest positions,
         so all that it has seen must belong to the prompt, but for the one position behind the window.

@@ -1,4 +1,4 @@
-"""Who the model is: conversations about itself for SFT, and the exam on them.
+"""Identity: conversations of the model about itself for SFT, and the exam on them.
 
 A question is an opening, a core and a closing ("hey, " + "what is your name" + "?"). The exam asks paraphrases that
 training never shows: cores of its own, and trained cores in combinations that a hash holds out. Greetings and small

@@ -44,7 +44,7 @@ _CHILD = Path(__file__).with_name("sandbox_child.py")
 
 @dataclass(frozen=True)
 class Policy:
-    """What a program may use."""
+    """Limits of a program."""
 
     cpu_seconds: int = 4  # of the processor
     seconds: float = 15.0  # on the clock, from the moment it begins
@@ -73,7 +73,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """Result of a run.
 
     `status` of a program: "ok" (exit code 0), "error", "killed" (by a signal that was not ours), "timeout", "output" or
     "disk" (too much), "refused" (source too long or no valid Unicode). `status` of a check: "passed", "failed",
@@ -459,7 +459,7 @@ _FORBIDDEN = {1: {"memory", "fork"}, 2: {"read", "write", "socket"}, 3: {"proces
 
 @dataclass(frozen=True)
 class Probe:
-    """What holds on this machine: the level, its layers, and why the higher levels are missing."""
+    """Protection on this machine: the level, its layers, and why higher levels are missing."""
 
     level: int
     layers: Layers
