@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
         words = args.words
         if args.command == "export" and words and not words[0].startswith("-"):
             words = ["--run-dir", *words]
-        return interop.main(lambda: interop.make_parser().parse_args([args.command, *words]))
+        return interop.main(lambda: interop.make_parser("python launch.py").parse_args([args.command, *words]))
     if args.command == "compare":
         from train.compare import compare
 

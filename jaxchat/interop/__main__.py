@@ -17,8 +17,8 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m jaxchat.interop", description=__doc__)
+def make_parser(program: str = "python -m jaxchat.interop") -> argparse.ArgumentParser:
+    parser = Parser(prog=program, description=__doc__)
     commands = parser.add_subparsers(required=True, parser_class=Parser)
     add_export_arguments(commands.add_parser("export", help="a run's model for other people"))
     add_import_arguments(commands.add_parser("import", help="a model from elsewhere as a run directory"))
