@@ -17,7 +17,7 @@ from jaxchat.tasks import humaneval
 from jaxchat.tasks.base import MissingData, TaskFiles
 from jaxchat.tasks.humaneval import HumanEval, candidate_programs, extract_code
 from jaxchat.tasks.registry import get_task
-from jaxchat.tools.sandbox import Layers, Probe, Sandbox, SandboxError
+from jaxchat.tools.sandbox import Probe, Sandbox, SandboxError
 from train import evaluate
 
 ROW = {
@@ -226,7 +226,7 @@ def test_the_installed_package_is_not_imported(real):
 def weak(monkeypatch):
     from jaxchat.tools import sandbox
 
-    monkeypatch.setattr(sandbox, "probe", lambda: Probe(1, Layers(), ("Landlock is not in this kernel",)))
+    monkeypatch.setattr(sandbox, "probe", lambda: Probe(1, ("Landlock is not in this kernel",)))
 
 
 def test_strict_refuses_before_any_question_and_auto_warns(monkeypatch, tmp_path, capsys):

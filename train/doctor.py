@@ -319,8 +319,8 @@ def sandbox() -> dict[str, Any]:
     return {
         "level": found.level,
         "landlock_abi": abi(),
-        "seccomp": found.layers.seccomp,
-        "bubblewrap": found.layers.bubblewrap if shutil.which("bwrap") else None,
+        "seccomp": found.level >= 2,
+        "bubblewrap": found.level == 3 if shutil.which("bwrap") else None,
         "missing": list(found.missing),
     }
 

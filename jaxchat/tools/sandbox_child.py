@@ -22,21 +22,17 @@ import struct
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from typing import IO, Any
 
 READY = b"ready"  # written when the process is confined; anything else is the reason why it is not
 
 # ---- values across a pipe into which a hostile program writes: never pickled, never evaluated, bounded in size
-#
-# A value is JSON. What JSON lacks is an object with one key that names the type. A subclass becomes its base class, any
-# other iterable an iterator over its items, and any other object one that equals only itself.
 
 MAX_BYTES = 1 << 20  # of one message
 MAX_DEPTH = 50  # of nested containers
-MAX_ITEMS = 200_000  # of one container
 
 
 class BadMessage(Exception):
@@ -44,12 +40,61 @@ class BadMessage(Exception):
 
 
 class Opaque:
-    """Stands for an object that cannot be sent."""
+    """Stands for an object that cannot be sent; equals only itself."""
 
     __hash__ = None  # type: ignore[assignment]  # it would differ from the hash of the real object
 
 
-def send(descriptor: int, message: Any) -> None:
+# Values are JSON. What JSON lacks is an object with one key, the name of its type here:
+# (type, what is sent of a value, how it is built again); `each` packs the items of a container
+_KINDS: dict[str, tuple[type, Callable[[Any, Callable[[Any], Any]], Any], Callable[[Any], Any]]] = {
+    "int": (int, lambda value, each: hex(value), lambda text: int(text, 16)),  # Python bounds decimal digits
+    "complex": (complex, lambda value, each: [value.real, value.imag], lambda parts: complex(*parts)),
+    "bytes": (bytes, lambda value, each: value.hex(), bytes.fromhex),
+    "bytearray": (bytearray, lambda value, each: value.hex(), bytearray.fromhex),
+    "Decimal": (Decimal, lambda value, each: str(value), Decimal),
+    "Fraction": (Fraction, lambda value, each: str(value), Fraction),
+    "dict": (
+        dict,
+        lambda value, each: [each(value.keys()), each(value.values())],
+        lambda parts: dict(zip(*unpack(parts), strict=True)),
+    ),
+    "tuple": (tuple, lambda value, each: each(value), lambda items: tuple(unpack(items))),
+    "set": (set, lambda value, each: each(value), lambda items: set(unpack(items))),
+    "frozenset": (frozenset, lambda value, each: each(value), lambda items: frozenset(unpack(items))),
+    "iterator": (Iterable, lambda value, each: each(value), lambda items: iter(unpack(items))),
+    "object": (object, lambda value, each: None, lambda _: Opaque()),
+}
+
+
+def pack(value: Any, depth: int = 0) -> Any:
+    """Return the value as JSON types, a subclass as its base class; `ValueError` where it is too deep."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deep")
+
+    def each(items: Any) -> list[Any]:
+        # an item takes two bytes or more, so no message holds as many as are taken here
+        return [pack(item, depth + 1) for item in itertools.islice(items, MAX_BYTES // 2)]
+
+    if value is None or isinstance(value, bool | float | str) or (isinstance(value, int) and abs(value) < 1 << 63):
+        return value
+    if isinstance(value, list):
+        return each(value)
+    name, encode = next((name, encode) for name, (kind, encode, _) in _KINDS.items() if isinstance(value, kind))
+    return {name: encode(value, each)}
+
+
+def unpack(value: Any) -> Any:
+    """Return the value that `pack` was given; `ValueError`, `TypeError`, `KeyError` or others for anything else."""
+    if isinstance(value, list):
+        return [unpack(item) for item in value]
+    if isinstance(value, dict):
+        ((kind, content),) = value.items()
+        return _KINDS[kind][2](content)
+    return value
+
+
+def send(stream: IO[bytes], message: Any) -> None:
     """Write one message. `BadMessage` where it is too large or too deep, `OSError` where nobody reads."""
     try:
         data = json.dumps(pack(message), separators=(",", ":")).encode("ascii")
@@ -57,93 +102,21 @@ def send(descriptor: int, message: Any) -> None:
         raise BadMessage(str(error)) from None
     if len(data) > MAX_BYTES:
         raise BadMessage(f"a message of {len(data)} bytes; at most {MAX_BYTES}")
-    view = memoryview(len(data).to_bytes(4, "big") + data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    stream.write(len(data).to_bytes(4, "big") + data)
+    stream.flush()
 
 
-def receive(descriptor: int) -> Any:
+def receive(stream: IO[bytes]) -> Any:
     """Read one message. `EOFError` where the other side is gone, `BadMessage` for what `send` never writes."""
-    size = int.from_bytes(_read(descriptor, 4), "big")
+    if len(head := stream.read(4)) < 4:
+        raise EOFError("the pipe is closed")
+    size = int.from_bytes(head, "big")
     if size > MAX_BYTES:
         raise BadMessage(f"a message of {size} bytes; at most {MAX_BYTES}")
-    data = _read(descriptor, size)
     try:
-        return unpack(json.loads(data.decode("ascii")))
+        return unpack(json.loads(stream.read(size).decode("ascii")))
     except (ValueError, TypeError, KeyError, RecursionError, ArithmeticError) as error:
         raise BadMessage(str(error)) from None
-
-
-def _read(descriptor: int, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        data += (chunk := os.read(descriptor, size - len(data)))
-        if not chunk:
-            raise EOFError("the pipe is closed")
-    return data
-
-
-def pack(value: Any, depth: int = 0) -> Any:
-    """Return the value as JSON types; `ValueError` where it is too deep or has too many items."""
-    if depth > MAX_DEPTH:
-        raise ValueError("nested too deep")
-
-    def each(items: Any) -> list[Any]:
-        taken = list(itertools.islice(items, MAX_ITEMS + 1))
-        if len(taken) > MAX_ITEMS:
-            raise ValueError("too many items")
-        return [pack(item, depth + 1) for item in taken]
-
-    if value is None or value is True or value is False:
-        return value
-    if isinstance(value, int):
-        value = int.__pos__(value)
-        return value if abs(value) < 1 << 63 else {"int": hex(value)}  # Python bounds the decimal digits it converts
-    if isinstance(value, float):
-        return float.__pos__(value)
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, bytes | bytearray):
-        return {"bytes" if isinstance(value, bytes) else "bytearray": bytes(value).hex()}
-    if isinstance(value, Decimal):
-        return {"Decimal": str(value)}
-    if isinstance(value, Fraction):
-        return {"Fraction": each((value.numerator, value.denominator))}
-    if isinstance(value, dict):
-        return {"dict": list(zip(each(dict.keys(value)), each(dict.values(value)), strict=True))}
-    kind: Any
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            return {kind.__name__: each(kind.__iter__(value))} if kind is not list else each(list.__iter__(value))
-    return {"iterator": each(value)} if hasattr(value, "__iter__") else {"object": None}
-
-
-_KINDS: dict[str, Callable[[Any], Any]] = {
-    "int": lambda text: int(text, 16),
-    "complex": lambda parts: complex(*parts),
-    "bytes": bytes.fromhex,
-    "bytearray": bytearray.fromhex,
-    "Decimal": Decimal,
-    "Fraction": lambda parts: Fraction(*map(unpack, parts)),
-    "dict": lambda pairs: {unpack(key): unpack(value) for key, value in pairs},
-    "tuple": lambda items: tuple(map(unpack, items)),
-    "set": lambda items: set(map(unpack, items)),
-    "frozenset": lambda items: frozenset(map(unpack, items)),
-    "iterator": lambda items: iter([unpack(item) for item in items]),
-    "object": lambda _: Opaque(),
-}
-
-
-def unpack(value: Any) -> Any:
-    """Return the value that `pack` was given; `ValueError`, `TypeError` or `KeyError` for anything else."""
-    if isinstance(value, list):
-        return [unpack(item) for item in value]
-    if isinstance(value, dict):
-        ((kind, content),) = value.items()
-        return _KINDS[kind](content)
-    return value
 
 
 # ---- level 1: limits, no privileges, no children, death with the parent
@@ -165,13 +138,13 @@ def _call(function: str, *arguments: Any) -> int:
     return result
 
 
-def limit(memory: int, cpu_seconds: int, file_bytes: int, open_files: int) -> None:
+def limit(policy: dict[str, Any]) -> None:
     """Set resource limits, for good. Limits that this system lacks are left out: the probe finds that."""
     for name, soft, hard in (
-        ("AS", memory, memory),
-        ("CPU", cpu_seconds, cpu_seconds + 1),  # SIGXCPU first, which tells it from other deaths
-        ("FSIZE", file_bytes, file_bytes),
-        ("NOFILE", open_files, open_files),
+        ("AS", policy["memory_bytes"], policy["memory_bytes"]),
+        ("CPU", policy["cpu_seconds"], policy["cpu_seconds"] + 1),  # SIGXCPU first: that death means a timeout
+        ("FSIZE", policy["disk_bytes"] // 4, policy["disk_bytes"] // 4),
+        ("NOFILE", policy["open_files"], policy["open_files"]),
         ("NPROC", 0, 0),  # no child and no thread: other processes of the user count too, so only 0 has a meaning
         ("CORE", 0, 0),
         ("MSGQUEUE", 0, 0),
@@ -181,45 +154,39 @@ def limit(memory: int, cpu_seconds: int, file_bytes: int, open_files: int) -> No
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (soft, hard))
 
 
-def drop_privileges(scratch: str, parent: int, change_user: bool) -> None:
-    """Gain no privileges, drop capabilities, stop being root, die with the parent, close memory to other processes.
+def drop_privileges(scratch: str, parent: int) -> None:
+    """Stop being root, drop capabilities, gain none, die with the parent, close memory to other processes.
 
-    `parent`: its process id, 0 where it cannot be seen. Raises `OSError` where Linux refuses.
+    `parent`: its process id, or 0 inside bubblewrap, which has changed the user. Raises `OSError` where Linux refuses.
     """
     if sys.platform != "linux":
         return
+    machine, keep = os.uname().machine, 0
     _call("prctl", _SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     if os.geteuid() == 0:
-        keep = _leave_root(scratch) if change_user else 0
-        if os.uname().machine not in _CAPSET:
-            raise OSError(errno.ENOTSUP, f"capabilities cannot be dropped on {os.uname().machine}; do not run as root")
+        if parent:
+            # Root knows no limit on children, so this becomes a user that owns nothing. It keeps the right to read only
+            # where Python lies in a folder of root. Some containers forbid the change: then the probe finds the rest.
+            user = FIRST_USER + os.getpid() % USERS
+            _call("prctl", _SET_KEEP_CAPABILITIES, 1, 0, 0, 0)
+            try:
+                os.chown(scratch, user, user)
+                os.setgroups([])
+                os.setresgid(user, user, user)
+                os.setresuid(user, user, user)
+                keep = 0 if os.access(os.__file__, os.R_OK) else _READ_ANYTHING
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EINVAL):
+                    raise
+        if machine not in _CAPSET:
+            raise OSError(errno.ENOTSUP, f"capabilities cannot be dropped on {machine}; do not run as root")
         header, data = struct.pack("=Ii", _CAPABILITIES_VERSION, 0), struct.pack("=6I", keep, keep, 0, 0, 0, 0)
-        _call("syscall", _CAPSET[os.uname().machine], header, data)
+        _call("syscall", _CAPSET[machine], header, data)
     # after the change of the user, which resets both
     _call("prctl", _SET_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
     _call("prctl", _SET_DUMPABLE, 0, 0, 0, 0)
     if parent and os.getppid() != parent:  # it died before the death signal was set
         os._exit(1)
-
-
-def _leave_root(scratch: str) -> int:
-    """Become a user that owns nothing, since root knows no limit on children; return the capabilities to keep.
-
-    The right to read stays only where Python lies in a folder of root. Some containers forbid the change of the user:
-    then only the capabilities go, and the probe finds the rest.
-    """
-    user = FIRST_USER + os.getpid() % USERS
-    _call("prctl", _SET_KEEP_CAPABILITIES, 1, 0, 0, 0)
-    try:
-        os.chown(scratch, user, user)
-        os.setgroups([])
-        os.setresgid(user, user, user)
-        os.setresuid(user, user, user)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EINVAL):
-            raise
-        return 0
-    return 0 if os.access(os.__file__, os.R_OK) else _READ_ANYTHING
 
 
 # ---- level 2, files: a Landlock rule set that leaves the standard library, read-only, and the scratch folder
@@ -374,23 +341,26 @@ def filter_program(column: int, architecture: int, pid: int) -> bytes:
         instruction(_LOAD, _NUMBER),
     ]
     # calls allowed for some values of one argument: (its number, the values); only its low 32 bits count in all of them
+    own = (pid,)
     conditions = {
-        "prlimit64": (0, (0,)),  # of this process
-        "kill": (0, (pid,)),
-        "tgkill": (0, (pid,)),
+        "prlimit64": (0, (0,)),
+        "kill": (0, own),
+        "tgkill": (0, own),
         "ioctl": (1, _IOCTL),
         "fcntl": (1, _FCNTL),
     }
-    for name, (argument, values) in conditions.items():
-        code += [
-            instruction(_JUMP_IF_EQUAL, CALLS[name][column], 0, 2 * len(values) + 2),
-            instruction(_LOAD, _ARGUMENTS + 8 * argument),
-            *(i for value in values for i in if_equal(value, _ALLOW)),
-            instruction(_RETURN, _REFUSE | errno.EPERM),
-        ]
-    code += if_equal(CALLS["clone3"][column], _REFUSE | errno.ENOSYS)  # glibc then tries clone, which says EPERM
     for name, numbers in CALLS.items():
-        if name not in conditions and name != "clone3" and numbers[column] >= 0:
+        if name in conditions:
+            argument, values = conditions[name]
+            code += [
+                instruction(_JUMP_IF_EQUAL, numbers[column], 0, 2 * len(values) + 2),
+                instruction(_LOAD, _ARGUMENTS + 8 * argument),
+                *(i for value in values for i in if_equal(value, _ALLOW)),
+                instruction(_RETURN, _REFUSE | errno.EPERM),
+            ]
+        elif name == "clone3":
+            code += if_equal(numbers[column], _REFUSE | errno.ENOSYS)  # glibc then tries clone, which says EPERM
+        elif numbers[column] >= 0:
             code += if_equal(numbers[column], _ALLOW)
     return b"".join([*code, instruction(_RETURN, _REFUSE | errno.EPERM)])
 
@@ -409,11 +379,11 @@ def main(scratch: str) -> None:
         with open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), 0)
         os.chdir(scratch)
-        limit(**job["limits"])
-        drop_privileges(scratch, job["parent"], job["change_user"])
-        if job["landlock"]:
+        limit(job["policy"])
+        drop_privileges(scratch, job["parent"])
+        if job["level"] == 2 or (job["level"] == 3 and abi()):
             confine_files(sys.path)
-        if job["seccomp"]:
+        if job["level"] >= 2:
             confine_calls()
     except (OSError, ValueError, MemoryError) as error:
         os.write(job["ready"], f"{type(error).__name__}: {error}".encode()[:400])
@@ -436,46 +406,50 @@ def run_program(job: dict[str, Any]) -> None:
 
 def answer_calls(job: dict[str, Any]) -> None:
     """Answer every call with ["returned", value] or ["raised", name of the exception]."""
+    calls, answers = open(job["calls"], "rb"), open(job["answers"], "wb")
     function, fault = define(job["programs"], job["entry"])
     while True:
         try:
-            positional, named = receive(job["calls"])
+            positional, named = receive(calls)
         except EOFError:
             return
         try:
-            answer = ["raised", fault] if function is None else ["returned", function(*positional, **named)]
-            send(job["answers"], answer)
+            send(answers, ["raised", fault] if function is None else ["returned", function(*positional, **named)])
         except BaseException as error:
-            send(job["answers"], ["raised", type(error).__name__[:100]])
+            send(answers, ["raised", type(error).__name__[:100]])
 
 
 def define(programs: list[str], entry: str) -> tuple[Callable[..., Any] | None, str]:
     """Return (function `entry`, "") of the first program that is valid Python, or (None, what is wrong with it)."""
-    module = sys.modules["candidate"] = types.ModuleType("candidate")
-    fault = "nothing"
+    module, fault = types.ModuleType("candidate"), "nothing"
+    sys.modules["candidate"] = module
     for program in programs:
         try:
             code = compile(program, "candidate.py", "exec", dont_inherit=True)
+            break
         except BaseException as error:
             fault = type(error).__name__
-            continue
-        try:
-            exec(code, module.__dict__)
-            return module.__dict__[entry], ""
-        except BaseException as error:
-            return None, type(error).__name__[:100]
-    return None, fault
+    else:
+        return None, fault
+    try:
+        exec(code, module.__dict__)
+        return module.__dict__[entry], ""
+    except BaseException as error:
+        return None, type(error).__name__[:100]
 
 
 def run_tests(job: dict[str, Any]) -> None:
-    """Write {"passed", "why", "token"} to the pipe `verdict`. `setup` and `tests` come from the data set."""
-    calls = 0
+    """Write {"passed", "why", "token"} to standard output. `setup` and `tests` come from the data set."""
+    calls, answers = open(job["calls"], "wb"), open(job["answers"], "rb")
+    verdict = os.dup(1)
+    os.dup2(2, 1)  # what the tests print is no verdict
+    count = 0
 
     def candidate(*positional: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        send(job["calls"], [list(positional), named])
-        message = receive(job["answers"])
+        nonlocal count
+        count += 1
+        send(calls, [list(positional), named])
+        message = receive(answers)
         if not isinstance(message, list) or len(message) != 2 or message[0] not in ("returned", "raised"):
             raise BadMessage("no answer")
         if message[0] == "raised":
@@ -489,15 +463,14 @@ def run_tests(job: dict[str, Any]) -> None:
         namespace[job["entry"]] = candidate  # some tests call the function by its name
         exec(compile(job["tests"], "tests.py", "exec", dont_inherit=True), namespace)
         namespace["check"](candidate)
-        why = "" if calls else "no test called the function"
+        why = "" if count else "no test called the function"
     except CandidateFailed as error:
         why = f"raised {error}"
     except (BadMessage, EOFError, OSError) as error:
         why = f"broke off: {str(error)[:200]}"
     except BaseException as error:  # a failed assertion, or an operation that the answer's type does not have
         why = f"test failed: {type(error).__name__}"
-    verdict = {"passed": not why, "why": why, "token": job["token"]}
-    os.write(job["verdict"], json.dumps(verdict).encode())
+    os.write(verdict, json.dumps({"passed": not why, "why": why, "token": job["token"]}).encode())
 
 
 if __name__ == "__main__":
