@@ -217,9 +217,9 @@ def run(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace, config: Config, directory: RunDir, reasons: dict[str, str]) -> None:
     from jaxchat.log import console, say
-    from train.preflight import before_training
+    from train.plan import before_training
     from train.report import summarize
-    from train.stages import run_stages, select, unfinished
+    from train.stages import remaining, run_stages, select, unfinished
 
     stages = select(args.stages, args.start)
     chosen = args.set or any(value is not None for value in (args.tier, args.config, args.data, args.seed))
@@ -229,7 +229,7 @@ def train(args: argparse.Namespace, config: Config, directory: RunDir, reasons: 
     keep_programs(config)
     say(f"jaxchat {config.tier} in {directory.root}")
     if not console.quiet:
-        before_training(config, directory, stages)
+        before_training(config, directory, {stage.name for stage in remaining(config, directory, stages)})
     run_stages(config, directory, stages, reasons)
     if not console.quiet:
         summarize(directory, unfinished(config, directory))

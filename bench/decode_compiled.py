@@ -13,23 +13,41 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from bench import machine
 from bench.decode import step_bytes
-from jaxchat.config import MeshConfig, load_config
+from bench.hlo import bytes_moved, parse_hlo
+from jaxchat import model as gpt
+from jaxchat.config import Config, MeshConfig, load_config
+from jaxchat.engine.device import decode_chunk, new_slots
 from jaxchat.errors import JaxchatError
+from jaxchat.kv_cache import serving_params
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh
-from train import compiled
-from train.hlo import bytes_moved, parse
+from train.compiled import Step, compile_program
 from train.targets import parse_target, target_devices
 
+DECODE_STEPS = 8  # tokens per chunk, as the engine's
 KERNELS = ("fusion", "custom-call", "copy", "sort", "dot", "scatter", "reduce")
+
+
+def compile_decode(config: Config, mesh: Mesh, slots: int) -> Step:
+    """Compile the engine's decoding for all slots with full caches, on the first device."""
+    model, device = config.model, mesh.devices.flat[0]
+    dtype, place = jnp.float32 if device.platform == "cpu" else jnp.bfloat16, SingleDeviceSharding(device)
+    params, _ = gpt.abstract_params(model)
+    weights = jax.eval_shape(lambda p: serving_params(model, p, dtype), params)
+    state = jax.eval_shape(lambda: new_slots(model, slots, model.seq_len, dtype))
+    weights, state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), (weights, state))
+    lowered = decode_chunk.lower(model, weights, state, slots, model.seq_len, DECODE_STEPS, model.seq_len)
+    return compile_program(lowered, mesh, {"weights": weights, "cache": state})
 
 
 def loop_cost(text: str) -> tuple[int, int]:
     """(kernels, bytes read and written) of one turn of the entry's first loop, in an optimized module's text."""
-    computations, entry = parse(text)
+    computations, entry = parse_hlo(text)
     loop = next(i for i in computations[entry] if i.opcode == "while")
     kernels = [i for i in computations[loop.called("body")] if i.opcode in KERNELS]
     by_name = {i.name: i for i in computations[loop.called("body")]}
@@ -43,9 +61,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     mesh = make_mesh(MeshConfig(), target_devices(target)[:1])
     entries = []
     for rows in args.batch_sizes:
-        texts: list[str] = []
-        step = compiled.compile_decode(config, mesh, rows, texts.append)
-        kernels, moved = loop_cost(texts[0])
+        step = compile_decode(config, mesh, rows)
+        kernels, moved = loop_cost(step.text)
         entries.append(
             {
                 "rows": rows,
@@ -54,7 +71,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "bytes": moved,
                 "needed_bytes": step_bytes(config, rows, args.context, "bfloat16", 2),
                 "milliseconds_at_bandwidth": round(1e3 * moved / target.chip.memory_rate, 3),
-                "memory_bytes": step.memory.peak,
+                "memory_bytes": step.peak,
                 "compile_seconds": round(step.seconds, 1),
             }
         )

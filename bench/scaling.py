@@ -42,9 +42,9 @@ def measure(config: Config, run: str, rows: int, accumulate: int) -> dict[str, A
         "peak_bytes_per_device": found["peak_bytes_per_device"],
         "fits": found["fits"],
         "collectives": found["collectives"],
-        "sent_bytes_per_device": found.get("collective_sent_bytes_per_device"),
-        "link_bytes_per_second": found["assumptions"]["link_bytes_per_second"],
-        "network_bytes_per_second": found["assumptions"]["network_bytes_per_second"],
+        "sent_bytes_per_device": found["sent_bytes_per_device"],
+        "link_bytes_per_second": where.chip.link_rate,
+        "network_bytes_per_second": where.chip.network_rate,
         "compute_seconds": products,
         "collective_seconds": links,
         "efficiency_floor": products / (products + links),
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         mesh = ",".join(str(size) for size in r["mesh"].values())
         print(
             f"{r['target']:<10} {mesh:<10} {r['peak_bytes_per_device'] / 1e9:>6.1f} "
-            f"{(r['sent_bytes_per_device'] or 0) / 1e9:>8.2f} {r['compute_seconds']:>11.3f} "
+            f"{r['sent_bytes_per_device'] / 1e9:>8.2f} {r['compute_seconds']:>11.3f} "
             f"{r['collective_seconds']:>9.4f} {r['efficiency_floor']:>7.1%}-{r['efficiency_ceiling']:.1%}",
             flush=True,
         )

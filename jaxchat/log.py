@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from rich.text import Text
 from jaxchat.run_dir import atomic_write
 
 T = TypeVar("T")
+UNIT = re.compile(r"bytes|disk|memory|seconds|hours|usd|mfu|share")
 console = Console(highlight=False, stderr=True, emoji=False)
 
 
@@ -156,11 +158,42 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def print_facts(facts: Mapping[str, str], title: str | None = None) -> None:
-    """Print names and values as a table on standard output."""
+def print_facts(facts: Mapping[str, Any], title: str | None = None) -> None:
+    """Print names and values as a table on standard output; see `value_text`."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    for name, text in facts.items():
-        table.add_row(Text(name), Text(text))
+    for name, value in facts.items():
+        table.add_row(Text(name.replace("_", " ")), Text(value_text(name, value)))
     Console(highlight=False).print(table)
+
+
+def value_text(name: str, value: Any, separator: str = "\n") -> str:
+    """Return a value of a JSON object as text; the name of a number tells its unit, as in `peak_bytes`."""
+    if isinstance(value, Mapping):  # a number whose own name has no unit has that of the whole
+        named = {str(key): (str(key) if UNIT.search(str(key)) else name, part) for key, part in value.items()}
+        between = ": " if separator == "\n" else " "
+        lines = (key.replace("_", " ") + between + value_text(*part, ", ") for key, part in named.items())
+        return separator.join(lines) or "none"
+    if isinstance(value, list | tuple):
+        return separator.join(value_text(name, part, ", ") for part in value) or "none"
+    if value is None or isinstance(value, bool | str):
+        return {None: "-", "": "-", True: "yes", False: "NO"}.get(value, str(value))
+    unit = UNIT.search(name)
+    match unit and unit[0]:
+        case "bytes" | "disk" | "memory":
+            return size_text(value)
+        case "seconds":
+            return f"{value / 3600:.2f} h" if value >= 3600 else f"{value:.3g} s"
+        case "hours":
+            return f"{value:.3g} h"
+        case "usd":
+            return f"{value:,.2f} USD"
+        case "mfu" | "share":
+            return f"{value:.1%}"
+    return f"{value:,.0f}" if float(value).is_integer() or 1000 <= value < 1e13 else f"{value:.3g}"
+
+
+def size_text(count: float) -> str:
+    """Return bytes in words: 1.5 GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,5 +1,5 @@
 """Run in a process of its own with 8 simulated devices: small programs whose collectives and products are known by
-hand, compiled, and what `train.hlo` reads from them, as JSON."""
+hand, compiled, and what `bench.hlo` reads from them, as JSON."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train.hlo import analyse
+from bench.hlo import analyse
 
 MESH = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 ROW = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(MESH, P(("a", "b"))))  # 64 floats a device
@@ -51,12 +51,18 @@ def recomputed(w):
     return jax.grad(lambda c: scanned(layer, 7)(c).sum())(jnp.ones((32, 48)))
 
 
+def by_kind(program):
+    kinds = {c.kind for c in program.collectives}
+    of = {kind: [c for c in program.collectives if c.kind == kind] for kind in kinds}
+    return {k: {"count": sum(c.count for c in cs), "bytes": sum(c.count * c.bytes for c in cs)} for k, cs in of.items()}
+
+
 def read(function, argument):
     text = jax.jit(function).lower(argument).compile().as_text()
     found, blind = analyse(text, 8), analyse(re.sub(r'"known_trip_count":\{[^}]*\},?', "", text), 8)
     return {
-        "collectives": found.by_kind(),
-        "without_notes": blind.by_kind(),
+        "collectives": by_kind(found),
+        "without_notes": by_kind(blind),
         "groups": sorted({(c.kind, c.group) for c in found.collectives}),
         "sent": sum(c.count * c.sent_bytes for c in found.collectives),
         "flops": [found.product_flops, blind.product_flops],

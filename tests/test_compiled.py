@@ -17,7 +17,6 @@ from jaxchat.config import load_config
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh
 from train.compiled import largest_rows
-from train.plan import show
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["model.depth=2", "model.width=128", "model.head_width=64", "model.vocab_size=512", "model.seq_len=256",
@@ -46,7 +45,6 @@ def test_the_step_for_eight_devices(on_cpu):
     assert on_cpu["method"] == "compiled" and on_cpu["devices"] == 8 and on_cpu["fits"]
     assert on_cpu["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
     assert on_cpu["device_batch_rows"] * on_cpu["grad_accum"] * 8 * 256 == 16384
-    assert on_cpu["loops_of_unknown_length"] == 0
     assert set(on_cpu["collectives"]) >= {"all-gather", "all-reduce"}
 
 
@@ -56,21 +54,6 @@ def test_memory_adds_up(on_cpu):
     assert on_cpu["argument_bytes"] == pytest.approx(state, abs=4096)
     assert memory["parameters"] > 4 * on_cpu["params"] / 8
     assert on_cpu["peak_bytes_per_device"] >= on_cpu["argument_bytes"] + on_cpu["temp_bytes"]
-    assert on_cpu["activation_bytes_per_row"] * on_cpu["device_batch_rows"] < on_cpu["temp_bytes"]
-
-
-def test_products_agree_with_the_formula(on_cpu):
-    """Blocked attention computes less than whole windows, the optimizer and padding a little more."""
-    counted = on_cpu["flops_per_step_per_device"] * (1 - on_cpu["update_flops_share"])
-    formula = on_cpu["flops_per_token"] * 16384 / 8
-    assert 0.9 < counted / formula < 1.1
-
-
-def test_the_decode_step(on_cpu):
-    decode = on_cpu["decode"]
-    assert decode["fits"] and decode["slots"] == 4
-    assert decode["weight_bytes"] == pytest.approx(4 * on_cpu["params"], rel=1e-3)
-    assert decode["peak_bytes"] >= decode["weight_bytes"] + decode["cache_bytes"]
 
 
 def test_all_rows_fit_and_fewer_where_memory_is_short(on_cpu):
@@ -90,13 +73,6 @@ def test_search_for_the_largest_batch(fixed, per_row, expected):
     one_device = make_mesh(config.mesh, jax.devices()[:1])
     assert largest_rows(config, one_device, 100, peak_of) == expected
     assert len(tried) == len(set(tried)) <= 5
-
-
-def test_the_table_shows_the_splits(on_cpu, capsys):
-    show(on_cpu)
-    shown = capsys.readouterr().out
-    for text in ("masters", "optimizer state", "activations", "all-reduce", "largest rows", "serving", "Assumed"):
-        assert text in shown
 
 
 def test_a_mesh_that_does_not_divide():

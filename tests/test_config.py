@@ -18,7 +18,7 @@ from jaxchat.config import (
 )
 from jaxchat.errors import UsageError
 from jaxchat.scaling import derivations, resolve
-from train.preflight import disk_parts
+from train.plan import disk_parts
 from train.prepare import sized
 
 TIERS = [path.stem for path in tier_files()]

@@ -26,7 +26,7 @@ from jaxchat.data.sources import (
     parse,
 )
 from jaxchat.errors import DataError, UsageError
-from train.preflight import text_bytes
+from train.plan import text_bytes
 
 BOOK = "\n\n".join(f"Paragraph {i}. " + "그래서 그는 길을 떠났다. " * 40 for i in range(60))
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from train.hlo import analyse, shape_bytes
+from bench.hlo import ATTENTION_SHARE, BANDWIDTH_SHARE, PRODUCT_SHARE, Program, Transfer, analyse, step_seconds
+from train.compiled import shape_bytes
+from train.targets import parse_target
 
 HERE = Path(__file__).resolve().parent
 
@@ -172,3 +174,19 @@ def test_bytes_of_compiled_loops(programs):
     assert found["products"] == 7 * (x + w + x)
     assert 7 * 2 * x <= found["other"] <= 7 * 2 * x + 4 * x
     assert programs["reduce_in_scan"]["bytes"]["collectives"] == 5 * 2 * 256
+
+
+def test_the_time_of_a_compiled_step_follows_from_products_attention_and_bytes():
+    """A second of bf16 products, as many 8-bit FLOPs in half of it, a tenth of attention, 120 GB of the rest."""
+    target, product = parse_target("h100:1"), PRODUCT_SHARE * 989e12
+    program = Program(product_flops=2 * product, attention_flops=0.1 * ATTENTION_SHARE * 989e12)
+    program.product_types.update({"bf16 x bf16": int(product), "f8e4m3fn x f8e4m3fn": int(product)})
+    program.transfers = [
+        Transfer("products", 5e9, 7, "dot"),
+        Transfer("other", 1e9, 100, "copy"),
+        Transfer("other", 2e9, 10, "add"),
+    ]
+    seconds = step_seconds(target, program)
+    assert seconds["products"] == pytest.approx(1.5) and seconds["attention"] == pytest.approx(0.1)
+    assert seconds["other"] == pytest.approx(120e9 / (BANDWIDTH_SHARE * 3.35e12))
+    assert step_seconds(parse_target("v6e:2x4"), program) == {}

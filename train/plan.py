@@ -1,48 +1,69 @@
-"""The command `plan`: what a run needs on a target; `--budget` and `--hours`: the deepest model that they buy.
+"""What a run needs: memory and time on a target (command `plan`), disk, and the checks before training starts.
 
-The train step and the decode step are compiled for the target, and memory, products and collectives read from the
-programs. Without the target's compiler arithmetic on the configuration answers (`"method": "analytic"`). Every
-assumption is part of the result.
+The train step is compiled for the target, and memory and collectives read from the program.
+Without the target's compiler arithmetic on the configuration answers (`"method": "analytic"`). Seconds are arithmetic
+in both cases; every assumption is part of the result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import re
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import jax
+import jax.numpy as jnp
 
-from jaxchat.config import Config, load_config, tier_files
-from jaxchat.errors import UsageError
-from jaxchat.log import print_facts, say, waiting
+from jaxchat.config import Config
+from jaxchat.data.files import find_files, text_size
+from jaxchat.data.hub import MARGIN
+from jaxchat.data.hub import parse as parse_hub
+from jaxchat.data.shards import token_dtype
+from jaxchat.data.sources import kind_of, parse
+from jaxchat.errors import DataError, UsageError
+from jaxchat.log import print_facts, say, size_text, waiting
+from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
-from jaxchat.sizes import activation_bytes, count_parameters, decode_bytes_per_step, flops_per_token, padded_vocab
+from jaxchat.sharding import make_mesh
+from jaxchat.sizes import activation_bytes, count_parameters, decode_bytes_per_step, flops_per_token, kv_values_per_row
+from jaxchat.tasks.registry import parse_mixture_entry
 
-from .preflight import disk_parts, size_text
-from .targets import (
-    ATTENTION_SHARE,
-    BANDWIDTH_SHARE,
-    GPUS_PER_HOST,
-    MEMORY_FRACTION,
-    PRICES_OF,
-    PRODUCT_SHARE,
-    NoCompiler,
-    Target,
-    parse_target,
-    target_devices,
-)
+from . import compiled
+from .doctor import unused_accelerator
+from .targets import CPU, GPUS_PER_HOST, MEMORY_FRACTION, PRICES_OF, NoCompiler, Target, parse_target, target_devices
 
 # Share of the activations that each `train.remat` keeps in bfloat16, from the tiers compiled for H100s; in float32
 # "none" keeps all of them
 KEPT = {"none": 0.43, "names": 0.43, "dots": 0.4, "full": 0.05}
 DEPTHS = range(2, 49)  # that --budget and --hours try
+WRITTEN = 0.93  # bytes of a checkpoint over those of its float32 arrays: Orbax compresses (nano: 47.8 MB of 51.9)
+HUB_TEXT = 2.5  # bytes of text in a byte of a compressed hub file (nanochat: 250 M characters in 100 MB)
+# Conversations of a data set where the mixture gives no count, and tokens of one. The generated ones and those of
+# packages were counted with nano's tokenizer; the others (rows from their cards) are estimates.
+CONVERSATIONS = {
+    "smoltalk": (460_341, 850), "mmlu": (99_842, 350), "gsm8k": (7_473, 200), "spelling_bee": (10_000, 66),
+    "identity": (1_000, 37), "word_problems": (4_000, 56), "chitchat": (7_168, 133), "chatterbot": (757, 59),
+    "chatterbot_korean": (124, 82), "lottery": (20_000, 184), "arithmetic": (1_000, 14), "arc_easy": (2_251, 100),
+    "arc_challenge": (1_119, 100),
+}  # fmt: skip
+UNKNOWN = (1_000, 200)  # of any other data set
+DATASETS = {"smoltalk": 1_000_000_000, "core": 200_000_000, "mmlu": 100_000_000}  # downloads, about
+LOG_BYTES, METRICS_BYTES = 3_000_000, 250  # reports, samples and plots of a run; `metrics.jsonl`, a step
+LONGEST_HOURS = 48.0  # on a CPU, without train.allow_slow
+SLOWEST_RATE = 1e9  # FLOP/s of any CPU: what is short even there is not measured
 
 Plan = dict[str, Any]  # the object that `--json` prints
+
+
+# The command
 
 
 def plan(config: Config, target: str, as_json: bool) -> Plan:
@@ -53,18 +74,71 @@ def plan(config: Config, target: str, as_json: bool) -> Plan:
     except NoCompiler as missing:
         say(f"{missing}; this is the analytic estimate")
         result = estimate(config, where)
-    result |= disk(config)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        show(result)
+    show(result, as_json)
     return result
 
 
-def disk(config: Config) -> Plan:
-    """Return the disk of a run, in all and by part."""
-    parts = {part.name: part.bytes for part in disk_parts(config)}
-    return {"disk_bytes": sum(parts.values()), "disk": parts}
+def plan_budget(given: Config, target: str, budget: str | None, hours: float | None, as_json: bool) -> Plan:
+    """Print and return the plan of the deepest model that both limits allow.
+
+    Args:
+      given: not resolved: every depth derives its own width, batch and steps.
+      budget: `100usd`, or just the number.
+    """
+    where, usd = parse_target(target), math.inf
+    if budget is not None:
+        amount = re.fullmatch(r"\$?(\d+(?:\.\d+)?)\s*(?:usd|\$)?", budget.strip().lower())
+        if not amount or not float(amount[1]):
+            raise UsageError(f"--budget {budget}: give an amount such as 100usd")
+        usd = float(amount[1])
+        if not where.chip.price:
+            raise UsageError(f"--budget {budget}: {where.chip.name} has no price; give --hours, or another --target")
+
+    def allowed(result: Plan) -> bool:
+        return result["fits"] and result["hours_estimate"] <= (hours or math.inf) and result["usd_estimate"] <= usd
+
+    for depth in reversed(DEPTHS):
+        try:
+            config = resolve(replace(given, model=replace(given.model, depth=depth)))
+        except UsageError:  # shapes set by hand that this depth cannot have
+            continue
+        while not (result := estimate(config, where))["fits"] and config.train.device_batch_rows > 1:
+            config = with_rows(config, config.train.device_batch_rows // 2)
+        if not allowed(result) or config.train.batch_tokens // config.model.seq_len % where.devices:
+            continue
+        try:
+            result = compile_plan(config, where)
+            if not result["fits"] and (rows := result["largest_device_batch_rows"]):
+                config = with_rows(config, rows)
+                result = compile_plan(config, where)
+        except NoCompiler as missing:
+            say(f"{missing}; this is the analytic estimate")
+        if allowed(result):
+            break
+        say(f"{depth} layers do not fit {target}, or exceed the limits once compiled")
+    else:
+        raise UsageError(f"--budget {budget}, --hours {hours}: not enough on {target} for any model that fits there")
+    command = f"python launch.py --tier {given.tier}"
+    if depth != given.model.depth:
+        command += f" --set model.depth={depth} --run-dir runs/d{depth}"
+    if config.train.device_batch_rows != given.train.device_batch_rows:
+        command += f" --set train.device_batch_rows={config.train.device_batch_rows}"
+    result |= {"command": command}
+    show(result, as_json)
+    return result
+
+
+def show(result: Plan, as_json: bool) -> None:
+    """Print a plan on standard output, as one JSON object or as a table of it."""
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_facts(result)
+
+
+def with_rows(config: Config, rows: int) -> Config:
+    """Return the configuration with other rows a device and micro-batch."""
+    return replace(config, train=replace(config.train, device_batch_rows=rows))
 
 
 def estimate(config: Config, target: Target | str) -> Plan:
@@ -73,44 +147,32 @@ def estimate(config: Config, target: Target | str) -> Plan:
     count, item = count_parameters(config.model), 4 if target.chip.platform == "cpu" else 2
     per_device = max(1, config.train.batch_tokens // config.model.seq_len // target.devices)
     rows = max(n for n in range(1, per_device + 1) if per_device % n == 0 and n <= config.train.device_batch_rows)
-    # masters and gradients in float32, Muon's one moment and Adam's two, all shared by the devices; the cast copy whole
-    adam = count.total - (count.trunk if config.optim.kind == "muon" else 0)
-    arguments = (4 * (2 * count.total - adam) + 4 * 2 * adam) // target.devices
+    # masters, gradients and moments in float32, all shared by the devices; the cast copy whole
+    arguments = 4 * (count.total + moments(config)) // target.devices
     kept = 1.0 if item == 4 and config.train.remat == "none" else KEPT[config.train.remat]
     activations = round(kept * activation_bytes(config.model, rows, item))
     temporary = 4 * count.total // target.devices + item * count.total + activations
-    collectives = {}
-    if target.devices > 1:
-        collectives = {
-            "all-gather": {"count": 1, "bytes": item * count.total},
-            "reduce-scatter": {"count": per_device // rows, "bytes": item * count.total * (per_device // rows)},
-        }
-    seconds = sum(c["bytes"] for c in collectives.values()) / _rate(target, tuple(range(target.devices)))
-    return (
-        _sizes(config, target, rows, per_device // rows)
-        | _time_and_cost(config, target, seconds)
-        | {
-            "fits": arguments + temporary < MEMORY_FRACTION * target.chip.device_bytes,
-            "peak_bytes_per_device": arguments + temporary,
-            "argument_bytes": arguments,
-            "temp_bytes": temporary,
-            "collectives": collectives,
-            "compile_seconds": None,
-            "method": "analytic",
-        }
-    )
+    sent = {"all-gather": 1, "reduce-scatter": per_device // rows} if target.devices > 1 else {}
+    links = [
+        compiled.Collective(kind, item * count.total, times, tuple(range(target.devices)))
+        for kind, times in sent.items()
+    ]
+    return run_figures(config, target, rows, per_device // rows, links) | {
+        "fits": arguments + temporary < MEMORY_FRACTION * target.chip.device_bytes,
+        "peak_bytes_per_device": arguments + temporary,
+        "argument_bytes": arguments,
+        "temp_bytes": temporary,
+        "compile_seconds": None,
+        "method": "analytic",
+    }
 
 
 def compile_plan(config: Config, target: Target, search: bool = True) -> Plan:
-    """Return the plan from the compiled steps; `search`: also the largest rows and the decode step.
+    """Return the plan from the compiled steps; `search`: also the largest rows.
 
     Raises `NoCompiler` without the target's compiler, `UsageError` for a mesh or batch that cannot be.
     """
-    from jaxchat.sharding import make_mesh
-
-    from . import compiled
-
-    begin = time.perf_counter()
+    begin, usable = time.perf_counter(), MEMORY_FRACTION * target.chip.device_bytes
     mesh = make_mesh(config.mesh, target_devices(target))
     rows, accumulate = compiled.rows_and_accumulation(config, mesh)
     steps: dict[int, compiled.Step] = {}
@@ -120,50 +182,56 @@ def compile_plan(config: Config, target: Target, search: bool = True) -> Plan:
             times = rows * accumulate // n
             of = f"{n} rows a device x {times} micro-batches"
             with waiting(f"compiling the step of {config.tier} for {target.text}: {of}"):
-                steps[n] = compiled.compile_step(config, mesh, n, times, read=True)
+                steps[n] = compiled.compile_step(config, mesh, n, times)
         return steps[n]
 
-    step = compiled_with(rows)
-    memory, program_rows = step.memory, rows
-    result = (
-        _sizes(config, target, rows, accumulate)
-        | _time_and_cost(config, target, 0.0)
+    step, result = compiled_with(rows), Plan()
+    text = step.text
+    if search:
+        largest = compiled.largest_rows(config, mesh, target.chip.device_bytes, lambda n: compiled_with(n).peak)
+        if not text and largest:  # refused for its memory: what it would do is read where it fits
+            text = steps[largest].text
+        result["largest_device_batch_rows"] = largest
+        result["peak_bytes_by_rows"] = {n: steps[n].peak for n in sorted(steps)}
+    links = compiled.collectives(text, mesh.size)
+    return (
+        result
+        | run_figures(config, target, rows, accumulate, links)
         | {
-            "fits": memory.peak <= MEMORY_FRACTION * target.chip.device_bytes,
-            "peak_bytes_per_device": memory.peak,
-            "argument_bytes": memory.arguments,
-            "temp_bytes": memory.temp,
-            "collectives": {},
+            "fits": step.peak <= usable,
+            "peak_bytes_per_device": step.peak,
+            "argument_bytes": step.arguments,
+            "temp_bytes": step.temp,
             "compile_seconds": step.seconds,
             "method": "compiled",
             "mesh": dict(mesh.shape),
-            "memory": memory.parts | {"temporaries": memory.temp, "code": memory.code},
+            "memory": step.parts | {"temporaries": step.temp},
+            "plan_seconds": time.perf_counter() - begin,
         }
     )
-    if search:
-        largest = compiled.largest_rows(config, mesh, target.chip.device_bytes, lambda n: compiled_with(n).memory.peak)
-        by_rows = {n: _tried(steps[n]) for n in sorted(steps)}
-        result |= {"largest_device_batch_rows": largest, "by_rows": by_rows}
-        if step.program is None and largest:  # refused for its memory: what it would do is read where it fits
-            program_rows = largest
-        elif step.program:
-            per_row = compiled.activation_bytes_per_row(config, mesh, rows, accumulate, memory)
-            result["activation_bytes_per_row"] = per_row
-        with waiting(f"compiling the decode step of {config.serve.slots} slots"):
-            result["decode"] = _decode(config, target, compiled.compile_decode(config, mesh, config.serve.slots))
-    if steps[program_rows].program:
-        result |= _program(config, target, steps[program_rows], program_rows, mesh.shape["tensor"])
-    return result | {"plan_seconds": time.perf_counter() - begin}
 
 
-def _tried(step: Any) -> dict[str, Any]:
-    again = step.program.recomputed_share if step.program else None
-    return {"peak_bytes": step.memory.peak, "recomputed_flops_share": again, "compile_seconds": step.seconds}
+def run_figures(config: Config, target: Target, rows: int, accumulate: int, links: list[compiled.Collective]) -> Plan:
+    """Return the part of a plan that follows from the configuration and the step's collectives: time and cost.
 
-
-def _sizes(config: Config, target: Target, rows: int, accumulate: int) -> Plan:
-    """Return the part of a plan that needs no compiler."""
-    tokens = config.train.steps * config.train.batch_tokens
+    Products take the MFU that is assumed for such devices, collectives the speed of the links, nothing overlapped.
+    """
+    chip, tokens = target.chip, config.train.steps * config.train.batch_tokens
+    by_kind: dict[str, dict[str, int]] = {}
+    link_seconds = 0.0
+    for c in links:
+        entry = by_kind.setdefault(c.kind, {"count": 0, "bytes": 0})
+        entry["count"] += c.count
+        entry["bytes"] += c.count * c.bytes
+        hosts, rate = {device // GPUS_PER_HOST for device in c.group}, chip.link_rate
+        if chip.gpu and len(hosts) > 1:  # over the network cards of all its members in one host together
+            rate = min(rate, chip.network_rate * len(c.group) / len(hosts))
+        link_seconds += c.count * c.sent_bytes / rate
+    disk = {part.name: part.bytes for part in disk_parts(config)}
+    slots, context, item = config.serve.slots, config.model.seq_len, 4 if chip.platform == "cpu" else 2
+    read = decode_bytes_per_step(config.model, slots, context, item)
+    compute = flops_per_token(config.model) * config.train.batch_tokens / target.devices / (chip.peak * chip.mfu)
+    hours = (compute + link_seconds) * config.train.steps / 3600
     return {
         "tier": config.tier,
         "target": target.text,
@@ -174,327 +242,222 @@ def _sizes(config: Config, target: Target, rows: int, accumulate: int) -> Plan:
         "steps": config.train.steps,
         "flops_total": flops_per_token(config.model) * tokens,
         "flops_per_token": flops_per_token(config.model),
-        "device_bytes": target.chip.device_bytes,
+        "device_bytes": chip.device_bytes,
         "device_batch_rows": rows,
         "grad_accum": accumulate,
-    }
-
-
-def _program(config: Config, target: Target, step: Any, rows: int, tensor: int) -> Plan:
-    """Return what the compiled program does, and the time that follows."""
-    program = step.program
-    again, parts = program.recomputed_share, step_seconds(target, program)
-    seconds = sum(c.count * c.sent_bytes / _rate(target, c.group) for c in program.collectives)
-    result = _time_and_cost(config, target, seconds, again, sum(parts.values())) | {
-        "program_rows": rows,
-        "collectives": program.by_kind(),
-        "collective_sent_bytes_per_device": sum(c.count * c.sent_bytes for c in program.collectives),
-        "flops_per_step_per_device": program.flops,
-        "product_flops": dict(program.product_types) | {"attention kernels": program.attention_flops},
-        "update_flops_share": program.update_flops / max(program.flops, 1),
-        "recomputed_flops_share": again,
-        "kernels": dict(program.kernels),
-        "largest_buffers": [f"{dtype}{list(shape)}" for dtype, shape in program.buffers[:4]],
-        "float32_logits": _full_logits(config, program.buffers, rows * config.model.seq_len, tensor),
-        "optimal_seconds": step.optimal_seconds,
-        "loops_of_unknown_length": program.unknown_loops,
-    }
-    if parts:
-        kinds = ("products", "attention", "collectives", "other")
-        result |= {
-            "bytes_per_step_per_device": program.bytes_moved(),
-            "bytes_by_kind": {kind: program.bytes_moved(kind) for kind in kinds},
-            "memory_seconds": program.bytes_moved() / target.chip.memory_rate,
-            "seconds_by_kind": parts,
-        }
-    return result
-
-
-def step_seconds(target: Target, program: Any) -> dict[str, float]:
-    """Return the seconds of a compiled step without its collectives, by what takes them; {} except for CUDA.
-
-    Products and attention at the rates of `targets.py`, the bytes of everything else at the bandwidth, one after the
-    other. A TPU keeps arrays on the chip that the text does not tell apart, a CPU in its caches.
-    """
-    chip = target.chip
-    if chip.platform != "cuda":
-        return {}
-    fp8 = sum(flops for types, flops in program.product_types.items() if "f8" in types)
-    return {
-        "products": (program.product_flops - fp8 / 2) / (PRODUCT_SHARE * chip.peak),  # 8-bit ones run twice as fast
-        "attention": program.attention_flops / (ATTENTION_SHARE * chip.peak),
-        "other": program.bytes_moved("other") / (BANDWIDTH_SHARE * chip.memory_rate),
-    }
-
-
-def _full_logits(config: Config, buffers: Any, tokens: int, tensor: int) -> list[str]:
-    """Float32 arrays (..., V) as large as a micro-batch's logits; partial sums of a gradient (..., D, V) are none."""
-    vocab, found = padded_vocab(config.model) // tensor, []
-    for dtype, shape in buffers:
-        weight = shape[-2:-1] == (config.model.width,) != (config.model.seq_len,)
-        if dtype == "f32" and shape[-1:] == (vocab,) and math.prod(shape) >= tokens * vocab and not weight:
-            found.append(str(list(shape)))
-    return found
-
-
-def _decode(config: Config, target: Target, step: Any) -> Plan:
-    """Memory of serving on one device, and the bandwidth's limit on speed."""
-    slots, memory, item = config.serve.slots, step.memory, 4 if target.chip.platform == "cpu" else 2
-    least = decode_bytes_per_step(config.model, slots, config.model.seq_len, item)
-    return {
-        "slots": slots,
-        "context": config.model.seq_len,
-        "peak_bytes": memory.peak,
-        "weight_bytes": memory.parts.get("weights", 0),
-        "cache_bytes": memory.parts.get("cache", 0),
-        "temp_bytes": memory.temp,
-        "fits": memory.peak <= MEMORY_FRACTION * target.chip.device_bytes,
-        "tokens_per_second_limit": slots * target.chip.memory_rate / least,
-        "compile_seconds": step.seconds,
-    }
-
-
-def _time_and_cost(
-    config: Config, target: Target, collective_seconds: float, again: float = 0.0, compute: float = 0.0
-) -> Plan:
-    """Time and cost of the run.
-
-    `compute`: seconds of a compiled step. Without it, products (and the share `again` recomputed) take the MFU that is
-    assumed for such devices.
-    """
-    chip = target.chip
-    flops = flops_per_token(config.model) * config.train.batch_tokens / target.devices
-    derived = compute > 0
-    compute = compute or flops * (1 + again) / (chip.peak * chip.mfu)
-    hours = (compute + collective_seconds) * config.train.steps / 3600
-    how = (
-        f"products at {PRODUCT_SHARE:.0%} and attention at {ATTENTION_SHARE:.0%} of the peak, the bytes of the rest at "
-        f"{BANDWIDTH_SHARE:.0%} of the bandwidth, then collectives"
-        if derived
-        else "products, recomputed ones too, at the assumed MFU, then collectives"
-    )
-    return {
-        "step_seconds_estimate": compute + collective_seconds,
+        "collectives": by_kind,
+        "sent_bytes_per_device": sum(c.count * c.sent_bytes for c in links),
         "compute_seconds_estimate": compute,
-        "collective_seconds_estimate": collective_seconds,
+        "collective_seconds_estimate": link_seconds,
+        "step_seconds_estimate": compute + link_seconds,
         "hours_estimate": hours,
         "usd_estimate": hours * target.devices * chip.price,
-        "mfu_assumed": flops / (chip.peak * compute) if derived else chip.mfu,
-        "assumptions": {
-            "peak_flops": chip.peak,
-            "link_bytes_per_second": chip.link_rate,
-            "network_bytes_per_second": chip.network_rate,
-            "memory_bytes_per_second": chip.memory_rate,
-            "memory_fraction": MEMORY_FRACTION,
-            "usd_per_device_hour": chip.price,
-            "prices": PRICES_OF,
-            "sources": chip.sources,
-            "time": f"{how}, nothing overlapped; without evaluation, checkpoints and fine-tuning",
+        "mfu_assumed": chip.mfu,
+        "decode": {
+            "slots": slots,
+            "context": context,
+            "weight_bytes": item * count_parameters(config.model).total,
+            "cache_bytes": item * slots * kv_values_per_row(config.model, context),
+            "tokens_per_second_limit": slots * chip.memory_rate / read,
         },
+        "disk_bytes": sum(disk.values()),
+        "disk": disk,
+        "assumptions": f"MFU {chip.mfu:.0%} of {chip.peak / 1e12:,.0f} TFLOP/s; links {chip.link_rate / 1e9:.4g} GB/s, "
+        f"between hosts {chip.network_rate / 1e9:.4g} GB/s a device, nothing overlapped; {chip.price:g} USD per device "
+        f"and hour ({PRICES_OF}); {MEMORY_FRACTION:.0%} of the memory usable; without evaluation, checkpoints and "
+        "fine-tuning",
     }
 
 
-def _rate(target: Target, group: tuple[int, ...]) -> float:
-    """Bytes/s that a device of a collective's group sends at.
-
-    Its links, or, where the group spans hosts, the network cards of all its members in one host together.
-    """
-    chip, hosts = target.chip, {device // GPUS_PER_HOST for device in group}
-    if not chip.gpu or len(hosts) == 1:
-        return chip.link_rate
-    return min(chip.link_rate, chip.network_rate * len(group) / len(hosts))
+# Disk
 
 
-# What money and time buy
+@dataclass(frozen=True)
+class Part:
+    """Bytes in one folder of the run directory (`place` "run") or of `--cache-dir` ("cache"), and who writes them."""
+
+    name: str
+    bytes: int
+    stages: tuple[str, ...]
+    place: str = "run"
+    folder: str = ""  # "": nothing there can be counted as written before
 
 
-def plan_budget(given: Config, target: str, budget: str | None, hours: float | None, as_json: bool) -> Plan:
-    """Print and return the plan of the deepest model that both limits allow.
-
-    Args:
-      given: not resolved: every depth derives its own width, batch and steps.
-      budget: `100usd`, or just the number.
-    """
-    where, usd = parse_target(target), None
-    if budget is not None:
-        amount = re.fullmatch(r"\$?(\d+(?:\.\d+)?)\s*(?:usd|\$)?", budget.strip().lower())
-        if not amount or not float(amount[1]):
-            raise UsageError(f"--budget {budget}: give an amount such as 100usd")
-        usd = float(amount[1])
-        if not where.chip.price:
-            raise UsageError(f"--budget {budget}: {where.chip.name} has no price; give --hours, or another --target")
-    limits = " and ".join(([f"{usd:g} USD"] if usd else []) + ([f"{hours:g} hours"] if hours else []))
-
-    def within(result: Plan) -> bool:
-        return result["hours_estimate"] <= (hours or math.inf) and result["usd_estimate"] <= (usd or math.inf)
-
-    def affordable(config: Config) -> bool:
-        result = estimate(_fitting(config, where), where)
-        batch = config.train.batch_tokens // config.model.seq_len
-        return within(result) and result["fits"] and batch % where.devices == 0
-
-    depths = [config for depth in DEPTHS if (config := _at_depth(given, depth)) and affordable(config)]
-    if not depths:
-        least = estimate(_fitting(_at_depth(given, DEPTHS[0]) or resolve(given), where), where)
-        raise UsageError(
-            f"{limits} on {target}: not even {DEPTHS[0]} layers; they take {least['hours_estimate']:.3g} hours and "
-            f"{least['usd_estimate']:.3g} USD"
-        )
-    config, result = _deepest(depths, where, within)
-    tiers = [load_config(path.stem) for path in tier_files()]
-    tiers = [resolve(tier) for tier in tiers if not tier.data.size_model]  # that one's depth follows from its text
-    deepest = max(filter(affordable, tiers), key=lambda tier: tier.model.depth, default=None)
-    result |= {"deepest_tier": deepest and deepest.tier, "command": _command(given, config)} | disk(config)
-    if as_json:
-        print(json.dumps(result))
-        return result
-    show(result)
-    tier = f"; of the tiers, {deepest.tier}" if deepest else "; no tier is that small"
-    print(f"{limits} on {target}: {config.model.depth} layers at most{tier}. To run it:\n    {result['command']}")
-    return result
-
-
-def _at_depth(given: Config, depth: int) -> Config | None:
-    try:
-        return resolve(replace(given, model=replace(given.model, depth=depth)))
-    except UsageError:  # shapes set by hand that this depth cannot have
-        return None
-
-
-def _fitting(config: Config, target: Target) -> Config:
-    """With as few rows a device as memory asks for."""
-    rows = config.train.device_batch_rows
-    while rows > 1 and not estimate(_with_rows(config, rows), target)["fits"]:
-        rows //= 2
-    return _with_rows(config, rows)
-
-
-def _with_rows(config: Config, rows: int) -> Config:
-    return replace(config, train=replace(config.train, device_batch_rows=rows))
-
-
-def _deepest(configs: list[Config], target: Target, within: Callable[[Plan], bool]) -> tuple[Config, Plan]:
-    """The deepest that fits, compiled with the rows that the compiler finds; analytic where there is no compiler."""
-    for config in reversed(configs):
-        try:
-            result = compile_plan(config, target)
-        except NoCompiler as missing:
-            say(f"{missing}; this is the analytic estimate")
-            config = _fitting(config, target)
-            return config, estimate(config, target)
-        rows = result["largest_device_batch_rows"]
-        if not result["fits"] and rows:
-            config = _with_rows(config, rows)
-            kept = {key: result[key] for key in ("largest_device_batch_rows", "by_rows", "decode")}
-            result = compile_plan(config, target, search=False) | kept
-        if result["fits"] and within(result):
-            return config, result
-        say(f"{config.model.depth} layers do not fit {target.text}, or exceed the limits once compiled")
-    raise UsageError(f"--target {target.text}: no depth that the limits allow fits the memory; take more devices")
-
-
-def _command(given: Config, config: Config) -> str:
-    """Return the command that trains that configuration; keys set on this command line have to be repeated by hand."""
-    parts = [f"python launch.py --tier {given.tier}"]
-    if config.model.depth != given.model.depth:
-        parts.append(f"--set model.depth={config.model.depth} --run-dir runs/d{config.model.depth}")
-    if config.train.device_batch_rows != given.train.device_batch_rows:
-        parts.append(f"--set train.device_batch_rows={config.train.device_batch_rows}")
-    return " ".join(parts)
-
-
-# On the terminal
-
-
-def show(r: Plan) -> None:
-    """Print a plan for a person, to standard output."""
-    how = f"compiled in {r['plan_seconds']:.0f} s" if r["method"] == "compiled" else "analytic estimate"
-    a = r["assumptions"]
-    mesh = ", ".join(f"{axis} {size}" for axis, size in r.get("mesh", {}).items())
-    facts = {
-        "devices": f"{r['devices']}" + (f"  (mesh: {mesh})" if mesh else ""),
-        "parameters": f"{r['params']:,} in {r['depth']} layers",
-        "tokens": f"{r['tokens']:,} in {r['steps']:,} steps",
-        "rows a device": f"{r['device_batch_rows']} x {r['grad_accum']} micro-batches",
-        "training FLOPs": f"{r['flops_total']:.3g}  ({r['flops_per_token']:.3g} a token)",
-        **_memory_facts(r),
-        **_program_facts(r),
+def disk_parts(config: Config) -> list[Part]:
+    """Return everything that the run of a resolved configuration writes, at the moment when it takes most."""
+    item, text, train = token_dtype(config.model.vocab_size).itemsize, text_bytes(config), config.train
+    tokens = round(text / bytes_per_token(config.model.vocab_size))
+    hub = [(parse_hub(source)[0], share) for source, share in parse(config.data.source) if source.startswith("hf:")]
+    download = 0 if config.data.mirror else max(0, config.data.text_bytes) * MARGIN / HUB_TEXT
+    folder = f"data/{hub[0][0].replace('/', '--')}" if len(hub) == 1 else "data"
+    one, more, checkpoints = checkpoint_bytes(config), False, {}
+    steps = {
+        "pretrain": (train.steps, train.checkpoint_every),
+        "sft": (-(-round(sft_tokens(config) * config.sft.epochs) // config.sft.batch_tokens), train.checkpoint_every),
+        "rl": (rl_steps(config), config.rl.checkpoint_every),
     }
-    seconds = r.get("seconds_by_kind", {"products": r["compute_seconds_estimate"]})
-    seconds = seconds | {"collectives": r["collective_seconds_estimate"]}
-    parts = ", ".join(f"{kind} {spent:.3g} s" for kind, spent in seconds.items())
-    facts["step"] = f"{r['step_seconds_estimate']:.3g} s  ({parts})"
-    peak = f"MFU {r['mfu_assumed']:.0%} of"
-    if "seconds_by_kind" in r:
-        facts["MFU that follows"], peak = f"{r['mfu_assumed']:.1%}, before collectives", "peak"
-    facts |= {"time": f"{r['hours_estimate']:.2f} h", "cost": f"{r['usd_estimate']:,.0f} USD"}
-    if "disk" in r:
-        parts = ", ".join(
-            f"{name} {size_text(size)}" for name, size in r["disk"].items() if size > r["disk_bytes"] / 50
-        )
-        facts["disk"] = f"{size_text(r['disk_bytes'])}  ({parts})"
-    assumed = [
-        f"{peak} {a['peak_flops'] / 1e12:.4g} TFLOP/s",
-        f"links {a['link_bytes_per_second'] / 1e9:g} and network {a['network_bytes_per_second'] / 1e9:g} GB/s a device",
-        f"{a['usd_per_device_hour']:g} USD ({a['prices']})",
-        f"{a['memory_fraction']:.0%} of the memory usable",
-        a["time"],
-        a["sources"],
+    for stage, (last, every) in steps.items():
+        saves = [*range(every, last, every), last] if last else []
+        older, newest = saves[: -train.keep_last], saves[-train.keep_last :]
+        kept = len(newest) + sum(train.keep_every > 0 and step % train.keep_every == 0 for step in older)
+        checkpoints[stage] = one * kept
+        more |= len(saves) > kept
+    weights = 2 if config.export.dtype == "bfloat16" else 4
+    parameters = count_parameters(config.model).total
+    named = {parse_mixture_entry(entry)[0] for entry in config.sft.mixture} | set(config.eval.exams)
+    datasets = 0 if config.tasks.data_dir else sum(size for name, size in DATASETS.items() if name in named)
+    parts = [
+        Part("text", round(download * sum(share for _, share in hub)), ("tokenizer", "prepare"), "cache", folder),
+        Part("conversations and exams", datasets, ("sft", "rl", "eval"), "cache", "tasks"),
+        Part("token shards", tokens * item, ("prepare",), folder="data/tokens"),
+        Part("rows", tokens * item, ("prepare",), folder="data/rows"),
+        Part("conversation rows", sft_tokens(config) * (item + 1), ("sft",), folder="data/sft"),
+        Part("checkpoints, base", checkpoints["pretrain"], ("pretrain",), folder="base"),
+        Part("checkpoints, sft", checkpoints["sft"], ("sft",), folder="sft"),
+        Part("checkpoints, rl", checkpoints["rl"], ("rl",), folder="rl"),
+        Part("a checkpoint being written", one * more, ("pretrain", "sft", "rl")),
+        Part("exports", weights * parameters * len(config.export.formats), ("export",), folder="export"),
+        Part("logs and reports", LOG_BYTES + METRICS_BYTES * train.steps, ("pretrain", "eval", "report")),
     ]
-    print_facts(facts, f"{r['tier']} on {r['target']}: {how}")
-    Console(highlight=False, markup=False).print("Assumed: " + "; ".join(assumed), style="dim")
+    return [part for part in parts if part.bytes]
 
 
-def _memory_facts(r: Plan) -> dict[str, str]:
-    fits = {True: "fits", False: "does NOT fit"}
-    facts = {"memory a device": f"{_gib(r['peak_bytes_per_device'])} of {_gib(r['device_bytes'])}: {fits[r['fits']]}"}
-    names = {"parameters": "masters", "optimizer": "optimizer state", "batch": "batch", "temporaries": "temporaries"}
-    facts |= {f"  {name}": _gib(r["memory"][key]) for key, name in names.items() if key in r.get("memory", {})}
-    if per_row := r.get("activation_bytes_per_row"):
-        activations = _gib(per_row * r["device_batch_rows"])
-        facts["  temporaries"] += f"  of it activations {activations} ({_gib(per_row)} a row)"
-    if "largest_device_batch_rows" in r:
-        tried = []
-        for n, step in r["by_rows"].items():
-            share = step["recomputed_flops_share"] or 0.0
-            again = f" and compute {share:.0%} again" if share >= 0.005 else ""
-            tried.append(f"{n} take {_gib(step['peak_bytes'])}{again}")
-        largest = r["largest_device_batch_rows"]
-        most = f"{largest} a device" if largest else "none: more fsdp, or train.remat"
-        facts["largest rows"] = f"{most}  ({'; '.join(tried)})"
-    if d := r.get("decode"):
-        facts["serving, one device"] = (
-            f"{_gib(d['peak_bytes'])}: {fits[d['fits']]}  ({d['slots']} slots of {d['context']:,} tokens; weights "
-            f"{_gib(d['weight_bytes'])}, cache {_gib(d['cache_bytes'])}; at most {d['tokens_per_second_limit']:,.0f} "
-            "tokens/s by bandwidth)"
+def moments(config: Config) -> int:
+    """Return the optimizer's moments: two for each parameter with Adam, one with Muon."""
+    count = count_parameters(config.model)
+    return 2 * count.total - (count.trunk if config.optim.kind == "muon" else 0)
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Return the bytes of a checkpoint: parameters and moments in float32."""
+    return round(WRITTEN * 4 * (count_parameters(config.model).total + moments(config)))
+
+
+def bytes_per_token(vocab_size: int) -> float:
+    """Return the bytes of text in a token, about: 3.75 with 4,096 tokens (chitchat), 4.6 with 32,768 (web text)."""
+    return max(1.5, 3.75 + (4.6 - 3.75) / 3 * math.log2(vocab_size / 4096))
+
+
+def text_bytes(config: Config) -> float:
+    """Return the bytes of the pretraining text, about; of hub sources without `data.text_bytes` nothing is known."""
+    total = 0.0
+    for source, share in parse(config.data.source):
+        if source.startswith("hf:"):
+            total += max(0, config.data.text_bytes) * share * MARGIN
+        else:
+            total += files_bytes(source) if source.startswith("files:") else kind_of(source).size(source)
+    return total
+
+
+def files_bytes(source: str) -> int:
+    """Return the bytes of text in the files of a source; 0 where they cannot be read, which is reported later."""
+    with contextlib.suppress(DataError):
+        return sum(map(text_size, find_files(source)))
+    return 0
+
+
+def sft_tokens(config: Config) -> int:
+    """Return the tokens of SFT's conversations, repeated as the mixture says."""
+    total = 0.0
+    for entry in config.sft.mixture:
+        name, count, epochs = parse_mixture_entry(entry)
+        if name.startswith("files:"):
+            total += epochs * files_bytes(name) / bytes_per_token(config.model.vocab_size)
+        else:
+            known, tokens = CONVERSATIONS.get(name, UNKNOWN)
+            total += epochs * (count or known) * tokens
+    return round(total)
+
+
+def rl_steps(config: Config) -> int:
+    """Return RL's steps, from the questions where `rl.steps` gives none."""
+    if not (config.rl.environment and config.sft.mixture):
+        return 0
+    questions = CONVERSATIONS.get(config.rl.environment, UNKNOWN)[0]
+    return config.rl.steps if config.rl.steps > 0 else max(1, round(questions / config.rl.prompts))
+
+
+def used(folder: Path) -> int:
+    """Return the bytes of all files below a folder; 0 where there is none."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # another process removes files meanwhile
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
+
+
+# Before a run trains
+
+
+def before_training(config: Config, run: RunDir, left: Collection[str]) -> None:
+    """Name an accelerator that JAX does not use; stop where training takes days on a CPU or a disk is too small.
+
+    `left`: the stages that are not done. Raises `UsageError` for the time and `DataError` for the disk.
+    """
+    if not left:
+        return
+    if line := unused_accelerator():
+        say(f"  {line}", style="yellow")
+    check_time(config, left, line)
+    check_room(config, run, left)
+
+
+def check_room(config: Config, run: RunDir, left: Collection[str]) -> None:
+    """Raise `DataError` where a file system has less room than the stages `left` have still to write."""
+
+    def existing(path: Path) -> Path:
+        return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+    places = {"run": run.root, "cache": Path(config.data.cache_dir).expanduser()}
+    needs: dict[int, list[tuple[Part, int]]] = {}  # by file system
+    for part in disk_parts(config):
+        if any(stage in left for stage in part.stages):
+            root = places[part.place]
+            written = used(root / part.folder) if part.folder else 0
+            needs.setdefault(os.stat(existing(root)).st_dev, []).append((part, max(0, part.bytes - written)))
+    for parts in needs.values():
+        total = sum(size for _, size in parts)
+        where = sorted({part.place for part, _ in parts}, reverse=True)
+        free = shutil.disk_usage(existing(places[where[0]])).free
+        if total > free:
+            listed = ", ".join(f"{part.name} {size_text(size)}" for part, size in parts if size > total / 50)
+            flags = " or ".join({"run": "--run-dir", "cache": "--cache-dir"}[place] for place in where)
+            raise DataError(
+                f"{' and '.join(str(places[place]) for place in where)}: {size_text(total)} are needed and "
+                f"{size_text(free)} are free ({listed}); take {flags} on a larger disk, lower train.keep_last, or set "
+                "export.formats=[]"
+            )
+
+
+def check_time(config: Config, left: Collection[str], line: str | None = None) -> None:
+    """Raise `UsageError` where the stages `left` would train for more than two days on this CPU."""
+    if config.train.allow_slow or jax.default_backend() != "cpu":
+        return
+    tokens = {
+        "pretrain": config.train.steps * config.train.batch_tokens,
+        "sft": sft_tokens(config) * config.sft.epochs,  # sampling for RL takes a third of the FLOPs of training
+        "rl": rl_steps(config) * config.rl.prompts * config.rl.samples * config.rl.max_tokens * 4 / 3,
+    }
+    flops = flops_per_token(config.model) * sum(tokens[stage] for stage in left if stage in tokens)
+    if flops / SLOWEST_RATE <= LONGEST_HOURS * 3600:
+        return
+    rate = product_rate() * jax.process_count()
+    hours = flops / (rate * CPU.mfu) / 3600
+    if hours > LONGEST_HOURS:
+        raise UsageError(
+            f"{config.tier}: training would take about {hours / 24:,.0f} days on this CPU ({rate / 1e9:,.0f} GFLOP/s). "
+            f"{f'{line}. Or take' if line else 'Take'} a machine with a GPU or TPU (plan --target h100:8 says what it "
+            "needs), a smaller tier, or --set train.allow_slow=true"
         )
-    return facts
 
 
-def _program_facts(r: Plan) -> dict[str, str]:
-    facts = {}
-    if r["collectives"]:
-        found = sorted(r["collectives"].items())
-        facts["collectives a step"] = "; ".join(f"{kind} x {c['count']}: {_gib(c['bytes'])}" for kind, c in found)
-    if r.get("flops_per_step_per_device"):
-        counted = r["flops_per_step_per_device"] * r["devices"] * r["steps"] / r["flops_total"]
-        types = ", ".join(f"{types} {flops:.3g}" for types, flops in r["product_flops"].items() if flops)
-        facts["FLOPs a step, device"] = f"{types}  ({counted:.3f} of the formula)"
-        facts["optimizer's share"] = f"{r['update_flops_share']:.2%} of the FLOPs"
-        facts["computed again"] = f"{r['recomputed_flops_share']:.1%}, to save memory"
-    if "bytes_per_step_per_device" in r:
-        kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in r["bytes_by_kind"].items() if size)
-        facts["bytes moved a step"] = (
-            f"{size_text(r['bytes_per_step_per_device'])} a device: {r['memory_seconds']:.3g} s at "
-            f"{r['assumptions']['memory_bytes_per_second'] / 1e12:.4g} TB/s  ({kinds})"
-        )
-    if r.get("kernels"):
-        kernels = sorted(r["kernels"].items(), key=lambda item: -item[1])[:6]
-        facts["kernels"] = ", ".join(f"{name} x {times}" for name, times in kernels)
-    if "float32_logits" in r:
-        facts["full float32 logits"] = ", ".join(r["float32_logits"]) or "none"
-    return facts
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 0.1 * 2**30 else f"{count / 2**20:.1f} MiB"
+def product_rate(side: int = 1536, repeats: int = 3) -> float:
+    """Return the FLOP/s of float32 products on this CPU, the best of a few."""
+    multiply, matrix = jax.jit(jnp.matmul), jnp.ones((side, side), jnp.float32)
+    seconds = []
+    for _ in range(repeats + 1):  # the first compiles
+        begin = time.perf_counter()
+        multiply(matrix, matrix).block_until_ready()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * side**3 / min(seconds)

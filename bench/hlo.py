@@ -1,35 +1,60 @@
-"""Read from the text of an optimized XLA program what a step does: products, collectives, kernels, bytes moved.
+"""What a compiled training step does: python -m bench.hlo --tier d20 --target h100:8 [--set K=V]
 
-XLA's own counts leave out loops (a `while` counts once) and are empty for a GPU that is not here, so the text is walked
-from the entry with every loop's trip count multiplied in. Numbers are per device: the text is one device's program.
+Products by operand type, recomputation, kernels, bytes moved and the time that follows, read from the text of the
+optimized program. XLA's own counts leave out loops (a `while` counts once) and are empty for a GPU that is not here, so
+the text is walked from the entry with every loop's trip count multiplied in. Numbers are per device. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import jax
 import numpy as np
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8,
-              "u64": 8, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}  # fmt: skip
+from jaxchat.config import Config, load_config
+from jaxchat.errors import JaxchatError
+from jaxchat.scaling import resolve
+from jaxchat.sharding import make_mesh
+from jaxchat.sizes import flops_per_token, padded_vocab
+from launch import prepare_plan
+from train.compiled import (
+    ARRAY,
+    COLLECTIVES,
+    HEADER,
+    INSTRUCTION,
+    ITEM_BYTES,
+    Collective,
+    collectives,
+    compile_step,
+    rows_and_accumulation,
+    shape_bytes,
+)
+from train.targets import Target, parse_target, target_devices
+
+# Of the peak that matrix products and attention kernels reach on an H100 or H200 (650 and 425 of 989 TFLOP/s), and of
+# the data sheet's bandwidth that elementwise kernels do; measured on one H200: 770 to 800 TFLOP/s for one large product
+# alone, 4.3 of 4.8 TB/s for a copy. They turn what a compiled program does into seconds.
+PRODUCT_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.66, 0.43, 0.8
 # Instructions that move nothing: names for existing arrays, and those whose bodies are counted instead
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
         "async-start", "optimization-barrier", "partition-id", "replica-id", "add-dependency"}  # fmt: skip
 CUTS = ("slice", "dynamic-slice", "gather")  # they read of their first operand what they return
 PUTS = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand they write, into the first one
 
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+
+CALLS = re.compile(r"(?:calls|to_apply|\w+_computations?)=\{?((?:%[\w.\-]+(?:, )?)+)")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Instruction:
     """`shape` is HLO text: `bf16[8,128]{1,0}`, or a tuple of such. A constant has its value as its operand."""
 
@@ -44,46 +69,43 @@ class Instruction:
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else ""
 
-    @property
-    def target(self) -> str:
-        """Target of a custom call."""
-        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
-        return found[1] if found else ""
-
-    @property
-    def product(self) -> bool:
-        """Whether it is a matrix product, ours or a library's."""
-        return self.opcode in ("dot", "convolution") or self.target.startswith(("__cublas$", "__onednn$matmul"))
-
-    @property
-    def kind(self) -> str:
-        """The opcode, for the asynchronous form of a collective that of the collective."""
-        return self.opcode.removesuffix("-start")
-
 
 Computations = dict[str, list[Instruction]]
 
 
-@dataclass
-class Collective:
-    """One collective instruction. `bytes`: the whole array it makes or takes, per device and execution."""
+def parse_hlo(text: str) -> tuple[Computations, str]:
+    """Return (instructions of every computation, name of the entry) of an optimized HLO module's text."""
+    computations: Computations = {}
+    entry, current = "", list[Instruction]()
+    for line in text.splitlines():
+        if line[:1] not in (" ", "}") and (header := HEADER.match(line)):
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif found := INSTRUCTION.match(line):
+            given, _, attributes = found[4].partition("), ")
+            operands = re.findall(r"%([\w.\-]+)", given) or [given.rstrip(")")]
+            current.append(Instruction(found[1], found[2], found[3], operands, attributes))
+    return computations, entry
 
-    kind: str
-    bytes: int
-    count: int  # executions in a step
-    group: tuple[int, ...]  # devices of one group, by their place in the mesh
 
-    @property
-    def sent_bytes(self) -> float:
-        """Bytes that every device sends in one execution with the usual ring."""
-        n = len(self.group)
-        factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
-        return factor * self.bytes
+def calls(i: Instruction) -> list[str]:
+    """Return the computations that an instruction other than a loop runs."""
+    return [name.strip(" %") for group in CALLS.findall(i.attributes) for name in group.split(",") if name.strip()]
+
+
+def trip_count(i: Instruction, computations: Computations) -> int | None:
+    """Return how often a `while` runs: what XLA noted, or the counter's bound (from 0, by 1: a scan); None: unknown."""
+    if found := re.search(r'known_trip_count":\{"n":"(\d+)"', i.attributes):
+        return int(found[1])
+    condition = computations.get(i.called("condition"), [])
+    bounds = [c for c in condition if c.opcode == "constant" and c.shape.startswith(("s32[]", "u32[]", "s64[]"))]
+    compared = any(c.opcode == "fusion" or "direction=LT" in c.attributes for c in condition)
+    return int(bounds[0].operands[0]) if len(bounds) == 1 and compared else None
 
 
 @dataclass
 class Transfer:
-    """Return what one instruction reads and writes, in bytes per device and execution."""
+    """What one instruction reads and writes, in bytes per device and execution."""
 
     kind: str  # "products", "attention", "collectives" or "other"
     bytes: float
@@ -119,63 +141,35 @@ class Program:
         """Share of the FLOPs that the step needs."""
         return self.recomputed_flops / max(self.flops - self.recomputed_flops, 1.0)
 
-    def by_kind(self) -> dict[str, dict[str, int]]:
-        """Return kind of collective -> {"count", "bytes"} a step."""
-        totals: dict[str, dict[str, int]] = {}
-        for c in self.collectives:
-            entry = totals.setdefault(c.kind, {"count": 0, "bytes": 0})
-            entry["count"] += c.count
-            entry["bytes"] += c.count * c.bytes
-        return totals
-
 
 def analyse(text: str, devices: int = 1) -> Program:
     """Return the `Program` of an optimized HLO module's text, for a mesh of so many devices."""
-    computations, entry = parse(text)
-    program, shapes = Program(), set[tuple[str, str]]()
+    computations, entry = parse_hlo(text)
+    program, shapes = Program(collectives=collectives(text, devices)), set[tuple[str, str]]()
     for computation, times, fused, again in _walk(computations, entry, program):
         by_name, repeats = {i.name: i for i in computation}, _repeats(computation)
         for i in computation:
             operands = [by_name[name].shape for name in i.operands if name in by_name]
-            _count(i, operands, times, devices, program, again or i.name in repeats)
+            _count(i, operands, times, program, again or i.name in repeats)
             if not fused:  # inside a fusion nothing is written to memory
-                shapes.update(_ARRAY.findall(i.shape))
+                shapes.update(ARRAY.findall(i.shape))
                 if moved := bytes_moved(i, by_name, computations):
                     program.transfers.append(Transfer(_transfer_kind(i, computations), moved, times, i.name))
     buffers = {(dtype, _split(dims)) for dtype, dims in shapes}
-    program.buffers = sorted(buffers, key=lambda b: (-_item_bytes(b[0]) * math.prod(b[1]), b))
+    item = ITEM_BYTES | {dtype: 1 for dtype, _ in buffers if dtype.startswith("f8")}
+    program.buffers = sorted(buffers, key=lambda b: (-item.get(b[0], 0) * math.prod(b[1]), b))
     return program
 
 
-# The text
+def is_product(i: Instruction) -> bool:
+    """Return whether it is a matrix product, ours or a library's."""
+    return i.opcode in ("dot", "convolution") or call_target(i).startswith(("__cublas$", "__onednn$matmul"))
 
 
-def parse(text: str) -> tuple[Computations, str]:
-    """Return (instructions of every computation, name of the entry)."""
-    computations: Computations = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if line[:1] not in (" ", "}") and (header := _HEADER.match(line)):
-            current = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            rest = found[3]
-            end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-            shape, rest = rest[:end], rest[end:].lstrip()
-            start = rest.index("(")
-            stop = _closing(rest, start)
-            operands = re.findall(r"%([\w.\-]+)", rest[start : stop + 1]) or [rest[start + 1 : stop]]
-            current.append(Instruction(found[2], shape, rest[:start], operands, rest[stop + 1 :]))
-    return computations, entry
-
-
-def shape_bytes(shape: str) -> int:
-    """Return the bytes of every array in a shape's text; types that are no data (tokens) count nothing."""
-    return math.ceil(sum(_item_bytes(dtype) * math.prod(_split(dims)) for dtype, dims in _ARRAY.findall(shape)))
-
-
-def _item_bytes(dtype: str) -> float:
-    return ITEM_BYTES.get(dtype, 1 if dtype.startswith("f8") else 0)
+def call_target(i: Instruction) -> str:
+    """Return the target of a custom call; "" of anything else."""
+    found = re.search(r'custom_call_target="([^"]*)"', i.attributes)
+    return found[1] if found else ""
 
 
 def _split(dims: str) -> tuple[int, ...]:
@@ -183,22 +177,12 @@ def _split(dims: str) -> tuple[int, ...]:
 
 
 def _dims(shape: str) -> tuple[int, ...]:
-    found = _ARRAY.search(shape)
+    found = ARRAY.search(shape)
     return _split(found[2]) if found else ()
 
 
 def _elements(shape: str) -> int:
-    return sum(math.prod(_split(dims)) for _, dims in _ARRAY.findall(shape))
-
-
-def _closing(text: str, start: int) -> int:
-    """Position of the parenthesis that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if depth == 0:
-            return i
-    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
+    return sum(math.prod(_split(dims)) for _, dims in ARRAY.findall(shape))
 
 
 # Which computations run, and how often
@@ -215,11 +199,11 @@ def _walk(
         repeats = _repeats(computations[name])
         for i in computations[name]:
             if i.opcode == "while":
-                waiting.append((i.called("body"), times * _trip_count(i, computations, program), fused, again))
+                trips = trip_count(i, computations)
+                program.unknown_loops += trips is None
+                waiting.append((i.called("body"), times * (trips or 1), fused, again))
             elif i.opcode in ("fusion", "async-start", "call", "conditional"):
-                called = re.findall(r"(?:calls|to_apply|\w+_computations?)=\{?((?:%[\w.\-]+(?:, )?)+)", i.attributes)
-                names = [c.strip(" %") for group in called for c in group.split(",") if c.strip()]
-                waiting += [(c, times, fused or i.opcode == "fusion", again or i.name in repeats) for c in names]
+                waiting += [(c, times, fused or i.opcode == "fusion", again or i.name in repeats) for c in calls(i)]
 
 
 def _repeats(computation: list[Instruction]) -> set[str]:
@@ -232,21 +216,6 @@ def _repeats(computation: list[Instruction]) -> set[str]:
             repeats.add(i.name)
         seen.add(origin)
     return repeats
-
-
-def _trip_count(i: Instruction, computations: Computations, program: Program) -> int:
-    """Return the trip count that XLA noted, else the bound of the counter (from 0, by 1: a `lax.scan`)."""
-    if found := re.search(r'known_trip_count":\{"n":"(\d+)"', i.attributes):
-        return int(found[1])
-    condition = computations.get(i.called("condition"), [])
-    bounds = [c for c in condition if c.opcode == "constant" and c.shape.startswith(("s32[]", "u32[]", "s64[]"))]
-    compared = any(
-        c.opcode == "fusion" or (c.opcode == "compare" and "direction=LT" in c.attributes) for c in condition
-    )
-    if len(bounds) == 1 and compared:
-        return int(bounds[0].operands[0])
-    program.unknown_loops += 1
-    return 1
 
 
 # Bytes
@@ -315,7 +284,7 @@ def _through_bitcasts(i: Instruction, named: dict[str, Instruction]) -> Instruct
 
 def _result_bytes(i: Instruction) -> int:
     """Bytes of an instruction's results, without the workspace of a library's kernel (bytes beside its results)."""
-    arrays = [f"{dtype}[{dims}]" for dtype, dims in _ARRAY.findall(i.shape)]
+    arrays = [f"{dtype}[{dims}]" for dtype, dims in ARRAY.findall(i.shape)]
     if i.opcode == "custom-call" and len(arrays) > 1:
         arrays = [a for a in arrays if not a.startswith(("s8[", "u8["))]
     if i.opcode.endswith("-start") and len(arrays) > 1:  # a tuple of operands and results, perhaps with a context
@@ -324,37 +293,32 @@ def _result_bytes(i: Instruction) -> int:
 
 
 def _transfer_kind(i: Instruction, computations: Computations) -> str:
-    if i.kind in COLLECTIVES:
+    if i.opcode.removesuffix("-start") in COLLECTIVES:
         return "collectives"
     inside = computations.get(i.called("calls"), []) if i.opcode == "fusion" else [i]
     if any("fmha" in j.attributes for j in inside if j.opcode == "custom-call"):
         return "attention"
     nested = [k for j in inside if j.opcode == "fusion" for k in computations.get(j.called("calls"), [])]
-    return "products" if any(j.product for j in [*inside, *nested]) else "other"
+    return "products" if any(is_product(j) for j in [*inside, *nested]) else "other"
 
 
-# Products and collectives
+# Products
 
 
-def _count(i: Instruction, operands: list[str], times: int, devices: int, program: Program, again: bool) -> None:
+def _count(i: Instruction, operands: list[str], times: int, program: Program, again: bool) -> None:
     """Add one instruction, executed so many times, to the totals; `operands`: shapes; `again`: it repeats another."""
-    if i.kind in COLLECTIVES:
-        group = _group(i.attributes, devices)
-        size = sum(map(shape_bytes, operands)) * (len(group) if i.kind == "all-gather" else 1)
-        if len(group) > 1:
-            program.collectives.append(Collective(i.kind, size, times, group))
     if i.opcode == "custom-call":
-        program.kernels[i.target or "?"] += times
-    if i.product:
+        program.kernels[call_target(i) or "?"] += times
+    if is_product(i):
         flops = times * (_convolution_flops(i, operands) if i.opcode == "convolution" else _dot_flops(i, operands))
-        types = [found[1] for shape in operands[:2] if (found := _ARRAY.search(shape))]
+        types = [found[1] for shape in operands[:2] if (found := ARRAY.search(shape))]
         program.product_flops += flops
         program.update_flops += 0 if "jvp(" in i.attributes else flops
         program.recomputed_flops += flops if again or "rematted_computation" in i.attributes else 0
         program.product_types[" x ".join(types)] += int(flops)
-    elif "fmha" in i.target:
+    elif "fmha" in call_target(i):
         program.attention_flops += times * _attention_flops(i)
-    elif i.target and (cost := re.search(r'cost_estimate"?:\s?\{[^}]*?"?flops"?:\s?"?(\d+)', i.attributes)):
+    elif call_target(i) and (cost := re.search(r'cost_estimate"?:\s?\{[^}]*?"?flops"?:\s?"?(\d+)', i.attributes)):
         program.attention_flops += times * int(cost[1])
 
 
@@ -394,24 +358,87 @@ def _attention_flops(i: Instruction) -> float:
     batch, heads, queries, keys = (int(d) for d in config["intermediate_tensor_shape"]["dimensions"])
     window = config.get("sliding_window_length") or keys
     width = math.prod(_dims(i.shape)) // (batch * heads * queries)
-    return (4 if "Backward" in i.target else 2) * 2.0 * batch * heads * queries * min(window, keys) * width
+    return (4 if "Backward" in call_target(i) else 2) * 2.0 * batch * heads * queries * min(window, keys) * width
 
 
-def _group(attributes: str, devices: int) -> tuple[int, ...]:
-    """The first group of devices of a collective, in any of the notations of XLA."""
-    if "source_target_pairs" in attributes:
-        found = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
-        return (int(found[1]), int(found[2])) if found and found[1] != found[2] else (0,)
-    text = attributes.split("replica_groups=", 1)[-1]
-    if listed := re.match(r"\{\{([\d,]+)\}", text):
-        return _split(listed[1])
-    if iota := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        ids = np.arange(devices).reshape(_split(iota[3]))
-        ids = ids.transpose(_split(iota[4])) if iota[4] else ids
-        return tuple(ids.reshape(int(iota[1]), int(iota[2]))[0].tolist())
-    if mesh := re.match(r"@?mesh\w*\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-        named = re.findall(r"'(\w+)'", mesh[2])
-        return tuple(ids[tuple(slice(None) if name in named else 0 for name in sizes)].reshape(-1).tolist())
-    return tuple(range(devices))
+# The command
+
+
+def step_seconds(target: Target, program: Program) -> dict[str, float]:
+    """Return the seconds of a compiled step without its collectives, by what takes them; {} except for CUDA.
+
+    Products and attention at the rates above, the bytes of everything else at the bandwidth, one after the other. A TPU
+    keeps arrays on the chip that the text does not tell apart, a CPU in its caches.
+    """
+    chip = target.chip
+    if chip.platform != "cuda":
+        return {}
+    fp8 = sum(flops for types, flops in program.product_types.items() if "f8" in types)
+    return {
+        "products": (program.product_flops - fp8 / 2) / (PRODUCT_SHARE * chip.peak),  # 8-bit ones run twice as fast
+        "attention": program.attention_flops / (ATTENTION_SHARE * chip.peak),
+        "other": program.bytes_moved("other") / (BANDWIDTH_SHARE * chip.memory_rate),
+    }
+
+
+def full_logits(config: Config, buffers: Any, tokens: int, tensor: int) -> list[str]:
+    """Return float32 arrays (..., V) as large as a micro-batch's logits; gradients (..., D, V) are none."""
+    vocab, found = padded_vocab(config.model) // tensor, []
+    for dtype, shape in buffers:
+        weight = shape[-2:-1] == (config.model.width,) != (config.model.seq_len,)
+        if dtype == "f32" and shape[-1:] == (vocab,) and math.prod(shape) >= tokens * vocab and not weight:
+            found.append(str(list(shape)))
+    return found
+
+
+def measure(config: Config, target: Target) -> dict[str, Any]:
+    """Return what the compiled step of a resolved configuration does on a target."""
+    mesh = make_mesh(config.mesh, target_devices(target))
+    rows, accumulate = rows_and_accumulation(config, mesh)
+    step = compile_step(config, mesh, rows, accumulate)
+    program = analyse(step.text, mesh.size)
+    formula, parts = (
+        flops_per_token(config.model) * config.train.batch_tokens / mesh.size,
+        step_seconds(target, program),
+    )
+    return {
+        "tier": config.tier,
+        "target": target.text,
+        "rows": rows,
+        "grad_accum": accumulate,
+        "peak_bytes": step.peak,
+        "compile_seconds": round(step.seconds, 1),
+        "flops": program.flops,
+        "flops_of_formula": round(program.flops / formula, 4),
+        "product_flops": dict(program.product_types) | {"attention kernels": program.attention_flops},
+        "update_flops_share": round(program.update_flops / max(program.flops, 1), 5),
+        "recomputed_flops_share": round(program.recomputed_share, 5),
+        "kernels": dict(program.kernels),
+        "largest_buffers": [f"{dtype}{list(shape)}" for dtype, shape in program.buffers[:4]],
+        "float32_logits": full_logits(config, program.buffers, rows * config.model.seq_len, mesh.shape["tensor"]),
+        "bytes": {k: program.bytes_moved(k) for k in ("products", "attention", "collectives", "other")},
+        "sent_bytes": sum(c.count * c.sent_bytes for c in program.collectives),
+        "seconds": parts,
+        "mfu": round(formula / (target.chip.peak * sum(parts.values())), 4) if parts else None,
+        "loops_of_unknown_length": program.unknown_loops,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tier", default="d20")
+    parser.add_argument("--target", default="h100:8")
+    parser.add_argument("--set", action="append", default=[], metavar="K=V", help="any config key; may be repeated")
+    args = parser.parse_args(argv)
+    prepare_plan(args.target)
+    if args.target != "auto":
+        jax.config.update("jax_platforms", "cpu")  # it only compiles, and takes no GPU that may be here
+    try:
+        found = measure(resolve(load_config(args.tier, args.set)), parse_target(args.target))
+    except JaxchatError as error:
+        parser.exit(error.exit_code, f"error: {error}\n")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
