@@ -184,7 +184,7 @@ def value_text(name: str, value: Any, separator: str = "\n") -> str:
         case "bytes" | "disk" | "memory":
             return size_text(value)
         case "seconds":
-            return f"{value / 3600:.2f} h" if value >= 3600 else f"{value:.3g} s"
+            return f"{value / 3600:.2f} h" if value >= 3600 else f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
         case "hours":
             return f"{value:.3g} h"
         case "usd":

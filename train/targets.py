@@ -49,13 +49,8 @@ class Chip:
         return self.platform in ("cuda", "rocm")
 
 
-def read_chips() -> dict[str, Chip]:
-    """Return the chips of devices.toml by name."""
-    tables = tomllib.loads(Path(__file__).with_name("devices.toml").read_text(encoding="utf-8"))
-    return {name: Chip(name=name, peak=peak_flops(table["kind"]) or 0.0, **table) for name, table in tables.items()}
-
-
-CHIPS = read_chips()
+TABLES = tomllib.loads(Path(__file__).with_name("devices.toml").read_text(encoding="utf-8"))
+CHIPS = {name: Chip(name=name, peak=peak_flops(table["kind"]) or 0.0, **table) for name, table in TABLES.items()}
 ALIASES = {"a100": "a100-80g", "rtxa6000": "a6000"}
 CPU = Chip("cpu", "cpu", 4 * 2**30, 6e10, 2e10, 2e10, 1e9, 0.6, 0.0)  # per core: float32 products on AVX2, measured
 
