@@ -61,14 +61,14 @@ def test_what_is_missing_is_replaced_listed_and_ends_with_1(corpus, tmp_path, mo
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # says so at once instead of trying again
     monkeypatch.setattr(rehearse, "SAMPLE_BYTES", 200_000)
-    monkeypatch.setattr(rehearse, "SOME_CONVERSATIONS", 100)
-    overrides = ['rl.environment="gsm8k"', 'sft.mixture=["gsm8k","identity:60"]', 'eval.exams=["gsm8k"]']
+    monkeypatch.setattr(rehearse, "MOST_CONVERSATIONS", 100)
+    overrides = ['rl.environment="gsm8k"', 'sft.mixture=["gsm8k","mmlu","identity:60"]', 'eval.exams=["gsm8k"]']
     overrides += ['data.source="hf:nobody/nothing"', f'data.cache_dir="{tmp_path}/cache"']
     args = rehearsal(corpus, tmp_path / "tiny", "--keep", "--json", overrides=overrides)
     del args[args.index("--data") : args.index("--data") + 2]
     assert launch.main(args) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert not found["ok"] and list(found["stages"]) == STAGES and len(found["made_up"]) == 3
+    assert not found["ok"] and list(found["stages"]) == STAGES and len(found["made_up"]) == 4
     kinds = {(problem["kind"], problem["stage"]) for problem in found["problems"]}
     assert {("hub", "prepare"), ("data", "sft"), ("data", "rl"), ("data", "eval")} <= kinds
     kept = [path for path in tmp_path.iterdir() if path.name != "cache"]

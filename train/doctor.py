@@ -30,7 +30,6 @@ from jaxchat.train_state import compute_dtype
 
 from .targets import install_command, is_installed, other_versions
 
-GIB = 2**30
 NEW_DRIVER = 580  # from which on CUDA 13 runs; older ones need CUDA 12
 NEW_CAPABILITY = 7.5  # the least that CUDA 13 compiles for
 GOOGLE, TPUS = "0x1ae0", ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # PCI; v2 to TPU7x

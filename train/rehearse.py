@@ -51,7 +51,7 @@ SFT_STEPS, RL_STEPS = 4, 2
 STEADY_SECONDS = 6.0  # of steps to measure the pace with: short steps are repeated
 MOST_STEPS = 32
 SAMPLE_BYTES, MOST_PARTS = 16_000_000, 8  # of text: so much for each core, at most
-WHOLE_MIXTURE, SOME_CONVERSATIONS = 30_000, 4_000  # up to which a mixture is rendered whole; taken of a larger one
+MOST_CONVERSATIONS = 30_000  # taken of a mixture
 STAND_IN = "word_problems"  # for conversations and questions that are missing
 QUESTION = [{"role": "user", "content": "hello"}]
 LIVE = 0.5  # share of RL's groups that have right and wrong answers; in the rehearsal all have
@@ -188,7 +188,8 @@ class Rehearsal:
 
     def before_sft(self) -> None:
         """Take a small mixture whole and a share of a large one; generated conversations for a missing data set."""
-        entries, total, missing = [], 0, False
+        entries: dict[str, tuple[int | None, int]] = {}
+        missing = 0.0  # tokens
         for entry in self.config.sft.mixture:
             name, count, epochs = parse_mixture_entry(entry)
             known, tokens = CONVERSATIONS.get(name, UNKNOWN)
@@ -197,15 +198,21 @@ class Rehearsal:
                 try:
                     task.fetch()
                 except DataError as error:
-                    missing = True
+                    missing += count * epochs * tokens
                     self.problem("data", "sft", error)
                     self.made_up.append(f"conversations of {name} ({STAND_IN} instead)")
-                    name, count = STAND_IN, round(count * tokens / CONVERSATIONS[STAND_IN][1])  # as many tokens
-            total += (count or known) * epochs
-            entries.append((name, count, epochs))
-        share = min(1.0, SOME_CONVERSATIONS / max(1, total)) if missing or total > WHOLE_MIXTURE else 1.0
+                    continue
+            entries[name] = (count, epochs)
+        if missing:
+            known, tokens = CONVERSATIONS[STAND_IN]
+            count, epochs = entries.get(STAND_IN, (0, 1))
+            entries[STAND_IN] = (round((known if count is None else count) * epochs + missing / tokens), 1)
+        total = sum(
+            (count or CONVERSATIONS.get(name, UNKNOWN)[0]) * epochs for name, (count, epochs) in entries.items()
+        )
+        share = min(1.0, MOST_CONVERSATIONS / max(1, total))
         mixture = []
-        for name, count, epochs in entries:
+        for name, (count, epochs) in entries.items():
             taken = count if share == 1.0 or count is None else max(1, round(count * share))
             mixture.append(f"{name}{'' if taken is None else f':{taken}'}*{epochs}")
         self.sft_ratio = 1 / share
