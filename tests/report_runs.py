@@ -5,7 +5,7 @@ import json
 from jaxchat.config import load_config
 from jaxchat.run_dir import RunDir, write_json
 from jaxchat.scaling import resolve
-from train.plots import plot
+from train.curves import plot
 
 HARDWARE = {"platform": "cpu", "device": "x86_64", "devices": 1, "hosts": 1, "cpu_cores": 2, "memory_bytes": 2**33}
 VERSIONS = {"python": "3.11.7", "jax": "0.10.2"}
@@ -40,14 +40,8 @@ def bits(value, perplexity, **more):
 
 
 def share(right, n, interval, **more):
-    return {
-        "metric": right / n,
-        "accuracy": right / n,
-        "right": right,
-        "n": n,
-        "interval": interval,
-        "chance": 0.0,
-    } | more
+    scores = {"metric": right / n, "accuracy": right / n, "right": right, "n": n, "interval": interval, "chance": 0.0}
+    return scores | more
 
 
 PARTIAL = "core_partial (mean of 2 of CORE's 22 tasks)"
@@ -59,28 +53,19 @@ SUBJECTS = {
     f"subject: college_{chr(97 + i)}": share(i % 2, 1, [0.20654 * (i % 2), 1 - 0.20654 * (1 - i % 2)], chance=0.25)
     for i in range(24)
 }
+MEAN = {"title": PARTIAL, "metric": 0.02368, "n": 60, "interval": [-0.19, 0.24], "chance": 0.0, "groups": CORE_TASKS}
+KINDS = {"kind: gain": share(40, 46, [0.74334, 0.93882])}
 EXAMS = {
     "base": {
         "bits_per_byte": bits(1.6057, 64.94, conversations={"n": 131, "bits_per_byte": 1.9502}),
-        "core_partial": {
-            "title": PARTIAL,
-            "metric": 0.02368,
-            "n": 60,
-            "interval": [-0.19, 0.24],
-            "chance": 0.0,
-            "groups": CORE_TASKS,
-        },
+        "core_partial": MEAN,
     },
     "sft": {
         "bits_per_byte": bits(1.9257, 150.66, conversations={"n": 131, "bits_per_byte": 1.6099}),
         "mmlu": share(8, 24, [0.17966, 0.53289], chance=0.25, cropped=3, groups=SUBJECTS),
-        "gsm8k": share(
-            1, 40, [0.00442, 0.12882], endless=7, readings={"lenient": share(3, 40, [0.02582, 0.19862])}, groups={}
-        ),
+        "gsm8k": share(1, 40, [0.00442, 0.12882], endless=7, readings={"lenient": share(3, 40, [0.02582, 0.19862])}),
         "humaneval": share(2, 164, [0.00335, 0.04342], facts={"sandbox": "namespaces"}, groups={}),
-        "word_problems": share(
-            244, 256, [0.91987, 0.97299], groups={"kind: gain": share(40, 46, [0.74334, 0.93882])}, too_long=0
-        ),
+        "word_problems": share(244, 256, [0.91987, 0.97299], groups=KINDS, too_long=0),
         "identity": share(83, 83, [0.95577, 1.0], groups={}),
     },
 }

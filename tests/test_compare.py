@@ -18,7 +18,7 @@ from jaxchat.engine.scoring import Scorer
 from jaxchat.errors import DataError
 from jaxchat.run_dir import RunDir, read_json, write_json
 from train import compare as comparison
-from train.statistics import mcnemar, ratio_interval, share_interval
+from train.compare import mcnemar, ratio_interval, share_interval
 
 
 @pytest.mark.parametrize(("a", "b"), [(0, 0), (0, 1), (1, 8), (5, 5), (30, 12), (400, 300), (3000, 3300)])
@@ -168,7 +168,7 @@ def test_settings_speed_time_and_cost(compared):
 
 
 def test_the_command_prints_tables_or_one_object(finished, second, compared, capsys):
-    text = comparison.tables(compared)
+    text = comparison.text(compared)
     for words in (f"A: {finished}", "BASE", "SFT word_problems", "model.vocab_size", "nothing"):
         assert words in text, words
     assert launch.main(["--compare", str(finished), str(second), "--json"]) == 0

@@ -34,8 +34,7 @@ def by_hand(questions, documents):
 
 
 def look_up(questions, documents):
-    exams = {"x": (len(questions), contamination.question_grams(questions))}
-    scores, read = contamination.search(exams, iter(documents))
+    scores, read = contamination.search({"x": contamination.question_grams(questions)}, iter(documents))
     assert read == len(documents)
     x = scores["x"]
     assert x["questions"] == len(questions) and x["share"] == x["found"] / max(1, x["looked_up"])
@@ -44,23 +43,11 @@ def look_up(questions, documents):
 
 
 def test_words_are_lower_case_letters_and_digits_of_any_language():
-    assert contamination.words("Don't STOP_now: 3.5 é, 한국어! ２") == [
-        "don",
-        "t",
-        "stop",
-        "now",
-        "3",
-        "5",
-        "é",
-        "한국어",
-        "２",
-    ]
+    assert " ".join(contamination.words("Don't STOP_now: 3.5 é, 한국어! ２")) == "don t stop now 3 5 é 한국어 ２"
 
 
-@pytest.mark.parametrize("chars", [1, 400, 10**9])
-def test_it_is_what_sets_of_tuples_find(monkeypatch, chars):
-    """Few different words, so that 13-grams meet; documents looked up one, some and all at a time."""
-    monkeypatch.setattr(contamination, "BATCH_CHARS", chars)
+def test_it_is_what_sets_of_tuples_find():
+    """Few different words, so that 13-grams meet."""
     rng = random.Random(3)
     documents = [[rng.choice("ab") for _ in range(rng.randrange(60))] for _ in range(40)]
     questions = [["q"] * (i % 2) + [rng.choice("ab") for _ in range(rng.randrange(40))] for i in range(60)]
@@ -91,9 +78,9 @@ def test_short_questions_and_empty_exams_are_counted_and_not_looked_up():
 
 
 def test_hashes_are_the_same_everywhere():
-    hashes, owners = contamination.grams([numbered(i, 15) for i in range(6)])
-    assert owners.tolist() == [i for i in range(6) for _ in range(3)]
-    assert len(np.unique(hashes)) == 8  # w0.. to w7.. begin eight different ones
+    hashes = [contamination.grams(numbered(i, 15)) for i in range(6)]
+    assert [len(own) for own in hashes] == [3] * 6 and contamination.grams(numbered(0, 12)).tolist() == []
+    assert len(np.unique(np.concatenate(hashes))) == 8  # w0.. to w7.. begin eight different ones
     assert contamination.word_hash("w3") == int.from_bytes(hashlib.blake2b(b"w3", digest_size=8).digest(), "little")
 
 

@@ -12,8 +12,7 @@ from jaxchat.tasks import core
 from jaxchat.tasks.base import MissingData, TaskFiles
 from jaxchat.tasks.core import CORE_TASKS, Core
 from jaxchat.tokenizer import train_tokenizer
-from train.evaluate import core_summary
-from train.statistics import accuracy
+from train.evaluate import accuracy, core_summary
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 BY_LABEL = {task.label: task for task in CORE_TASKS}

@@ -29,9 +29,8 @@ from jaxchat.tasks.registry import TASKS, get_task
 from jaxchat.tokenizer import train_tokenizer
 from jaxchat.train_state import TrainState
 from train import evaluate
-from train.evaluate import capped, samples_markdown
+from train.evaluate import capped, samples_markdown, wilson
 from train.report import code
-from train.statistics import wilson
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, LENGTH = 280, 64

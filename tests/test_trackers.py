@@ -16,7 +16,7 @@ from jaxchat.config import load_config
 from jaxchat.errors import InterruptedRun, UsageError
 from jaxchat.log import read_metrics
 from jaxchat.run_dir import RunDir
-from train import trackers
+from train import curves as trackers
 from train.stages import run_stages, select
 
 
@@ -79,6 +79,9 @@ def test_training_goes_on_without_weights_and_biases(rows, tmp_path, monkeypatch
     wandb = pytest.importorskip("wandb")
 
     class Broken:
+        def define_metric(self, name, step_metric):
+            pass
+
         def log(self, values):
             raise wandb.errors.Error("gone")
 
@@ -88,13 +91,13 @@ def test_training_goes_on_without_weights_and_biases(rows, tmp_path, monkeypatch
     on, none = "train.wandb=mine", trainer(rows, tmp_path / "plain")
     wanted = none.run()["params_sha256"]
     assert {p.name for p in tmp_path.iterdir()} == {"plain"}, "both are off by default"
-    monkeypatch.setattr(trackers, "_wandb_run", lambda config, directory: Broken())
+    monkeypatch.setattr(wandb, "init", lambda **settings: Broken())
     assert trainer(rows, tmp_path / "log", on).run()["params_sha256"] == wanted
 
-    def refuses(config, directory):
+    def refuses(**settings):
         raise RuntimeError("no network\nand more")
 
-    monkeypatch.setattr(trackers, "_wandb_run", refuses)
+    monkeypatch.setattr(wandb, "init", refuses)
     assert trainer(rows, tmp_path / "start", on).run()["params_sha256"] == wanted
     said = capsys.readouterr().err
     assert said.count("the training goes on without it") == 2 and "no network;" in said

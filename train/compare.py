@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxchat.config import Config, flatten, load_config
 from jaxchat.data.sources import document_hash, iterate_documents
@@ -24,12 +25,13 @@ from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
 from jaxchat.tokenizer import Tokenizer
 
-from .report import PRIVATE, STAGE_TITLES, count, duration, money, speed, text_table
-from .statistics import mcnemar, ratio_interval, share_interval
+from .loop import Z95
+from .report import PRIVATE, STAGES, Table, count, duration, money, speed, text_table
 from .targets import run_cost, wall_clock
 
 DOCUMENTS = 1000  # held-out ones at most
 BLOCK = 64  # documents tokenized and scored together
+RESAMPLES, SEED = 10_000, 20_260_301  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,8 @@ class Side:
 
     run: RunDir
     config: Config
-    records: dict[str, Any]
+    records: dict[str, Any]  # of the stages that are done
     trained: tuple[str, ...]  # stages with a checkpoint
-    examined: tuple[str, ...]  # stages with a record of exams
-
-    @property
-    def name(self) -> str:
-        return str(self.run.root)
 
 
 def compare(first: str, second: str, as_json: bool = False) -> dict[str, Any]:
@@ -56,54 +53,58 @@ def compare(first: str, second: str, as_json: bool = False) -> dict[str, Any]:
     if Path(first).resolve() == Path(second).resolve():
         raise UsageError(f"compare: {first} and {second} are the same directory; name two runs")
     found = collect(side(first), side(second))
-    print(json.dumps(found) if as_json else tables(found))
+    print(json.dumps(found) if as_json else text(found))
     return found
 
 
 def side(path: str) -> Side:
     """Return a run directory's own records; `DataError` where it is none, or has neither checkpoints nor exams."""
     run = RunDir(path)
-    if not run.root.is_dir():
-        raise DataError(f"compare: {path}: no such directory; name the directories of two runs, such as runs/nano")
     if not run.config.is_file():
-        raise DataError(f"compare: {path}: not a run directory (no config.toml)")
-    trained = tuple(s for s in STAGE_TITLES if any(p.name.isdigit() for p in run.stage(s).glob("*")))
-    examined = tuple(s for s in STAGE_TITLES if run.eval(s).is_file())
-    if not trained and not examined:
+        what = "not a run directory (no config.toml)" if run.root.is_dir() else "no such directory"
+        raise DataError(f"compare: {path}: {what}; name the directories of two runs, such as runs/nano")
+    trained = tuple(s for s in STAGES if any(p.name.isdigit() for p in run.stage(s).glob("*")))
+    if not trained and not any(run.eval(stage).is_file() for stage in STAGES):
         raise DataError(f"compare: {path}: neither checkpoints nor exams; train it first: launch.py --run-dir {path}")
     done = {name: record for name, record in run.records().items() if record["status"] == "done"}
-    return Side(run, resolve(load_config(run.config)), done, trained, examined)
+    return Side(run, resolve(load_config(run.config)), done, trained)
 
 
 def collect(a: Side, b: Side) -> dict[str, Any]:
     """Return the whole comparison, as `--json` prints it."""
-    common = [stage for stage in STAGE_TITLES if stage in a.trained and stage in b.trained]
-    not_compared: dict[str, str] = {}  # name -> reason
+    common = [stage for stage in STAGES if stage in a.trained and stage in b.trained]
     scores: dict[str, Any] = {}
+    asked: dict[str, dict[str, Any]] = {}
+    not_compared: dict[str, str] = {}  # name -> reason
     try:
-        if not common:
-            raise DataError(f"no stage trained in both ({', '.join(a.trained)}; {', '.join(b.trained)})")
         scores = bits_per_byte(a, b, common)
     except DataError as error:
         not_compared["bits per byte"] = str(error)
-    both = [stage for stage in STAGE_TITLES if stage in a.examined and stage in b.examined]
-    asked = {stage: found for stage in both if (found := exams(a.run, b.run, stage, not_compared))}
-    if not scores and not asked:
+    for stage in STAGES:
+        for path in sorted((a.run.root / "eval").glob(f"{stage}_*.jsonl")):
+            other, exam = b.run.root / "eval" / path.name, path.stem.removeprefix(f"{stage}_")
+            try:
+                if other.is_file():
+                    asked.setdefault(stage, {})[exam] = paired(answers(path), answers(other))
+            except DataError as error:
+                not_compared[f"{stage} {exam}"] = str(error)
+    if not scores and not any(asked.values()):
         reasons = "; ".join(f"{name}: {why}" for name, why in not_compared.items())
         raise DataError(f"compare: nothing in common: {reasons}")
-    settings = [{k: v for k, v in flatten(s.config).items() if not k.startswith(PRIVATE)} for s in (a, b)]
-    metrics = {stage: [read_metrics(s.run.stage(stage) / "metrics.jsonl") for s in (a, b)] for stage in common}
+    sides = (a, b)
+    settings = [{k: v for k, v in flatten(s.config).items() if not k.startswith(PRIVATE)} for s in sides]
+    metrics = {stage: [read_metrics(s.run.stage(stage) / "metrics.jsonl") for s in sides] for stage in common}
     names = dict.fromkeys([*a.records, *b.records])
     return {
-        "runs": [a.name, b.name],
+        "runs": [str(s.run.root) for s in sides],
         "bits_per_byte": scores,
-        "exams": asked,
+        "exams": {stage: exams for stage, exams in asked.items() if exams},
         "not_compared": not_compared,
-        "config": {k: [s.get(k) for s in settings] for k in settings[0] if settings[0][k] != settings[1].get(k)},
+        "config": {k: [s[k] for s in settings] for k in settings[0] if settings[0][k] != settings[1][k]},
         "speed": {stage: [speed(steps) if steps else None for steps in pair] for stage, pair in metrics.items()},
-        "seconds": {n: [wall_clock(s.records[n]) if n in s.records else None for s in (a, b)] for n in names},
-        "cost_usd": [run_cost(s.records)["usd"] for s in (a, b)],
-        "parameters": [s.records.get("pretrain", {}).get("facts", {}).get("parameters") for s in (a, b)],
+        "seconds": {n: [wall_clock(s.records[n]) if n in s.records else None for s in sides] for n in names},
+        "cost_usd": [run_cost(s.records)["usd"] for s in sides],
+        "parameters": [s.records.get("pretrain", {}).get("facts", {}).get("parameters") for s in sides],
     }
 
 
@@ -115,23 +116,25 @@ def bits_per_byte(a: Side, b: Side, stages: Sequence[str]) -> dict[str, Any]:
 
     The documents are those of the first run's held-out text that the second run holds out as well.
     """
+    if not stages:
+        raise DataError(f"no stage trained in both ({', '.join(a.trained)}; {', '.join(b.trained)})")
     texts, note = documents(a, b)
+    sizes = np.array([len(text.encode("utf-8", "replace")) for text in texts], np.float64)
     found = {}
     for stage in stages:
-        nats = []
+        bits = []
         for one in (a, b):
-            say(f"  {stage}: {one.name} reads {len(texts):,} held-out documents")
+            say(f"  {stage}: {one.run.root} reads {len(texts):,} held-out documents")
             config, params, tokenizer, _ = load_run(one.run, stage)
             scorer = Scorer(config, params, batch_rows=one.config.eval.batch_rows)
-            nats.append(document_nats(scorer, tokenizer, texts, config.seq_len))
-        sizes = np.array([len(text.encode("utf-8", "replace")) for text in texts], np.float64) * math.log(2)
-        first, second = (float(n.sum() / sizes.sum()) for n in nats)
+            bits.append(document_nats(scorer, tokenizer, texts, config.seq_len) / math.log(2))
+        first, second = (float(n.sum() / sizes.sum()) for n in bits)
         found[stage] = {
             "documents": len(texts),
-            "bytes": round(sizes.sum() / math.log(2)),
+            "bytes": round(sizes.sum()),
             "values": [first, second],
             "difference": second - first,
-            "interval": ratio_interval(nats[1] - nats[0], sizes),
+            "interval": ratio_interval(bits[1] - bits[0], sizes),
             "note": note,
         }
     return found
@@ -148,15 +151,14 @@ def documents(a: Side, b: Side) -> tuple[list[str], str]:
         fraction = 1.0  # the same text, held out whole
     both: dict[str, None] = {}
     others: dict[str, None] = {}
-    for text in iterate_documents(a.config.data, "val"):
+    for text in iterate_documents(first, "val"):
         (both if document_hash(text) < fraction else others)[text] = None
         if len(both) == DOCUMENTS:
             break
     if not both:
         note = "the second run holds none of these documents out and may have been trained on them"
         return list(others)[:DOCUMENTS], note
-    note = f"{len(others):,} documents that the second run does not hold out are left out" if others else ""
-    return list(both), note
+    return list(both), f"{len(others):,} documents that the second run does not hold out are left out" if others else ""
 
 
 def document_nats(scorer: Scorer, tokenizer: Tokenizer, texts: Sequence[str], context: int) -> np.ndarray:
@@ -168,13 +170,11 @@ def document_nats(scorer: Scorer, tokenizer: Tokenizer, texts: Sequence[str], co
     nats = np.zeros(len(texts))
     with progress("documents", len(texts)) as bar:
         for start in range(0, len(texts), BLOCK):
-            block = texts[start : start + BLOCK]
-            groups = [windows([tokenizer.bos, *ids], context) for ids in tokenizer.encode_batch(block)]
-            singles = [[span] for group in groups for span in group]
-            scores = iter(scorer.spans(singles))
-            for i, group in enumerate(groups):
-                nats[start + i] = sum(next(scores)[0].loss for _ in group)
-            bar.advance(len(block))
+            groups = [windows([tokenizer.bos, *ids], context) for ids in tokenizer.encode_batch(texts[start:][:BLOCK])]
+            scores = iter(scorer.spans([[span] for group in groups for span in group]))
+            for i, group in enumerate(groups, start):
+                nats[i] = sum(next(scores)[0].loss for _ in group)
+            bar.advance(len(groups))
     return nats
 
 
@@ -189,23 +189,21 @@ def windows(ids: list[int], context: int) -> list[Span]:
     return spans
 
 
+def ratio_interval(differences: ArrayLike, sizes: ArrayLike) -> tuple[float, float] | None:
+    """Return the 95 % interval of sum(differences) / sum(sizes), both (n,), by a bootstrap over the pairs.
+
+    None for fewer than two pairs: nothing is known of how they vary.
+    """
+    d, s = np.asarray(differences, np.float64), np.asarray(sizes, np.float64)
+    n = len(d)
+    if n < 2:
+        return None
+    drawn = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
+    low, high = np.percentile((drawn @ d) / (drawn @ s), [2.5, 97.5])
+    return float(low), float(high)
+
+
 # Exams
-
-
-def exams(a: RunDir, b: RunDir, stage: str, apart: dict[str, str]) -> dict[str, Any]:
-    """Return the comparison of every exam that both runs have a record of; reasons for the others go to `apart`."""
-    found = {}
-    files = [{p.stem: p for p in sorted((run.root / "eval").glob(f"{stage}_*.jsonl"))} for run in (a, b)]
-    for name in files[0]:
-        if name not in files[1]:
-            continue
-        exam = name.removeprefix(f"{stage}_")
-        try:
-            one, other = (answers(each[name]) for each in files)
-            found[exam] = paired(one, other)
-        except DataError as error:
-            apart[f"{stage} {exam}"] = str(error)
-    return found
 
 
 def answers(path: Path) -> dict[str, bool]:
@@ -241,52 +239,66 @@ def paired(first: dict[str, bool], second: dict[str, bool]) -> dict[str, Any]:
     }
 
 
+def share_interval(only_first: int, only_second: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of the difference of two paired shares, second minus first (Agresti and Min, 2005).
+
+    Wald's interval after half a case is added to every cell of the 2 x 2 table, so it has a width also where the two
+    agree on everything.
+    """
+    b, c, size = only_first + 0.5, only_second + 0.5, n + 2
+    middle = (c - b) / size
+    half = Z95 * math.sqrt(max(0.0, b + c - (c - b) ** 2 / size)) / size
+    return max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Return the exact two-sided p of McNemar's test: how likely so lopsided a split is of two equally good models."""
+    n, k = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
 # On the terminal
 
 
-def tables(found: dict[str, Any]) -> str:
+def text(found: dict[str, Any]) -> str:
     """Return the comparison as plain text; A is the first run, B the second."""
-    a, b = found["runs"]
-    scores = [["", "A", "B", "B - A", "interval", "documents", "bytes"]]
+    scores, asked = [], []
     for stage, f in found["bits_per_byte"].items():
-        sizes = [f"{f['documents']:,}", f"{f['bytes']:,}"]
-        scores.append([STAGE_TITLES[stage], *_difference(f, ".4f"), *sizes])
-    asked = [["", "A", "B", "B - A", "interval", "only A right", "only B right", "p", "questions"]]
+        scores.append([stage.upper(), *_difference(f, ".4f"), f"{f['documents']:,}", f"{f['bytes']:,}"])
     for stage, exams in found["exams"].items():
         for name, f in exams.items():
             sides = [f"{f['only_first']:,}", f"{f['only_second']:,}", f"{f['p']:.2g}", f"{f['n']:,}"]
-            asked.append([f"{STAGE_TITLES[stage]} {name}", *_difference(f, ".1%"), *sides])
-    settings = [["", "A", "B"], *([key, str(pair[0]), str(pair[1])] for key, pair in found["config"].items())]
-    notes = sorted({f["note"] for f in found["bits_per_byte"].values() if f["note"]})
-    parts = [f"A: {a}\nB: {b}\nDifferences are B minus A, measured in pairs, with 95 % intervals."]
-    for title, rows, lines in (
-        ("Bits per byte of the same held-out documents (lower is better)", scores, notes),
-        ("Exams, the same questions to both", asked, ["p: McNemar's exact test"]),
-        ("Speed and cost", _speed_rows(found), []),
-        ("Settings that differ", settings, []),
-    ):
-        if len(rows) > 1:
-            parts.append("\n".join([title, "", text_table(rows), *lines]))
-    if reasons := found["not_compared"]:
-        parts.append("\n".join(["Not compared", "", *(f"{name}: {why}" for name, why in reasons.items())]))
-    return "\n\n".join(parts)
+            asked.append([f"{stage.upper()} {name}", *_difference(f, ".1%"), *sides])
+    costs = []
+
+    def cost(name: str, values: Sequence[Any], show: Callable[[Any], str]) -> None:
+        if any(value is not None for value in values):
+            costs.append([name, *("-" if value is None else show(value) for value in values)])
+
+    cost("parameters", found["parameters"], count)
+    for stage, pair in found["speed"].items():
+        cost(f"{stage.upper()} tokens/s", [s and s["tokens_per_second"] for s in pair], lambda v: f"{v:,.0f}")
+        cost(f"{stage.upper()} MFU", [s and s["mfu"] for s in pair], lambda v: f"{v:.1%}")
+    for name, pair in found["seconds"].items():
+        cost(f"{name}, wall clock", pair, duration)
+    costs.append(["cost", *map(money, found["cost_usd"])])
+    settings = [[key, *map(str, pair)] for key, pair in found["config"].items()]
+    notes = "\n".join({f["note"]: None for f in found["bits_per_byte"].values()})
+    head, two = ["", "A", "B", "B - A", "interval"], ["", "A", "B"]
+    more, p = ["only A right", "only B right", "p", "questions"], "p: McNemar's exact test"
+    tables = [
+        Table("Bits per byte of the same held-out documents", [*head, "documents", "bytes"], scores, notes),
+        Table("Exams, the same questions to both", [*head, *more], asked, p),
+        Table("Speed and cost", two, costs),
+        Table("Settings that differ", two, settings),
+        Table("Not compared", ["", "reason"], [list(item) for item in found["not_compared"].items()]),
+    ]
+    a, b = found["runs"]
+    first = f"A: {a}\nB: {b}\nDifferences are B minus A, measured in pairs, with 95 % intervals."
+    parts = [f"{t.title}\n\n{text_table([t.head, *t.rows])}\n{t.note}".rstrip() for t in tables if t.rows]
+    return "\n\n".join([first, *parts])
 
 
 def _difference(f: dict[str, Any], form: str) -> list[str]:
     interval = f"{f['interval'][0]:+{form}} to {f['interval'][1]:+{form}}" if f["interval"] else "not known"
     return [*(f"{value:{form}}" for value in f["values"]), f"{f['difference']:+{form}}", interval]
-
-
-def _speed_rows(found: dict[str, Any]) -> list[list[str]]:
-    def row(name: str, values: Sequence[Any], words: Callable[[Any], str]) -> list[list[str]]:
-        known = any(value is not None for value in values)
-        return [[name, *("-" if value is None else words(value) for value in values)]] if known else []
-
-    rows = [["", "A", "B"], *row("parameters", found["parameters"], count)]
-    for stage, pair in found["speed"].items():
-        for key, form, unit in (("tokens_per_second", ",.0f", "tokens/s"), ("mfu", ".1%", "MFU")):
-            values = [one and one[key] for one in pair]
-            rows += row(f"{STAGE_TITLES[stage]} {unit}", values, lambda value, form=form: f"{value:{form}}")  # type: ignore[misc]
-    for name, pair in found["seconds"].items():
-        rows += row(f"{name}, wall clock", pair, duration)
-    return [*rows, ["cost", *map(money, found["cost_usd"])]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import time
@@ -22,8 +21,7 @@ from jaxchat.chat import render_prompt
 from jaxchat.checkpoint import params_sha256, trained_params
 from jaxchat.config import Config, MeshConfig
 from jaxchat.data.packing import Rows
-from jaxchat.data.sources import iterate_documents
-from jaxchat.engine import Engine, Request, Result
+from jaxchat.engine import Engine, Result
 from jaxchat.engine.loading import batch_rows
 from jaxchat.engine.scoring import Scorer
 from jaxchat.errors import DataError
@@ -47,12 +45,10 @@ from jaxchat.tasks.registry import TASKS, get_task
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import TrainState, decided, make_eval_step
 
-from .contamination import LONG_PASSAGE, memorized
-from .loop import Evaluator, bits_per_byte
-from .report import bits, code, exam_table, standing
-from .statistics import accuracy, passes
+from .contamination import LONG_PASSAGE, memorized, training_documents
+from .loop import Z95, Evaluator, bits_per_byte
+from .report import STAGES, code, exam_tables, score_cell, standing, text_table, words
 
-STAGES = ("base", "sft", "rl")
 FORMAT = 1  # of `eval/<stage>.json` and `samples.json`
 AUTO = "auto"  # in `eval.exams`: every task with `auto` whose data is at hand
 ORDER_SEED = 42  # of the shuffle that a cap cuts; nanochat's, so that its first N questions are ours
@@ -61,6 +57,7 @@ COPY_TEXTS = 20  # written to measure memorization
 CORE_TEXTS = 8  # rows of a batch that an item of CORE takes, with its options and the examples before it
 SEED = 1234  # of samples
 PROMPT_TOKENS = 8  # of a held-out text, for samples of a base model
+TOO_LONG = Result([], [], "too_long", 0, 0)  # the answer to a question longer than the context
 CHAT_PROMPTS = (
     "hello",
     "who are you?",
@@ -78,6 +75,78 @@ Scores = dict[str, Any]
 Decisions = list[dict[str, Any]]  # one for every question
 
 
+# Shares of right answers, and how sure they are
+
+
+def accuracy(right: Sequence[bool], chance: float = 0.0) -> Scores:
+    """Return the share of right answers with its 95 % interval, and the share that guessing gets."""
+    n, count = len(right), sum(right)
+    share = count / n if n else 0.0
+    return {
+        "metric": share,
+        "accuracy": share,
+        "n": n,
+        "right": count,
+        "interval": wilson(count, n),
+        "chance": chance,
+    }
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson's score interval, 1927); (0, 1) where nothing was asked."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = right / n, Z95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def passes(right: Any) -> dict[str, Scores]:
+    """Return `pass@1` to `pass@S` of right (P, S) bool, P questions with S answers each.
+
+    pass@k is the chance that one of k answers is right, estimated without bias from all S (2107.03374). Intervals are
+    over the questions by the normal approximation, (0, 1) for a single one.
+    """
+    table = np.array(right, bool)
+    (n, S), counts = table.shape, table.sum(axis=1).tolist()
+    scores = {}
+    for k in range(1, S + 1):
+        each = np.array([1 - math.comb(S - count, k) / math.comb(S, k) for count in counts], np.float64)
+        share = float(each.mean())
+        half = Z95 * float(each.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
+        interval = max(0.0, share - half), min(1.0, share + half)
+        scores[f"pass@{k}"] = {"metric": share, "accuracy": share, "n": n, "interval": interval}
+    return scores
+
+
+def by_tags(examples: Sequence[Example | ChoiceExample], right: Sequence[bool], chance: float) -> Scores:
+    """Return the same scores for every tag's value: `{"groups": {"kind: gain": ...}}`."""
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for example, ok in zip(examples, right, strict=True):
+        for tag, value in example.tags.items():
+            groups[f"{tag}: {value}"].append(ok)
+    return {"groups": {name: accuracy(oks, chance) for name, oks in sorted(groups.items())}}
+
+
+def core_summary(tasks: dict[str, Scores]) -> Scores:
+    """Return the mean of the centred accuracies of CORE's tasks, by label; the interval adds up those of the tasks."""
+    n = len(tasks)
+    metric = sum(task["centred"] for task in tasks.values()) / n
+    halves = [(t["interval"][1] - t["interval"][0]) / 2 / (1 - t["chance"]) for t in tasks.values()]
+    half = math.sqrt(sum(h**2 for h in halves)) / n
+    totals = {key: round(sum(task[key] for task in tasks.values()), 3) for key in ("n", "seconds")}
+    return {"metric": metric, **totals, "interval": (metric - half, metric + half), "chance": 0.0, "groups": tasks}
+
+
+def chat_core(tasks: dict[str, Scores]) -> float | None:
+    """Return ChatCORE: the mean of its five exams, centred so that guessing is 0; None unless all five are there."""
+    names = [name for name, task in TASKS.items() if task.chat_core]
+    if not all(name in tasks for name in names):
+        return None
+    return sum((tasks[n]["metric"] - tasks[n]["chance"]) / (1 - tasks[n]["chance"]) for n in names) / len(names)
+
+
 # Samples
 
 
@@ -88,25 +157,23 @@ def samples(
 
     Returns `{"prompt", "answers": [{"temperature", "text"}]}` each. Prompts longer than the context are left out.
     """
-
-    def request(prompt: str, **settings: Any) -> Request:
-        return engine.chat_request([user(prompt)], **settings) if chat else engine.text_request(prompt, **settings)
-
-    prompts = [prompt for prompt in prompts if len(request(prompt).tokens) <= engine.capacity]
-    requests = [
-        request(prompt, max_tokens=max_tokens, temperature=temperature, seed=SEED + i)
-        for i, prompt in enumerate(prompts)
-        for temperature in temperatures
-    ]
+    turns: list[dict[str, Any]] = []
+    requests = []
+    for i, prompt in enumerate(prompts):
+        request = engine.chat_request([user(prompt)]) if chat else engine.text_request(prompt)
+        if len(request.tokens) <= engine.capacity:
+            turns.append({"prompt": prompt})
+            requests += [
+                dataclasses.replace(request, max_tokens=max_tokens, temperature=t, seed=SEED + i) for t in temperatures
+            ]
     results = iter(engine.generate(requests))
     return [
-        {"prompt": p, "answers": [{"temperature": t, "text": shown(next(results))} for t in temperatures]}
-        for p in prompts
+        turn | {"answers": [{"temperature": t, "text": shown(next(results))} for t in temperatures]} for turn in turns
     ]
 
 
 def shown(result: Result) -> str:
-    """The text of an answer with its tool calls in brackets."""
+    """Return the text of an answer with its tool calls in brackets."""
     frames = {"text": "{}", "python": "[{} =", "python_output": " {}] "}
     text = "".join(frames[part["type"]].format(part["text"]) for part in result.parts)
     text = text.rstrip("\ufffd") + " ..." if result.finish_reason == "length" else text  # cut inside a character
@@ -114,7 +181,7 @@ def shown(result: Result) -> str:
 
 
 def samples_markdown(turns: Sequence[dict[str, Any]]) -> str:
-    """`samples` for people to read."""
+    """Return `samples` for people to read."""
     lines: list[str] = []
     for turn in turns:
         lines += [f"> {code(turn['prompt'])}", ""]
@@ -124,29 +191,25 @@ def samples_markdown(turns: Sequence[dict[str, Any]]) -> str:
 
 
 def held_out_openings(rows: Rows, tokenizer: Tokenizer, count: int) -> list[str]:
-    """First words of held-out texts, in whatever language they are."""
+    """Return the first words of held-out texts, in whatever language they are."""
     openings = [tokenizer.decode(rows[i][0][1 : 1 + PROMPT_TOKENS].tolist()) for i in range(min(count, len(rows)))]
     return [text.lstrip("\ufffd").rstrip("\ufffd ") for text in openings]  # a cut may fall inside a character
 
 
 def write_samples(model: Model, before: Any) -> None:
     """Write `samples.json` and `samples.md`: the same prompts to the model before the stage and after it."""
-    config, run = model.config, model.run
-    chat = model.stage != "base"
-    prompts = list(config.eval.chat_prompts or CHAT_PROMPTS)
-    if not chat:
-        rows = Rows(run.data / "rows" / "val", verify=False)
-        prompts = held_out_openings(rows, model.tokenizer, config.eval.sample_prompts)
+    config, folder, chat = model.config, model.run.stage(model.stage), model.stage != "base"
+    prompts = list(config.eval.chat_prompts or CHAT_PROMPTS) if chat else model.openings(config.eval.sample_prompts)
     tokens = min(config.eval.sample_tokens, config.model.seq_len // 2)
-    found: dict[str, Any] = {"format": FORMAT}
-    text = [f"# Samples: {model.stage}", "", "Temperature in bold; tool calls in brackets.", ""]
+    record: dict[str, Any] = {"format": FORMAT}
+    text = f"# Samples: {model.stage}\n\nTemperature in bold; tool calls in brackets.\n"
     for title, params in (("Before", before), ("After", model.params)):
         model.engine.load(params)
         turns = samples(model.engine, prompts, chat, tokens, config.eval.sample_temperatures)
-        found[title.lower()] = turns
-        text += [f"## {title}", "", samples_markdown(turns)]
-    write_json(run.stage(model.stage) / "samples.json", found)
-    atomic_write(run.stage(model.stage) / "samples.md", "\n".join(text))
+        record[title.lower()] = turns
+        text += f"\n## {title}\n\n{samples_markdown(turns)}"
+    write_json(folder / "samples.json", record)
+    atomic_write(folder / "samples.md", text)
 
 
 # Exams
@@ -173,108 +236,108 @@ class Model:
     def scorer(self) -> Scorer:
         return Scorer(self.config.model, self.params, self.mesh, self.batch_rows)
 
+    def openings(self, count: int) -> list[str]:
+        """Return the first words of that many held-out texts."""
+        return held_out_openings(Rows(self.run.data / "rows" / "val", verify=False), self.tokenizer, count)
+
     def exam(self, task: Task, indices: Sequence[int]) -> tuple[Scores, Decisions]:
         """Ask the questions of those numbers."""
+        everything = task.examples()
+        examples = [everything[i] for i in indices]
         if isinstance(task, WrittenTask):
-            return self._written(task, indices)
-        assert isinstance(task, ChoiceTask), f"{task.name} has questions of an unknown kind"
-        return self._choice(task, indices)
+            scores, decisions = self._written(task, examples)
+        elif isinstance(task, ChoiceTask):
+            scores, decisions = self._choice(task, examples)
+        else:
+            raise TypeError(f"{task.name} has questions of an unknown kind")
+        right = [decision["right"] for decision in decisions]
+        decisions = [{"index": i} | decision for i, decision in zip(indices, decisions, strict=True)]
+        return accuracy(right, task.chance) | scores | by_tags(examples, right, task.chance), decisions
 
-    def _written(self, task: WrittenTask, indices: Sequence[int]) -> tuple[Scores, Decisions]:
-        """Grade answers at temperature 0.
+    def _written(self, task: WrittenTask, examples: Sequence[Example]) -> tuple[Scores, Decisions]:
+        """Grade answers at temperature 0, and `eval.samples` more at `eval.temperature`.
 
         A question longer than the context counts as wrong (`too_long`). `endless` counts truncated answers.
         """
-        everything = task.examples()
-        examples = [everything[i] for i in indices]
         requests = [self.engine.chat_request(e.prompt, max_tokens=task.max_tokens) for e in examples]
-        fits = [len(request.tokens) <= self.engine.capacity for request in requests]
-        asked = [request for request, fit in zip(requests, fits, strict=True) if fit]
-        with progress(f"{self.stage} {task.name}", len(asked)) as bar:
-            answers = iter(self.engine.generate(asked, lambda _: bar.advance()))
-        results = [next(answers) if fit else Result([], [], "too_long", 0, 0) for fit in fits]
+        fit = [i for i, request in enumerate(requests) if len(request.tokens) <= self.engine.capacity]
+        results = [TOO_LONG] * len(examples)
+        with progress(f"{self.stage} {task.name}", len(fit)) as bar:
+            for i, result in zip(
+                fit, self.engine.generate([requests[i] for i in fit], lambda _: bar.advance()), strict=True
+            ):
+                results[i] = result
         right = task.grade_all(examples, [result.text for result in results])
         decisions: Decisions = [
-            {"index": i, "prompt": e.prompt, "expected": e.expected, "answer": r.parts}
-            | {"finish_reason": r.finish_reason, "right": ok}
-            for i, e, r, ok in zip(indices, examples, results, right, strict=True)
+            {
+                "prompt": e.prompt,
+                "expected": e.expected,
+                "answer": r.parts,
+                "finish_reason": r.finish_reason,
+                "right": ok,
+            }
+            for e, r, ok in zip(examples, results, right, strict=True)
         ]
-        truncated = sum(result.finish_reason == "length" for result in results)
-        scores = accuracy(right, task.chance) | {"too_long": fits.count(False), "endless": truncated}
-        readings: dict[str, list[bool]] = defaultdict(list)
-        for example, result in zip(examples, results, strict=True):
-            for name, ok in task.readings(example, result.text).items():
-                readings[name].append(ok)
-        if readings:
-            scores["readings"] = {name: accuracy(oks, task.chance) for name, oks in readings.items()}
+        scores: Scores = {
+            "too_long": len(examples) - len(fit),
+            "endless": sum(result.finish_reason == "length" for result in results),
+        }
+        readings = [task.readings(example, result.text) for example, result in zip(examples, results, strict=True)]
+        if readings and readings[0]:
+            scores["readings"] = {name: accuracy([r[name] for r in readings], task.chance) for name in readings[0]}
         if k := self.config.eval.samples:
-            drawn = iter(self._sampled(task, [e for e, fit in zip(examples, fits, strict=True) if fit], asked))
-            for decision, fit in zip(decisions, fits, strict=True):
-                decision["draws"] = next(drawn) if fit else [{"answer": [], "right": False}] * k
-            scores["pass_at_k"] = passes([[draw["right"] for draw in d["draws"]] for d in decisions])
+            handles = []
+            for place, i in enumerate(fit):  # the same answers every time
+                request = dataclasses.replace(requests[i], temperature=self.config.eval.temperature)
+                handles += self.engine.submit_group(request, [ORDER_SEED + place * k + j for j in range(k)])
+            with progress(f"{self.stage} {task.name}, {k} samples", len(handles)) as bar:
+                drawn = self.engine.finish(handles, lambda _: bar.advance())
+            grades = task.grade_all([examples[i] for i in fit for _ in range(k)], [result.text for result in drawn])
+            graded = [{"answer": r.parts, "right": ok} for r, ok in zip(drawn, grades, strict=True)]
+            for decision in decisions:
+                decision["draws"] = [{"answer": [], "right": False}] * k
+            for place, i in enumerate(fit):
+                decisions[i]["draws"] = graded[place * k : place * k + k]
+            scores["pass_at_k"] = passes([[draw["right"] for draw in decision["draws"]] for decision in decisions])
         if facts := task.facts():
             scores["facts"] = facts
-        return scores | by_tags(examples, right, task.chance), decisions
+        return scores, decisions
 
-    def _sampled(self, task: WrittenTask, examples: Sequence[Example], requests: Sequence[Request]) -> list[Decisions]:
-        """`eval.samples` graded answers to each question, the same every time."""
-        temperature, k = self.config.eval.temperature, self.config.eval.samples
-        handles = []
-        for place, request in enumerate(requests):
-            seeds = [ORDER_SEED + place * k + i for i in range(k)]
-            handles += self.engine.submit_group(dataclasses.replace(request, temperature=temperature), seeds)
-        with progress(f"{self.stage} {task.name}, {k} samples", len(handles)) as bar:
-            results = self.engine.finish(handles, lambda _: bar.advance())
-        right = task.grade_all([e for e in examples for _ in range(k)], [result.text for result in results])
-        graded = [{"answer": r.parts, "right": ok} for r, ok in zip(results, right, strict=True)]
-        return [graded[i : i + k] for i in range(0, len(graded), k)]
-
-    def _choice(self, task: ChoiceTask, indices: Sequence[int]) -> tuple[Scores, Decisions]:
+    def _choice(self, task: ChoiceTask, examples: Sequence[ChoiceExample]) -> tuple[Scores, Decisions]:
         """Choose the letter of largest logit where the answer begins. `cropped` prompts lost their beginning."""
-        everything = task.examples()
-        examples = [everything[i] for i in indices]
         prompts = [render_prompt(self.tokenizer, e.prompt) for e in examples]
-        letters = [[self._letter(letter) for letter in e.letters] for e in examples]
+        ids = {letter: self.tokenizer.encode(letter) for e in examples for letter in e.letters}
+        if split := [letter for letter, tokens in ids.items() if len(tokens) != 1]:
+            raise DataError(f"the tokenizer splits the letter {split[0]!r} into several tokens; it must be one")
+        letters = [[ids[letter][0] for letter in e.letters] for e in examples]
         with progress(f"{self.stage} {task.name}", len(prompts)) as bar:
             logits, cropped = self.scorer.letters(prompts, letters, bar.advance)
-        chosen = [row.index(max(row)) for row in logits]
-        right = [c == e.right for c, e in zip(chosen, examples, strict=True)]
-        decisions: Decisions = [
-            {"index": i, "question": digest([e])[:MARK], "chosen": e.letters[c], "expected": e.letters[e.right]}
-            | {"right": ok}
-            for i, e, c, ok in zip(indices, examples, chosen, right, strict=True)
-        ]
-        return accuracy(right, task.chance) | {"cropped": cropped} | by_tags(examples, right, task.chance), decisions
-
-    def _letter(self, letter: str) -> int:
-        ids = self.tokenizer.encode(letter)
-        if len(ids) != 1:
-            raise DataError(f"the tokenizer splits the letter {letter!r} into {len(ids)} tokens; it must be one")
-        return ids[0]
+        decisions: Decisions = []
+        for e, row in zip(examples, logits, strict=True):
+            chosen, expected = e.letters[row.index(max(row))], e.letters[e.right]
+            mark = digest([e])[:MARK]
+            decisions.append({"question": mark, "chosen": chosen, "expected": expected, "right": chosen == expected})
+        return {"cropped": cropped}, decisions
 
     def core_task(
         self, task: core.CoreTask, items: Sequence[core.Item], count: int | None = None
     ) -> tuple[Scores, Decisions]:
         """Ask the first `count` items of one of CORE's tasks (None: all). `cropped` items do not fit the context."""
-        asked = items[:count]
-        decisions: Decisions = []
-        cropped = 0
+        asked, decisions, cropped = items[:count], Decisions(), 0
         with progress(f"{self.stage} core: {task.label}", len(asked)) as bar:
             for start in range(0, len(asked), core.BLOCK):
                 block = range(start, min(start + core.BLOCK, len(asked)))
                 groups = list(core.groups(task, items, self.tokenizer, block))
                 for i, spans in zip(block, self.scorer.spans(groups), strict=True):
                     option, ok = core.decide(task, items[i], spans)
-                    mark = digest([items[i]])[:MARK]
-                    decisions.append({"index": i, "question": mark, "chosen": option, "right": ok})
+                    decisions.append({"index": i, "question": digest([items[i]])[:MARK], "chosen": option, "right": ok})
                     cropped += any(span.cropped for span in spans)
                 bar.advance(len(block))
         scores = accuracy([decision["right"] for decision in decisions], task.baseline)
-        shots = min(task.shots, len(items) - 1)
-        centred = core.centred(task, scores["accuracy"])
+        shots, centred = min(task.shots, len(items) - 1), core.centred(task, scores["accuracy"])
         return scores | {"centred": centred, "shots": shots, "cropped": cropped}, decisions
 
-    def bits_per_byte(self) -> Scores:
+    def bits_per_byte(self) -> tuple[Scores, Decisions]:
         """Score held-out text, and held-out conversations where there are any. `n` counts rows."""
         config, devices = self.config, batch_devices(self.mesh)
         rows_at_once = -(-self.batch_rows // devices) * devices
@@ -294,30 +357,16 @@ class Model:
         if not scores:
             raise DataError(f"{self.run.data}: no held-out rows; run stage prepare again")
         first = next(iter(scores.values()))
-        return {"metric": first["bits_per_byte"], "unit": "bits per byte"} | first | scores
+        return {"metric": first["bits_per_byte"], "unit": "bits per byte"} | first | scores, []
 
-
-def core_summary(tasks: dict[str, Scores]) -> Scores:
-    """The mean of the centred accuracies of CORE's tasks, by label; the interval adds up those of the tasks."""
-    means = [task["centred"] for task in tasks.values()]
-    half = math.sqrt(sum(((t["interval"][1] - t["interval"][0]) / 2 / (1 - t["chance"])) ** 2 for t in tasks.values()))
-    metric = sum(means) / len(means)
-    return {
-        "metric": metric,
-        "n": sum(task["n"] for task in tasks.values()),
-        "seconds": round(sum(task["seconds"] for task in tasks.values()), 3),
-        "interval": (metric - half / len(means), metric + half / len(means)),
-        "chance": 0.0,
-        "groups": tasks,
-    }
-
-
-def chat_core(tasks: dict[str, Scores]) -> float | None:
-    """ChatCORE: the mean of its five exams, centred so that guessing is 0; None unless all five are there."""
-    names = [name for name, task in TASKS.items() if task.chat_core]
-    if not all(name in tasks for name in names):
-        return None
-    return sum((tasks[n]["metric"] - tasks[n]["chance"]) / (1 - tasks[n]["chance"]) for n in names) / len(names)
+    def memorization(self) -> Scores:
+        """Return what the model's own texts share with the training text."""
+        openings = self.openings(COPY_TEXTS)
+        requests = [
+            self.engine.text_request(text, temperature=0.8, seed=SEED + i, stop=()) for i, text in enumerate(openings)
+        ]
+        texts = [result.text for result in self.engine.generate(requests)]
+        return memorized(texts, training_documents(self.config)) | {"most": self.config.eval.overlap_documents}
 
 
 def capped(count: int, limit: int) -> list[int]:
@@ -328,7 +377,7 @@ def capped(count: int, limit: int) -> list[int]:
 
 
 def digest(questions: Iterable[Any]) -> str:
-    """SHA-256 of what is asked and what is right."""
+    """Return the SHA-256 of what is asked and what is right."""
     sha256 = hashlib.sha256()
     for q in questions:
         if isinstance(q, Example):
@@ -339,38 +388,25 @@ def digest(questions: Iterable[Any]) -> str:
     return sha256.hexdigest()
 
 
-def by_tags(examples: Sequence[Example | ChoiceExample], right: Sequence[bool], chance: float) -> Scores:
-    """The same scores for every tag's value: `{"groups": {"kind: gain": ...}}`."""
-    groups: dict[str, list[bool]] = defaultdict(list)
-    for example, ok in zip(examples, right, strict=True):
-        for tag, value in example.tags.items():
-            groups[f"{tag}: {value}"].append(ok)
-    return {"groups": {name: accuracy(oks, chance) for name, oks in sorted(groups.items())}}
-
-
 # The stage
 
 
 def run(config: Config, run: RunDir, one_batch: bool = False) -> dict[str, Any]:
-    """Examine every stage that has a checkpoint; facts: main scores by stage and task, digest.
-
-    An exam that is done for the same parameters, questions and settings is kept, so a killed evaluation resumes. An
-    exam whose data is missing or damaged is recorded as not run, with the reason. `one_batch`: see `Examiner`.
-    """
+    """Examine every stage that has a checkpoint; facts: main scores by stage and task, digest. See `examine`."""
     tokenizer, before = Tokenizer.load(run.tokenizer), gpt.init_params(config.model, config.seed)
     records: dict[str, dict[str, Any]] = {}
     for stage in STAGES:
-        if not any(path.name.isdigit() for path in run.stage(stage).glob("*")):
-            continue
-        params = trained_params(run, stage)
-        examiner = Examiner(Model(config, run, stage, params, tokenizer), one_batch)
-        records[stage] = examiner.examine()
-        write_samples(examiner.model, before)
-        before = params
+        if any(path.name.isdigit() for path in run.stage(stage).glob("*")):
+            model = Model(config, run, stage, trained_params(run, stage), tokenizer)
+            records[stage] = examine(model, one_batch)
+            write_samples(model, before)
+            before = model.params
     if not records:
         raise DataError(f"{run.root}: nothing to examine; train it first")
     exams = {stage: record["tasks"] for stage, record in records.items()}
-    say(f"\n{exam_table({'exams': exams, 'standing': {s: standing(r) for s, r in records.items()}})}\n")
+    card = {"exams": exams, "standing": {stage: standing(record) for stage, record in records.items()}}
+    table = exam_tables(card)[0]
+    say(f"\n{text_table([table.head, *table.rows])}\n")
     content = json.dumps(_without_seconds(records), sort_keys=True).encode()
     scores = {stage: {name: task["metric"] for name, task in tasks.items()} for stage, tasks in exams.items()}
     return scores | {"digest": hashlib.sha256(content).hexdigest()}
@@ -383,7 +419,7 @@ def _without_seconds(record: Any) -> Any:
 
 
 def check(config: Config) -> None:
-    """`UsageError` for an exam that does not exist or cannot be sat with these settings, before any work."""
+    """Raise `UsageError` for an exam that does not exist or cannot be taken with these settings, before any work."""
     for task, _ in exam_tasks(config):
         task.check()
 
@@ -395,171 +431,124 @@ def external_inputs(config: Config) -> str:
 
 def exam_tasks(config: Config) -> Iterator[tuple[Task, bool]]:
     """Yield the tasks of `eval.exams`; True for one that is left out silently where its data is not at hand."""
-    seen: set[str] = set()
+    names: dict[str, bool] = {}
     for entry in config.eval.exams:
         for name in [name for name, task in TASKS.items() if task.auto] if entry == AUTO else [entry]:
-            if name not in seen:
-                seen.add(name)
-                yield get_task(name, TaskFiles.of(config, download=entry != AUTO)), entry == AUTO
+            names.setdefault(name, entry == AUTO)
+    for name, optional in names.items():
+        yield get_task(name, TaskFiles.of(config, download=not optional)), optional
 
 
-class Examiner:
-    """Fills `eval/<stage>.json`, starting from what an earlier evaluation of the same model left there.
+def examine(model: Model, one_batch: bool = False) -> dict[str, Any]:
+    """Fill `eval/<stage>.json`, starting from what an earlier evaluation of the same model left there; returns it.
+
+    An exam that is done for the same parameters, questions and settings is kept, so a killed evaluation resumes. An
+    exam whose data is missing or damaged is recorded as not run, with the reason.
 
     `one_batch` asks of every exam only as many questions as run at once, twice; the seconds of the second time, in
     which nothing compiles, are `again_seconds`, and `questions` is how many the whole exam has.
     """
+    config, stage, path = model.config, model.stage, model.run.eval(model.stage)
+    settings = {k: v for k, v in dataclasses.asdict(config.eval).items() if k not in FREE}
+    inputs = settings | {"params_sha256": params_sha256(model.params), "tokenizer": model.tokenizer.digest}
+    record = read_json(path) if path.exists() else {}
+    if record.get("inputs") != inputs or record.get("format", 1) != FORMAT:
+        record = {"tasks": {}, "core_tasks": {}}
+    record |= {"format": FORMAT, "core": None, "core_partial": None, "chatcore": None, "not_run": {}, "inputs": inputs}
+    done: dict[str, list[str]] = {"tasks": [], "core_tasks": []}
+    limit, rows = config.eval.max_per_task, config.eval.batch_rows
 
-    def __init__(self, model: Model, one_batch: bool = False):
-        self.model, self.config, self.stage, self.one_batch = model, model.config, model.stage, one_batch
-        self._path = model.run.eval(model.stage)
-        settings = {k: v for k, v in dataclasses.asdict(self.config.eval).items() if k not in FREE}
-        inputs = settings | {"params_sha256": params_sha256(model.params), "tokenizer": model.tokenizer.digest}
-        before = read_json(self._path) if self._path.exists() else {}
-        if before.get("inputs") != inputs or before.get("format", 1) != FORMAT:
-            before = {"tasks": {}, "core_tasks": {}}
-        fresh: dict[str, Any] = {"format": FORMAT, "core": None, "core_partial": None, "chatcore": None, "not_run": {}}
-        self._record: dict[str, Any] = before | fresh | {"inputs": inputs}
-        self._seen: dict[str, list[str]] = {"tasks": [], "core_tasks": []}  # exams of this evaluation
+    def take(
+        name: str, title: str, asked: str, count: int, ask: Callable[[], tuple[Scores, Decisions]], where: str = "tasks"
+    ) -> None:
+        """Take an exam, unless the record has its scores for the same questions, whose digest is `asked`."""
+        scores = record[where].get(name)
+        if scores is None or scores.get("questions_sha256", "") != asked:
+            begin = time.perf_counter()
+            scores, decisions = ask()
+            scores["seconds"] = round(time.perf_counter() - begin, 3)
+            if asked:
+                scores["questions_sha256"] = asked
+            if decisions:
+                lines = "".join(json.dumps(decision, ensure_ascii=False) + "\n" for decision in decisions)
+                kind = "core_" if where == "core_tasks" else ""
+                atomic_write(path.with_name(f"{stage}_{kind}{name}.jsonl"), lines)
+            if one_batch:
+                begin = time.perf_counter()
+                ask()
+                scores |= {"again_seconds": round(time.perf_counter() - begin, 3), "questions": count or scores["n"]}
+        keep(name, scores | {"title": title}, where)
 
-    def examine(self) -> dict[str, Any]:
-        """Sit the exams that have no result yet; writes the record after each, and returns it."""
-        self._exam("bits_per_byte", "bits per byte", "", lambda: (self.model.bits_per_byte(), []))
-        for task, optional in exam_tasks(self.config):
-            if isinstance(task, core.Core) != (self.stage == "base"):
-                continue
-            try:
-                if isinstance(task, core.Core):
-                    self._core(task)
-                else:
-                    self._chat_exam(task)
-            except DataError as error:
-                if not (optional and isinstance(error, MissingData)):
-                    self._not_run(task.name, str(error))
-        if self.stage == "base" and self.config.eval.copied:
-            self._memorization()
-        else:
-            self._record.pop("copied", None)
-        for where, names in self._seen.items():  # without exams that are no longer asked for
-            self._record[where] = {name: self._record[where][name] for name in names}
-        self._record["chatcore"] = mean = chat_core(self._record["tasks"])
-        if mean is not None:
-            say(f"  {self.stage:<5} ChatCORE {mean:.4f}")
-        write_json(self._path, self._record)
-        return self._record
+    def keep(name: str, scores: Scores, where: str = "tasks") -> None:
+        record[where][name] = scores
+        done[where].append(name)
+        write_json(path, record)
+        say(f"  {stage:<5} {name:<14} {words(score_cell(scores))}, {scores['n']} cases")
 
-    def _chat_exam(self, task: Task) -> None:
+    def not_run(name: str, why: str) -> None:
+        record["not_run"][name] = why
+        say(f"  {stage:<5} {name:<14} not run: {why}", style="yellow")
+
+    def chat_exam(task: Task) -> None:
         examples = task.examples()
-        indices = capped(len(examples), self.config.eval.max_per_task)
+        indices = capped(len(examples), limit)
         if not indices:
             raise DataError(f"{task.name} has no questions, it is only a source of conversations")
-        count = len(indices)
-        if self.one_batch:
-            indices = indices[: max(1, self.config.eval.batch_rows)]
-        asked = digest([*(examples[i] for i in indices), *task.setting()])
-        self._exam(task.name, task.title or task.name, asked, lambda: self.model.exam(task, indices), count=count)
+        asked = indices[: max(1, rows)] if one_batch else indices
+        questions = digest([*(examples[i] for i in asked), *task.setting()])
+        ask = functools.partial(model.exam, task, asked)
+        take(task.name, task.title or task.name, questions, len(indices), ask)
 
-    def _core(self, task: core.Core) -> None:
-        """CORE's tasks one after the other. The score is called CORE only where none is missing."""
-        missing: dict[str, str] = {}
-        damaged: list[str] = []
-        limit, baselines = self.config.eval.max_per_task, task.baselines()
-        first = max(2, self.config.eval.batch_rows // CORE_TEXTS) if self.one_batch else None
+    def core_exams(task: core.Core) -> None:
+        missing: dict[str, DataError] = {}
+        baselines, first = task.baselines(), max(2, rows // CORE_TEXTS) if one_batch else None
         for part in core.CORE_TASKS:
             part = dataclasses.replace(part, baseline=baselines.get(part.label, part.baseline))
             try:
                 items = task.load(part)[: limit if limit >= 0 else None]
+                if not items:
+                    raise DataError("eval.max_per_task asks for no questions")
             except DataError as error:
-                missing[part.label] = str(error)
-                damaged += [] if isinstance(error, MissingData) else [str(error)]
+                missing[part.label] = error
                 continue
-            if not items:
-                missing[part.label] = "no questions"
-                continue
-            exam = functools.partial(self.model.core_task, part, items, first)
-            self._exam(part.label, part.label, digest(items), exam, "core_tasks", len(items))
-        if not self._seen["core_tasks"]:
-            raise MissingData(next(iter(missing.values())))
-        tasks = {label: self._record["core_tasks"][label] for label in self._seen["core_tasks"]}
-        summary = core_summary(tasks)
-        if missing:
-            self._record["core_partial"] = {"metric": summary["metric"], "tasks": len(tasks), "missing": missing}
-            title = f"core_partial (mean of {len(tasks)} of CORE's {len(core.CORE_TASKS)} tasks)"
-            reasons = damaged or [next(iter(missing.values()))]
-            self._not_run("core", f"no data of {', '.join(missing)}: {'; '.join(reasons)}")
+            ask = functools.partial(model.core_task, part, items, first)
+            take(part.label, part.label, digest(items), len(items), ask, "core_tasks")
+        if not done["core_tasks"]:
+            raise next(iter(missing.values()))
+        summary = core_summary({label: record["core_tasks"][label] for label in done["core_tasks"]})
+        if missing:  # the mean of some of its tasks is not called CORE
+            reasons, count = {label: str(error) for label, error in missing.items()}, len(done["core_tasks"])
+            record["core_partial"] = {"metric": summary["metric"], "tasks": count, "missing": reasons}
+            not_run("core", f"no data of {', '.join(reasons)}: {next(iter(reasons.values()))}")
+            title = f"core_partial (mean of {count} of CORE's {len(core.CORE_TASKS)} tasks)"
+            keep("core_partial", summary | {"title": title})
         else:
-            self._record["core"], title = summary["metric"], task.title
-        name = "core_partial" if missing else "core"
-        self._record["tasks"][name] = summary | {"title": title}
-        self._seen["tasks"].append(name)
-        say(f"  {self.stage:<5} {title} {summary['metric']:.4f}")
-        write_json(self._path, self._record)
+            record["core"] = summary["metric"]
+            keep("core", summary | {"title": task.title})
 
-    def _exam(
-        self,
-        name: str,
-        title: str,
-        asked: str,
-        exam: Callable[[], tuple[Scores, Decisions]],
-        where: str = "tasks",
-        count: int = 0,
-    ) -> None:
-        """Sit an exam, unless the record has its result for the same questions.
-
-        `asked`: their digest. `count`: questions of the whole exam.
-        """
-        scores = self._record[where].get(name)
-        if scores is None or scores.get("questions_sha256", "") != asked:
-            begin = time.perf_counter()
-            scores, decisions = exam()
-            scores["seconds"] = round(time.perf_counter() - begin, 3)
-            if decisions:
-                lines = "".join(json.dumps(decision, ensure_ascii=False) + "\n" for decision in decisions)
-                kind = "core_" if where == "core_tasks" else ""
-                atomic_write(self._path.with_name(f"{self.stage}_{kind}{name}.jsonl"), lines)
-            if self.one_batch:
-                begin = time.perf_counter()
-                exam()
-                scores |= {"again_seconds": round(time.perf_counter() - begin, 3), "questions": count or scores["n"]}
-            if asked:
-                scores["questions_sha256"] = asked
-        self._record[where][name] = scores = scores | {"title": title}
-        self._seen[where].append(name)
-        write_json(self._path, self._record)
-        say(f"  {self.stage:<5} {name:<14} {_line(scores)}")
-
-    def _not_run(self, name: str, why: str) -> None:
-        self._record["not_run"][name] = why
-        say(f"  {self.stage:<5} {name:<14} not run: {why}", style="yellow")
-        write_json(self._path, self._record)
-
-    def _memorization(self) -> None:
-        """Passages that the model's own texts share with the training text."""
-        limit, found = self.config.eval.overlap_documents, self._record.get("copied")
-        if found is None or found["most"] != limit:
-            engine, rows = self.model.engine, Rows(self.model.run.data / "rows" / "val", verify=False)
-            openings = held_out_openings(rows, self.model.tokenizer, COPY_TEXTS)
-            requests = [
-                engine.text_request(text, temperature=0.8, seed=SEED + i, stop=()) for i, text in enumerate(openings)
-            ]
-            texts = [result.text for result in engine.generate(requests)]
-            documents = itertools.islice(iterate_documents(self.config.data, "train"), limit if limit >= 0 else None)
-            found = memorized(texts, documents) | {"most": limit}
-        self._record["copied"] = found
+    take("bits_per_byte", "bits per byte", "", 0, model.bits_per_byte)
+    for task, optional in exam_tasks(config):
+        try:
+            if isinstance(task, core.Core) and stage == "base":
+                core_exams(task)
+            elif not isinstance(task, core.Core) and stage != "base":
+                chat_exam(task)
+        except DataError as error:
+            if not (optional and isinstance(error, MissingData)):
+                not_run(task.name, str(error))
+    for where, names in done.items():  # without exams that are no longer asked for
+        record[where] = {name: record[where][name] for name in names}
+    record["chatcore"] = chat_core(record["tasks"])
+    if stage != "base" or not config.eval.copied:
+        record.pop("copied", None)
+    elif record.get("copied", {}).get("most") != config.eval.overlap_documents:
+        record["copied"] = found = model.memorization()
         say(
-            f"  {self.stage:<5} {'copied':<14} the longest memorized passage has {found['longest']:,} characters; "
-            f"{found['share']:.1%} of {found['texts']} texts is in passages of {LONG_PASSAGE} bytes and more "
-            f"({found['documents']:,} documents searched)"
+            f"  {stage:<5} {'copied':<14} the longest memorized passage has {found['longest']:,} characters; "
+            f"{found['share']:.1%} of {found['texts']} texts is in passages of {LONG_PASSAGE} bytes and more"
         )
-
-
-def _line(scores: Scores) -> str:
-    if "accuracy" in scores or "centred" in scores:
-        low, high = scores["interval"]
-        beside = "".join(f", {name} {found['metric']:.1%}" for name, found in scores.get("readings", {}).items())
-        cropped = f", {scores['cropped']} cropped" if scores.get("cropped") else ""
-        return f"{scores['metric']:.1%} of {scores['n']} (95 %: {low:.1%} to {high:.1%}){beside}{cropped}"
-    return f"{bits(scores)}  perplexity {scores['perplexity']:.1f} on {scores['n']} rows"
+    write_json(path, record)
+    return record
 
 
 def spot_checks(config: Config, run: RunDir, tokenizer: Tokenizer, stage: str, cases: int) -> list[Evaluator]:

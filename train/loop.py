@@ -44,11 +44,10 @@ from jaxchat.train_state import (
     make_train_step,
 )
 
+from .curves import plot, trackers
 from .doctor import available_memory
-from .plots import plot
-from .statistics import Z95
-from .trackers import trackers
 
+Z95 = 1.959963984540054  # standard deviations on each side of a 95 % interval
 SAY_SECONDS = 30.0  # between lines of progress where there is no terminal to draw on
 GIB = 2**30
 Evaluator = Callable[[TrainState, int], Iterable[tuple[str, float]]]

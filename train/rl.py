@@ -43,11 +43,10 @@ from jaxchat.tasks.registry import get_task
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import Batch, TrainState, decided, make_nll_step
 
-from .evaluate import shown
+from .curves import plot
+from .evaluate import passes, shown
 from .loop import StepBatch, Trainer, continued
-from .plots import plot
 from .report import code
-from .statistics import pass_at_k
 
 # Muon's momentum and the largest rates of the tables, before `rl.lr_ratio`, as in nanochat's RL
 MOMENTUM, EMBEDDING_LR, UNEMBEDDING_LR = (0.95, 0.95, 0.95), 0.2, 0.004
@@ -284,7 +283,7 @@ class RolloutWorker:
             [sample_seed(self.config.seed, "exam", q, s) for s in range(rl.eval_samples)] for q in range(len(self.exam))
         ]
         answers = self.sample(self.exam, seeds)
-        yield from pass_at_k(answers.correct).items()
+        yield from ((name, scores["metric"]) for name, scores in passes(answers.correct).items())
         yield "kl", self._kl(state.params, answers.first(max(1, rl.prompts * rl.samples // rl.eval_samples)), step)
         if distributed.index() == 0:
             self._write_rollouts(answers, step)

@@ -31,8 +31,8 @@ from jaxchat.tasks.base import identity_digest
 from jaxchat.train_state import check_attention
 
 from . import evaluate, prepare, pretrain, report, rl, sft
+from .curves import check_trackers
 from .doctor import commit, hardware, peak_rss, versions
-from .trackers import check_trackers
 
 SHARED_SECONDS = 60.0  # until the other processes must see what process 0 wrote
 FORMATS: dict[str, Callable[[Trained, Path], dict[str, Any]]] = {"orbax": write_orbax, "hf": write_hf}
