@@ -23,24 +23,27 @@ RUNS = ("h100:8=-1,1,1", "h100:64=-1,1,1", "h100:64=8,8,1", "h100:512=-1,1,1", "
 def measure(config: Config, run: str, rows: int, accumulate: int) -> dict[str, Any]:
     """What one target and mesh (`h100:64=8,8,1`) would do: bytes and seconds of a step per device."""
     from jaxchat.sharding import batch_devices, make_mesh
-    from train.plan import compile_plan
-    from train.targets import parse_target, target_devices
+    from train.compiled import collectives, compile_step
+    from train.plan import run_figures
+    from train.targets import MEMORY_FRACTION, parse_target, target_devices
 
     target, _, sizes = run.partition("=")
     axes = MeshConfig(*(int(size) for size in sizes.split(",")))
     where = parse_target(target)
-    shards = batch_devices(make_mesh(axes, target_devices(where)))
-    batch = rows * accumulate * shards * config.model.seq_len
+    mesh = make_mesh(axes, target_devices(where))
+    batch = rows * accumulate * batch_devices(mesh) * config.model.seq_len
     train = dataclasses.replace(config.train, batch_tokens=batch, device_batch_rows=rows)
-    found = compile_plan(dataclasses.replace(config, mesh=axes, train=train), where, search=False)
+    config = dataclasses.replace(config, mesh=axes, train=train)
+    step = compile_step(config, mesh, rows, accumulate)
+    found = run_figures(config, where, rows, accumulate, collectives(step.text, mesh.size))
     products, links = found["compute_seconds_estimate"], found["collective_seconds_estimate"]
     return {
         "target": target,
-        "mesh": found["mesh"],
+        "mesh": dict(mesh.shape),
         "rows": rows,
         "grad_accum": accumulate,
-        "peak_bytes_per_device": found["peak_bytes_per_device"],
-        "fits": found["fits"],
+        "peak_bytes_per_device": step.peak,
+        "fits": step.peak <= MEMORY_FRACTION * where.chip.device_bytes,
         "collectives": found["collectives"],
         "sent_bytes_per_device": found["sent_bytes_per_device"],
         "link_bytes_per_second": where.chip.link_rate,
@@ -49,7 +52,7 @@ def measure(config: Config, run: str, rows: int, accumulate: int) -> dict[str, A
         "collective_seconds": links,
         "efficiency_floor": products / (products + links),
         "efficiency_ceiling": products / max(products, links),
-        "compile_seconds": found["compile_seconds"],
+        "compile_seconds": step.seconds,
     }
 
 

@@ -191,7 +191,7 @@ def value_text(name: str, value: Any, separator: str = "\n") -> str:
             return f"{value:,.2f} USD"
         case "mfu" | "share":
             return f"{value:.1%}"
-    return f"{value:,.0f}" if float(value).is_integer() or 1000 <= value < 1e13 else f"{value:.3g}"
+    return f"{value:,.0f}" if value < 1e13 and (value >= 1000 or float(value).is_integer()) else f"{value:.3g}"
 
 
 def size_text(count: float) -> str:

@@ -10,6 +10,7 @@ from whole_run import TINY, arguments
 import launch
 from jaxchat.config import load_config
 from jaxchat.errors import DataError, UsageError
+from jaxchat.log import value_text
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
 from train.plan import (
@@ -45,6 +46,16 @@ def test_json_has_the_keys_of_the_contract(capsys):
     assert found["disk_bytes"] == sum(found["disk"].values()) > 0
     rows = found["device_batch_rows"] * found["grad_accum"] * 8 * 2048
     assert rows * found["steps"] == found["tokens"]
+
+
+@pytest.mark.parametrize(("name", "value", "text"), [
+    ("peak_bytes", 1.5e9, "1.5 GB"), ("disk", {"rows": 7e6}, "rows: 7 MB"), ("seconds", 7200, "2.00 h"),
+    ("step_seconds", 0.25, "0.25 s"), ("mfu_assumed", 0.46, "46.0%"), ("usd", 3, "3.00 USD"), ("tokens", 9876, "9,876"),
+    ("flops", 10**18, "1e+18"), ("fits", False, "NO"), ("mfu", None, "-"), ("made_up", [], "none"),
+    ("collectives", {"all-reduce": {"count": 2, "bytes": 1e6}}, "all-reduce: count 2, bytes 1 MB"),
+])  # fmt: skip
+def test_the_table_says_the_unit_that_a_name_tells(name, value, text):
+    assert value_text(name, value) == text
 
 
 def test_more_devices_take_less_time_for_little_more_money():

@@ -117,7 +117,8 @@ def plan_budget(given: Config, target: str, budget: str | None, hours: float | N
             break
         say(f"{depth} layers do not fit {target}, or exceed the limits once compiled")
     else:
-        raise UsageError(f"--budget {budget}, --hours {hours}: not enough on {target} for any model that fits there")
+        limits = " and ".join(f"--{name} {n}" for name, n in (("budget", budget), ("hours", hours)) if n is not None)
+        raise UsageError(f"{limits}: not enough on {target} for any model that fits there")
     command = f"python launch.py --tier {given.tier}"
     if depth != given.model.depth:
         command += f" --set model.depth={depth} --run-dir runs/d{depth}"
@@ -167,48 +168,40 @@ def estimate(config: Config, target: Target | str) -> Plan:
     }
 
 
-def compile_plan(config: Config, target: Target, search: bool = True) -> Plan:
-    """Return the plan from the compiled steps; `search`: also the largest rows.
+def compile_plan(config: Config, target: Target) -> Plan:
+    """Return the plan from the step, compiled with the configured rows and with those that may fit.
 
     Raises `NoCompiler` without the target's compiler, `UsageError` for a mesh or batch that cannot be.
     """
-    begin, usable = time.perf_counter(), MEMORY_FRACTION * target.chip.device_bytes
+    begin, limit = time.perf_counter(), target.chip.device_bytes
     mesh = make_mesh(config.mesh, target_devices(target))
     rows, accumulate = compiled.rows_and_accumulation(config, mesh)
     steps: dict[int, compiled.Step] = {}
 
-    def compiled_with(n: int) -> compiled.Step:
+    def peak_of(n: int) -> int:
         if n not in steps:
             times = rows * accumulate // n
             of = f"{n} rows a device x {times} micro-batches"
             with waiting(f"compiling the step of {config.tier} for {target.text}: {of}"):
                 steps[n] = compiled.compile_step(config, mesh, n, times)
-        return steps[n]
+        return steps[n].peak
 
-    step, result = compiled_with(rows), Plan()
-    text = step.text
-    if search:
-        largest = compiled.largest_rows(config, mesh, target.chip.device_bytes, lambda n: compiled_with(n).peak)
-        if not text and largest:  # refused for its memory: what it would do is read where it fits
-            text = steps[largest].text
-        result["largest_device_batch_rows"] = largest
-        result["peak_bytes_by_rows"] = {n: steps[n].peak for n in sorted(steps)}
-    links = compiled.collectives(text, mesh.size)
-    return (
-        result
-        | run_figures(config, target, rows, accumulate, links)
-        | {
-            "fits": step.peak <= usable,
-            "peak_bytes_per_device": step.peak,
-            "argument_bytes": step.arguments,
-            "temp_bytes": step.temp,
-            "compile_seconds": step.seconds,
-            "method": "compiled",
-            "mesh": dict(mesh.shape),
-            "memory": step.parts | {"temporaries": step.temp},
-            "plan_seconds": time.perf_counter() - begin,
-        }
-    )
+    peak, largest = peak_of(rows), compiled.largest_rows(config, mesh, limit, peak_of)
+    step = steps[rows]
+    text = step.text or (steps[largest].text if largest else "")  # "": refused for its memory
+    return run_figures(config, target, rows, accumulate, compiled.collectives(text, mesh.size)) | {
+        "fits": peak <= MEMORY_FRACTION * limit,
+        "peak_bytes_per_device": peak,
+        "argument_bytes": step.arguments,
+        "temp_bytes": step.temp,
+        "compile_seconds": step.seconds,
+        "method": "compiled",
+        "mesh": dict(mesh.shape),
+        "memory": step.parts | {"temporaries": step.temp},
+        "largest_device_batch_rows": largest,
+        "peak_bytes_by_rows": {n: steps[n].peak for n in sorted(steps)},
+        "plan_seconds": time.perf_counter() - begin,
+    }
 
 
 def run_figures(config: Config, target: Target, rows: int, accumulate: int, links: list[compiled.Collective]) -> Plan:

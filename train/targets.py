@@ -72,10 +72,6 @@ class Target:
     def devices(self) -> int:
         return math.prod(self.shape)
 
-    @property
-    def hosts(self) -> int:
-        return max(1, self.devices // GPUS_PER_HOST) if self.chip.gpu else 1
-
 
 def parse_target(target: str) -> Target:
     """Return the `Target` of `auto`, `cpu:N`, `h100:8`, `v6e:2x4`, ...; `UsageError` says what there is."""
@@ -157,7 +153,8 @@ def target_devices(target: Target) -> list[jax.Device]:
     if chip.platform == "cuda":
         for line in other_versions([f"jax-cuda{number}-{part}" for number in (13, 12) for part in ("plugin", "pjrt")]):
             raise UsageError(line)
-        name = f"1x{target.hosts}x{count // target.hosts}"  # slices x hosts x GPUs of a host
+        hosts = max(1, count // GPUS_PER_HOST)
+        name = f"1x{hosts}x{count // hosts}"  # slices x hosts x GPUs of a host
         options = {"topology": name, "target_config": xla_description(chip)}
     try:
         return list(topologies.get_topology_desc(name, chip.platform, **options).devices)
