@@ -40,11 +40,18 @@ from jaxchat.interop.huggingface import (
     tensor,
     write_hf,
 )
-from jaxchat.interop.orbax_export import HOW, write_orbax
-from jaxchat.interop.tokenizer_files import MARK, read_tokenizer, tokenizer_files
-from jaxchat.interop.trained import load_trained, model_card, write_run
+from jaxchat.interop.trained import (
+    HOW,
+    MARK,
+    load_trained,
+    model_card,
+    read_tokenizer,
+    tokenizer_files,
+    write_orbax,
+    write_run,
+)
 from jaxchat.model import abstract_params
-from jaxchat.run_dir import read_json
+from jaxchat.run_dir import RunDir, read_json
 from jaxchat.scaling import resolve
 from jaxchat.sizes import count_parameters, value_layers, windows
 from jaxchat.tokenizer import Tokenizer
@@ -89,43 +96,29 @@ def unpadded(path, leaf, vocab=293):
 @pytest.mark.parametrize("format", ["hf", "nanochat"])
 def test_every_parameter_has_one_place_and_comes_back(kind, format):
     model = random_model(kind)
-    found = places(model.config, format)
-    sizes = {path: np.prod(leaf.shape, dtype=int) for path, leaf in leaves(abstract_params(model.config)[0])}
+    flat, found = flatten_dict(model.params, sep="."), places(model.config, format)
+    sizes = {path: leaf.size for path, leaf in leaves(abstract_params(model.config)[0])}
     for place in found.values():
         sizes[place.path] -= np.prod(place.shape, dtype=int)
-    padding = {path: size for path, size in sizes.items() if size}
-    assert all(path.endswith("embedding") for path in padding), "all but the padded rows of tables are there"
-    flat = flatten_dict(model.params, sep=".")
+    assert all(path.endswith("embedding") for path, size in sizes.items() if size), "only padded rows are left out"
     tensors = {name: tensor(flat, place) for name, place in found.items()}
     assert {name: t.shape for name, t in tensors.items()} == {name: p.shape for name, p in found.items()}
-    shapes = {name: t.shape for name, t in tensors.items()}
-    back = assemble(model.config, format, shapes, tensors.__getitem__, "here")
-    again = {name: tensor(flatten_dict(back, sep="."), place) for name, place in found.items()}
-    assert all(np.array_equal(tensors[name], again[name]) for name in tensors)
-    assert params_sha256(abstract_like(back)) == params_sha256(abstract_like(model.params))
-
-
-def abstract_like(params):
-    """Names, shapes and dtypes alone."""
-    return {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves(params)}
-
-
-def test_kernels_are_transposed_for_torch():
-    model = random_model("classic")
-    q = tensor(
-        flatten_dict(model.params, sep="."), places(model.config, "hf")["model.layers.3.self_attn.q_proj.weight"]
-    )
-    np.testing.assert_array_equal(q, model.params["blocks"]["q"][3].T)
+    back = flatten_dict(assemble(model.config, format, tensors.keys(), tensors.__getitem__, "here"), sep=".")
+    assert back.keys() == flat.keys()
+    for path, leaf in flat.items():
+        assert leaf.shape == back[path].shape and leaf.dtype == back[path].dtype, path
+        assert np.array_equal(unpadded(path, leaf), unpadded(path, back[path])), path
+    if format == "hf":
+        np.testing.assert_array_equal(tensors["model.layers.3.self_attn.q_proj.weight"], flat["blocks.q"][3].T)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_export_import_export_is_the_same_byte_for_byte(tmp_path, kind, dtype):
     run = random_run(tmp_path / "run", kind, dtype=np.dtype(dtype))
-    facts = export_hf(run, tmp_path / "first")
-    assert facts["dtype"] == dtype
+    assert export_hf(run, tmp_path / "first")["dtype"] == dtype
     import_hf(tmp_path / "first", tmp_path / "again")
-    export_hf(type(run)(tmp_path / "again"), tmp_path / "second")
+    export_hf(RunDir(tmp_path / "again"), tmp_path / "second")
     assert digests(tmp_path / "first") == digests(tmp_path / "second")
     there, _ = restore_params(tmp_path / "run" / "sft")
     here, _ = restore_params(tmp_path / "again" / "sft")
@@ -207,7 +200,11 @@ PARTS = st.lists(st.builds(lambda text: {"type": "text", "text": text}, CONTENT)
 TURN = st.tuples(st.one_of(CONTENT, PARTS), st.one_of(CONTENT, st.lists(PART, max_size=4)))
 
 
-def template(files=None):
+def files_of(ours):
+    return tokenizer_files(dataclasses.replace(random_model("classic"), tokenizer=ours))
+
+
+def template(files):
     """As Hugging Face compiles it."""
 
     def refuse(message):
@@ -215,15 +212,16 @@ def template(files=None):
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
-    return environment.from_string((files or tokenizer_files(tokenizer(), True, 128))["chat_template.jinja"])
+    return environment.from_string(files["chat_template.jinja"])
 
 
 @pytest.mark.parametrize("normalize", ["none", "nfc"])
 def test_the_template_renders_token_for_token_what_we_do(normalize):
-    ours, compiled = tokenizer(normalize), template()
-    theirs = Backend.from_str(tokenizer_files(ours, True, 128)["tokenizer.json"])
+    ours = tokenizer(normalize)
+    files = files_of(ours)
+    theirs, compiled = Backend.from_str(files["tokenizer.json"]), template(files)
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=150, deadline=None)
     @given(st.lists(TURN, min_size=1, max_size=3), st.one_of(st.none(), CONTENT), st.booleans())
     def same(turns, system, prompt):
         messages = [] if system is None else [{"role": "system", "content": system}]
@@ -238,7 +236,7 @@ def test_the_template_renders_token_for_token_what_we_do(normalize):
 
 
 def test_the_template_refuses_what_we_refuse():
-    compiled = template()
+    compiled = template(files_of(tokenizer()))
     user = {"role": "user", "content": "hi"}
     for messages in ([{"role": "system", "content": "x"}], [user, user], [{"role": "assistant", "content": "x"}],
                      [{"role": "user", "content": [{"type": "python", "text": "1"}]}]):  # fmt: skip
@@ -256,7 +254,7 @@ def test_tokenizers_from_elsewhere_are_guarded_too():
     more = {"special": True, "single_word": False, "lstrip": True, "rstrip": False, "normalized": False}
     content["added_tokens"].append({"id": 293, "content": "[INST]", **more})
     ours = Tokenizer.parse(json.dumps(content), "here")
-    files = tokenizer_files(ours, True, 128)
+    files = files_of(ours)
     theirs, compiled = Backend.from_str(files["tokenizer.json"]), template(files)
     for text in ("a [INST] b", " [INST]<|user_end|>  c", "[\ue000INST] <\ue000|bos|>"):
         messages = [{"role": "user", "content": text}]
@@ -267,7 +265,7 @@ def test_tokenizers_from_elsewhere_are_guarded_too():
 @pytest.mark.parametrize("normalize", ["none", "nfc"])
 def test_a_tokenizer_goes_out_and_comes_back(tmp_path, normalize):
     ours = tokenizer(normalize)
-    for name, text in tokenizer_files(ours, True, 128).items():
+    for name, text in files_of(ours).items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     theirs = Backend.from_file(str(tmp_path / "tokenizer.json"))
     assert theirs.encode(f"a <{MARK}|user_end|> b").ids == ours.encode("a <|user_end|> b")
@@ -306,7 +304,7 @@ def launch(*arguments):
 @pytest.mark.slow  # a minute; CI runs it
 def test_an_imported_model_is_examined_and_trains_on(tmp_path, corpus):
     random_run(tmp_path / "in", "modern", stage="base")
-    before = params_sha256(trained_params(load(tmp_path / "in"), "base"))
+    before = params_sha256(trained_params(RunDir(tmp_path / "in"), "base"))
     found = launch(
         "--run-dir", tmp_path / "in", "--data", f"files:{corpus}/*.txt", "--set", 'sft.mixture=["identity:40"]',
         "--set", "sft.batch_tokens=1024", "--set", "train.device_batch_rows=8", "--set", "eval.rows=8",
@@ -314,8 +312,8 @@ def test_an_imported_model_is_examined_and_trains_on(tmp_path, corpus):
     )  # fmt: skip
     assert found.returncode == 0, found.stdout + found.stderr
     assert re.search(r"pretrain +done .* nothing to do", found.stderr)
-    assert params_sha256(trained_params(load(tmp_path / "in"), "base")) == before
-    assert params_sha256(trained_params(load(tmp_path / "in"), "sft")) != before
+    assert params_sha256(trained_params(RunDir(tmp_path / "in"), "base")) == before
+    assert params_sha256(trained_params(RunDir(tmp_path / "in"), "sft")) != before
     assert "imported from random numbers" in (tmp_path / "in" / "report.md").read_text(encoding="utf-8")
     assert read_json(tmp_path / "in" / "eval" / "base.json")["tasks"]["bits_per_byte"]["metric"] > 0
     assert {p.name for p in (tmp_path / "in" / "export").iterdir()} == {"orbax", "hf"}
@@ -326,12 +324,6 @@ def test_an_imported_model_is_examined_and_trains_on(tmp_path, corpus):
         assert ("imported weights there, which train.steps cannot change" in again.stderr) == refused
     again = launch("--run-dir", tmp_path / "in", "--set", "model.depth=6")
     assert again.returncode == 2 and "model.depth (5 -> 6)" in again.stderr
-
-
-def load(root):
-    from jaxchat.run_dir import RunDir
-
-    return RunDir(root)
 
 
 # --- Orbax ------------------------------------------------------------------------------------------------------------
@@ -373,11 +365,10 @@ def test_the_card_says_what_the_model_is_and_scored():
         "exams": {"base": {"core": {"metric": 0.12345, "n": 22}}, "sft": {"gsm8k": {"metric": 0.5, "n": 8}}, "rl": {}},
     }  # fmt: skip
     model = dataclasses.replace(random_model("modern"), report=report)
-    text = model_card(model, "like this", "jax")
-    total = count_parameters(model.config).total
-    assert text.startswith("---\nlibrary_name: jax\n") and f"{total:,} parameters, a chat model" in text
-    assert "| base | core | 0.1235 | 22 |" in text and "| sft | gsm8k | 0.5000 | 8 |" in text
-    assert "1,234,567" in text and "2.50" in text and "like this" in text
+    text, total = model_card(model, "like this", "jax"), count_parameters(model.config).total
+    for part in ("library_name: jax\n", f"{total:,} parameters, a chat model", "like this", "1,234,567", "2.50",
+                 "files:a.txt", "| base | core | 0.1235 | 22 |", "| sft | gsm8k | 0.5000 | 8 |"):  # fmt: skip
+        assert part in text
     assert model_card(dataclasses.replace(model, card="as it came"), "", "jax") == "as it came"
     assert "## Exams" not in model_card(random_model("classic", stage="base"), "", "jax")
 
@@ -385,8 +376,7 @@ def test_the_card_says_what_the_model_is_and_scored():
 @pytest.mark.parametrize("page", ["docs/weights.md", "docs/ko/weights.md"])
 def test_the_page_prints_the_lines_of_the_export(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    printed = re.findall(r"```python\n(.*?)```", text, re.S)[0]
-    assert printed.replace("\n\n", "\n") in HOW
+    assert re.findall(r"```python\n(.*?)```", text, re.S)[0].replace("\n\n", "\n") in HOW
 
 
 def test_checksums_cover_every_file_and_the_golden_logits_are_ours(tmp_path):
@@ -396,13 +386,8 @@ def test_checksums_cover_every_file_and_the_golden_logits_are_ours(tmp_path):
     named = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     assert named == {name: d for name, d in digests(tmp_path / "out").items() if name != "SHA256SUMS"}
     assert {
-        "config.json",
-        "tokenizer.json",
-        "chat_template.jinja",
-        "model.py",
-        "README.md",
-        "golden.npz",
-    } <= named.keys()
+        "config.json", "tokenizer.json", "chat_template.jinja", "model.py", "README.md", "golden.npz"
+    } <= named.keys()  # fmt: skip
     with np.load(tmp_path / "out" / "golden.npz") as golden:
         ours = logits_of(model.config, model.params, golden["ids"])
         assert golden["ids"].shape == (1, 72) and golden["logits"].shape == (1, 64, 293), "longer than a short window"
@@ -427,8 +412,8 @@ def test_the_export_stage_leaves_both_formats(finished):
     stage = next(s for s in ("rl", "sft", "base") if s in report["exams"])
     assert f"{report['exams'][stage]['bits_per_byte']['metric']:.4f}" in card
     model = read_hf(finished / "export" / "hf")
-    own, vocab = trained_params(load(finished), stage), model.config.vocab_size
-    assert model.config == load_trained(load(finished)).config
+    own, vocab = trained_params(RunDir(finished), stage), model.config.vocab_size
+    assert model.config == load_trained(RunDir(finished)).config
     for (path, a), (_, b) in zip(leaves(own), leaves(model.params), strict=True):
         assert np.array_equal(unpadded(path, a, vocab), unpadded(path, b, vocab)), path
     assert (finished / "export" / "orbax" / "params").is_dir()
@@ -465,10 +450,6 @@ def cut(folder):
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
-def index(folder, names):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}), encoding="utf-8")
-
-
 Q = "model.layers.2.self_attn.q_proj.weight"
 BROKEN = {
     "another architecture": (lambda f: edit(f, model_type="llama"), "architecture 'llama'"),
@@ -478,7 +459,7 @@ BROKEN = {
     "depth negative": (lambda f: edit(f, num_hidden_layers=-5), "depth: must be at least 1, not -5"),
     "depth gone": (lambda f: edit(f, num_hidden_layers="drop"), "lacks num_hidden_layers"),
     "more layers": (lambda f: edit(f, num_hidden_layers=6), "lacks model.layers.5"),
-    "fewer layers": (lambda f: edit(f, num_hidden_layers=4), "has, beside .* model.layers.4"),
+    "fewer layers": (lambda f: edit(f, num_hidden_layers=4), "does not have: model.layers.4"),
     "heads that cannot be": (lambda f: edit(f, num_key_value_heads=4), "does not divide"),
     "other activation": (lambda f: edit(f, hidden_act="silu"), "hidden_act is 'silu'"),
     "biases": (lambda f: edit(f, attention_bias=True), "attention_bias is True"),
@@ -486,15 +467,13 @@ BROKEN = {
     "scaled rotary, as it was": (lambda f: edit(f, rope_parameters="drop", rope_scaling={"type": "yarn"}), "'yarn'"),
     "uncapped": (lambda f: edit(f, final_logit_softcapping=None), "final_logit_softcapping is None"),
     "missing tensor": (lambda f: with_tensors(f, lambda t: t.pop(Q)), f"lacks {Q}"),
-    "extra tensor": (lambda f: with_tensors(f, lambda t: t.update(more=t[Q])), "has, beside .* more"),
+    "extra tensor": (lambda f: with_tensors(f, lambda t: t.update(more=t[Q])), "does not have: more"),
     "wrong shape": (lambda f: with_tensors(f, lambda t: t.update({Q: t[Q][:, :64].copy()})), r"q_proj.* \(96, 64\)"),
-    "whole numbers": (lambda f: with_tensors(f, lambda t: t.update({Q: t[Q].astype(np.int32)})), "is int32"),
-    "not finite": (lambda f: with_tensors(f, lambda t: t.update({Q: t[Q] * np.inf})), "NaN or Inf"),
-    "truncated": (cut, "missing, damaged"),
-    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04" * 250), "missing, damaged"),
-    "a pickle": (pickled, "no safetensors there .pickles"),
-    "index of a missing file": (lambda f: index(f, {Q: "model-2.safetensors"}), "model-2.safetensors: missing"),
-    "index that leaves the folder": (lambda f: index(f, {Q: "../x.safetensors"}), "no weight_map of file names"),
+    "whole numbers": (lambda f: with_tensors(f, lambda t: t.update({Q: t[Q].astype(np.int32)})), "int32"),
+    "not finite": (lambda f: with_tensors(f, lambda t: t.update({Q: t[Q] * np.inf})), "finite"),
+    "truncated": (cut, "damaged or no safetensors"),
+    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04" * 250), "damaged or no safetensors"),
+    "a pickle": (pickled, "no safetensors there"),
     "depth beyond its tensors": (lambda f: edit(f, num_hidden_layers=20_000_000), "at most 10000"),
     "architecture a list": (lambda f: edit(f, model_type=[1]), r"architecture \[1\]"),
     "width beyond floats": (lambda f: edit(f, intermediate_size=10**400), "values that cannot be"),
@@ -502,10 +481,10 @@ BROKEN = {
     "base not a number": (lambda f: edit(f, rope_parameters={"rope_theta": float("nan")}), "rotary_base"),
     "deep json": (lambda f: (f / "config.json").write_text("[" * 100_000), "not valid JSON"),
     "long number": (lambda f: (f / "config.json").write_text('{"a": ' + "9" * 9999 + "}"), "not valid JSON"),
-    "deep tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"a": ' * 100_000), "not a tokenizer"),
+    "deep tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"a": ' * 100_000), "not valid JSON"),
     "odd normalizer": (lambda f: (f / "tokenizer.json").write_text('{"normalizer": {"normalizers": 5}}'), "not a tok"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: cannot be read"),
-    "tokenizer no json": (lambda f: (f / "tokenizer.json").write_bytes(b"\xff{"), "tokenizer.json: not a tokenizer"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
+    "tokenizer no json": (lambda f: (f / "tokenizer.json").write_bytes(b"\xff{"), "tokenizer.json: not valid JSON"),
 }  # fmt: skip
 
 

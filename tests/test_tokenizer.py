@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from jaxchat.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from jaxchat.data.sources import iterate_documents
 from jaxchat.errors import DataError, UsageError
-from jaxchat.interop.tokenizer_files import from_ranks
+from jaxchat.interop.nanochat import from_ranks
 from jaxchat.run_dir import RunDir, read_json
 from jaxchat.tokenizer import BOS, SPECIAL_TOKENS, SPLIT, Tokenizer, train_tokenizer
 from train import prepare as stage

@@ -22,8 +22,7 @@ from jaxchat import __version__, distributed
 from jaxchat.config import KEYS, REMOVED, Config, flatten, load_config, to_toml
 from jaxchat.errors import UsageError
 from jaxchat.interop.huggingface import write_hf
-from jaxchat.interop.orbax_export import write_orbax
-from jaxchat.interop.trained import Trained, load_trained
+from jaxchat.interop.trained import Trained, load_trained, write_orbax
 from jaxchat.log import say
 from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, sync_directory, write_json
 from jaxchat.sharding import make_mesh

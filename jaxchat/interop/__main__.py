@@ -20,40 +20,33 @@ class Parser(argparse.ArgumentParser):
 def make_parser(program: str = "python -m jaxchat.interop") -> argparse.ArgumentParser:
     parser = Parser(prog=program, description=__doc__)
     commands = parser.add_subparsers(required=True, parser_class=Parser)
-    add_export_arguments(commands.add_parser("export", help="a run's model for other people"))
-    add_import_arguments(commands.add_parser("import", help="a model from elsewhere as a run directory"))
-    return parser
-
-
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=export_model)
-    parser.add_argument("--run-dir", required=True, metavar="R")
-    parser.add_argument("--stage", choices=("base", "sft", "rl"), help="default: the furthest trained one")
-    parser.add_argument("--format", required=True, choices=("orbax", "hf"))
-    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: as stored")
-    parser.add_argument(
+    export = commands.add_parser("export", help="a run's model for other people")
+    export.set_defaults(run=export_model)
+    export.add_argument("--run-dir", required=True, metavar="R")
+    export.add_argument("--stage", choices=("base", "sft", "rl"), help="default: the furthest trained one")
+    export.add_argument("--format", required=True, choices=("orbax", "hf"))
+    export.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
+    export.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: as stored")
+    export.add_argument(
         "--architecture",
         default="auto",
         choices=("auto", "nanochat", "jaxchat"),
         help="of hf: the stock NanoChat, or our own with its code; auto: stock where it can hold the model",
     )
-
-
-def add_import_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=import_model)
-    parser.add_argument("--format", required=True, choices=("hf", "nanochat"))
-    parser.add_argument("--from", required=True, dest="source", metavar="DIR")
-    parser.add_argument("--out", required=True, metavar="RUN_DIR", help="a folder that does not exist yet")
-    parser.add_argument("--stage", choices=("base", "sft", "rl"), help="what the weights are; default: as files say")
-    parser.add_argument("--tokenizer", metavar="FILE", help="of nanochat: tokenizer.pkl or tokenizer.json")
-    parser.add_argument("--allow-pickle", action="store_true", help="of nanochat: its files are pickles, I trust them")
+    other = commands.add_parser("import", help="a model from elsewhere as a run directory")
+    other.set_defaults(run=import_model)
+    other.add_argument("--format", required=True, choices=("hf", "nanochat"))
+    other.add_argument("--from", required=True, dest="source", metavar="DIR")
+    other.add_argument("--out", required=True, metavar="RUN_DIR", help="a folder that does not exist yet")
+    other.add_argument("--stage", choices=("base", "sft", "rl"), help="what the weights are; default: as files say")
+    other.add_argument("--tokenizer", metavar="FILE", help="of nanochat: tokenizer.pkl or tokenizer.json")
+    other.add_argument("--allow-pickle", action="store_true", help="of nanochat: its files are pickles, I trust them")
+    return parser
 
 
 def export_model(args: argparse.Namespace) -> None:
     from jaxchat.interop.huggingface import write_hf
-    from jaxchat.interop.orbax_export import write_orbax
-    from jaxchat.interop.trained import load_trained
+    from jaxchat.interop.trained import load_trained, write_orbax
     from jaxchat.log import say
     from jaxchat.run_dir import RunDir
 
@@ -86,7 +79,11 @@ def import_model(args: argparse.Namespace) -> None:
 
 def main(arguments: Callable[[], argparse.Namespace]) -> int:
     """Run the command that `arguments` parses; return the exit code of the contract."""
-    signal.signal(signal.SIGTERM, _terminated)
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise InterruptedRun("stopped by SIGTERM, nothing is left")
+
+    signal.signal(signal.SIGTERM, stop)
     try:
         args = arguments()
         args.run(args)
@@ -104,10 +101,6 @@ def main(arguments: Callable[[], argparse.Namespace]) -> int:
         print("error: out of device memory; set JAX_PLATFORMS=cpu, an export needs no accelerator", file=sys.stderr)
         return OutOfMemoryError.exit_code
     return 0
-
-
-def _terminated(number: int, frame: Any) -> NoReturn:
-    raise InterruptedRun("stopped by SIGTERM, nothing is left")
 
 
 if __name__ == "__main__":

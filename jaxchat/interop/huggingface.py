@@ -6,8 +6,7 @@ is exported as our own architecture, with one file of code, `modeling_jaxchat.py
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +19,12 @@ from safetensors.numpy import save_file
 from jaxchat import __version__
 from jaxchat.config import ModelConfig, build
 from jaxchat.errors import DataError, UsageError
-from jaxchat.interop.tokenizer_files import read_tokenizer, tokenizer_files
-from jaxchat.interop.trained import Trained, atomic_directory, model_card
+from jaxchat.interop.trained import Trained, atomic_directory, model_card, read_tokenizer, tokenizer_files
 from jaxchat.model import Params, abstract_params
 from jaxchat.run_dir import atomic_write, read_json, sha256_file, write_json
 from jaxchat.scaling import resolve_model
 from jaxchat.sizes import mlp_width, padded_vocab, value_layers, windows
-from jaxchat.tokenizer import ASSISTANT_END, BOS, Tokenizer
+from jaxchat.tokenizer import ASSISTANT_END, BOS
 
 # ---- parameters: their names in other formats, and how they are stored there
 #
@@ -93,35 +91,28 @@ def tensor(flat: Mapping[str, Any], place: Place) -> np.ndarray:
 
 
 def assemble(
-    config: ModelConfig,
-    format: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], np.ndarray],
-    source: object,
+    config: ModelConfig, format: str, names: Collection[str], read: Callable[[str], np.ndarray], source: object
 ) -> Params:
-    """Build our parameters from the tensors of another format: `shapes` by name, `read` gets one. dtypes stay.
+    """Build our parameters from the tensors of another format: their `names`, and `read`, which gets one. dtypes stay.
 
     `DataError` names `source` and what is missing, too many, of the wrong shape, not floating-point or not finite.
     """
     expected = places(config, format)
-    for problem, names in (
-        ("lacks", expected.keys() - shapes.keys()),
-        ("has, beside what such a model has,", shapes.keys() - expected.keys()),
-    ):
-        if names:
-            raise DataError(f"{source}: {problem} {', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''}")
+    if missing := sorted(expected.keys() - set(names)):
+        raise DataError(f"{source}: lacks {', '.join(missing[:4])}")
+    if extra := sorted(set(names) - expected.keys()):
+        raise DataError(f"{source}: has tensors that such a model does not have: {', '.join(extra[:4])}")
     flat: dict[str, Any] = {}
     for name, place in expected.items():
-        table, padded = place.path in TABLES, (padded_vocab(config), *place.shape[1:])
-        if shapes[name] not in (place.shape, padded if table and format == "nanochat" else place.shape):
-            raise DataError(f"{source}: {name} has the shape {shapes[name]}, where its config makes it {place.shape}")
         array = read(name)
-        if array.dtype.name not in FLOATS:
-            raise DataError(f"{source}: {name} is {array.dtype.name}; weights are {', '.join(FLOATS)}")
-        if not np.isfinite(array).all():
-            raise DataError(f"{source}: {name} holds NaN or Inf: damaged, or of a training that failed")
-        if table:
-            array = np.concatenate([array, np.zeros((padded[0] - len(array), *array.shape[1:]), array.dtype)])
+        if place.path in TABLES and format == "nanochat":
+            array = array[: config.vocab_size]  # it may be padded there
+        if array.shape != place.shape:
+            raise DataError(f"{source}: {name} has the shape {array.shape}, where its config makes it {place.shape}")
+        if array.dtype.name not in FLOATS or not np.isfinite(array).all():
+            raise DataError(f"{source}: {name} ({array.dtype.name}) does not hold finite floating-point numbers")
+        if place.path in TABLES:
+            array = np.pad(array, [(0, padded_vocab(config) - len(array)), (0, 0)])
         elif array.ndim == 2:
             array = np.ascontiguousarray(array.T)
         elif not place.path.startswith("blocks."):
@@ -151,6 +142,7 @@ OWN = (
     "recipe", "mlp_factor", "window_pattern", "window_short", "qk_scale", "value_embeddings", "residual_scalars",
     "smear", "backout",
 )  # fmt: skip
+FREE = ("architectures", "auto_map", "initializer_range", "rope_parameters")  # need not be as we write them
 STOCK = {"hidden_act": "relu2", "attention_bias": False, "attention_dropout": 0.0}  # what NanoChat always is
 
 
@@ -160,15 +152,10 @@ def architecture_of(config: ModelConfig, wanted: str = "auto") -> str:
     `UsageError` where "nanochat" is wanted and cannot hold it.
     """
     extras = [n for n in ("value_embeddings", "residual_scalars", "smear", "backout") if getattr(config, n)]
-    if config.qk_scale != 1:
-        extras.append(f"qk_scale {config.qk_scale:g}")
-    if min(windows(config)) < config.seq_len:
-        extras.append(f"short windows ({config.window_pattern})")
+    extras += ["qk_scale"] if config.qk_scale != 1 else []
+    extras += ["short windows"] if min(windows(config)) < config.seq_len else []
     if wanted == "nanochat" and extras:
-        raise UsageError(
-            f"Hugging Face's NanoChat has no {', '.join(extras)}; export with --architecture jaxchat, which brings its "
-            "own code"
-        )
+        raise UsageError(f"Hugging Face's NanoChat has no {', '.join(extras)}; export with --architecture jaxchat")
     return ("jaxchat" if extras else "nanochat") if wanted == "auto" else wanted
 
 
@@ -211,19 +198,11 @@ def config_from_hf(content: Any, source: object) -> ModelConfig:
     except (UsageError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"{source}: holds values that cannot be ({error})") from None
     # whatever has no place in our config must be as in all our models
-    content = {"rope_type": rope_type, **content}
-    for key in ("rope_type", *STOCK, "final_logit_softcapping", "intermediate_size", "jaxchat_format", "layer_windows",
-                "value_embedding_layers"):  # fmt: skip
-        given = content.get(key, None if kind == "jaxchat" else expected.get(key))
-        if key in expected and given != expected[key]:
-            raise DataError(f"{source}: {key} is {given!r}; only {expected[key]!r} can be run here")
+    for key, value in expected.items():
+        given = {"rope_type": rope_type, **content}.get(key)
+        if key not in FREE and given != value and (given is not None or key == SHARED["softcap"]):
+            raise DataError(f"{source}: {key} is {given!r}; only {value!r} can be run here")
     return config
-
-
-def token_ids(tokenizer: Tokenizer, chats: bool) -> dict[str, Any]:
-    """Return the ids that begin a text, end an answer (of a base model: a document) and fill a batch."""
-    end = tokenizer.special[ASSISTANT_END] if chats else tokenizer.bos
-    return {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": end}
 
 
 # ---- export
@@ -248,27 +227,12 @@ def write_hf(model: Trained, out: Path, architecture: str = "auto") -> dict[str,
 
     `UsageError` where `architecture` "nanochat" cannot hold it.
     """
-    architecture, dtype = architecture_of(model.config, architecture), model.dtype
-    ids = token_ids(model.tokenizer, model.chats)
+    architecture, dtype, tokenizer = architecture_of(model.config, architecture), model.dtype, model.tokenizer
+    end = tokenizer.special[ASSISTANT_END] if model.chats else tokenizer.bos
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": end, "pad_token_id": end}
     trust = ", trust_remote_code=True" if architecture == "jaxchat" else ""
     how = HOW.replace("{trust}", trust).replace("{ask}", CHAT if model.chats else CONTINUE)
-    with atomic_directory(out) as folder:
-        more = {"dtype": dtype, "use_cache": True, "jaxchat_version": __version__, **ids}
-        write_json(folder / "config.json", config_to_hf(model.config, architecture) | more)
-        write_json(folder / "generation_config.json", ids)
-        for name, text in tokenizer_files(model.tokenizer, model.chats, model.config.seq_len).items():
-            atomic_write(folder / name, text)
-        if architecture == "jaxchat":
-            atomic_write(folder / CODE.name, CODE.read_text(encoding="utf-8"))
-        atomic_write(folder / "README.md", model_card(model, how, "transformers"))
-        size = _write_tensors(model, folder, dtype)
-    return {"architecture": architecture, "dtype": dtype, "bytes": size}
-
-
-def _write_tensors(model: Trained, folder: Path, dtype: str) -> int:
-    """Write safetensors of at most `SHARD_BYTES` each, with an index where there are several; return their bytes."""
-    flat = flatten_dict(model.params, sep=".")
-    where = places(model.config, "hf")
+    flat, where = flatten_dict(model.params, sep="."), places(model.config, "hf")
     sizes = {name: int(np.prod(place.shape)) * np.dtype(dtype).itemsize for name, place in where.items()}
     split = split_state_dict_into_shards_factory(
         sizes,
@@ -276,17 +240,26 @@ def _write_tensors(model: Trained, folder: Path, dtype: str) -> int:
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
-    for file, names in split.filename_to_tensors.items():
-        arrays = {name: tensor(flat, where[name]).astype(dtype, copy=False) for name in names}
-        try:
-            save_file(arrays, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise DataError(f"{folder / file}: could not be written ({error}); make room and try again") from None
-        (folder / file).chmod(0o644)  # the library leaves it to its owner alone
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
-    return sum(sizes.values())
+    with atomic_directory(out) as folder:
+        more = {"dtype": dtype, "use_cache": True, "jaxchat_version": __version__, **ids}
+        write_json(folder / "config.json", config_to_hf(model.config, architecture) | more)
+        write_json(folder / "generation_config.json", ids)
+        for name, text in tokenizer_files(model).items():
+            atomic_write(folder / name, text)
+        if architecture == "jaxchat":
+            atomic_write(folder / CODE.name, CODE.read_text(encoding="utf-8"))
+        atomic_write(folder / "README.md", model_card(model, how, "transformers"))
+        for file, names in split.filename_to_tensors.items():
+            arrays = {name: tensor(flat, where[name]).astype(dtype, copy=False) for name in names}
+            try:
+                save_file(arrays, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise DataError(f"{folder / file}: could not be written ({error}); make room and try again") from None
+            (folder / file).chmod(0o644)  # the library leaves it to its owner alone
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            write_json(folder / "model.safetensors.index.json", index)
+    return {"architecture": architecture, "dtype": dtype, "bytes": sum(sizes.values())}
 
 
 # ---- import
@@ -298,12 +271,26 @@ def read_hf(source: Path, stage: str | None = None) -> Trained:
     `stage`: what the weights are; by default the tokenizer's end token tells "base" or "sft". `DataError` names what
     cannot be read.
     """
-    if not source.is_dir():
-        raise DataError(f"{source}: not a folder; give the one that holds config.json and the safetensors")
     config = config_from_hf(read_json(source / "config.json"), source / "config.json")
     tokenizer = read_tokenizer(source / "tokenizer.json")
-    with _open_tensors(source) as (shapes, read):
-        params = assemble(config, "hf", shapes, read, source)
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{source}: no safetensors there (pickles such as pytorch_model.bin can run code: not opened)")
+    opened: dict[str, Any] = {}
+    for file in files:
+        try:
+            tensors = safe_open(file, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{file}: damaged or no safetensors ({error}); get it once more") from None
+        opened |= dict.fromkeys(tensors.keys(), tensors)
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return np.asarray(opened[name].get_tensor(name))
+        except (SafetensorError, TypeError, AttributeError) as error:  # a dtype that numpy lacks
+            raise DataError(f"{source}: {name} cannot be read ({error})") from None
+
+    params = assemble(config, "hf", opened.keys(), read, source)
     if stage is None:
         file = source / "tokenizer_config.json"
         settings = read_json(file) if file.exists() else {}
@@ -311,42 +298,5 @@ def read_hf(source: Path, stage: str | None = None) -> Trained:
         stage = "base" if (end.get("content") if isinstance(end, dict) else end) == BOS else "sft"
     name, card = source.resolve().name, source / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else None
-    digests = {path.name: sha256_file(path) for path in sorted(source.glob("*.safetensors"))}
-    origin = {"format": "hf", "from": name, "sha256": digests}
+    origin = {"format": "hf", "from": name, "sha256": {path.name: sha256_file(path) for path in files}}
     return Trained(config, params, tokenizer, stage, name, text, imported=origin)
-
-
-@contextlib.contextmanager
-def _open_tensors(source: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]]:
-    """Yield (shapes by name, a function that reads a tensor) of a folder's safetensors, without rotary tables."""
-    index = source / "model.safetensors.index.json"
-    files = sorted(source.glob("*.safetensors"))
-    if index.exists():
-        content = read_json(index)
-        names = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(names, dict) or not all(isinstance(f, str) and Path(f).name == f for f in names.values()):
-            raise DataError(f"{index}: has no weight_map of file names")
-        files = [source / name for name in sorted(set(names.values()))]
-    if not files:
-        raise DataError(f"{source}: no safetensors there (pickles such as pytorch_model.bin can run code: not opened)")
-    opened: dict[str, Any] = {}
-    with contextlib.ExitStack() as stack:
-        for file in files:
-            try:
-                tensors = stack.enter_context(safe_open(file, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise DataError(f"{file}: missing, damaged or no safetensors ({error}); get it once more") from None
-            opened |= dict.fromkeys(tensors.keys(), tensors)
-        shapes = {
-            name: tuple(tensors.get_slice(name).get_shape())
-            for name, tensors in opened.items()
-            if not name.endswith("rotary_emb.inv_freq")
-        }
-
-        def read(name: str) -> np.ndarray:
-            try:
-                return np.asarray(opened[name].get_tensor(name))
-            except (SafetensorError, TypeError, AttributeError, OSError) as error:  # a dtype that numpy lacks
-                raise DataError(f"{source}: {name} cannot be read ({error})") from None
-
-        yield shapes, read

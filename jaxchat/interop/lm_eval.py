@@ -16,7 +16,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from jaxchat.engine import Engine, Handle, Request
+from jaxchat.engine import Engine
 from jaxchat.engine.loading import batch_rows as rows_at_once
 from jaxchat.engine.loading import load_run
 from jaxchat.engine.scoring import Scorer, Span
@@ -41,82 +41,46 @@ class JaxChat(LM):
     ) -> None:
         super().__init__()
         if unknown := others.keys() - HARNESS:
-            known = "run_dir, stage, batch_rows and chat"
-            raise UsageError(f"--model_args: unknown {', '.join(sorted(unknown))}; there are {known}")
-        self.config, self._params, self.tokenizer, _slots = load_run(RunDir(run_dir), stage)
+            raise UsageError(f"--model_args: {', '.join(sorted(unknown))}: only run_dir, stage, batch_rows and chat")
+        self.config, self.params, self.tokenizer, _serve = load_run(RunDir(run_dir), stage)
         rows = rows_at_once(self.config, int(batch_rows))
-        self.scorer = Scorer(self.config, self._params, batch_rows=rows)
+        self.scorer = Scorer(self.config, self.params, batch_rows=rows)
         self.slots, self.chat = 1 << max(0, rows.bit_length() - 1), chat
-
-    @property
-    def tokenizer_name(self) -> str:
-        """The name under which the harness caches tokenized texts."""
-        return self.tokenizer.digest
-
-    def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-        raise UsageError(
-            "--apply_chat_template: jaxchat puts questions as a user's message with --model_args chat=True"
-        )
-
-    @property
-    def max_length(self) -> int:
-        return self.config.seq_len
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Return (log-probability, greedy) of each continuation. Neighbours with one context share its work."""
-        found: list[tuple[float, bool]] = []
         pairs = [request.args for request in requests]
         groups = [[self._span(*pair) for pair in same] for _, same in itertools.groupby(pairs, key=lambda p: p[0])]
-        for scores in self.scorer.spans(groups):
-            found += [(-score.loss, score.best) for score in scores]
-        return found
+        return [(-score.loss, score.best) for scores in self.scorer.spans(groups) for score in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Return the log-probability of each whole text, in chunks where it is longer than the context."""
         groups = []
         for request in requests:
             ids = self.tokenizer.encode(request.args[0])
-            windows = get_rolling_token_windows(ids, self.tokenizer.bos, self.max_length - 1, 1)
-            pieces = (make_disjoint_window(window) for window in windows)
-            groups.append([Span([*before, *said], len(before), len(before) + len(said)) for before, said in pieces])
+            windows = get_rolling_token_windows(ids, self.tokenizer.bos, self.config.seq_len - 1, 1)
+            chunks = (make_disjoint_window(window) for window in windows)
+            groups.append([Span([*before, *said], len(before), len(before) + len(said)) for before, said in chunks])
         return [-sum(score.loss for score in scores) for scores in self.scorer.spans(groups)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return answers, each up to the first of its request's `until` texts."""
-        engine = Engine(self.config, self._params, self.tokenizer, slots=self.slots)
-        handles: dict[Handle, tuple[int, list[str]]] = {}
-        for i, request in enumerate(requests):
-            text, settings = request.args
-            until = settings.get("until") or []
-            stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-            handles[engine.submit(self._request(engine, text, settings))] = (i, stops)
-        answers = [""] * len(requests)
-        while not all(handle.done for handle in handles):
-            for handle, event in engine.step():
-                if event.kind == "text":
-                    i, stops = handles[handle]
-                    answers[i] += event.text
-                    if any(stop in answers[i] for stop in stops):
-                        engine.cancel(handle)
-        for i, stops in handles.values():
-            for stop in stops:
-                answers[i] = answers[i].split(stop, 1)[0]
-        return answers
-
-    def _request(self, engine: Engine, text: str, settings: dict[str, Any]) -> Request:
-        temperature = settings.get("temperature") or 0.0
-        sampled = settings.get("do_sample", temperature > 0)
-        options: dict[str, Any] = {
-            "max_tokens": int(settings.get("max_gen_toks", MAX_TOKENS)),
-            "temperature": float(temperature or 1.0) if sampled else 0.0,
-            "seed": 0,
-        }
-        if self.chat:
-            request = engine.chat_request([{"role": "user", "content": text}], **options)
-        else:
-            request = engine.text_request(text, **options)
-        room = max(engine.capacity - options["max_tokens"], engine.capacity // 2)  # for the prompt
-        return dataclasses.replace(request, tokens=request.tokens[-room:])
+        engine, asked = Engine(self.config, self.params, self.tokenizer, slots=self.slots), []
+        for text, settings in (request.args for request in requests):
+            until, temperature = settings.get("until") or [], settings.get("temperature") or 0.0
+            options: dict[str, Any] = {
+                "max_tokens": int(settings.get("max_gen_toks", MAX_TOKENS)),
+                "temperature": float(temperature or 1.0) if settings.get("do_sample", temperature > 0) else 0.0,
+                "seed": 0,
+                "stop_texts": tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
+            }
+            if self.chat:
+                request = engine.chat_request([{"role": "user", "content": text}], **options)
+            else:
+                request = engine.text_request(text, **options)
+            room = max(engine.capacity - options["max_tokens"], engine.capacity // 2)  # for the prompt
+            asked.append(dataclasses.replace(request, tokens=request.tokens[-room:]))
+        return [result.text for result in engine.generate(asked)]
 
     def _span(self, context: str, continuation: str) -> Span:
         """Tokenize both together. Spaces at the context's end belong to the continuation, as in the harness."""

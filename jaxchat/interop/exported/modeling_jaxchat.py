@@ -26,40 +26,31 @@ CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ 
 
 
 class JaxchatConfig(PreTrainedConfig):
-    """`layer_windows`: how many tokens before its own a layer sees; `value_embedding_layers`: which have a table."""
+    """`layer_windows`: how many tokens before its own a layer sees; `value_embedding_layers`: which have a table.
+
+    Before transformers made configurations dataclasses, these were class attributes like any other.
+    """
 
     model_type = "jaxchat"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (as the base class has it)
-
-    def __init__(
-        self,
-        vocab_size: int = 32768,
-        hidden_size: int = 768,
-        intermediate_size: int = 3072,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 6,
-        num_key_value_heads: int = 6,
-        head_dim: int = 128,
-        max_position_embeddings: int = 2048,
-        rms_norm_eps: float = 1.1920929e-7,
-        final_logit_softcapping: float = 15.0,
-        qk_scale: float = 1.2,
-        residual_scalars: bool = True,
-        smear: bool = True,
-        backout: bool = True,
-        layer_windows: list[int] | None = None,
-        value_embedding_layers: list[int] | None = None,
-        initializer_range: float = 0.02,
-        use_cache: bool = True,
-        **kwargs: Any,
-    ):
-        given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
-        for name, value in given.items():
-            setattr(self, name, value)
-        self.layer_windows = layer_windows or [max_position_embeddings] * num_hidden_layers
-        self.value_embedding_layers = value_embedding_layers or []
-        self.rope_theta = (kwargs.get("rope_parameters") or {}).get("rope_theta", 100_000.0)
-        super().__init__(**kwargs)
+    vocab_size: int = 32768
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 6
+    head_dim: int = 128
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1.1920929e-7
+    final_logit_softcapping: float = 15.0
+    qk_scale: float = 1.2
+    residual_scalars: bool = True
+    smear: bool = True
+    backout: bool = True
+    layer_windows: list[int] | None = None
+    value_embedding_layers: list[int] | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
 
 
 def norm(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -84,7 +75,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * N, bias=False)
         self.v_proj = nn.Linear(D, K * N, bias=False)
         self.o_proj = nn.Linear(H * N, D, bias=False)
-        if layer in config.value_embedding_layers:
+        if layer in (config.value_embedding_layers or ()):
             self.ve_gate = nn.Linear(VE_GATE_CHANNELS, K, bias=False)
 
     def forward(
@@ -110,36 +101,30 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
-class MLP(nn.Module):
-    def __init__(self, config: JaxchatConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.relu(self.fc1(h)).square())
-
-
 class Block(nn.Module):
     def __init__(self, config: JaxchatConfig, layer: int):
         super().__init__()
-        self.self_attn, self.mlp, self.eps = Attention(config, layer), MLP(config), config.rms_norm_eps
+        D, F = config.hidden_size, config.intermediate_size
+        self.self_attn, self.eps = Attention(config, layer), config.rms_norm_eps
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, F, bias=False), "fc2": nn.Linear(F, D, bias=False)})
 
     def forward(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         x = x + self.self_attn(norm(x, self.eps), *rest)
-        return x + self.mlp(norm(x, self.eps))
+        return x + self.mlp["fc2"](self.mlp["fc1"](norm(x, self.eps)).relu().square())
 
 
 class Trunk(nn.Module):
     def __init__(self, config: JaxchatConfig):
         super().__init__()
         c, L = config, config.num_hidden_layers
-        self.config = config
+        self.config, self.windows = config, config.layer_windows or [config.max_position_embeddings] * L
+        self.rope_theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 100_000.0)
+        self.value_layers = config.value_embedding_layers or []
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList([Block(c, i) for i in range(L)])
         width = c.num_key_value_heads * c.head_dim
-        if c.value_embedding_layers:
-            tables = {str(i): nn.Embedding(c.vocab_size, width) for i in c.value_embedding_layers}
+        if self.value_layers:
+            tables = {str(i): nn.Embedding(c.vocab_size, width) for i in self.value_layers}
             self.value_embeddings = nn.ModuleDict(tables)
         if c.residual_scalars:
             self.residual_scale = nn.Parameter(torch.ones(L))
@@ -158,14 +143,14 @@ class Trunk(nn.Module):
         x = norm(self.embed_tokens(ids), c.rms_norm_eps)
         if c.smear:
             x = self.smeared(x, real, cache)
-        masks = {w: self.mask(real, T, S, w) for w in set(c.layer_windows)}
+        masks = {w: self.mask(real, T, S, w) for w in set(self.windows)}
         cos_sin = self.rotary(positions, x.dtype)
         x0 = x
         for i, layer in enumerate(self.layers):
             if c.residual_scalars:
                 x = (self.residual_scale[i].float() * x.float() + self.x0_scale[i].float() * x0.float()).to(x.dtype)
-            value = self.value_embeddings[str(i)](ids) if i in c.value_embedding_layers else None
-            x = layer(x, value, cos_sin, masks[c.layer_windows[i]], cache)
+            value = self.value_embeddings[str(i)](ids) if i in self.value_layers else None
+            x = layer(x, value, cos_sin, masks[self.windows[i]], cache)
             if i == c.num_hidden_layers // 2:
                 middle = x
         if c.backout:
@@ -192,7 +177,7 @@ class Trunk(nn.Module):
     def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (B, 1, T, N/2); made here, since loading wipes tables that are not in the checkpoint."""
         half = torch.arange(0, self.config.head_dim, 2, device=positions.device, dtype=torch.float32)
-        angle = positions[:, None, :, None].float() * self.config.rope_theta ** (-half / self.config.head_dim)
+        angle = positions[:, None, :, None].float() * self.rope_theta ** (-half / self.config.head_dim)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     @staticmethod
