@@ -23,7 +23,7 @@ import numpy as np
 from bench import machine
 from jaxchat.config import MeshConfig
 from jaxchat.data import loader as batches
-from jaxchat.data.packing import Rows, finish_rows, write_rows
+from jaxchat.data.packing import Rows, write_rows
 from jaxchat.sharding import batch_sharding, make_mesh
 
 GOAL = 104e6  # tokens a second
@@ -40,8 +40,7 @@ def write_synthetic(directory: Path, count: int, seq_len: int) -> None:
             length = int(draw.integers(1, seq_len + 1)) if draw.random() < PADDED else seq_len + 1
             yield draw.integers(0, VOCABULARY, length, np.uint16)
 
-    written = write_rows(directory, rows(), seq_len + 1, 0, VOCABULARY)
-    finish_rows(directory, {"tokenizer": "synthetic"}, seq_len + 1, written, VOCABULARY)
+    write_rows(directory, rows(), seq_len + 1, 0, VOCABULARY, lambda: {"tokenizer": "synthetic"})
 
 
 def tokens_per_second(source: batches.Batches, tokens: int, steps: int, on_device: bool) -> tuple[float, float]:

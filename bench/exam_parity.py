@@ -14,13 +14,12 @@ import numpy as np
 from bench.compare import nanochat_config
 from jaxchat.chat import render_prompt
 from jaxchat.config import Config
-from jaxchat.data.files import read_rows
+from jaxchat.data.sources import read_records
 from jaxchat.engine.scoring import Scorer
 from jaxchat.errors import UsageError
-from jaxchat.tasks import core
+from jaxchat.tasks import core, get_task
 from jaxchat.tasks.base import TaskFiles
 from jaxchat.tasks.choice import LETTERS, MMLU, csv_rows
-from jaxchat.tasks.registry import get_task
 from jaxchat.tokenizer import Tokenizer
 from train.evaluate import capped
 
@@ -90,14 +89,14 @@ def published_rows(exam: str, files: TaskFiles) -> list[dict[str, Any]]:
     """The questions as their publishers' tables have them, which is what nanochat reads."""
     if exam == "mmlu":
         paths = MMLU(files).paths("test")
-        return [row for path in paths for row in (csv_rows if path.suffix == ".csv" else read_rows)(path)]
+        return [row for path in paths for _, row in (csv_rows if path.suffix == ".csv" else read_records)(path)]
     return [
         {
             "question": row["query"].removeprefix("Question: "),
             "choices": {"text": row["choices"], "label": list(LETTERS[: len(row["choices"])])},
             "answerKey": LETTERS[row["gold"]],
         }
-        for row in read_rows(files.find((f"core/{exam}.jsonl", f"**/{exam}.jsonl"))[0])
+        for _, row in read_records(files.find((f"core/{exam}.jsonl", f"**/{exam}.jsonl"))[0])
     ]
 
 

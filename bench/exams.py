@@ -29,9 +29,8 @@ from jaxchat.engine.scoring import Scorer, crop, score_targets
 from jaxchat.errors import JaxchatError
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
-from jaxchat.tasks import core
+from jaxchat.tasks import core, get_task
 from jaxchat.tasks.base import MissingData, TaskFiles
-from jaxchat.tasks.registry import get_task
 from jaxchat.tokenizer import Tokenizer, train_tokenizer
 from train.evaluate import capped
 

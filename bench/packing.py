@@ -32,7 +32,7 @@ import numpy as np
 
 from jaxchat.checkpoint import trained_params
 from jaxchat.config import Config, MeshConfig, load_config
-from jaxchat.data.packing import PackStats, Rows, finish_rows, pack_documents, write_rows
+from jaxchat.data.packing import PackStats, Rows, pack_documents, write_rows
 from jaxchat.data.shards import read_documents
 from jaxchat.engine.loading import batch_rows
 from jaxchat.run_dir import RunDir
@@ -136,8 +136,8 @@ def pack(config: Config, run: RunDir, name: str) -> dict[str, Any]:
             yield row
 
     target = run.data / name
-    rows = write_rows(target, counted(), row_len, tokenizer.bos, tokenizer.vocab_size)
-    finish_rows(target, {"tokenizer": tokenizer.digest}, row_len, rows, tokenizer.vocab_size)
+    about = {"tokenizer": tokenizer.digest}
+    rows = write_rows(target, counted(), row_len, tokenizer.bos, tokenizer.vocab_size, lambda: about)["rows"]
     lengths = np.fromfile(target / "lengths.bin", "<u4")
     return {
         "documents": counts["documents"],
@@ -198,8 +198,8 @@ def score(directory: str, stage: str, folder: Path) -> dict[str, Any]:
     row_len, stats = config.model.seq_len + 1, PackStats()
     documents = run_documents(run, "val", tokenizer.digest)
     packed = pack_documents(documents, row_len, tokenizer.bos, prepare.WINDOW, stats, "whole")
-    count = write_rows(folder / "val", packed, row_len, tokenizer.bos, tokenizer.vocab_size)
-    finish_rows(folder / "val", {"tokenizer": tokenizer.digest}, row_len, count, tokenizer.vocab_size)
+    about = {"tokenizer": tokenizer.digest}
+    write_rows(folder / "val", packed, row_len, tokenizer.bos, tokenizer.vocab_size, lambda: about)
     rows, mesh = Rows(folder / "val", tokenizer.digest), make_mesh(MeshConfig(), jax.local_devices())
     at_once = -(-batch_rows(config.model, config.eval.batch_rows, mesh) // batch_devices(mesh)) * batch_devices(mesh)
     params = jax.device_put(trained_params(run, stage), replicated(mesh))

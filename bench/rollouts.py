@@ -21,8 +21,8 @@ from typing import Any
 from bench.exams import about, load
 from jaxchat.engine import Engine, Request
 from jaxchat.errors import JaxchatError
+from jaxchat.tasks import get_task
 from jaxchat.tasks.base import TaskFiles, WrittenTask
-from jaxchat.tasks.registry import get_task
 
 ALONE = 8  # questions of a block that are answered one after the other
 SLOTS = 32  # as `eval.batch_rows`

@@ -29,7 +29,7 @@ from jaxchat.engine.loading import trained_stages
 from jaxchat.errors import DataError, JaxchatError, UsageError
 from jaxchat.run_dir import RunDir, read_json
 from jaxchat.sizes import count_parameters
-from jaxchat.tasks.registry import TASKS
+from jaxchat.tasks import TASKS
 from jaxchat.tokenizer import Tokenizer
 
 from .limits import Keys, Rates

@@ -6,9 +6,9 @@ import sys
 
 from test_rl import Brevity, run_config
 
+from jaxchat import tasks as registry
 from jaxchat.log import read_metrics
 from jaxchat.run_dir import RunDir
-from jaxchat.tasks import registry
 from train import rl
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 from jaxchat.config import MeshConfig
 from jaxchat.data.loader import Batches, Mixture, batch_number, epoch_rows, val_batches
-from jaxchat.data.packing import Rows, finish_rows, write_rows
+from jaxchat.data.packing import Rows, write_rows
 from jaxchat.sharding import batch_sharding, make_mesh
 
 COUNT, ROW_LEN = 50, 9
@@ -20,8 +20,7 @@ def rows(tmp_path_factory):
     """Row i holds i, i + 1, ... and every fifth row is padded at its end."""
     folder = tmp_path_factory.mktemp("data") / "rows"
     content = (np.arange(i, i + ROW_LEN - (3 if i % 5 == 0 else 0)) for i in range(COUNT))
-    count = write_rows(folder, content, ROW_LEN, 0, 300)
-    finish_rows(folder, {"tokenizer": "t"}, ROW_LEN, count, 300)
+    write_rows(folder, content, ROW_LEN, 0, 300, lambda: {"tokenizer": "t"})
     return Rows(folder, "t")
 
 
@@ -127,8 +126,7 @@ SOURCES = (
 def mixed(rows, tmp_path):
     """The same rows, said to come from four sources, of which one is empty."""
     content = [rows[i][0] for i in range(COUNT)]
-    count = write_rows(tmp_path / "rows", content, ROW_LEN, 0, 300)
-    finish_rows(tmp_path / "rows", {"tokenizer": "t", "sources": SOURCES}, ROW_LEN, count, 300)
+    write_rows(tmp_path / "rows", content, ROW_LEN, 0, 300, lambda: {"tokenizer": "t", "sources": SOURCES})
     return Rows(tmp_path / "rows", "t")
 
 

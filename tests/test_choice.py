@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.errors import DataError
+from jaxchat.tasks import get_task
 from jaxchat.tasks.base import MissingData, TaskFiles
 from jaxchat.tasks.choice import question
-from jaxchat.tasks.registry import get_task
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not (DATA / "mmlu").is_dir(), reason=f"no exam data in {DATA}")
@@ -74,10 +74,10 @@ def test_a_damaged_table_is_named(tmp_path, text):
 def test_a_changed_column_or_a_broken_file_of_the_hub(tmp_path):
     path = tmp_path / "all" / "test-00000-of-00001.parquet"
     parquet(path, [{**{k: v for k, v in ROWS[0].items() if k != "choices"}, "options": ["a"]}])
-    with pytest.raises(DataError, match="row 1 .*KeyError.*choices"):
+    with pytest.raises(DataError, match=":1: .*KeyError.*choices"):
         exam("mmlu", tmp_path).examples()
     parquet(path, [ROWS[0], {**ROWS[0], "answer": 4}])
-    with pytest.raises(DataError, match="row 2 .*answer 4 of 4 options"):
+    with pytest.raises(DataError, match=":2: .*answer 4 of 4 options"):
         exam("mmlu", tmp_path).examples()
     path.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(DataError, match="not a readable parquet file"):
@@ -103,7 +103,7 @@ def test_a_damaged_arc(tmp_path):
     path = tmp_path / "ARC-Easy" / "test-00000-of-00001.parquet"
     for damaged in ({**ARC, "answerKey": "3"}, {**ARC, "choices": ["cat", "dog"]}):
         parquet(path, [damaged])
-        with pytest.raises(DataError, match="row 1 "):
+        with pytest.raises(DataError, match=":1: "):
             exam("arc_easy", tmp_path).examples()
 
 

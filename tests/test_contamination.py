@@ -12,8 +12,8 @@ import pytest
 from jaxchat.config import load_config
 from jaxchat.run_dir import RunDir, read_json, write_json
 from jaxchat.scaling import resolve
+from jaxchat.tasks import get_task
 from jaxchat.tasks.base import TaskFiles
-from jaxchat.tasks.registry import get_task
 from train import contamination
 from train.contamination import LONG_PASSAGE, WINDOW, memorized
 

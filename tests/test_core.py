@@ -121,11 +121,11 @@ def test_damaged_files_are_named(tmp_path):
     exam, path = Core(TaskFiles(str(tmp_path))), tmp_path / "core" / "copa.jsonl"
     for item in ({**GOOD, "gold": 2}, {"question": "q", "choices": ["a", "b"], "gold": 0}, ["q"]):
         write(tmp_path, "copa.jsonl", [GOOD, item])
-        with pytest.raises(DataError, match=r"copa\.jsonl: row 2 "):
+        with pytest.raises(DataError, match=r"copa\.jsonl:2: "):
             exam.load(BY_LABEL["copa"])
     for content, words in (
         (b'{"query": "q"\n', "copa.jsonl:1: not JSON"),
-        (b"\xff\xff", "not UTF-8"),
+        (b"\xff\xff", "not text in UTF-8"),
         (b"", "no rows"),
     ):
         path.write_bytes(content)

@@ -119,5 +119,5 @@ def test_conversations_of_ones_own(tmp_path):
         with pytest.raises(DataError, match=rf"a\.jsonl:5: .*{words}"):
             list(file_conversations(f"files:{tmp_path}/a.jsonl"))
     (tmp_path / "b.txt").write_text("text")
-    with pytest.raises(DataError, match=r"b\.txt: conversations are read from jsonl"):
+    with pytest.raises(DataError, match=r"b\.txt: conversations are read from"):
         list(file_conversations(f"files:{tmp_path}/b.txt"))

@@ -16,7 +16,7 @@ from whole_run import ROOT, records
 import launch
 from jaxchat import distributed as hosts
 from jaxchat.data.loader import Batches, val_batches
-from jaxchat.data.packing import Rows, finish_rows, write_rows
+from jaxchat.data.packing import Rows, write_rows
 from jaxchat.errors import UsageError
 from jaxchat.log import read_metrics
 from train import doctor as machine
@@ -223,13 +223,12 @@ def test_a_pod_of_an_indexed_job_needs_an_address_or_the_client(monkeypatch):
 
 def test_each_process_reads_its_own_rows_of_the_same_batches(tmp_path):
     """Columns 0-1 of one process and 2-3 of the other are the batch of a single one; also of held-out rows."""
-    count = write_rows(tmp_path / "rows", (np.arange(i, i + 9) for i in range(50)), 9, 0, 300)
-    finish_rows(tmp_path / "rows", {"tokenizer": "t"}, 9, count, 300)
+    write_rows(tmp_path / "rows", (np.arange(i, i + 9) for i in range(50)), 9, 0, 300, lambda: {"tokenizer": "t"})
     rows = Rows(tmp_path / "rows")
     batches = Batches(rows, 4, 2, seed=3)
     parts = [np.array([0, 1]), np.array([2, 3])]
     for step in (0, 7):
-        halves, whole = [batches._load(step, part) for part in parts], batches.batch(step)
+        halves, whole = [batches.batch(step, part) for part in parts], batches.batch(step)
         assert all(np.array_equal(np.concatenate([h[k] for h in halves], axis=1), whole[k]) for k in whole)
     for whole, *halves in zip(
         val_batches(rows, 4, 49), *(val_batches(rows, 4, 49, part) for part in parts), strict=True

@@ -16,16 +16,15 @@ from jaxchat import model as gpt
 from jaxchat.chat import normalize, render_prompt
 from jaxchat.checkpoint import Checkpoints
 from jaxchat.config import load_config
-from jaxchat.data.packing import Rows, finish_rows, write_rows
+from jaxchat.data.packing import Rows, write_rows
 from jaxchat.errors import DataError, UsageError
 from jaxchat.run_dir import RunDir, read_json, write_json
 from jaxchat.scaling import resolve
-from jaxchat.tasks import core
+from jaxchat.tasks import TASKS, core, get_task
 from jaxchat.tasks.base import Example, MissingData, TaskFiles, WrittenTask, user
 from jaxchat.tasks.core import CORE_TASKS
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.humaneval import HumanEval
-from jaxchat.tasks.registry import TASKS, get_task
 from jaxchat.tokenizer import train_tokenizer
 from jaxchat.train_state import TrainState
 from train import evaluate
@@ -80,8 +79,7 @@ def run(tmp_path_factory, tokenizer, params):
         for length in (65, 65, 40, 65, 9):
             ids = np.array([tokenizer.bos, *rng.integers(10, VOCAB - 10, length - 1)])
             rows.append((ids, rng.integers(0, 2, length)) if masked else ids)
-        count = write_rows(directory, rows, LENGTH + 1, tokenizer.bos, VOCAB)
-        finish_rows(directory, {"tokenizer": tokenizer.digest}, LENGTH + 1, count, VOCAB)
+        write_rows(directory, rows, LENGTH + 1, tokenizer.bos, VOCAB, lambda: {"tokenizer": tokenizer.digest})
     save(run, "base", params)
     save(run, "sft", jax.tree.map(lambda p: p * 1.1, params))
     return run

@@ -17,10 +17,9 @@ import pytest
 
 from jaxchat.chat import continued, render, render_prompt
 from jaxchat.config import Config, flatten, load_config, to_toml
-from jaxchat.data.files import read_file, read_records
-from jaxchat.data.packing import Rows, finish_rows, write_rows
+from jaxchat.data.packing import Rows, write_rows
 from jaxchat.data.shards import Job, read_documents, tokenize_unit
-from jaxchat.data.sources import Unit
+from jaxchat.data.sources import Unit, read_file, read_records
 from jaxchat.errors import DataError, JaxchatError, UsageError
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
@@ -230,8 +229,7 @@ def written(tokenizer, tmp_path_factory):
     draw = np.random.default_rng(0)
     ids = [draw.integers(0, 290, draw.integers(3, 17)).astype(np.uint16) for _ in range(9)]
     for name, rows in (("rows", ids), ("sft", [(row, np.ones(len(row), np.uint8)) for row in ids])):
-        count = write_rows(folder / name, rows, 17, 63, 290)
-        finish_rows(folder / name, {"tokenizer": "none"}, 17, count, 290)
+        write_rows(folder / name, rows, 17, 63, 290, lambda: {"tokenizer": "none"})
     tokenizer.save(folder / "tokenizer")
     (folder / "text.txt").write_text("one\n\n" * 3_000)
     unit = Unit("files:text.txt", str(folder / "text.txt"))

@@ -8,9 +8,10 @@ from small_model import tokenizer
 from jaxchat.chat import render
 from jaxchat.engine.turn import Turn
 from jaxchat.errors import UsageError
+from jaxchat.tasks import TASKS, get_task, parse_mixture_entry
 from jaxchat.tasks.base import Example
-from jaxchat.tasks.generated import QUESTIONS, WordProblems, is_held_out_problem, spelling_solution, words
-from jaxchat.tasks.registry import TASKS, get_task, parse_mixture_entry
+from jaxchat.tasks.generated import WordProblems, is_held_out_pair, spelling_solution, words
+from jaxchat.tasks.identity import TEXTS
 from jaxchat.tools.calculator import calculate
 
 ARITHMETIC, SPELLING, PROBLEMS = get_task("arithmetic"), get_task("spelling_bee"), get_task("word_problems")
@@ -47,7 +48,7 @@ def test_arithmetic_is_an_exact_match(answer, right):
     assert ARITHMETIC.grade(Example([], "42"), answer) is right
 
 
-WORDING = {word for text in QUESTIONS for word in re.findall("[a-z]+", text.lower())}
+WORDING = {word for text in TEXTS["spelling_bee"]["questions"] for word in re.findall("[a-z]+", text.lower())}
 
 
 def test_a_spelling_spells_counts_and_checks():
@@ -113,9 +114,9 @@ def test_problems_never_shows_an_exam_pair():
 
 
 def test_about_one_pair_in_ten_is_held_out_in_either_order():
-    held_out = [(a, b) for a in range(2, 100) for b in range(2, 100) if is_held_out_problem(a, b)]
+    held_out = [(a, b) for a in range(2, 100) for b in range(2, 100) if is_held_out_pair(a, b)]
     assert 0.08 < len(held_out) / 98**2 < 0.12
-    assert all(is_held_out_problem(b, a) for a, b in held_out)
+    assert all(is_held_out_pair(b, a) for a, b in held_out)
 
 
 def test_solutions_are_the_calculators():

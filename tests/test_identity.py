@@ -7,10 +7,10 @@ import pytest
 from jaxchat.chat import normalize
 from jaxchat.config import CONFIG_DIR
 from jaxchat.errors import DataError, UsageError
+from jaxchat.tasks import get_task
 from jaxchat.tasks.base import Example, TaskFiles
 from jaxchat.tasks.identity import (
     TEXTS,
-    TONES,
     TOPICS,
     Fact,
     Identity,
@@ -20,7 +20,6 @@ from jaxchat.tasks.identity import (
     small_talk,
     topics_of,
 )
-from jaxchat.tasks.registry import get_task
 
 TASK = Identity()
 
@@ -90,13 +89,13 @@ def said(conversation):
 def test_the_example_reads():
     persona = load_persona(EXAMPLE)
     assert (persona.name, persona.maker, persona.tone) == ("Mina", "the robotics club", "friendly")
-    assert persona.languages == ("en", "ko") and [fact.language for fact in persona.facts] == ["en", "ko"]
+    assert persona.languages == ["en", "ko"] and [fact.language for fact in persona.facts] == ["en", "ko"]
 
 
 @pytest.mark.parametrize("language", TEXTS["persona"])
-@pytest.mark.parametrize("tone", TONES)
+@pytest.mark.parametrize("tone", ["plain", "friendly", "formal"])
 def test_every_answer_passes_its_own_exam_and_no_other_topics(language, tone):
-    task = Identity(persona=Persona("Mina", "the robotics club", (language,), tone))
+    task = Identity(persona=Persona(name="Mina", maker="the robotics club", languages=[language], tone=tone))
     for name, topic in task.topics.items():
         assert topic.answers and all(task.grade(Example([], name), answer) for answer in topic.answers), name
         assert not task.grade(Example([], name), "") and not set(topic.questions) & set(topic.exam_questions)
@@ -143,22 +142,22 @@ def test_the_tasks_hear_of_it(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('nam = "x"', "nam: unknown key, did you mean name"),
-        ('name = ""', "name: needs a text of 1 to 60 characters"),
-        ("name = 3", "name: needs a text"),
-        ('name = "' + "x" * 61 + '"', "name: needs a text"),
-        ('languages = ["fr"]', "languages: 'fr' is unknown; choose from en, ko"),
-        ("languages = []", "languages: needs a list of texts"),
-        ('tone = "rude"', "tone: 'rude' is unknown; choose from plain, friendly, formal"),
-        ('facts = "I live here"', "write each as a table of its own"),
-        ('[[facts]]\nquestions = ["q"]', "facts, number 1: needs `questions` and `answer`"),
-        ('[[facts]]\nquestions = []\nanswer = "a"', "facts, number 1, questions: needs a list"),
-        ('[[facts]]\nquestions = ["q"]\nanswer = "a"\nmust_say = "b"', "must_say 'b' is not in the answer"),
-        ('[[facts]]\nquestions = ["?"]\nanswer = "a"', "a question without words"),
-        ('[[facts]]\nquestions = ["q"]\nanswer = "a"\nlanguage = "fr"', "language: 'fr' is unknown"),
-        ('[[facts]]\nquestions = ["q"]\nanswer = "a"\nlanguage = ["en"]', "language: .* is unknown"),
-        ('[[facts]]\nquestions = ["q"]\nanswer = "' + "a" * 200 + '"', "the answer has 200 characters; at most 160"),
-        ('[[facts]]\nquestions = ["q"]\nanswer = "' + "a" * 100 + '"', "name the words that the exam looks for"),
+        ('nam = "x"', "nam: "),
+        ('name = ""', "name: "),
+        ("name = 3", "name: "),
+        ('name = "' + "x" * 61 + '"', "name: "),
+        ('name = "a\\nb"', "name: "),
+        ('languages = ["fr"]', "languages.1: .*'en' or 'ko'"),
+        ("languages = []", "languages: "),
+        ('tone = "rude"', "tone: .*'plain', 'friendly' or 'formal'"),
+        ('facts = "I live here"', "facts: "),
+        ('[[facts]]\nquestions = ["q"]', "facts.1.answer: "),
+        ('[[facts]]\nquestions = []\nanswer = "a"', "facts.1.questions: "),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "a"\nmust_say = "b"', "facts.1: .*must_say 'b' is not in the answer"),
+        ('[[facts]]\nquestions = ["?"]\nanswer = "a"', "facts.1: .*a question without words"),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "a"\nlanguage = "fr"', "facts.1.language: "),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "' + "a" * 200 + '"', "facts.1.answer: .*at most 160"),
+        ('[[facts]]\nquestions = ["q"]\nanswer = "' + "a" * 100 + '"', "facts.1: .*must_say"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, text, words):
@@ -181,6 +180,6 @@ def test_topics_without_a_file_are_jaxchats():
 def test_a_fact_with_one_question_has_an_exam_that_ends():
     """One Korean question has 72 wordings at most, and often not six that are held out."""
     for number in range(12):
-        facts = (Fact((f"무슨 색을 {number}번 좋아해",), "파란색이요.", "파란색", "ko"),)
-        exam = Identity(persona=Persona(languages=("ko",), facts=facts)).examples()
+        fact = Fact(questions=[f"무슨 색을 {number}번 좋아해"], answer="파란색이요.", must_say="파란색")
+        exam = Identity(persona=Persona(languages=["ko"], facts=[fact])).examples()
         assert all(is_held_out(e.prompt[0]["content"]) for e in exam if e.expected == "fact 1")

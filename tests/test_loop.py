@@ -11,7 +11,7 @@ import pytest
 
 from jaxchat.config import MeshConfig, load_config
 from jaxchat.data.loader import Batches
-from jaxchat.data.packing import Rows, finish_rows, write_rows
+from jaxchat.data.packing import Rows, write_rows
 from jaxchat.errors import DataError, DivergedError, UsageError
 from jaxchat.log import read_metrics
 from jaxchat.run_dir import RunDir
@@ -31,8 +31,7 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows") / "train"
     draw = np.random.default_rng(0)
     ids = (draw.integers(0, 60, (40, 1)) + np.arange(17)) % 60  # counts up: easy to learn
-    count = write_rows(folder, [row.astype(np.uint16) for row in ids], 17, 63, 64)
-    finish_rows(folder, {"tokenizer": "none"}, 17, count, 64)
+    write_rows(folder, [row.astype(np.uint16) for row in ids], 17, 63, 64, lambda: {"tokenizer": "none"})
     return Rows(folder)
 
 
@@ -97,15 +96,15 @@ def test_a_run_that_diverges_ends_with_its_own_error(rows, tmp_path):
 
 def poisoned(monkeypatch, numbers):
     """Those batches make the loss NaN."""
-    load = Batches._load
+    load = Batches.batch
 
-    def bad(self, number, columns):
+    def bad(self, number, columns=None):
         batch = load(self, number, columns)
         seen.append(number)
         return batch | {"weights": batch["weights"] * np.nan} if number in numbers else batch
 
     seen = []
-    monkeypatch.setattr(Batches, "_load", bad)
+    monkeypatch.setattr(Batches, "batch", bad)
     return seen
 
 

@@ -8,10 +8,10 @@ import pytest
 from jaxchat.chat import normalize, render, render_prompt
 from jaxchat.config import load_config
 from jaxchat.data import lottery
-from jaxchat.data.lottery import FIELDS, Session, documents, is_held_out, random_session, read_answer, sessions
+from jaxchat.data.lottery import FIELDS, Session, documents, random_session, read_answer, sessions
+from jaxchat.tasks import get_task
 from jaxchat.tasks.base import assistant, user
-from jaxchat.tasks.lottery import Lottery
-from jaxchat.tasks.registry import get_task
+from jaxchat.tasks.generated import Lottery
 from jaxchat.tokenizer import train_tokenizer
 
 WINNING, BONUS = (1, 2, 3, 4, 5, 6), 7
@@ -86,21 +86,24 @@ def test_sessions_are_as_they_should_be():
         assert 1 <= len(session.tickets) <= lottery.MOST_TICKETS and len({*session.winning, session.bonus}) == 7
         for ticket in session.tickets:
             assert len(set(ticket)) == 6 and all(1 <= n <= 45 for n in ticket)
-    ranks = {session.rank(ticket) for session in found for ticket in session.tickets}
-    assert ranks == {"", *lottery.PRIZES}
+    assert {session.hits(ticket) for session in found for ticket in session.tickets} == set(lottery.HITS)
+
+
+def outcome(session):
+    return tuple(value for name, value in session.fields().items() if name != "yield")
 
 
 def test_nothing_of_the_exam_is_trained():
     task = Lottery()
     exam = task.examples()
-    trained = {session.question() for session in sessions(5000, 42)} | set(documents(3000))
+    trained = {session.question() for session in sessions(5000, 42)} | set(documents("synthetic:lottery:3000"))
     assert not trained & {example.prompt[0]["content"] for example in exam}
-    outcomes = {session.outcome() for session in sessions(5000, 42)}
+    outcomes = {outcome(session) for session in sessions(5000, 42)}
     new = [e for e in exam if e.tags["outcome"] == "new"]
     assert 0.4 < len(new) / len(exam) < 0.6
     rng = random.Random(3)
     held = [random_session(rng, held_out=True) for _ in range(200)]
-    assert all(is_held_out(s) and len(s.tickets) > 1 for s in held) and not outcomes & {s.outcome() for s in held}
+    assert all(s.is_held_out() and len(s.tickets) > 1 for s in held) and not outcomes & {outcome(s) for s in held}
 
 
 def test_the_exam_grades_every_field():
@@ -121,7 +124,7 @@ def test_the_exam_grades_every_field():
 def test_the_longest_session_fits_the_tiers_context():
     """Cut answers once cost the model every session of eight tickets."""
     config = load_config("lotto")
-    tokenizer = train_tokenizer(documents(3000), config.model.vocab_size, 10**9, 10**6)
+    tokenizer = train_tokenizer(documents("synthetic:lottery:3000"), config.model.vocab_size, 10**9, 10**6)
     rng, task = random.Random(5), Lottery()
     most = [s for s in (random_session(rng) for _ in range(2000)) if len(s.tickets) == lottery.MOST_TICKETS]
     talks = [render(tokenizer, [user(s.question()), assistant(s.answer())])[0] for s in most]

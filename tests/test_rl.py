@@ -18,6 +18,7 @@ import pytest
 from small_model import write_run
 
 from jaxchat import model as gpt
+from jaxchat import tasks as registry
 from jaxchat.checkpoint import params_sha256, restore_params
 from jaxchat.config import MeshConfig, load_config
 from jaxchat.errors import DataError, InterruptedRun, UsageError
@@ -25,7 +26,6 @@ from jaxchat.log import read_metrics
 from jaxchat.optimizer import make_optimizer
 from jaxchat.scaling import resolve
 from jaxchat.sharding import batch_sharding, make_mesh
-from jaxchat.tasks import registry
 from jaxchat.tasks.base import Example, WrittenTask, user
 from jaxchat.train_state import TrainState, init_state, make_nll_step, make_train_step
 from train import rl

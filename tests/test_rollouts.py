@@ -16,9 +16,9 @@ from jaxchat.engine.device import Programs
 from jaxchat.engine.turn import TOOL_ERROR, Turn
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh
+from jaxchat.tasks import get_task
 from jaxchat.tasks.base import NO_FILES, Example, user
 from jaxchat.tasks.gsm8k import GSM8K
-from jaxchat.tasks.registry import get_task
 from train.rl import RolloutWorker, advantages, rewards, sample_seed
 
 WARM = {"temperature": 1.0, "top_k": 50, "max_tokens": 20}

@@ -18,10 +18,10 @@ from jaxchat.errors import DataError, UsageError
 from jaxchat.optimizer import trapezoid
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
+from jaxchat.tasks import get_task
 from jaxchat.tasks.base import TaskFiles
 from jaxchat.tasks.conversations import SmolTalk, spoken
 from jaxchat.tasks.identity import Identity
-from jaxchat.tasks.registry import get_task
 from jaxchat.tokenizer import ASSISTANT_END, train_tokenizer
 from train import sft
 from train.loop import Trainer
@@ -72,8 +72,14 @@ def test_an_exam_on_the_way_that_does_not_exist_is_refused_before_any_work():
     sft.check(dataclasses.replace(wrong, sft=dataclasses.replace(wrong.sft, exam_cases=0)))
 
 
+def prepared(config, run, tokenizer):
+    tokenizer.save(run.tokenizer)
+    return sft.prepare_rows(config, run, tokenizer)
+
+
 def test_other_conversations_do_not_go_on_with_a_run(tmp_path, tokenizer):
     run, one, other = RunDir(tmp_path), config_of("identity:50"), config_of("identity:51")
+    tokenizer.save(run.tokenizer)
     sft.checked_rows(one, run, tokenizer)
     sft.checked_rows(other, run, tokenizer)  # nothing is trained yet
     (run.stage("sft") / "2").mkdir(parents=True)
@@ -123,7 +129,7 @@ def tokenizer():
 def test_every_epoch_is_packed_for_itself(tmp_path, tokenizer):
     config = config_of("identity:40*3", "word_problems:30")
     run = RunDir(tmp_path)
-    facts = sft.prepare_rows(config, run, tokenizer)
+    facts = prepared(config, run, tokenizer)
     rows = Rows(run.data / "sft" / "train", tokenizer.digest)
     assert facts["train"]["rows"] == len(rows)
     once = facts["conversations"]
@@ -153,25 +159,25 @@ def talks(path, count):
 def test_many_conversations_are_rendered_by_other_processes_and_the_rows_are_the_same(tmp_path, tokenizer, monkeypatch):
     config = config_of(talks(tmp_path / "talks.jsonl", 700), "word_problems:400*2")
     runs = [RunDir(tmp_path / name) for name in ("here", "there")]
-    tokenizer.save(runs[1].tokenizer)  # the first run has none on the disk, and needs none
-    first = sft.prepare_rows(config, runs[0], tokenizer)
+    first = prepared(config, runs[0], tokenizer)
     monkeypatch.setattr(sft, "FEW", 100)
-    monkeypatch.setattr(sft, "render_all", None)
+    calls, parallel_map = [], sft.parallel_map
+    monkeypatch.setattr(sft, "parallel_map", lambda *args: calls.append(1) or parallel_map(*args))
     two = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
-    assert sft.prepare_rows(two, runs[1], tokenizer) == first
+    assert prepared(two, runs[1], tokenizer) == first and calls
     assert sums(runs[0]) == sums(runs[1])
 
 
 def test_rows_are_rendered_again_only_where_their_inputs_changed(tmp_path, tokenizer, monkeypatch):
     run, path = RunDir(tmp_path / "run"), tmp_path / "talks.jsonl"
     config = config_of(talks(path, 60), "identity:30", "chatterbot")
-    facts, rendered = sft.prepare_rows(config, run, tokenizer), []
+    facts, rendered = prepared(config, run, tokenizer), []
     render_all = sft.render_all
     monkeypatch.setattr(sft, "render_all", lambda *args: rendered.append(1) or render_all(*args))
 
     def again(config, tokenizer=tokenizer):
         rendered.clear()
-        return sft.prepare_rows(config, run, tokenizer), bool(rendered)
+        return prepared(config, run, tokenizer), bool(rendered)
 
     def other(**changes):
         return dataclasses.replace(config, **changes)
@@ -220,10 +226,10 @@ def test_a_conversation_out_of_form_is_named(tmp_path, tokenizer, monkeypatch):
         Identity, "train_conversations", lambda *_: [[{"role": "assistant", "content": "I speak first"}]]
     )
     with pytest.raises(DataError, match=r"identity:5: a conversation is out of form: messages\[0\]"):
-        sft.prepare_rows(config_of("identity:5"), RunDir(tmp_path), tokenizer)
+        prepared(config_of("identity:5"), RunDir(tmp_path), tokenizer)
     monkeypatch.setattr(Identity, "train_conversations", lambda *_: [])
     with pytest.raises(DataError, match=r"sft.mixture: no conversations"):
-        sft.prepare_rows(config_of("identity:5"), RunDir(tmp_path), tokenizer)
+        prepared(config_of("identity:5"), RunDir(tmp_path), tokenizer)
 
 
 def test_rows_without_targets_at_a_batch_of_one_short_row_do_no_harm(tmp_path, tokenizer):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from jaxchat.data import shards as module
-from jaxchat.data.files import check_encoding
 from jaxchat.data.shards import (
     Distinct,
     Job,
@@ -24,7 +23,7 @@ from jaxchat.data.shards import (
     tokenize_unit,
     workers_for,
 )
-from jaxchat.data.sources import Unit, document_hash
+from jaxchat.data.sources import Unit, document_hash, find_files
 from jaxchat.errors import DataError, UsageError
 from jaxchat.run_dir import write_sealed
 from jaxchat.tokenizer import train_tokenizer
@@ -134,11 +133,10 @@ def test_an_interrupted_run_goes_on_behind_its_last_whole_part(job, tokenizer, t
     whole, begun = tmp_path / "whole", tmp_path / "begun"
     expected = tokenize_unit(to(job, whole))
     interrupted(monkeypatch, to(job, begun), stop)
-    assert not (begun / "manifest.json").exists() and not list(begun.glob(".part-*"))
+    assert not (begun / "manifest.json").exists()
     times = {p: p.stat().st_mtime_ns for p in begun.glob("*.bin")}
     with pytest.raises(DataError, match="no such file"):
         read(begun, tokenizer)
-    (begun / ".part-left").write_bytes(b"of a run that was killed")
     assert tokenize_unit(to(job, begun)) == expected
     assert contents(begun) == contents(whole)
     assert {p: p.stat().st_mtime_ns for p in times} == times and len(times) == 2 * (stop // 512)
@@ -158,9 +156,8 @@ def test_what_does_not_belong_to_it_is_not_gone_on_with(job, tmp_path, monkeypat
     assert contents(folder) == contents(tmp_path / "whole")
 
 
-def test_a_batch_is_bounded_in_characters_too(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_CHARS", 1_000)
-    sizes = [sum(map(len, batch)) for batch in module.batches_of(iter(TEXTS))]
+def test_a_batch_is_bounded_in_characters_too():
+    sizes = [sum(map(len, batch)) for batch in module.batches_of(iter(TEXTS), chars=1_000)]
     assert max(sizes) < 1_200 and sum(sizes) == sum(map(len, TEXTS))
 
 
@@ -275,8 +272,8 @@ def test_ray_gives_the_same(capfd):
     pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     sizes = [300, 70_000, 65_536, 65_537] * 5
     assert list(parallel_map(token_dtype, sizes, "ray", 2)) == list(map(token_dtype, sizes))
-    with pytest.raises(UsageError, match=r"^data\.encoding: 'klingon' is unknown"):
-        list(parallel_map(check_encoding, ["utf-8", "klingon", "auto"], "ray", 2))
+    with pytest.raises(DataError, match=r"^files:none: no such files"):
+        list(parallel_map(find_files, ["files:*", "files:none"], "ray", 2))
 
 
 def test_a_worker_that_is_killed_is_told():

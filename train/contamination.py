@@ -21,9 +21,8 @@ from jaxchat.data.sources import fingerprint, iterate_documents, open_corpus
 from jaxchat.errors import JaxchatError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, read_json, write_json
-from jaxchat.tasks import core
+from jaxchat.tasks import core, get_task
 from jaxchat.tasks.base import Task, TaskFiles
-from jaxchat.tasks.registry import get_task
 
 WORDS = 13  # in a row that a question and a document share
 WINDOW = 24  # bytes; shorter passages stand in any two texts of one language

@@ -28,7 +28,7 @@ from jaxchat.errors import DataError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, atomic_write, read_json, write_json
 from jaxchat.sharding import batch_devices, make_mesh, replicated
-from jaxchat.tasks import core
+from jaxchat.tasks import TASKS, core, get_task
 from jaxchat.tasks.base import (
     ChoiceExample,
     ChoiceTask,
@@ -41,7 +41,6 @@ from jaxchat.tasks.base import (
     listing,
     user,
 )
-from jaxchat.tasks.registry import TASKS, get_task
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import TrainState, decided, make_eval_step
 

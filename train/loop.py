@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jaxchat import distributed
 from jaxchat.checkpoint import Checkpoints, check_recorded, params_sha256
 from jaxchat.config import Config
-from jaxchat.data.loader import Batches, own_columns, place, val_batches
+from jaxchat.data.loader import Batches, own_columns, val_batches
 from jaxchat.data.packing import Rows
 from jaxchat.errors import DivergedError, InterruptedRun, JaxchatError, OutOfMemoryError
 from jaxchat.log import MetricsFile, Task, animated, progress, say
@@ -388,7 +388,8 @@ def bits_per_byte(
     shape, sharding = (1, batch_rows, rows.meta["row_len"] - 1), batch_sharding(mesh)
     columns = own_columns(sharding, shape)
     for batch in val_batches(rows, batch_rows, max_rows, columns):
-        found = jax.device_get(eval_step(params, place(batch, sharding, shape, columns), lengths))
+        global_batch = jax.make_array_from_process_local_data(sharding, batch, shape)
+        found = jax.device_get(eval_step(params, global_batch, lengths))
         sums = {name: total + float(found[name]) for name, total in sums.items()}
         by_row.append(np.stack([found["nats"], found["bytes"]]).astype(np.float64))
     nats, sizes = np.concatenate(by_row, axis=1)

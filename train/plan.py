@@ -23,18 +23,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat.config import Config
-from jaxchat.data.files import find_files, text_size
-from jaxchat.data.hub import MARGIN
-from jaxchat.data.hub import parse as parse_hub
 from jaxchat.data.shards import token_dtype
-from jaxchat.data.sources import kind_of, parse
+from jaxchat.data.sources import MARGIN, find_files, generator_of, parse, parse_hub, text_size
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import print_facts, say, size_text, waiting
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh
 from jaxchat.sizes import activation_bytes, count_parameters, decode_bytes_per_step, flops_per_token, kv_values_per_row
-from jaxchat.tasks.registry import parse_mixture_entry
+from jaxchat.tasks import parse_mixture_entry
 
 from . import compiled
 from .doctor import unused_accelerator
@@ -338,7 +335,8 @@ def text_bytes(config: Config) -> float:
         if source.startswith("hf:"):
             total += max(0, config.data.text_bytes) * share * MARGIN
         else:
-            total += files_bytes(source) if source.startswith("files:") else kind_of(source).size(source)
+            generator = generator_of(source)
+            total += generator.size(source) if generator else files_bytes(source)
     return total
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 
 from jaxchat.config import Config
-from jaxchat.data.packing import PackStats, finish_rows, finished_rows, pack_documents, write_rows
+from jaxchat.data.packing import PackStats, finished_rows, pack_documents, write_rows
 from jaxchat.data.shards import (
     SPLITS,
     Distinct,
@@ -324,23 +324,24 @@ def _pack(
                 counts = {key: getattr(stats, key) - getattr(before, key) for key in ("rows", "tokens", "lost")}
                 sources.append({"source": part.source, "weight": part.weight, "remainder": mode} | counts)
 
+        def facts() -> dict[str, Any]:
+            return {
+                "bytes": size,
+                "chars": chars,
+                "documents": distinct.kept,
+                "tokens": distinct.kept_tokens,
+                "lost": stats.lost,
+                "duplicates": distinct.duplicates,
+                "fill": stats.fill,
+                "cuts": stats.cuts,
+                "documents_per_row": (stats.documents + stats.cuts - stats.cropped) / max(1, stats.rows),
+                "sources": sources,
+                "tokenizer": tokenizer.digest,
+                "origin": origin,
+            }
+
         with progress(f"pack {split}", None) as bar:
-            count = write_rows(target, bar.track(rows()), row_len, tokenizer.bos, tokenizer.vocab_size)
-        facts = {
-            "bytes": size,
-            "chars": chars,
-            "documents": distinct.kept,
-            "tokens": distinct.kept_tokens,
-            "lost": stats.lost,
-            "duplicates": distinct.duplicates,
-            "fill": stats.fill,
-            "cuts": stats.cuts,
-            "documents_per_row": (stats.documents + stats.cuts - stats.cropped) / max(1, stats.rows),
-            "sources": sources,
-            "tokenizer": tokenizer.digest,
-            "origin": origin,
-        }
-        meta = finish_rows(target, facts, row_len, count, tokenizer.vocab_size)
+            meta = write_rows(target, bar.track(rows()), row_len, tokenizer.bos, tokenizer.vocab_size, facts)
     if meta["duplicates"]:
         what = "left out" if data.dedup else "kept (data.dedup=true leaves them out)"
         say(f"  {split}: {meta['duplicates']:,} documents had come before, letter for letter; {what}")

@@ -35,8 +35,8 @@ from jaxchat.errors import DataError, InterruptedRun, JaxchatError
 from jaxchat.log import print_facts, read_metrics, say
 from jaxchat.run_dir import RunDir, read_json
 from jaxchat.sharding import batch_devices, make_mesh, micro_batch
+from jaxchat.tasks import TASKS, get_task, parse_mixture_entry
 from jaxchat.tasks.base import GeneratedTask, Task, TaskFiles
-from jaxchat.tasks.registry import TASKS, get_task, parse_mixture_entry
 from jaxchat.tokenizer import TRAIN_CHARS, Tokenizer
 from jaxchat.train_state import compute_dtype
 

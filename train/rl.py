@@ -29,7 +29,6 @@ from jaxchat import distributed
 from jaxchat.chat import render_prompt
 from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, MeshConfig
-from jaxchat.data.loader import own_columns, place
 from jaxchat.engine import Engine, Result
 from jaxchat.engine.turn import Turn
 from jaxchat.errors import DataError, UsageError
@@ -38,8 +37,8 @@ from jaxchat.log import say
 from jaxchat.run_dir import RunDir, atomic_write
 from jaxchat.scaling import fine_tuning_optim
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh, replicated
+from jaxchat.tasks import get_task
 from jaxchat.tasks.base import Example, TaskFiles, WrittenTask
-from jaxchat.tasks.registry import get_task
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import Batch, TrainState, decided, make_nll_step
 
@@ -395,9 +394,7 @@ def build(answers: Answers, advantage: np.ndarray, shape: tuple[int, int], lengt
 
 def on_mesh(batch: dict[str, np.ndarray], sharding: Sharding) -> dict[str, jax.Array]:
     """The batch with its rows split over the devices; every process has all of it and gives its own part."""
-    shape: Any = batch["inputs"].shape
-    columns = own_columns(sharding, shape)
-    return place({name: array[:, columns] for name, array in batch.items()}, sharding, shape, columns)
+    return jax.make_array_from_process_local_data(sharding, batch, batch["inputs"].shape)
 
 
 def kl_per_token(now: np.ndarray, start: np.ndarray, counts: np.ndarray) -> float:

@@ -22,25 +22,16 @@ import jaxchat
 from jaxchat import distributed
 from jaxchat.chat import Message
 from jaxchat.config import Config
-from jaxchat.data.files import find_files
-from jaxchat.data.packing import PackStats, Rows, finish_rows, finished_rows, pack_conversations, write_rows
+from jaxchat.data.packing import PackStats, Rows, finished_rows, pack_conversations, render_all, write_rows
 from jaxchat.data.shards import parallel_map, workers_for
-from jaxchat.data.sources import Unit, document_hash, limit_of_hashes
+from jaxchat.data.sources import Unit, document_hash, find_files, limit_of_hashes
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, read_json, write_json
 from jaxchat.scaling import fine_tuning_optim
+from jaxchat.tasks import get_task, parse_mixture_entry
 from jaxchat.tasks.base import Task, TaskFiles, identity_digest
-from jaxchat.tasks.conversations import (
-    Rendered,
-    chatterbot_pairs,
-    chitchat_dialogues,
-    file_conversations,
-    render_all,
-    render_with,
-    spoken,
-)
-from jaxchat.tasks.registry import get_task, parse_mixture_entry
+from jaxchat.tasks.conversations import chatterbot_pairs, chitchat_dialogues, file_conversations, spoken
 from jaxchat.tokenizer import ASSISTANT_END, Tokenizer
 
 from . import evaluate
@@ -234,12 +225,9 @@ def _render(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[tuple[str
     few = list(itertools.islice(conversations, FEW))
     chunks = _chunks(itertools.chain(few, conversations))
     workers = workers_for(config.data.workers, FEW)
-    parts: Iterable[list[Rendered]]
-    if len(few) < FEW or (workers == 1 and config.data.engine == "local"):
-        parts = (render_all(tokenizer, chunk) for chunk in chunks)
-    else:
-        work = functools.partial(render_with, str(run.tokenizer.resolve()), tokenizer.digest)
-        parts = parallel_map(work, chunks, config.data.engine, workers)
+    work = functools.partial(render_all, (str(run.tokenizer.resolve()), tokenizer.digest))
+    here = len(few) < FEW or (workers == 1 and config.data.engine == "local")
+    parts = map(work, chunks) if here else parallel_map(work, chunks, config.data.engine, workers)
     rendered: dict[tuple[str, bool], list[Rendering]] = {(e, h): [] for e in config.sft.mixture for h in (False, True)}
     with progress("sft: rendering", None) as bar:
         for part in parts:
@@ -271,6 +259,9 @@ def write_split(
     packed = (row for epoch in epochs for row in pack_conversations(epoch, row_len, turn_end, stats))
     directory = run.data / "sft" / split
     directory.parent.mkdir(parents=True, exist_ok=True)
-    count = write_rows(directory, packed, row_len, tokenizer.bos, tokenizer.vocab_size)
-    meta = {"tokenizer": tokenizer.digest, "conversations": stats.documents, "cut": stats.cuts, "fill": stats.fill}
-    return finish_rows(directory, meta | about, row_len, count, tokenizer.vocab_size)
+
+    def facts() -> dict[str, Any]:
+        meta = {"tokenizer": tokenizer.digest, "conversations": stats.documents, "cut": stats.cuts, "fill": stats.fill}
+        return meta | about
+
+    return write_rows(directory, packed, row_len, tokenizer.bos, tokenizer.vocab_size, facts)

@@ -17,6 +17,7 @@ from jaxchat.data.packing import Rows
 THREADS = 4
 PREFETCH = 16  # batches read ahead
 LAST_STEP = 2**40  # never reached
+NAMES = ("inputs", "targets", "weights")
 
 
 class Batches:
@@ -34,19 +35,16 @@ class Batches:
         self._rows = rows
         self._shape = (grad_accum, batch_rows, rows.meta["row_len"] - 1)
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Return the batch of one optimizer step, on the host."""
-        return self._load(step, np.arange(self._shape[1]))
-
-    def _load(self, step: int, columns: np.ndarray) -> dict[str, np.ndarray]:
-        """Read the rows `columns` of every micro-batch of one step."""
+    def batch(self, step: int, columns: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Return the batch of one optimizer step, on the host. `columns`: only these rows of every micro-batch."""
         grad_accum, batch_rows, _ = self._shape
-        first = step * grad_accum * batch_rows
-        places = [int(first + a * batch_rows + b) for a in range(grad_accum) for b in columns]
-        picked = [self._numbers[place] for place in places]
+        columns = np.arange(batch_rows) if columns is None else columns
+        first_places = (step * grad_accum + np.arange(grad_accum)) * batch_rows  # of every micro-batch
+        places = (first_places[:, None] + columns).ravel().tolist()
+        numbers = [self._numbers[place] for place in places]
         if self._mixture:
-            picked = [self._mixture.row(place, number) for place, number in zip(places, picked, strict=True)]
-        arrays = zip(("inputs", "targets", "weights"), self._rows.shifted(np.array(picked)), strict=True)
+            numbers = [self._mixture.row(place, number) for place, number in zip(places, numbers, strict=True)]
+        arrays = zip(NAMES, self._rows.shifted(np.array(numbers)), strict=True)
         return {name: array.reshape(grad_accum, len(columns), -1) for name, array in arrays}
 
     def iterate(
@@ -57,13 +55,14 @@ class Batches:
         Batches of the numbers `left_out` are skipped; every later step takes the next one. A process reads only the
         rows of its own devices; which rows a batch has does not depend on that.
         """
-        columns = np.arange(self._shape[1]) if sharding is None else own_columns(sharding, self._shape)
+        columns = None if sharding is None else own_columns(sharding, self._shape)
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCH)
-        steps = grain.MapDataset.range(start, LAST_STEP).map(
-            lambda step: self._load(batch_number(step, left_out), columns)
-        )
-        for batch in iter(steps.to_iter_dataset(options)):
-            yield batch if sharding is None else place(batch, sharding, self._shape, columns)
+        steps = grain.MapDataset.range(start, LAST_STEP)
+        batches = steps.map(lambda step: self.batch(batch_number(step, left_out), columns))
+        for batch in iter(batches.to_iter_dataset(options)):
+            if sharding is not None:
+                batch = jax.make_array_from_process_local_data(sharding, batch, self._shape)
+            yield batch
 
 
 def batch_number(step: int, left_out: Sequence[int]) -> int:
@@ -92,8 +91,7 @@ class Mixture:
         longest = max(source["rows"] / source["weight"] for source in sources)
         counts = [max(1, round(longest * source["weight"])) if source["rows"] else 0 for source in sources]
         self.size = sum(counts)
-        self._ends = list(itertools.accumulate(counts))
-        self._counts = counts
+        self._counts, self._ends = counts, list(itertools.accumulate(counts))
         self._firsts = [0, *itertools.accumulate(source["rows"] for source in sources)]
         self._rows: dict[int, Any] = {
             i: grain.MapDataset.range(source["rows"]).seed((seed + 1 + i) % 2**32).shuffle().repeat()
@@ -114,22 +112,6 @@ def own_columns(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(shape[1])[index[1]] for index in places]))
 
 
-def place(
-    batch: dict[str, np.ndarray], sharding: Sharding, shape: tuple[int, ...], columns: np.ndarray
-) -> dict[str, jax.Array]:
-    """Return the global batch, of which this process holds the rows `columns`."""
-
-    def put(array: np.ndarray) -> jax.Array:
-        def part(index: Any) -> np.ndarray:
-            first, last, _ = index[1].indices(shape[1])
-            begin = int(np.searchsorted(columns, first))
-            return array[:, begin : begin + last - first]
-
-        return jax.make_array_from_callback(shape, sharding, part)
-
-    return {name: put(array) for name, array in batch.items()}
-
-
 def val_batches(
     rows: Rows, batch_rows: int, max_rows: int, columns: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -139,9 +121,9 @@ def val_batches(
     the last one is filled up with rows of weight 0. `columns`: only these rows of each batch (`own_columns`).
     """
     total = min(len(rows), max_rows)
-    wanted = np.arange(batch_rows) if columns is None else columns
+    columns = np.arange(batch_rows) if columns is None else columns
     for start in range(0, total, batch_rows):
-        real = wanted[start + wanted < total]
-        arrays = zip(("inputs", "targets", "weights"), rows.shifted((start + real) * len(rows) // total), strict=True)
-        missing = len(wanted) - len(real)
+        real = columns[start + columns < total]
+        missing = len(columns) - len(real)
+        arrays = zip(NAMES, rows.shifted((start + real) * len(rows) // total), strict=True)
         yield {name: np.pad(array, ((0, missing), (0, 0)))[None] for name, array in arrays}

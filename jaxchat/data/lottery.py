@@ -13,8 +13,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jaxchat.errors import UsageError
-
 PRICE = 1_000
 NUMBERS, DRAWN = 45, 6
 MOST_TICKETS = 8
@@ -44,40 +42,31 @@ class Session:
     winning: tuple[int, ...]
     bonus: int
 
-    @property
-    def amount(self) -> int:
-        return PRICE * len(self.tickets)
-
-    @property
-    def prize(self) -> int:
-        return sum(PRIZES.get(self.rank(ticket), 0) for ticket in self.tickets)
-
     def hits(self, ticket: tuple[int, ...]) -> str:
         """Return how many numbers of a ticket were drawn, "5+bonus" if the bonus number is the sixth."""
         count = len(set(ticket) & set(self.winning))
         return "5+bonus" if count == 5 and self.bonus in ticket else str(count)
 
-    def rank(self, ticket: tuple[int, ...]) -> str:
-        """Return a key of `PRIZES`, or "" if the ticket wins nothing."""
-        hits = self.hits(ticket)
-        return hits if hits in PRIZES else ""
+    def prize(self) -> int:
+        return sum(PRIZES.get(self.hits(ticket), 0) for ticket in self.tickets)
 
     def fields(self) -> dict[str, str]:
         """Return the right output by the names of `FIELDS`."""
-        ranks = [self.rank(ticket) for ticket in self.tickets]
-        # in whole numbers: no float rounds 0.05 down
-        tenths = (2 * 1_000 * self.prize + self.amount) // (2 * self.amount)
-        written = {rank: str(ranks.count(rank)) for rank in PRIZES}
-        return {"tickets": str(len(self.tickets)), **written, "yield": f"{tenths // 10:,}.{tenths % 10}%"}
+        hits, price = [self.hits(ticket) for ticket in self.tickets], PRICE * len(self.tickets)
+        tenths = (2 * 1_000 * self.prize() + price) // (2 * price)  # in whole numbers: no float rounds 0.05 down
+        counts = {rank: str(hits.count(rank)) for rank in PRIZES}
+        return {"tickets": str(len(self.tickets)), **counts, "yield": f"{tenths // 10:,}.{tenths % 10}%"}
 
-    def outcome(self) -> str:
-        """Return the number of tickets and of each rank: all that the yield depends on."""
-        return " ".join(value for name, value in self.fields().items() if name != "yield")
+    def is_held_out(self) -> bool:
+        """Return whether no training session has as many tickets of each rank. Those of a single ticket are trained."""
+        outcome = " ".join(value for name, value in self.fields().items() if name != "yield")
+        return len(self.tickets) > 1 and hashlib.sha256(outcome.encode()).digest()[0] * HELD_OUT_ONE_IN < 256
 
     def question(self) -> str:
         """Return the input: amount, tickets, winning numbers, bonus number."""
-        lines = [f"paid {self.amount:,}", *(_numbers(ticket) for ticket in self.tickets)]
-        return "\n".join([*lines, f"drawn {_numbers(self.winning)}", f"bonus {self.bonus}"])
+        lines = [" ".join(map(str, ticket)) for ticket in self.tickets]
+        drawn = " ".join(map(str, self.winning))
+        return "\n".join([f"paid {PRICE * len(lines):,}", *lines, f"drawn {drawn}", f"bonus {self.bonus}"])
 
     def answer(self) -> str:
         """Return the output, with the working between.
@@ -90,15 +79,7 @@ class Session:
             marks = "".join(f"{n}{'+' if n in self.winning else '*' if n == self.bonus else '-'}" for n in ticket)
             lines.append(f"{marks} {self.hits(ticket)}")
         lines += [f"{rank}: {fields[rank]}" for rank in PRIZES]
-        return "\n".join([*lines, f"prize: {self.prize:,}", f"yield: {fields['yield']}"])
-
-
-def parse(source: str) -> int:
-    """Return the number of documents of `synthetic:lottery[:COUNT]`; `UsageError` for anything else."""
-    match = re.fullmatch(r"synthetic:lottery(?::(\d+))?", source)
-    if match is None or match[1] in ("0", "1"):
-        raise UsageError(f"data.source: {source!r}; generators: synthetic:lottery, or synthetic:lottery:COUNT")
-    return int(match[1] or DOCUMENTS)
+        return "\n".join([*lines, f"prize: {self.prize():,}", f"yield: {fields['yield']}"])
 
 
 def read_answer(text: str) -> dict[str, str]:
@@ -117,44 +98,33 @@ def random_session(rng: random.Random, held_out: bool | None = None, skew: float
     """
     sizes = range(1, MOST_TICKETS + 1)
     while True:
-        drawn = rng.sample(range(1, NUMBERS + 1), DRAWN + 1)
-        winning, bonus = tuple(drawn[:-1]), drawn[-1]
+        *winning, bonus = rng.sample(range(1, NUMBERS + 1), DRAWN + 1)
         (count,) = rng.choices(sizes, [n**-skew for n in sizes])
-        hits = rng.choices(HITS, HIT_WEIGHTS, k=count)
-        session = Session(tuple(_ticket(rng, winning, bonus, h) for h in hits), winning, bonus)
-        if held_out is None or is_held_out(session) == held_out:
+        others = [n for n in range(1, NUMBERS + 1) if n not in winning and n != bonus]
+        tickets = []
+        for hits in rng.choices(HITS, HIT_WEIGHTS, k=count):
+            ticket = rng.sample(winning, int(hits[0]))
+            if hits == "5+bonus" or (int(hits[0]) < 5 and rng.random() < 0.15):
+                ticket.append(bonus)
+            ticket += rng.sample(others, DRAWN - len(ticket))
+            rng.shuffle(ticket)
+            tickets.append(tuple(ticket))
+        session = Session(tuple(tickets), tuple(winning), bonus)
+        if held_out is None or session.is_held_out() == held_out:
             return session
-
-
-def is_held_out(session: Session) -> bool:
-    """Return whether no training session has this outcome. The six outcomes of a single ticket are all trained."""
-    digest = hashlib.sha256(session.outcome().encode()).digest()
-    return len(session.tickets) > 1 and digest[0] * HELD_OUT_ONE_IN < 256
 
 
 def sessions(count: int, seed: int) -> Iterator[Session]:
     """Yield `count` training sessions, always the same for the same seed."""
     rng = random.Random(f"lottery {seed}")
-    for _ in range(count):
-        yield random_session(rng, held_out=False, skew=SKEW)
+    return (random_session(rng, held_out=False, skew=SKEW) for _ in range(count))
 
 
-def documents(count: int, seed: int = 0) -> Iterator[str]:
+def documents(source: str) -> Iterator[str]:
     """Yield sessions as pretraining text: input, an empty line, output."""
-    for session in sessions(count, seed):
-        yield f"{session.question()}\n\n{session.answer()}"
+    return (f"{session.question()}\n\n{session.answer()}" for session in sessions(count_of(source), 0))
 
 
-def _ticket(rng: random.Random, winning: tuple[int, ...], bonus: int, hits: str) -> tuple[int, ...]:
-    others = [n for n in range(1, NUMBERS + 1) if n not in winning and n != bonus]
-    count = int(hits[0])
-    numbers = rng.sample(winning, count)
-    with_bonus = hits == "5+bonus" or (count < 5 and rng.random() < 0.15)
-    numbers += [bonus] if with_bonus else []
-    numbers += rng.sample(others, DRAWN - len(numbers))
-    rng.shuffle(numbers)
-    return tuple(numbers)
-
-
-def _numbers(numbers: tuple[int, ...]) -> str:
-    return " ".join(map(str, numbers))
+def count_of(source: str) -> int:
+    """Return the number of documents of `synthetic:lottery[:COUNT]`."""
+    return int(source.removeprefix("synthetic:lottery")[1:] or DOCUMENTS)

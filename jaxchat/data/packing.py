@@ -8,25 +8,29 @@ what is a target: `lengths.bin` (uint32 a row: so many tokens are real, the rest
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from jaxchat.data.shards import token_dtype
-from jaxchat.errors import DataError
-from jaxchat.run_dir import read_sealed, sha256_file, sync_directory, write_sealed
+from jaxchat.chat import Message, render
+from jaxchat.data.shards import HashedFile, token_dtype, verify_file
+from jaxchat.errors import DataError, UsageError
+from jaxchat.run_dir import read_sealed, sync_directory, write_sealed
+from jaxchat.tokenizer import Tokenizer
 
 T = TypeVar("T")
 MIN_CUT = 8  # a document is not cut for fewer free positions than this
 FORMAT = 3
 LENGTH = np.dtype("<u4")
+MASK = np.dtype(np.uint8)
 
 
 @dataclass
@@ -45,35 +49,50 @@ class PackStats:
     def fill(self) -> float:
         return self.tokens / max(1, self.rows * self.row_len)
 
+    def row(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
+        """Return a row of these sequences, counted."""
+        row = np.concatenate(tokens)
+        self.rows += 1
+        self.tokens += len(row)
+        return row
+
+    def crop(self, document: np.ndarray, length: int) -> np.ndarray:
+        """Return the first `length` tokens, and count the dropped ones."""
+        if len(document) > length:
+            self.lost += len(document) - length
+            self.cuts += 1
+            self.cropped += 1
+        return document[:length]
+
 
 class _Pool(Generic[T]):
     """Items by length, with a bit set of the lengths present: best fit in constant time."""
 
     def __init__(self) -> None:
-        self._by_length: dict[int, list[T]] = defaultdict(list)
+        self._items: dict[int, list[T]] = defaultdict(list)
         self._present = 0
         self.count = 0
 
     def add(self, length: int, item: T) -> None:
-        self._by_length[length].append(item)
+        self._items[length].append(item)
         self._present |= 1 << length
         self.count += 1
 
     def take_longest(self, at_most: int) -> T | None:
-        length = (self._present & ((1 << (at_most + 1)) - 1)).bit_length() - 1
-        return None if length < 0 else self._take(length)
+        """Remove and return the longest item of at most this length; of several the last one added."""
+        length = (self._present & ((2 << at_most) - 1)).bit_length() - 1
+        if length < 0:
+            return None
+        item = self._items[length].pop()
+        self.count -= 1
+        if not self._items[length]:
+            self._present -= 1 << length
+        return item
 
     def take_shortest(self, at_least: int = 0) -> T | None:
+        """Remove and return the shortest item of at least this length; of several the last one added."""
         present = self._present >> at_least
-        return self._take(at_least + (present & -present).bit_length() - 1) if present else None
-
-    def _take(self, length: int) -> T:
-        items = self._by_length[length]
-        item = items.pop()
-        if not items:
-            self._present &= ~(1 << length)
-        self.count -= 1
-        return item
+        return self.take_longest(at_least + (present & -present).bit_length() - 1) if present else None
 
 
 def pack_documents(
@@ -91,57 +110,69 @@ def pack_documents(
     pool, source = _Pool[np.ndarray](), iter(documents)
     row: list[np.ndarray] = []
     free = row_len
+
+    def begun(tokens: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.array([bos], tokens.dtype), tokens])
+
     while True:
         for document in itertools.islice(source, window - pool.count):
             stats.documents += 1
-            if remainder == "keep":
-                starts = range(row_len, len(document), row_len - 1)
-                pieces = [document[:row_len], *(_remainder(document[: s + row_len - 1], s, bos) for s in starts)]
-                document = pieces.pop()
-                stats.cuts += len(pieces)
-                yield from (_count(stats, piece) for piece in pieces)
-            else:
-                document = _cropped(document, row_len, stats)
+            if remainder != "keep":
+                document = stats.crop(document, row_len)
+            elif len(document) > row_len:
+                stats.cuts += 1
+                yield stats.row([document[:row_len]])
+                for end in range(row_len, len(document), row_len - 1):
+                    piece = begun(document[end : end + row_len - 1])
+                    if end + row_len - 1 < len(document):
+                        stats.cuts += 1
+                        yield stats.row([piece])
+                document = piece
             pool.add(len(document), document.copy())  # a view would keep the whole shard in memory
         fitting = pool.take_longest(free)
         if fitting is None and free >= MIN_CUT:
             if remainder == "keep" and (longest := pool.take_longest(row_len)) is not None:
-                rest = _remainder(longest, free, bos)
+                fitting, rest = longest[:free], begun(longest[free:])
                 pool.add(len(rest), rest)
                 stats.cuts += 1
-                fitting = longest[:free]
             elif remainder == "drop" and (shortest := pool.take_shortest()) is not None:
-                fitting = _cropped(shortest, free, stats)
+                fitting = stats.crop(shortest, free)
         if fitting is not None:
             row.append(fitting)
             free -= len(fitting)
         elif not row:
             return
         if fitting is None or not free:
-            yield _count(stats, np.concatenate(row))
+            yield stats.row(row)
             row, free = [], row_len
 
 
-def _cropped(document: np.ndarray, length: int, stats: PackStats) -> np.ndarray:
-    """Return the first `length` tokens, and count the dropped ones."""
-    lost = max(0, len(document) - length)
-    stats.lost += lost
-    stats.cuts += lost > 0
-    stats.cropped += lost > 0
-    return document[:length]
-
-
-def _remainder(document: np.ndarray, taken: int, bos: int) -> np.ndarray:
-    return np.concatenate([np.array([bos], document.dtype), document[taken:]])
-
-
-def _count(stats: PackStats, row: np.ndarray) -> np.ndarray:
-    stats.rows += 1
-    stats.tokens += len(row)
-    return row
-
-
 Rendered = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]  # ids and mask of a conversation
+
+
+def render_all(
+    tokenizer: tuple[str, str], conversations: Sequence[tuple[str, bool, list[Message]]]
+) -> list[tuple[str, bool, np.ndarray, np.ndarray]]:
+    """Render (entry of the mixture, held out, messages) to (entry, held out, ids, mask), in any process.
+
+    `tokenizer`: its folder and digest. `DataError` names the entry of a conversation that is out of form.
+    """
+    loaded, rendered = _loaded(*tokenizer), []
+    for entry, held_out, messages in conversations:
+        try:
+            ids, mask = render(loaded, messages)
+        except UsageError as error:
+            raise DataError(f"sft.mixture: {entry}: a conversation is out of form: {error}") from None
+        rendered.append((entry, held_out, np.array(ids, token_dtype(loaded.vocab_size)), np.array(mask, MASK)))
+    return rendered
+
+
+@functools.lru_cache(1)
+def _loaded(path: str, digest: str) -> Tokenizer:
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.digest != digest:
+        raise DataError(f"{path}: has changed while the conversations were rendered; run the same command again")
+    return tokenizer
 
 
 def pack_conversations(
@@ -155,77 +186,54 @@ def pack_conversations(
     stats.row_len = row_len
     pieces = []
     for ids, mask in conversations:
-        if len(ids) > row_len:
-            ends = [i + 1 for i in range(row_len) if ids[i] == turn_end and mask[i]]
-            stop = ends[-1] if ends else row_len
-            ids, mask = ids[:stop], mask[:stop]
+        stop = len(ids)
+        if stop > row_len:
+            stop = max((i + 1 for i in range(row_len) if ids[i] == turn_end and mask[i]), default=row_len)
             stats.cuts += 1
-        pieces.append((np.asarray(ids), np.asarray(mask, np.uint8)))
+        pieces.append((np.asarray(ids[:stop]), np.asarray(mask[:stop], np.uint8)))
         stats.documents += 1
-    pieces.sort(key=lambda piece: -len(piece[0]))  # stable: equal lengths keep their order
     rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
-    open_rows = _Pool[list[tuple[np.ndarray, np.ndarray]]]()  # by free positions
-    for piece in pieces:
-        row = open_rows.take_shortest(len(piece[0]))
-        if row is None:
-            row = []
+    open_rows = _Pool[tuple[int, list[tuple[np.ndarray, np.ndarray]]]]()  # by free positions
+    for piece in sorted(pieces, key=lambda piece: -len(piece[0])):  # stable: equal lengths keep their order
+        free, row = open_rows.take_shortest(len(piece[0])) or (row_len, [])
+        if not row:
             rows.append(row)
         row.append(piece)
-        if free := row_len - sum(len(ids) for ids, _ in row):
-            open_rows.add(free, row)
+        if free := free - len(piece[0]):
+            open_rows.add(free, (free, row))
     for row in rows:
-        yield _count(stats, np.concatenate([ids for ids, _ in row])), np.concatenate([mask for _, mask in row])
+        yield stats.row([ids for ids, _ in row]), np.concatenate([mask for _, mask in row])
 
 
 def write_rows(
-    directory: Path, rows: Iterable[np.ndarray | tuple[np.ndarray, np.ndarray]], row_len: int, pad: int, vocab_size: int
-) -> int:
-    """Write rows of at most `row_len` tokens, padded with `pad`, into a folder aside, and return their number.
+    directory: Path,
+    rows: Iterable[np.ndarray | tuple[np.ndarray, np.ndarray]],
+    row_len: int,
+    pad: int,
+    vocab_size: int,
+    facts: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """Write rows of at most `row_len` tokens, padded with `pad`, in place of `directory`, and return its meta.
 
-    Rows are all ids (every token is a target) or all pairs (ids, mask). `finish_rows` puts the folder in place; a
-    failure leaves nothing of it.
+    Rows are all ids (every token is a target) or all pairs (ids, mask). `facts` is called after the last row; what it
+    returns is added to the meta.
     """
-    aside = _aside(directory)
+    aside = directory.with_name(directory.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     dtype, count, source = token_dtype(vocab_size), 0, iter(rows)
-    try:
-        first = next(source, None)
-        targets = "lengths.bin" if isinstance(first, np.ndarray) else "weights.bin"
-        with open(aside / "rows.bin", "wb") as ids_file, open(aside / targets, "wb") as targets_file:
-            for row in itertools.chain([] if first is None else [first], source):
-                ids, mask = row if isinstance(row, tuple) else (row, None)
-                full = np.full(row_len, pad, dtype)
-                full[: len(ids)] = ids
-                ids_file.write(full.tobytes())
-                if mask is None:
-                    targets_file.write(np.array(len(ids), LENGTH).tobytes())
-                else:
-                    weights = np.zeros(row_len, np.uint8)
-                    weights[: len(ids)] = mask
-                    targets_file.write(weights.tobytes())
-                count += 1
-            for file in (ids_file, targets_file):
-                file.flush()
-                os.fsync(file.fileno())
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return count
-
-
-def finish_rows(directory: Path, meta: dict[str, Any], row_len: int, count: int, vocab_size: int) -> dict[str, Any]:
-    """Add sizes and checksums to `meta`, put the written folder in place of `directory`, and return the meta."""
-    aside = _aside(directory)
-    targets = "lengths.bin" if (aside / "lengths.bin").exists() else "weights.bin"
-    meta = meta | {
-        "format": FORMAT,
-        "rows": count,
-        "row_len": row_len,
-        "dtype": token_dtype(vocab_size).name,
-        "targets": targets,
-        "sha256": {name: sha256_file(aside / name) for name in ("rows.bin", targets)},
-    }
+    first = next(source, None)
+    targets = "lengths.bin" if isinstance(first, np.ndarray) else "weights.bin"
+    files = {name: HashedFile(aside / name) for name in ("rows.bin", targets)}
+    for row in itertools.chain([] if first is None else [first], source):
+        ids, mask = row if isinstance(row, tuple) else (row, None)
+        padding = row_len - len(ids)
+        files["rows.bin"].write(np.pad(ids.astype(dtype), (0, padding), constant_values=pad).tobytes())
+        target = np.array(len(ids), LENGTH) if mask is None else np.pad(mask.astype(MASK), (0, padding))
+        files[targets].write(target.tobytes())
+        count += 1
+    about = {"format": FORMAT, "rows": count, "row_len": row_len, "dtype": dtype.name, "targets": targets}
+    meta = facts() | about | {"sha256": {name: file.close() for name, file in files.items()}}
     write_sealed(aside / "meta.json", meta)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(aside, directory)
@@ -242,10 +250,6 @@ def finished_rows(directory: Path, origin: str) -> dict[str, Any] | None:
     return None
 
 
-def _aside(directory: Path) -> Path:
-    return directory.with_name(directory.name + ".partial")
-
-
 class Rows:
     """Random access to a row folder: `rows[i]` is (tokens int32 (row_len,), weights uint8 (row_len,)).
 
@@ -258,32 +262,25 @@ class Rows:
         self.meta = read_sealed(self.directory / "meta.json", FORMAT, repair)
         if tokenizer_digest is not None and self.meta["tokenizer"] != tokenizer_digest:
             raise DataError(f"{self.directory}: made with another tokenizer; {repair}, or choose another --run-dir")
-        count, row_len = self.meta["rows"], self.meta["row_len"]
-        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        self._ids = self._map("rows.bin", dtype, (count, row_len), verify, repair)
-        self._has_lengths = self.meta["targets"] == "lengths.bin"
-        if self._has_lengths:
-            self._targets = self._map("lengths.bin", LENGTH, (count,), verify, repair)
-        else:
-            self._targets = self._map("weights.bin", np.dtype(np.uint8), (count, row_len), verify, repair)
-        self._positions = np.arange(row_len, dtype=np.uint32)
+        shape, targets = (self.meta["rows"], self.meta["row_len"]), self.meta["targets"]
 
-    def _map(self, name: str, dtype: np.dtype, shape: tuple[int, ...], verify: bool, repair: str) -> np.ndarray:
-        path, size = self.directory / name, int(np.prod(shape)) * dtype.itemsize
-        if not path.exists():
-            raise DataError(f"{path}: missing; {repair}")
-        if path.stat().st_size != size:
-            raise DataError(f"{path}: {path.stat().st_size} bytes, must be {size} (truncated?); {repair}")
-        if verify and sha256_file(path) != self.meta["sha256"].get(name):
-            raise DataError(f"{path}: damaged (SHA-256 differs from meta.json); {repair}")
-        return np.memmap(path, dtype, mode="r", shape=shape) if size else np.zeros(shape, dtype)  # cannot map nothing
+        def mapped(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+            path, size = self.directory / name, int(np.prod(shape)) * dtype.itemsize
+            verify_file(path, size, self.meta["sha256"].get(name, "") if verify else None, repair)
+            return (
+                np.memmap(path, dtype, mode="r", shape=shape) if size else np.zeros(shape, dtype)
+            )  # cannot map nothing
+
+        self._ids = mapped("rows.bin", np.dtype(self.meta["dtype"]).newbyteorder("<"), shape)
+        self._has_lengths = targets == "lengths.bin"
+        self._targets = mapped(targets, LENGTH, shape[:1]) if self._has_lengths else mapped(targets, MASK, shape)
 
     def __len__(self) -> int:
         return self.meta["rows"]
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, targets = self._ids[index].astype(np.int32), self._targets[index]
-        weights = (self._positions < targets).astype(np.uint8) if self._has_lengths else np.asarray(targets)
+        weights = (np.arange(len(tokens)) < targets).astype(MASK) if self._has_lengths else np.asarray(targets)
         return tokens, weights
 
     def shifted(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

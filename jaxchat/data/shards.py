@@ -1,6 +1,6 @@
 """Tokenize documents into shards: a folder for each unit of the corpus, with the same bytes whoever writes it.
 
-A unit's folder holds parts of about `data.shard_tokens` tokens: `train-000.bin` and `val-000.bin`, little-endian arrays
+A unit's folder holds parts of about `shard_tokens` tokens: `train-000.bin` and `val-000.bin`, little-endian arrays
 with `<|bos|>` before every document, and beside each a `.hash` with 8 bytes of every document's SHA-256. The last file
 written is `manifest.json`. Work is spread over the cores of this machine, or over a Ray cluster.
 """
@@ -17,10 +17,9 @@ import multiprocessing
 import os
 import shutil
 import signal
-import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,21 +27,188 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxchat.data.sources import Unit, hash_fraction, text_digest
+from jaxchat.data.sources import Unit, hash_fraction, text_hash
 from jaxchat.errors import DataError, JaxchatError, UsageError
 from jaxchat.run_dir import read_sealed, sha256_file, sync_directory, write_sealed
 from jaxchat.tokenizer import Tokenizer
 
 J = TypeVar("J")
 R = TypeVar("R")
-AHEAD = 4  # jobs of a generator that are taken ahead of the results, for each worker
 FORMAT = 4
 SPLITS = ("train", "val")
-BATCH_DOCUMENTS, BATCH_CHARS = 512, 4_000_000  # encoded at once
-UNFINISHED, ASIDE = "unfinished.json", ".part-"
-SETTINGS = ("origin", "tokenizer", "bos", "vocab_size", "dtype")
-REPAIR = "delete the run's data folder and run stage prepare again"
+SETTINGS = ("origin", "tokenizer", "bos", "vocab_size", "dtype")  # of a manifest; others begin anew
+UNFINISHED = "unfinished.json"
 HASH = np.dtype("<u8")
+BATCH_DOCUMENTS, BATCH_CHARS = 512, 4_000_000  # encoded at once
+AHEAD = 4  # jobs that are taken ahead of the results, for each worker
+REPAIR = "delete the run's data folder and run stage prepare again"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit to tokenize, complete enough to be sent to another process or machine.
+
+    Documents whose hash falls below `limit` are held out. `origin` stands for the unit's content and all settings.
+    """
+
+    unit: Unit
+    limit: float
+    tokenizer: str
+    directory: str
+    shard_tokens: int
+    origin: str
+
+
+def tokenize_unit(
+    job: Job, alone: bool = False, on_tokens: Callable[[int], None] = lambda count: None
+) -> dict[str, Any]:
+    """Tokenize one unit into `job.directory` and return its manifest; a finished unit is only verified.
+
+    The manifest is written last: without it the parts do not count. Until then `unfinished.json` lists the complete
+    parts, and the same call continues after them with the same bytes. Files of another origin are deleted. Memory
+    holds one batch.
+    Args:
+      alone: no other unit is tokenized meanwhile, so that all cores may encode this one.
+    """
+    directory, tokenizer = Path(job.directory), Tokenizer.load(job.tokenizer)
+    dtype = token_dtype(tokenizer.vocab_size)
+    manifest: dict[str, Any] = {
+        "format": FORMAT, "origin": job.origin, "tokenizer": tokenizer.digest, "bos": tokenizer.bos,
+        "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "read": 0, "left_out": {},
+        "splits": {split: {"tokens": 0, "documents": 0, "bytes": 0, "chars": 0} for split in SPLITS}, "parts": [],
+    }  # fmt: skip
+    if finished := _undamaged(directory / "manifest.json", manifest):
+        return finished
+    if begun := _undamaged(directory / UNFINISHED, manifest):
+        manifest = begun
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    counts = Counter[str]()
+    batches = batches_of(itertools.islice(job.unit.documents(counts), manifest["read"], None))
+    while batch := next(batches, []):
+        names = {split: f"{split}-{len(manifest['parts']):03d}" for split in SPLITS}
+        part: dict[str, dict[str, Any]] = {s: {"file": f"{names[s]}.bin", "tokens": 0, "documents": 0} for s in SPLITS}
+        tokens = {split: HashedFile(directory / f"{names[split]}.bin") for split in SPLITS}
+        hashes = {split: HashedFile(directory / f"{names[split]}.hash") for split in SPLITS}
+        while batch:
+            encoded = tokenizer.encode_batch(batch) if alone else [tokenizer.encode_batch([text])[0] for text in batch]
+            for text, ids in zip(batch, encoded, strict=True):
+                data = text.encode("utf-8", "surrogatepass")
+                number = text_hash(data)
+                split = "val" if hash_fraction(number) < job.limit else "train"
+                tokens[split].write(np.array([tokenizer.bos, *ids], dtype).tobytes())
+                hashes[split].write(number.to_bytes(8, "little"))
+                sizes = manifest["splits"][split]
+                sizes["bytes"] += len(data)
+                sizes["chars"] += len(text)
+                for counted in (sizes, part[split]):
+                    counted["tokens"] += 1 + len(ids)
+                    counted["documents"] += 1
+            manifest["read"] += len(batch)
+            on_tokens(manifest["splits"]["train"]["tokens"])
+            full = any(part[split]["tokens"] >= job.shard_tokens for split in SPLITS)
+            batch = [] if full else next(batches, [])
+        for split in SPLITS:
+            part[split] |= {"sha256": tokens[split].close(), "hashes_sha256": hashes[split].close()}
+        manifest["parts"].append(part)
+        sync_directory(directory)
+        write_sealed(directory / UNFINISHED, manifest)
+    manifest["left_out"] = dict(counts)
+    write_sealed(directory / UNFINISHED, manifest)
+    os.replace(directory / UNFINISHED, directory / "manifest.json")  # exactly one of both exists at any time
+    sync_directory(directory)
+    return manifest
+
+
+def _undamaged(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a manifest of the same origin and settings whose parts are undamaged; None if there is none."""
+    with contextlib.suppress(DataError):
+        manifest = read_sealed(path, FORMAT, REPAIR)
+        if all(manifest[key] == settings[key] for key in SETTINGS):
+            for part, split in itertools.product(manifest["parts"], SPLITS):
+                read_shard(path.parent, part[split], manifest)
+            return manifest
+    return None
+
+
+class HashedFile:
+    """A file that is written under the name `PATH.partial`, and its SHA-256."""
+
+    def __init__(self, path: Path):
+        self._path, self._sha256 = path, hashlib.sha256()
+        self._file = open(f"{path}.partial", "wb")
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+
+    def close(self) -> str:
+        """Put the whole file in place, and return its SHA-256."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._file.name, self._path)
+        return self._sha256.hexdigest()
+
+
+def verify_file(path: Path, size: int, sha256: str | None, repair: str) -> None:
+    """Raise `DataError` if a file is missing or has another size or SHA-256 (None: not compared)."""
+    if not path.exists():
+        raise DataError(f"{path}: missing; {repair}")
+    if path.stat().st_size != size:
+        raise DataError(f"{path}: {path.stat().st_size} bytes, must be {size} (truncated?); {repair}")
+    if sha256 is not None and sha256_file(path) != sha256:
+        raise DataError(f"{path}: damaged (its SHA-256 is not the recorded one); {repair}")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return uint16 if it holds every id, else uint32; little-endian."""
+    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
+
+
+def batches_of(documents: Iterable[str], count: int = BATCH_DOCUMENTS, chars: int = BATCH_CHARS) -> Iterator[list[str]]:
+    """Yield lists of at most `count` documents that end when `chars` characters are reached."""
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if len(batch) == count or size >= chars:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a unit's folder; `DataError` if it is missing, damaged or of another format."""
+    return read_sealed(directory / "manifest.json", FORMAT, REPAIR)
+
+
+def read_shard(directory: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and document hashes of one shard, checked by size and SHA-256."""
+    arrays = []
+    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+    for suffix, kind, count, sha256 in (
+        (".bin", dtype, "tokens", "sha256"),
+        (".hash", HASH, "documents", "hashes_sha256"),
+    ):
+        path = (directory / entry["file"]).with_suffix(suffix)
+        verify_file(path, entry[count] * kind.itemsize, entry[sha256], REPAIR)
+        arrays.append(np.fromfile(path, kind))
+    return arrays[0], arrays[1]
+
+
+def read_documents(directory: Path, split: str, tokenizer_digest: str) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (tokens, hash) of a unit's documents, `<|bos|>` first. Verifies shards; `DataError` names a damaged one."""
+    manifest = read_manifest(directory)
+    if manifest["tokenizer"] != tokenizer_digest:
+        raise DataError(f"{directory}: made with another tokenizer; choose another --run-dir, or {REPAIR}")
+    for part in manifest["parts"]:
+        tokens, hashes = read_shard(directory, part[split], manifest)
+        documents = np.split(tokens, np.flatnonzero(tokens == manifest["bos"])[1:])
+        yield from zip(documents, hashes.tolist(), strict=False)  # an empty split has one empty document and no hash
 
 
 class Distinct:
@@ -70,6 +236,9 @@ class Distinct:
             yield tokens
 
 
+# Parallel work
+
+
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -86,15 +255,26 @@ def parallel_map(work: Callable[[J], R], jobs: Iterable[J], engine: str, workers
     What a job raises is raised here, and no other job begins. Ray uses the cluster of `RAY_ADDRESS`, or starts one on
     this machine; paths in the jobs must mean the same on all its machines.
     """
-    if engine == "ray":
-        yield from _over_ray(work, jobs, workers)
-        return
+    with _ray(work, workers) if engine == "ray" else _processes(work, workers) as (submit, result, ahead):
+        waiting: collections.deque[Any] = collections.deque()
+        for job in jobs:
+            if len(waiting) >= ahead:
+                yield result(waiting.popleft())
+            waiting.append(submit(job))
+        while waiting:
+            yield result(waiting.popleft())
+
+
+Pool = tuple[Callable[[Any], Any], Callable[[Any], Any], int]  # submit, result, how many jobs to take ahead
+
+
+@contextlib.contextmanager
+def _processes(work: Callable[[J], R], workers: int) -> Iterator[Pool]:
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would leave half dead
     before = multiprocessing.active_children()
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
     try:
-        ahead = len(jobs) if isinstance(jobs, Sequence) else AHEAD * workers
-        yield from _in_order(lambda job: pool.submit(work, job), lambda future: future.result(), jobs, ahead)
+        yield lambda job: pool.submit(work, job), concurrent.futures.Future.result, AHEAD * workers
     except BrokenProcessPool:
         raise DataError(
             "a process that tokenized was killed (out of memory?); run the same command again, "
@@ -105,17 +285,6 @@ def parallel_map(work: Callable[[J], R], jobs: Iterable[J], engine: str, workers
             if process not in before:
                 process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _in_order(submit: Callable[[J], Any], result: Callable[[Any], R], jobs: Iterable[J], ahead: int) -> Iterator[R]:
-    """Yield the results in the order of the jobs, with at most `ahead` jobs submitted."""
-    waiting: collections.deque[Any] = collections.deque()
-    for job in jobs:
-        if len(waiting) >= ahead:
-            yield result(waiting.popleft())
-        waiting.append(submit(job))
-    while waiting:
-        yield result(waiting.popleft())
 
 
 def _end_with_parent() -> None:
@@ -130,7 +299,8 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _over_ray(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterator[R]:
+@contextlib.contextmanager
+def _ray(work: Callable[[J], R], workers: int) -> Iterator[Pool]:
     try:
         import ray
     except ImportError:
@@ -155,7 +325,7 @@ def _over_ray(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterat
     try:
         task: Any = ray.remote(max_retries=3)(_call)
         ahead = max(workers, 2 * int(ray.cluster_resources().get("CPU", 1)))  # so that no machine waits
-        yield from _in_order(lambda job: task.remote(work, job), result, jobs, ahead)
+        yield lambda job: task.remote(work, job), result, ahead
     finally:
         if started:
             ray.shutdown()
@@ -163,201 +333,3 @@ def _over_ray(work: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterat
 
 def _call(work: Callable[[J], R], job: J) -> R:
     return work(job)  # Ray takes only plain functions, no functools.partial
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Return uint16 if it holds every id, else uint32; little-endian."""
-    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One unit to tokenize, complete enough to be sent to another process or machine.
-
-    Documents whose hash falls below `limit` are held out. `origin` stands for the unit's content and all settings.
-    """
-
-    unit: Unit
-    limit: float
-    tokenizer: str
-    directory: str
-    shard_tokens: int
-    origin: str
-
-
-class _Split:
-    """One split of one part: written to a file aside, and put in place when the part is finished."""
-
-    def __init__(self, directory: Path, name: str):
-        self.directory, self.name = directory, name
-        self.file = tempfile.NamedTemporaryFile(dir=directory, prefix=ASIDE, delete=False)
-        self.checksum = hashlib.sha256()
-        self.tokens, self.hashes = 0, list[int]()
-
-    def add(self, documents: list[np.ndarray], hashes: list[int]) -> None:
-        tokens = np.concatenate(documents)
-        data = tokens.tobytes()
-        self.file.write(data)
-        self.checksum.update(data)
-        self.tokens += len(tokens)
-        self.hashes += hashes
-
-    def finish(self) -> dict[str, Any]:
-        """Put the file in place, with its hashes; return its entry in the manifest."""
-        hashes = np.array(self.hashes, HASH).tobytes()
-        with open(self.directory / f"{self.name}.hash", "wb") as beside:
-            beside.write(hashes)
-            for file in (self.file, beside):
-                file.flush()
-                os.fsync(file.fileno())
-        self.file.close()
-        os.chmod(self.file.name, 0o644)
-        os.replace(self.file.name, self.directory / f"{self.name}.bin")
-        return {
-            "file": f"{self.name}.bin", "tokens": self.tokens, "sha256": self.checksum.hexdigest(),
-            "documents": len(self.hashes), "hashes_sha256": hashlib.sha256(hashes).hexdigest(),
-        }  # fmt: skip
-
-    def discard(self) -> None:
-        self.file.close()
-        Path(self.file.name).unlink(missing_ok=True)
-
-
-def tokenize_unit(
-    job: Job, alone: bool = False, on_tokens: Callable[[int], None] = lambda count: None
-) -> dict[str, Any]:
-    """Tokenize one unit into `job.directory` and return its manifest; a finished unit is only verified.
-
-    The manifest is written last: without it the parts do not count. Until then `unfinished.json` lists the complete
-    parts, and the same call continues after them with the same bytes. Files of another origin are deleted. Memory
-    holds one batch, and 8 bytes for every document of a part.
-    Args:
-      alone: no other unit is tokenized meanwhile, so that all cores may encode this one.
-    """
-    directory, tokenizer = Path(job.directory), Tokenizer.load(job.tokenizer)
-    dtype = token_dtype(tokenizer.vocab_size)
-    manifest: dict[str, Any] = {
-        "format": FORMAT, "origin": job.origin, "tokenizer": tokenizer.digest, "bos": tokenizer.bos,
-        "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "read": 0, "left_out": {},
-        "splits": {split: {"tokens": 0, "documents": 0, "bytes": 0, "chars": 0} for split in SPLITS}, "parts": [],
-    }  # fmt: skip
-    if (finished := _same(directory / "manifest.json", manifest)) is not None:
-        return finished
-    if (begun := _same(directory / UNFINISHED, manifest)) is not None:
-        manifest = begun
-    else:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-    for aside in directory.glob(f"{ASIDE}*"):  # of a run that was killed
-        aside.unlink()
-    counts = Counter[str]()
-    batches = batches_of(itertools.islice(job.unit.documents(counts), manifest["read"], None))
-    while batch := next(batches, None):
-        part = {split: _Split(directory, f"{split}-{len(manifest['parts']):03d}") for split in SPLITS}
-        try:
-            while batch:
-                encoded = (
-                    tokenizer.encode_batch(batch) if alone else [tokenizer.encode_batch([text])[0] for text in batch]
-                )
-                _add_batch(
-                    part, batch, [np.array([tokenizer.bos, *ids], dtype) for ids in encoded], job.limit, manifest
-                )
-                on_tokens(manifest["splits"]["train"]["tokens"])
-                full = any(part[split].tokens >= job.shard_tokens for split in SPLITS)
-                batch = None if full else next(batches, None)
-            manifest["parts"].append({split: part[split].finish() for split in SPLITS})
-            sync_directory(directory)
-        except BaseException:
-            for split in SPLITS:
-                part[split].discard()
-            raise
-        write_sealed(directory / UNFINISHED, manifest)
-    manifest["left_out"] = dict(counts)
-    write_sealed(directory / UNFINISHED, manifest)
-    os.replace(directory / UNFINISHED, directory / "manifest.json")  # exactly one of both exists at any time
-    sync_directory(directory)
-    return manifest
-
-
-def _same(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a manifest of the same origin and settings whose parts are undamaged; None if there is none."""
-    with contextlib.suppress(DataError):
-        manifest = read_sealed(path, FORMAT, REPAIR)
-        if all(manifest[key] == settings[key] for key in SETTINGS):
-            for part, split in itertools.product(manifest["parts"], SPLITS):
-                read_shard(path.parent, part[split], manifest)
-            return manifest
-    return None
-
-
-def batches_of(documents: Iterable[str], count: int | None = None, chars: int | None = None) -> Iterator[list[str]]:
-    """Yield lists of at most `count` documents that end when `chars` characters are reached."""
-    count, chars = count or BATCH_DOCUMENTS, chars or BATCH_CHARS
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if len(batch) == count or size >= chars:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _add_batch(
-    part: dict[str, _Split], batch: list[str], documents: list[np.ndarray], limit: float, manifest: dict[str, Any]
-) -> None:
-    """Write a batch of encoded documents to their splits, and count it in the manifest."""
-    digests = [text_digest(text) for text in batch]
-    for split in SPLITS:
-        chosen = [i for i, d in enumerate(digests) if (hash_fraction(d) < limit) == (split == "val")]
-        if chosen:
-            part[split].add([documents[i] for i in chosen], [int.from_bytes(digests[i][:8], "big") for i in chosen])
-            sizes = manifest["splits"][split]
-            sizes["documents"] += len(chosen)
-            sizes["tokens"] += sum(len(documents[i]) for i in chosen)
-            sizes["chars"] += sum(len(batch[i]) for i in chosen)
-            sizes["bytes"] += sum(len(batch[i].encode("utf-8", "surrogatepass")) for i in chosen)
-    manifest["read"] += len(batch)
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the manifest of a unit's folder; `DataError` if it is missing, damaged or of another format."""
-    return read_sealed(directory / "manifest.json", FORMAT, REPAIR)
-
-
-def read_documents(directory: Path, split: str, tokenizer_digest: str) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (tokens, hash) of a unit's documents, `<|bos|>` first. Verifies shards; `DataError` names a damaged one."""
-    manifest = read_manifest(directory)
-    if manifest["tokenizer"] != tokenizer_digest:
-        raise DataError(f"{directory}: made with another tokenizer; choose another --run-dir, or {REPAIR}")
-    for part in manifest["parts"]:
-        entry = part[split]
-        tokens, hashes = read_shard(directory, entry, manifest)
-        starts = np.flatnonzero(tokens == manifest["bos"])
-        if len(starts) != len(hashes) or (len(starts) and starts[0] != 0):
-            raise DataError(f"{directory / entry['file']}: {len(starts)} documents, must be {len(hashes)}; {REPAIR}")
-        bounds = itertools.pairwise([*starts.tolist(), len(tokens)])
-        for (start, stop), number in zip(bounds, hashes.tolist(), strict=True):
-            yield tokens[start:stop], number
-
-
-def read_shard(directory: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and document hashes of one shard, checked by size and SHA-256."""
-    path = directory / entry["file"]
-    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-    tokens = _read_array(path, dtype, entry["tokens"], entry["sha256"])
-    hashes = _read_array(path.with_suffix(".hash"), HASH, entry["documents"], entry["hashes_sha256"])
-    return tokens, hashes
-
-
-def _read_array(path: Path, dtype: np.dtype, count: int, checksum: str) -> np.ndarray:
-    if not path.exists():
-        raise DataError(f"{path}: missing; {REPAIR}")
-    size = count * dtype.itemsize
-    if path.stat().st_size != size:
-        raise DataError(f"{path}: {path.stat().st_size} bytes, must be {size} (truncated?); {REPAIR}")
-    if sha256_file(path) != checksum:
-        raise DataError(f"{path}: damaged (SHA-256 differs from the manifest); {REPAIR}")
-    return np.fromfile(path, dtype)

@@ -1,47 +1,241 @@
-"""Sources of pretraining text, and the split into training and held-out text by a hash of each document.
+"""Sources of pretraining text: how files are read, what a mixture is, and which documents are held out.
 
     chitchat                        the conversations of the chitchat-dataset package
-    files:GLOB                      files at hand (`data/files.py`)
-    hf:OWNER/NAME[@REV][:PATTERN]   files of a data set on the Hugging Face hub, or of a mirror (`data/hub.py`)
+    files:GLOB                      files at hand: txt, md and jsonl (also as .gz and .zst), parquet
+    hf:OWNER/NAME[@REV][:PATTERN]   the same kinds of files of a data set on the Hugging Face hub, or of a mirror
     synthetic:lottery[:COUNT]       generated sessions of a lottery machine (`data/lottery.py`)
     0.7 SOURCE + 0.3 SOURCE         a mixture: so large a share of the training tokens from each
 
-A source consists of units, each of which can be read, tokenized and restarted by itself. A new kind of source needs a
-module and a line in `SOURCES`.
+A source consists of units, files or one generator, each of which can be read, tokenized and restarted by itself. Its
+documents are the lines of jsonl, the rows of parquet, and parts of about `TEXT_DOCUMENT_CHARS` characters of a text
+file, so that part of a single book can be held out.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import fnmatch
 import functools
+import glob
+import gzip
 import hashlib
 import importlib.metadata
+import io
+import itertools
 import json
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from jaxchat.config import DataConfig
-from jaxchat.data import hub, lottery
-from jaxchat.data.files import check_encoding, find_files, read_file
+from jaxchat.data import lottery
+from jaxchat.data.hub import Hub
 from jaxchat.errors import DataError, UsageError
+from jaxchat.log import say
 
-MIXTURE = re.compile(r"(\d+(?:\.\d+)?)\s+(\S.*)")
+# Files
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of source: it has files, or it makes documents. `check` raises `UsageError` for a malformed one."""
+SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")  # of two forms of the same text the first is read
+COMPRESSED = (".gz", ".zst")
+COMPRESSION = 3.0  # characters of text per byte of a compressed text file, about
+TEXT_DOCUMENT_CHARS = 4_000
+LARGEST_DOCUMENT = 1_000_000  # characters; a tokenizer needs some hundred bytes of memory for each
+# byte order mark -> encoding; UTF-32's mark begins with UTF-16's
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
-    form: str
-    check: Callable[[str], object] | None = None
-    files: Callable[[str, int, DataConfig], list[Path]] | None = None  # of a source with so many bytes of text
-    documents: Callable[[str], Iterator[str]] | None = None
-    size: Callable[[str], int] = lambda source: 0  # bytes of the documents, about
-    package: str = ""  # whose version decides the documents
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix of a file without that of its compression."""
+    return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
+
+
+def find_files(source: str) -> list[Path]:
+    """Return the files of `files:GLOB`, sorted; a folder means everything in it. `DataError` if there are none."""
+    pattern = os.path.expanduser(source.removeprefix("files:"))
+    if os.path.isdir(pattern):
+        pattern = os.path.join(glob.escape(pattern), "**", "*")
+    found = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    files = [path for path in found if suffix_of(path) in SUFFIXES]
+    if not files:
+        what = f"{found[0]} is of an unknown kind" if found else f"no such files (in {os.getcwd()}), or not readable"
+        raise DataError(f"{source}: {what}; give {', '.join(SUFFIXES)} files (text and jsonl also as .gz, .zst)")
+    return files
+
+
+def read_file(path: Path, encoding: str = "auto", counts: Counter[str] | None = None) -> Iterator[str]:
+    """Yield the documents of a file; `DataError` names the file (and line) that cannot be read.
+
+    `encoding` of text and jsonl; "auto": by byte order mark, else UTF-8. Documents that are "empty" or "binary" (with
+    NUL characters) are skipped and counted in `counts`; "giants" are cut and counted.
+    """
+    counts = Counter() if counts is None else counts
+    if suffix_of(path) in (".txt", ".md"):
+        documents = _paragraphs(_text_lines(path, encoding), TEXT_DOCUMENT_CHARS)
+    else:
+        documents = (_record_text(where, record) for where, record in read_records(path, encoding, ["text"]))
+    for document in documents:
+        if not document.strip():
+            counts["empty"] += 1
+        elif "\0" in document:
+            counts["binary"] += 1
+        elif len(document) <= LARGEST_DOCUMENT:
+            yield document
+        else:
+            counts["giants"] += 1
+            goal = LARGEST_DOCUMENT // 4
+            lines = re.finditer(rf"[^\n]{{0,{goal - 1}}}\n|[^\n]{{1,{goal}}}", document)  # or parts of lines
+            yield from _paragraphs((line[0] for line in lines), goal)
+
+
+def read_records(path: Path, encoding: str = "auto", columns: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield (FILE:NUMBER, record) of every non-empty line of jsonl, or of every row of parquet; `DataError` as above.
+
+    `columns`: the only ones to read of a parquet file.
+    """
+    with _named_errors(path, encoding):
+        if suffix_of(path) == ".parquet":
+            with _parquet(path) as file:
+                names = file.schema_arrow.names
+                if missing := [name for name in columns or () if name not in names]:
+                    raise DataError(f"{path}: no column `{'`, `'.join(missing)}` (it has {', '.join(names)})")
+                batches = file.iter_batches(1024, columns=columns)
+                rows = (row for batch in batches for row in batch.to_pylist())
+                yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
+            return
+        with _open(path, encoding) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        record = json.loads(line)
+                    except (ValueError, RecursionError) as error:  # also numbers of too many digits
+                        raise DataError(f"{path}:{number}: not JSON ({error})") from None
+                    yield f"{path}:{number}", record
+
+
+def count_rows(path: Path) -> int:
+    """Return the number of rows of a parquet file; `DataError` where it is damaged."""
+    with _parquet(path) as file:
+        return file.metadata.num_rows
+
+
+def text_size(path: Path) -> int:
+    """Return about how many bytes of text a file holds."""
+    if suffix_of(path) != ".parquet":
+        return round(path.stat().st_size * (COMPRESSION if path.suffix.lower() in COMPRESSED else 1))
+    with _parquet(path) as file:
+        names = file.schema_arrow.names
+        if "text" not in names:
+            raise DataError(f"{path}: no column `text` (it has {', '.join(names)})")
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
+
+
+def _record_text(where: str, record: Any) -> str:
+    """Return the field `text` of a record, or the contents of its `messages`, one a line."""
+    fields = record if isinstance(record, dict) else {}
+    text, messages = fields.get("text", False), fields.get("messages")
+    if isinstance(text, str):
+        return text
+    if isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        return "\n".join(m["content"] for m in messages)
+    if text is None:
+        return ""
+    raise DataError(f"{where}: needs a field `text`, or `messages` with a `content` each")
+
+
+def _text_lines(path: Path, encoding: str) -> Iterator[str]:
+    """Yield lines, or parts of bounded length: a file without line breaks needs no memory."""
+    with _named_errors(path, encoding), _open(path, encoding) as file:
+        while line := file.readline(TEXT_DOCUMENT_CHARS):
+            if "\0" in line:
+                raise DataError(f"{path}: binary (holds NUL bytes), not text; leave it out")
+            yield line
+
+
+def _paragraphs(lines: Iterable[str], goal: int) -> Iterator[str]:
+    """Join lines to documents of about `goal` characters.
+
+    They end with a paragraph; if none ends in time, with a line; and else anywhere. No line may be longer than `goal`.
+    """
+    kept: list[str] = []
+    size = 0
+    for line in lines:
+        kept.append(line)
+        size += len(line)
+        line_ends, paragraph_ends = line.endswith("\n"), not line.strip()
+        if size >= (goal if paragraph_ends else 2 * goal if line_ends else 4 * goal):
+            yield "".join(kept).strip("\n")
+            kept, size = [], 0
+    if kept:
+        yield "".join(kept).strip("\n")
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        yield pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _bytes(path: Path) -> Any:
+    """Open a plain or compressed file for reading bytes."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path)
+    if path.suffix.lower() == ".zst":
+        import pyarrow as pa
+
+        return pa.CompressedInputStream(open(path, "rb"), "zstd")
+    return open(path, "rb")
+
+
+def _open(path: Path, encoding: str) -> IO[str]:
+    """Open a text with any line ends; a byte order mark is dropped."""
+    if encoding == "auto":
+        with _bytes(path) as file:
+            start = file.read(4)
+        encoding = next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
+    return io.TextIOWrapper(_bytes(path), encoding=encoding, newline=None)
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path, encoding: str) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into a `DataError` that names it."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except UnicodeError as error:
+        raise DataError(
+            f"{path}: not text in {'UTF-8' if encoding == 'auto' else encoding} ({error}); name its encoding with "
+            "data.encoding (cp949, shift_jis, gb18030, cp1252, ...), or leave it out"
+        ) from None
+
+
+# Sources
+
+
+HUB_SOURCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([^:@\s]+))?(?::(.+))?")
+FORMS = "chitchat, files:GLOB, hf:OWNER/NAME[@REVISION][:PATTERN], synthetic:lottery[:COUNT]"
+SHARE = re.compile(r"(\d+(?:\.\d+)?)\s+(\S.*)")  # of a mixture
+MARGIN = 1.05  # of the hub's text: files hold somewhat more or less of it than the first
 
 
 def chitchat_document(turns: Sequence[Sequence[str]]) -> str:
@@ -63,43 +257,97 @@ def chitchat_conversations() -> tuple[tuple[tuple[str, ...], ...], ...]:
     return tuple(turns for turns in conversations if turns)
 
 
-SOURCES = {
-    "chitchat": Kind(
+@dataclass(frozen=True)
+class Generator:
+    """A source without files. `form`: a regular expression of its names; `size`: bytes of the documents, about."""
+
+    form: str
+    documents: Callable[[str], Iterator[str]]
+    size: Callable[[str], int]
+    package: str = ""  # whose version decides the documents
+
+
+GENERATORS = {
+    "chitchat": Generator(
         "chitchat",
-        documents=lambda source: (chitchat_document(turns) for turns in chitchat_conversations()),
-        size=lambda source: 12_737_462,
-        package="chitchat-dataset",
+        lambda source: map(chitchat_document, chitchat_conversations()),
+        lambda source: 12_737_462,
+        "chitchat-dataset",
     ),
-    "files": Kind("files:GLOB", files=lambda source, size, data: find_files(source)),
-    "hf": Kind(
-        "hf:OWNER/NAME",
-        hub.parse,
-        lambda source, size, data: hub.fetch(source, size, Path(data.cache_dir).expanduser() / "data", data.mirror),
-    ),
-    "synthetic": Kind(
-        "synthetic:lottery",
-        lottery.parse,
-        documents=lambda source: lottery.documents(lottery.parse(source)),
-        size=lambda source: 226 * lottery.parse(source),
+    "synthetic": Generator(
+        r"synthetic:lottery(:([2-9]|[1-9]\d+))?",
+        lottery.documents,
+        lambda source: 226 * lottery.count_of(source),
     ),
 }
 
 
-def kind_of(source: str) -> Kind:
-    """Return the kind of a source; `UsageError` for an unknown or malformed one."""
-    kind = SOURCES.get(source.partition(":")[0])
-    if kind is None or (kind.form == "chitchat" and source != "chitchat"):
-        advice = f"did you mean files:{source}?" if os.path.exists(source) else "for example files:books/*.txt"
-        forms = ", ".join(known.form for known in SOURCES.values())
-        raise UsageError(f"data.source: {source!r} is unknown; take {forms}; {advice}")
-    if kind.check:
-        kind.check(source)
-    return kind
+def generator_of(source: str) -> Generator | None:
+    """Return the generator of a source, None for one of files; `UsageError` for an unknown or malformed one."""
+    generator = GENERATORS.get(source.partition(":")[0])
+    form = generator.form if generator else rf"files:.+|{HUB_SOURCE.pattern}"
+    if not re.fullmatch(form, source):
+        advice = f"; did you mean files:{source}?" if os.path.exists(source) else ""
+        raise UsageError(f"data.source: {source!r} is unknown or malformed; take one of {FORMS}{advice}")
+    return generator
+
+
+def parse_hub(source: str) -> tuple[str, str, str]:
+    """Return (repository, revision, pattern) of an `hf:` source."""
+    place, _, pattern = source.removeprefix("hf:").partition(":")
+    repo, _, revision = place.partition("@")
+    return repo, revision or "main", pattern
+
+
+def hub_files(source: str, text_bytes: int, cache: Path, mirror: str = "", endpoint: str | None = None) -> list[Path]:
+    """Return the first files, by name, that together hold `text_bytes` of text (0: all files).
+
+    They come from `mirror`, a folder that holds `OWNER/NAME/` or is itself called NAME, or from the hub into `cache`.
+    `DataError` says what is missing or cannot be had, and where to put it by hand.
+    """
+    repo, revision, pattern = parse_hub(source)
+    if mirror:
+        root = Path(mirror).expanduser()
+        places = [root / repo, *([root] if root.resolve().name == repo.partition("/")[2] else [])]
+        folder = next((place for place in places if place.is_dir()), None)
+        if folder is None:
+            raise DataError(f"data.mirror: no folder {root / repo}; put the files of hf:{repo} into it")
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        paths = [folder / name for name in _readable(names, repo, pattern)]
+        return paths[: _enough(map(text_size, paths), text_bytes)]
+    hub = Hub(repo, revision, cache, endpoint)
+    sizes = {name: file["size"] for name, file in hub.listing().items()}
+    names = everything = _readable(sizes, repo, pattern)
+    if text_bytes:  # how much text a file holds is measured at the first
+        (first,) = hub.get(names[:1])
+        ratio = text_size(first) / max(1, sizes[names[0]])
+        names = names[: _enough((sizes[name] * ratio for name in names), text_bytes)]
+    if missing := [sizes[name] for name in names if not hub.has(name)]:
+        left = f"{len(missing):,} to download, {sum(missing) / 1e9:.3g} GB"
+        say(f"  {repo} at {hub.commit[:8]}: {len(names):,} of {len(everything):,} files; {left}")
+    return hub.get(names)
+
+
+def _readable(names: Iterable[str], repo: str, pattern: str) -> list[str]:
+    """Return the readable files that the pattern names, sorted; without one, all of the kind that holds the text."""
+    kinds = {name: suffix_of(Path(name)) for name in sorted(names) if PurePosixPath(name).name != "README.md"}
+    kind = next((kind for kind in SUFFIXES if kind in kinds.values()), "")  # many lie there in two forms
+    readable = [name for name in kinds if kinds[name] in SUFFIXES]
+    matching = [n for n in readable if (fnmatch.fnmatchcase(n, pattern) if pattern else kinds[n] == kind)]
+    if not matching:
+        raise DataError(f"hf:{repo}: no file matches {pattern or '*'!r}; readable: {', '.join(readable[:3]) or 'none'}")
+    return matching
+
+
+def _enough(sizes: Iterable[float], needed: float) -> int | None:
+    """Return how many of the first files hold the text that is needed, with a margin; None for all."""
+    totals = enumerate(itertools.accumulate(sizes), 1)
+    return next((count for count, total in totals if total >= needed * MARGIN > 0), None)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a source: a file, or all of a source that has none."""
+    """A part of a source: a file, or all that a generator makes."""
 
     source: str
     path: str = ""
@@ -107,28 +355,27 @@ class Unit:
 
     def documents(self, counts: Counter[str] | None = None) -> Iterator[str]:
         """Yield the non-empty documents, always in the same order; `counts` as in `read_file`."""
-        if self.path:
-            yield from read_file(Path(self.path), self.encoding, counts)
-        elif make := kind_of(self.source).documents:
-            yield from make(self.source)
+        generator = None if self.path else generator_of(self.source)
+        return generator.documents(self.source) if generator else read_file(Path(self.path), self.encoding, counts)
 
     def content(self) -> list[Any]:
         """Return what tells this unit from a changed one."""
         if self.path:
             stat = Path(self.path).stat()
             return [self.path, stat.st_size, stat.st_mtime_ns, self.encoding]
-        package = kind_of(self.source).package
+        generator = generator_of(self.source)
+        package = generator.package if generator else ""
         return [self.source, *(p.version for p in importlib.metadata.distributions(name=package) if package)]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a mixture, or the only source. `weight`: its share of the training tokens."""
+    """One source of a mixture, or the only source."""
 
     source: str
-    weight: float
+    weight: float  # its share of the training tokens
     units: tuple[Unit, ...]
-    partial: bool = False  # only as many files as the run needs were asked for
+    web_scale: bool = False  # the hub has more of this text than the run needs
 
     def documents(self) -> Iterator[str]:
         """Yield all documents; `DataError` if there is none."""
@@ -139,11 +386,6 @@ class Part:
         if document is None:
             raise DataError(f"{self.source}: {len(self.units)} file(s), but no text in them")
 
-    @property
-    def web_scale(self) -> bool:
-        """Return whether the hub has more of this text than the run needs."""
-        return self.source.startswith("hf:") and self.partial
-
     def split(self, split: str, limit: float) -> Iterator[str]:
         """Yield the documents whose hash is below `limit` ("val"), or the others."""
         return (text for text in self.documents() if (document_hash(text) < limit) == (split == "val"))
@@ -151,14 +393,14 @@ class Part:
 
 def parse(source: str) -> list[tuple[str, float]]:
     """Return (source, share) of every part of `data.source`; `UsageError` for a malformed one."""
-    terms = [term.strip() for term in source.split(" + ")] if MIXTURE.fullmatch(source.strip()) else [source]
+    terms = [term.strip() for term in source.split(" + ")] if SHARE.fullmatch(source.strip()) else [source]
     parts = []
     for term in terms:
-        match = MIXTURE.fullmatch(term)
+        match = SHARE.fullmatch(term)
         if len(terms) > 1 and (match is None or not float(match[1])):
             raise UsageError(f"data.source: {term!r} in a mixture; write 0.7 SOURCE + 0.3 SOURCE")
         name, weight = (match[2], float(match[1])) if match else (term, 1.0)
-        kind_of(name)
+        generator_of(name)
         parts.append((name, weight))
     total = sum(weight for _, weight in parts)
     return [(name, weight / total) for name, weight in parts]
@@ -170,16 +412,19 @@ def open_corpus(data: DataConfig) -> list[Part]:
     Files of the hub are downloaded, as many as `data.text_bytes` needs.
     Raises `DataError` that names what is missing or cannot be had, `UsageError` for a malformed source.
     """
-    check_encoding(data.encoding)
+    try:
+        "".encode("utf-8" if data.encoding == "auto" else data.encoding)  # unlike codecs.lookup, refuses rot13
+    except LookupError:
+        raise UsageError(f"data.encoding: {data.encoding!r} is unknown; take auto, cp949, utf-16 or the like") from None
     held_out = open_val(data)
     paths = {unit.path for unit in held_out.units} if held_out else set()
     parts = []
     for name, share in parse(data.source):
         size = max(1, round(data.text_bytes * share)) if data.text_bytes > 0 else 0
-        units = tuple(unit for unit in _units(name, size, data) if unit.path not in paths or not unit.path)
+        units = tuple(unit for unit in _units(name, size, data) if not unit.path or unit.path not in paths)
         if not units:
             raise DataError(f"{name}: data.val_source {data.val_source} holds out all of its files; name other files")
-        parts.append(Part(name, share, units, partial=size > 0))
+        parts.append(Part(name, share, units, web_scale=name.startswith("hf:") and size > 0))
     return parts
 
 
@@ -187,26 +432,26 @@ def open_val(data: DataConfig) -> Part | None:
     """Return all files of `data.val_source`, downloaded if they are on the hub; None if it is empty."""
     if not data.val_source:
         return None
-    if not data.val_source.startswith(("hf:", "files:")):
+    if not re.fullmatch(rf"files:.+|{HUB_SOURCE.pattern}", data.val_source):
         raise UsageError(f"data.val_source: {data.val_source!r}; write hf:OWNER/NAME:PATTERN or files:GLOB")
-    if data.val_source.startswith("hf:"):
-        hub.parse(data.val_source, "data.val_source")
     return Part(data.val_source, 1.0, _units(data.val_source, 0, data))
 
 
 def _units(source: str, text_bytes: int, data: DataConfig) -> tuple[Unit, ...]:
-    find = kind_of(source).files
-    if find is None:
+    if generator_of(source):
         return (Unit(source),)
+    cache = Path(data.cache_dir).expanduser() / "data"
+    hub = source.startswith("hf:")
+    files = hub_files(source, text_bytes, cache, data.mirror) if hub else find_files(source)
     # absolute, since workers of a cluster have another working directory
-    return tuple(Unit(source, os.path.abspath(file), data.encoding) for file in find(source, text_bytes, data))
+    return tuple(Unit(source, os.path.abspath(file), data.encoding) for file in files)
 
 
 def iterate_documents(source: str | DataConfig, split: str = "all", val_fraction: float = 0.01) -> Iterator[str]:
     """Yield the documents of `split` ("train", "val" or "all"), always in the same order, part after part.
 
-    Held out ("val") are the documents of `data.val_source`, or those whose hash falls below `split_limit`, so that no
-    other run, order or mixture can leak them into training.
+    Held out ("val") are the documents of `data.val_source`, or those whose hash falls below `training_limit`, so that
+    no other run, order or mixture can leak them into training.
     Args:
       source: the section `data`, whose `val_fraction` counts too, or just the source.
     Raises `DataError` that names what is missing, empty, unreadable or damaged.
@@ -219,11 +464,6 @@ def iterate_documents(source: str | DataConfig, split: str = "all", val_fraction
     limit = 0.0 if split == "all" else training_limit(parts, data)
     for part in parts:
         yield from part.documents() if split == "all" else part.split(split, limit)
-
-
-def training_limit(parts: Sequence[Part], data: DataConfig) -> float:
-    """Return the hash below which no document of `data.source` is trained on; 0 with a `data.val_source`."""
-    return 0.0 if data.val_source else split_limit(parts, data.val_fraction)
 
 
 def interleaved(parts: Sequence[Part], split: str, limit: float) -> Iterator[str]:
@@ -246,47 +486,50 @@ def fingerprint(parts: Iterable[Part]) -> str:
     return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def text_digest(text: str) -> bytes:
-    """Return the SHA-256 of a document."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+# The held-out split
 
 
-def hash_fraction(digest: bytes) -> float:
-    """Return a number in [0, 1) from a document's digest."""
-    return int.from_bytes(digest[:6], "big") / 2**48
+def text_hash(text: bytes) -> int:
+    """Return the first 64 bits of the SHA-256 of a document in UTF-8."""
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+
+
+def hash_fraction(number: int) -> float:
+    """Return a number in [0, 1) from a document's `text_hash`."""
+    return (number >> 16) / 2**48
 
 
 def document_hash(text: str) -> float:
     """Return a number in [0, 1) that depends on the text alone."""
-    return hash_fraction(text_digest(text))
+    return hash_fraction(text_hash(text.encode("utf-8", "surrogatepass")))
 
 
-def split_limit(parts: Sequence[Part] | str, val_fraction: float) -> float:
-    """Return the hash below which a document is held out: `val_fraction`, unless that leaves a split empty.
+def training_limit(parts: Sequence[Part], data: DataConfig) -> float:
+    """Return the hash below which no document is trained on: `data.val_fraction`, or 0 with a `data.val_source`.
 
-    Then the document with the smallest hash is held out, or the one with the largest is kept for training. Reads no
-    further than needed. All parts of a mixture have the same limit, the largest, so that none trains on what another
-    holds out. `DataError` if a part has no two different documents, or none to train on.
+    If that left a split empty, the document with the smallest hash is held out, or the one with the largest is kept
+    for training. Reads no further than needed. All parts of a mixture have the same limit, the largest, so that none
+    trains on what another holds out. `DataError` if a part has no two different documents, or none to train on.
     """
-    if isinstance(parts, str):
-        parts = open_corpus(DataConfig(source=parts, val_fraction=val_fraction))
+    if data.val_source:
+        return 0.0
     limits = []
     for part in parts:
         try:
-            limits.append(limit_of_hashes(map(document_hash, part.documents()), val_fraction))
+            limits.append(limit_of_hashes(map(document_hash, part.documents()), data.val_fraction))
         except ValueError:
             raise DataError(
                 f"{part.source}: only one document; at least 2 different ones are needed, one to train on and one held "
                 "out: bring more text (a document is some 4,000 characters of it, or a file)"
             ) from None
     for part, limit in zip(parts, limits, strict=True):
-        if limit < min(val_fraction, max(limits)):
+        if limit < min(data.val_fraction, max(limits)):
             raise DataError(f"{part.source}: all of its few documents would be held out; add text, or leave it out")
     return max(limits)
 
 
 def limit_of_hashes(hashes: Iterable[float], val_fraction: float) -> float:
-    """Return the limit of `split_limit` for one part; `ValueError` if all hashes are the same."""
+    """Return the limit of `training_limit` for one part; `ValueError` if all hashes are the same."""
     smallest, largest = 1.0, -1.0
     for value in hashes:
         smallest, largest = min(smallest, value), max(largest, value)

@@ -1,0 +1,43 @@
+"""All tasks by name, and the mixture strings of the configuration ("identity:500*2")."""
+
+from __future__ import annotations
+
+import re
+
+from jaxchat.config import nearest
+from jaxchat.errors import UsageError
+from jaxchat.tasks.base import NO_FILES, Task, TaskFiles
+from jaxchat.tasks.choice import MMLU, ArcChallenge, ArcEasy
+from jaxchat.tasks.conversations import SmolTalk
+from jaxchat.tasks.core import Core
+from jaxchat.tasks.generated import Arithmetic, Lottery, SpellingBee, WordProblems
+from jaxchat.tasks.gsm8k import GSM8K
+from jaxchat.tasks.humaneval import HumanEval
+from jaxchat.tasks.identity import Identity
+
+# in the order in which exams run
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (
+        WordProblems, Identity, Core, MMLU, ArcEasy, ArcChallenge, SmolTalk, GSM8K, HumanEval, SpellingBee, Arithmetic,
+        Lottery,
+    )
+}  # fmt: skip
+
+
+def get_task(name: str, files: TaskFiles = NO_FILES) -> Task:
+    """Return the task of that name; `UsageError` lists the known ones."""
+    if name not in TASKS:
+        raise UsageError(f"task {name!r} is unknown{nearest(name, TASKS)}; tasks: {', '.join(TASKS)}")
+    return TASKS[name](files)
+
+
+def parse_mixture_entry(entry: str) -> tuple[str, int | None, int]:
+    """Return (name, count, epochs) of "NAME[:COUNT][*EPOCHS]"; NAME may be files:GLOB. `UsageError` for anything else.
+
+    Without a count, all of a data set is taken.
+    """
+    match = re.fullmatch(r"\s*(files:.+?|[^:*]+?)\s*(?::\s*(\d+)\s*)?(?:\*\s*(\d+)\s*)?", entry)
+    if match is None or 0 in (int(match[2] or 1), int(match[3] or 1)):
+        raise UsageError(f"sft.mixture: {entry!r}: write NAME, NAME:COUNT, NAME*EPOCHS or NAME:COUNT*EPOCHS")
+    return match[1], int(match[2]) if match[2] else None, int(match[3] or 1)

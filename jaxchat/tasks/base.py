@@ -1,23 +1,24 @@
 """The interface of exams, SFT data sets and RL environments, and where their data files come from.
 
 Messages have the form of `chat.py`: {"role", "content"}, where an assistant's content is a string or a list of
-{"type": "text" | "python" | "python_output", "text"}. A task is one small file and one line in `registry.py`; see
-`docs/exams.md`.
+{"type": "text" | "python" | "python_output", "text"}. A task is one small file and one line in `tasks/__init__.py`;
+see `docs/exams.md`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from jaxchat.config import CONFIG_DIR, Config
-from jaxchat.data.files import read_rows
-from jaxchat.data.hub import Archive, HubFiles, download, download_archive
+from jaxchat.data.hub import Archive, Hub, HubFiles, download_archive
+from jaxchat.data.sources import read_records
 from jaxchat.errors import DataError
 from jaxchat.run_dir import sha256_file
 
@@ -25,6 +26,35 @@ T = TypeVar("T")
 DEFAULT_COUNT = 1000  # conversations of a generator, where the mixture names no count
 Message = dict[str, Any]
 Conversation = list[Message]
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(*parts: tuple[str, str] | str) -> Message:
+    """Return an assistant message; a string is text, a pair is (type, text)."""
+    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": p[0], "text": p[1]} for p in parts]
+    return {"role": "assistant", "content": content}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question with a written answer. `prompt` ends with a user message; `expected` is what `grade` needs."""
+
+    prompt: Conversation
+    expected: Any
+    tags: dict[str, str] = field(default_factory=dict)  # for breakdowns, such as the kind of a problem
+
+
+@dataclass(frozen=True)
+class ChoiceExample:
+    """A multiple-choice question: the answer is one of `letters`, and `right` is the index of the right one."""
+
+    prompt: Conversation
+    letters: tuple[str, ...]
+    right: int
+    tags: dict[str, str] = field(default_factory=dict)
 
 
 class MissingData(DataError):
@@ -58,25 +88,24 @@ class TaskFiles:
 
         Patterns are globs; they also choose among the files of an archive. Raises `MissingData`.
         """
-        if self.data_dir:
-            root = Path(self.data_dir).expanduser()
-            if not root.is_dir():
-                raise MissingData(f"tasks.data_dir: {root} is no directory")
-            if found := _first_match(root, patterns):
-                return found
+        root = Path(self.data_dir).expanduser()
+        if self.data_dir and not root.is_dir():
+            raise MissingData(f"tasks.data_dir: {root} is no directory")
+        if paths := _first_match(root, patterns) if self.data_dir else []:
+            return paths
         place = f"into {self.data_dir}" if self.data_dir else "into a folder and set tasks.data_dir to it"
         advice = f"no file {patterns[0]} found; {f'{source} and ' if source else ''}put it {place}"
         if source is None or not self.download:
             raise MissingData(advice)
         try:
             if isinstance(source, HubFiles):
-                return download(source, self.cache)
-            folder = download_archive(source, self.cache)
+                return Hub(source.repo, source.revision, self.cache).get(source.files)
+            paths = _first_match(download_archive(source, self.cache), patterns)
         except (OSError, DataError) as error:
             raise MissingData(f"{advice} (the download failed: {error})") from None
-        if found := _first_match(folder, patterns):
-            return found
-        raise MissingData(f"{source.url} holds none of {', '.join(patterns)}")
+        if not paths:
+            raise MissingData(f"{source.url} holds none of {', '.join(patterns)}")
+        return paths
 
 
 NO_FILES = TaskFiles()
@@ -85,19 +114,6 @@ NO_FILES = TaskFiles()
 def _first_match(root: Path, patterns: Sequence[str]) -> list[Path]:
     matches = (sorted(path for path in root.glob(pattern) if path.is_file()) for pattern in patterns)
     return next((paths for paths in matches if paths), [])
-
-
-def parse_rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
-    """Parse every row of a jsonl or parquet file; `DataError` names the first row that does not fit."""
-    items = []
-    for number, row in enumerate(read_rows(path), 1):
-        try:
-            items.append(parse(row))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise DataError(f"{path}: row {number} is not in the expected form ({error!r})") from None
-    if not items:
-        raise DataError(f"{path}: no rows")
-    return items
 
 
 def listing(data_dir: str) -> str:
@@ -116,23 +132,26 @@ def identity_digest(config: Config) -> str:
     return sha256_file(path) if path and Path(path).is_file() else ""
 
 
-@dataclass(frozen=True)
-class Example:
-    """A question with a written answer. `prompt` ends with a user message; `expected` is what `grade` needs."""
+def parse_rows(
+    path: Path,
+    parse: Callable[[dict[str, Any]], T],
+    read: Callable[[Path], Iterator[tuple[str, dict[str, Any]]]] = read_records,
+) -> list[T]:
+    """Parse every row of a jsonl or parquet file; `DataError` names the first row that does not fit."""
+    items = []
+    for where, row in read(path):
+        try:
+            items.append(parse(row))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise DataError(f"{where}: not in the expected form ({error!r})") from None
+    if not items:
+        raise DataError(f"{path}: no rows")
+    return items
 
-    prompt: Conversation
-    expected: Any
-    tags: dict[str, str] = field(default_factory=dict)  # for breakdowns, such as the kind of a problem
 
-
-@dataclass(frozen=True)
-class ChoiceExample:
-    """A multiple-choice question: the answer is one of `letters`, and `right` is the index of the right one."""
-
-    prompt: Conversation
-    letters: tuple[str, ...]
-    right: int
-    tags: dict[str, str] = field(default_factory=dict)
+def sample(items: Sequence[T], count: int | None, seed: int) -> Sequence[T]:
+    """Return all items in order, or `count` of them at random."""
+    return items if count is None or count >= len(items) else random.Random(seed).sample(items, count)
 
 
 class Task(ABC):
@@ -147,6 +166,10 @@ class Task(ABC):
     def __init__(self, files: TaskFiles = NO_FILES):
         self.files = files
 
+    def examples(self) -> Sequence[Any]:
+        """Return the exam's questions, always in the same order; none if the task is no exam."""
+        return ()
+
     def train_conversations(self, count: int | None, seed: int) -> Iterable[Conversation]:
         """Return `count` SFT conversations (None: all, or 1,000 of a generator), the same for the same seed.
 
@@ -154,8 +177,8 @@ class Task(ABC):
         """
         return []
 
-    def examples(self) -> Sequence[Any]:
-        """Return the exam's questions, always in the same order; none if the task is no exam."""
+    def fetch(self) -> Sequence[Path]:
+        """Return the files of `train_conversations`, downloaded if necessary. Raises `MissingData`."""
         return ()
 
     def check(self) -> None:  # noqa: B027 - most exams can always run
@@ -165,19 +188,15 @@ class Task(ABC):
         """Return what a score depends on besides model, questions and `eval.*`."""
         return ()
 
-    def fetch(self) -> Sequence[Path]:
-        """Return the files of `train_conversations`, downloaded if necessary. Raises `MissingData`."""
-        return ()
+
+class ChoiceTask(Task):
+    """An exam of `ChoiceExample`s: the answer is the letter with the largest logit where the answer begins."""
 
 
 class WrittenTask(Task):
-    """An exam with written answers: sampled at temperature 0 with the calculator, then graded."""
+    """An exam of `Example`s: answers are sampled at temperature 0 with the calculator, then graded."""
 
     max_tokens: int  # of an answer
-
-    @abstractmethod
-    def examples(self) -> Sequence[Example]:
-        """Return the exam's questions, always in the same order."""
 
     def train_examples(self, seed: int) -> Sequence[Example]:
         """Return RL questions, none of them from the exam; empty if the task is no RL environment."""
@@ -203,17 +222,20 @@ class WrittenTask(Task):
 class GeneratedTask(WrittenTask):
     """An exam whose questions a program draws. Questions drawn with `held_out` are never trained on."""
 
-    exam_size = 256
-    exam_seed: int
+    exam_size, exam_seed = 256, 0
     train_size = 8192  # RL questions
-
-    @abstractmethod
-    def example(self, rng: random.Random, held_out: bool) -> Example:
-        """Draw one question."""
 
     @abstractmethod
     def conversation(self, rng: random.Random) -> Conversation:
         """Draw one SFT conversation."""
+
+    def example(self, rng: random.Random, held_out: bool) -> Example:
+        """Draw one question."""
+        raise NotImplementedError
+
+    def examples(self) -> Sequence[Example]:
+        rng = random.Random(self.exam_seed)
+        return [self.example(rng, held_out=True) for _ in range(self.exam_size)]
 
     def train_conversations(self, count: int | None, seed: int) -> list[Conversation]:
         rng = random.Random(f"{self.name} {seed}")
@@ -223,29 +245,35 @@ class GeneratedTask(WrittenTask):
         rng = random.Random(f"{self.name} rl {seed}")
         return [self.example(rng, held_out=False) for _ in range(self.train_size)]
 
-    def examples(self) -> Sequence[Example]:
-        rng = random.Random(self.exam_seed)
-        return [self.example(rng, held_out=True) for _ in range(self.exam_size)]
 
-
-class ChoiceTask(Task):
-    """A multiple-choice exam: the answer is the letter with the largest logit where the answer begins."""
+class FileTask(Task):
+    """A task whose rows lie in files: those of split "test" are the exam, those of "train" are for SFT and RL."""
 
     @abstractmethod
-    def examples(self) -> Sequence[ChoiceExample]:
-        """Return the exam's questions, always in the same order."""
+    def paths(self, split: str) -> list[Path]:
+        """Return the files of a split, downloaded if necessary. Raises `MissingData`."""
 
+    @abstractmethod
+    def example(self, row: dict[str, Any]) -> Any:
+        """Return the question of a row."""
 
-def sample(items: Sequence[T], count: int | None, seed: int) -> Sequence[T]:
-    """Return all items in order, or `count` of them at random."""
-    return items if count is None or count >= len(items) else random.Random(seed).sample(items, count)
+    @abstractmethod
+    def conversation(self, row: dict[str, Any]) -> Conversation:
+        """Return the question of a row and its answer, as SFT shows them."""
 
+    def parsed(self, split: str, parse: Callable[[dict[str, Any]], T]) -> list[T]:
+        """Return every row of a split parsed; `DataError` names one that does not fit."""
+        return [item for path in self.paths(split) for item in parse_rows(path, parse)]
 
-def user(text: str) -> Message:
-    return {"role": "user", "content": text}
+    @functools.cached_property
+    def _examples(self) -> list[Any]:
+        return self.parsed("test", self.example)
 
+    def examples(self) -> Sequence[Any]:
+        return self._examples
 
-def assistant(*parts: tuple[str, str] | str) -> Message:
-    """Return an assistant message; a string is text, a pair is (type, text)."""
-    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": p[0], "text": p[1]} for p in parts]
-    return {"role": "assistant", "content": content}
+    def train_conversations(self, count: int | None, seed: int) -> Sequence[Conversation]:
+        return sample(self.parsed("train", self.conversation), count, seed)
+
+    def fetch(self) -> Sequence[Path]:
+        return self.paths("train")

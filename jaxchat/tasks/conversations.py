@@ -1,23 +1,28 @@
-"""Conversations for SFT: from installed packages, from your own files, and from SmolTalk; and how they are rendered."""
+"""Conversations for SFT: from installed packages, from your own files, and from SmolTalk."""
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jaxchat.chat import normalize, render
-from jaxchat.data.files import count_rows, find_files, kind_of, read_records, read_rows
+from jaxchat.chat import normalize
+from jaxchat.config import DataConfig
 from jaxchat.data.hub import HubFiles
-from jaxchat.data.shards import token_dtype
-from jaxchat.data.sources import chitchat_conversations, chitchat_document, document_hash, split_limit
+from jaxchat.data.sources import (
+    chitchat_conversations,
+    chitchat_document,
+    count_rows,
+    document_hash,
+    find_files,
+    open_corpus,
+    read_records,
+    suffix_of,
+    training_limit,
+)
 from jaxchat.errors import DataError, UsageError
 from jaxchat.tasks.base import Conversation, Task, sample
-from jaxchat.tokenizer import Tokenizer
 
 MAX_TURNS = 6  # of one chitchat dialogue; a longer one is cut into several
 # What other bots say about themselves in chatterbot-corpus contradicts `tasks/identity.py`.
@@ -48,7 +53,8 @@ def chitchat_dialogues(split: str, val_fraction: float) -> Iterator[Conversation
 
     `split` is "train" or "val", the same as in the pretraining corpus.
     """
-    limit = split_limit("chitchat", val_fraction)
+    data = DataConfig(source="chitchat", val_fraction=val_fraction)
+    limit = training_limit(open_corpus(data), data)
     for turns in chitchat_conversations():
         if (document_hash(chitchat_document(turns)) < limit) != (split == "val"):
             continue
@@ -88,13 +94,13 @@ def chatterbot_pairs(language: str = "english") -> Iterator[Conversation]:
 
 
 def file_conversations(source: str, encoding: str = "auto") -> Iterator[Conversation]:
-    """Yield your own conversations from `files:GLOB` of jsonl: {"messages": [{"role", "content"}, ...]} a line.
+    """Yield your own conversations from `files:GLOB`, a record {"messages": [{"role", "content"}, ...]} each.
 
     `DataError` names the file and line of a conversation that is not in the form of `chat.py`.
     """
     for path in find_files(source):
-        if kind_of(path) != ".jsonl":
-            raise DataError(f"sft.mixture: {path}: conversations are read from jsonl files, a line each")
+        if suffix_of(path) not in (".jsonl", ".parquet"):
+            raise DataError(f"sft.mixture: {path}: conversations are read from jsonl and parquet files")
         for where, record in read_records(path, encoding):
             messages: Any = record.get("messages") if isinstance(record, dict) else None
             try:
@@ -108,34 +114,6 @@ def spoken(conversation: Conversation) -> str:
     """Return a conversation as pretraining reads it from a file: a message a line, without roles."""
     contents = (m["content"] for m in conversation)
     return "\n".join(c if isinstance(c, str) else "".join(part["text"] for part in c) for c in contents)
-
-
-Rendered = tuple[str, bool, np.ndarray, np.ndarray]  # entry of the mixture, held out, ids (N,), mask (N,) uint8
-
-
-def render_all(tokenizer: Tokenizer, conversations: Sequence[tuple[str, bool, Conversation]]) -> list[Rendered]:
-    """Render (entry, held out, messages); `DataError` names the entry of a conversation that is out of form."""
-    rendered, dtype = [], token_dtype(tokenizer.vocab_size)
-    for entry, held_out, messages in conversations:
-        try:
-            ids, mask = render(tokenizer, messages)
-        except UsageError as error:
-            raise DataError(f"sft.mixture: {entry}: a conversation is out of form: {error}") from None
-        rendered.append((entry, held_out, np.array(ids, dtype), np.array(mask, np.uint8)))
-    return rendered
-
-
-def render_with(path: str, digest: str, conversations: Sequence[tuple[str, bool, Conversation]]) -> list[Rendered]:
-    """As `render_all`, in another process, with the tokenizer at `path`, whose digest must be `digest`."""
-    return render_all(_loaded(path, digest), conversations)
-
-
-@functools.lru_cache(1)
-def _loaded(path: str, digest: str) -> Tokenizer:
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.digest != digest:
-        raise DataError(f"{path}: has changed while the conversations were rendered; run the same command again")
-    return tokenizer
 
 
 def is_other_bot(question: str, answer: str) -> bool:
@@ -161,7 +139,7 @@ class SmolTalk(Task):
         """Yield `count` random conversations (None: all), in the order of the files."""
         paths = self.fetch()
         chosen = set(sample(range(sum(map(count_rows, paths))), count, seed))
-        for index, row in enumerate(row for path in paths for row in read_rows(path, ["messages"])):
+        for index, row in enumerate(row for path in paths for _, row in read_records(path, columns=["messages"])):
             if index in chosen:
                 conversation = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
                 while len(conversation) > 1 and conversation[-1]["role"] != "assistant":

