@@ -245,7 +245,7 @@ def test_missing_and_damaged_data_is_said_and_the_others_go_on(config, run, fact
     partial = base["core_partial"]
     assert partial["tasks"] == 19 and set(partial["missing"]) == {"hellaswag_zeroshot", "hellaswag", "arc_challenge"}
     assert partial["metric"] == base["tasks"]["core_partial"]["metric"]
-    assert "hellaswag.jsonl: row 1 " in base["not_run"]["core"]
+    assert "hellaswag.jsonl:1: " in base["not_run"]["core"]
     assert "_test.csv" in sft["not_run"]["mmlu"]
     assert "arc_challenge.jsonl" in sft["not_run"]["arc_challenge"]
     assert set(sft["tasks"]) == {"bits_per_byte", "arc_easy", "identity"}
