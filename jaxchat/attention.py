@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from jaxchat.config import ModelConfig
 from jaxchat.sharding import BATCH_AXES
@@ -106,32 +108,29 @@ def splash_attention(
     T and N are multiples of `TILE`. On a mesh every device runs its own rows and heads. `interpret` runs the kernel's
     program without a TPU, slowly. Under rematerialization its residuals are named "splash".
     """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import; no CPU or GPU needs it
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import; no CPU or GPU needs it
-
         T, H, N = q.shape[1:]
         mask = splash.LocalMask((T, T), (window, 0), 0) if window < T - 1 else splash.CausalMask((T, T))
         block = next(size for size in (SPLASH_BLOCK, SPLASH_BLOCK // 2, TILE) if T % size == 0)
+        names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+        sizes: dict[str, Any] = dict.fromkeys(names, block)
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * H),
-            block_sizes=splash.BlockSizes(
-                block_q=block, block_kv=block, block_kv_compute=block,
-                block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-                use_fused_bwd_kernel=True,
-            ),
+            block_sizes=splash.BlockSizes(**sizes, use_fused_bwd_kernel=True),
             head_shards=1,
             q_seq_shards=1,
             residual_checkpoint_name="splash",
             interpret=interpret,
-        )  # fmt: skip
+        )
         heads_first = ((q * N**-0.5).swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))  # splash does not scale
         return jax.vmap(kernel)(*heads_first).swapaxes(1, 2).astype(q.dtype)
 
-    if mesh is not None and mesh.size > 1:
-        spec = P(BATCH_AXES, None, "tensor")
-        return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
-    return local(q, k, v)
+    if mesh is None or mesh.size == 1:
+        return local(q, k, v)
+    spec = P(BATCH_AXES, None, "tensor")
+    return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 
 # Which backend a device can run, and whether it is right there
@@ -142,7 +141,7 @@ TOLERANCE = {2: 0.03, 4: 1e-3}  # of the largest value, by bytes of the dtype
 
 
 def choose_backend(
-    config: ModelConfig, dtype: jnp.dtype | type, device: jax.Device, seq_len: int | None = None
+    config: ModelConfig, dtype: DTypeLike, device: jax.Device, seq_len: int | None = None
 ) -> tuple[str, str]:
     """Return (backend, why not the fast one) for rows of `seq_len` on `device`, which may be one of a dry run's.
 
@@ -178,11 +177,11 @@ def cuda_capability(device: jax.Device) -> float | None:
 
 
 def has_fp8(device: jax.Device) -> bool:
-    """Whether products of 8-bit floats run in hardware there: NVIDIA from 8.9 on, TPU v7x."""
+    """Return whether products of 8-bit floats run in hardware there: NVIDIA from 8.9 on, TPU v7x."""
     return (cuda_capability(device) or 0.0) >= 8.9 or "TPU7x" in device.device_kind
 
 
-def disagreement(backend: str, config: ModelConfig, dtype: jnp.dtype | type) -> float:
+def disagreement(backend: str, config: ModelConfig, dtype: DTypeLike) -> float:
     """Return the largest relative difference, output and gradients, between `backend` and float32 XLA here.
 
     Runs a small case with the heads' width and grouping of `config`, with a short window and with full context; a
@@ -209,7 +208,7 @@ def disagreement(backend: str, config: ModelConfig, dtype: jnp.dtype | type) -> 
 _faults: dict[tuple[str, int, int, str], str] = {}  # of the kernels tried in this process; "" where there was none
 
 
-def trusted_backend(config: ModelConfig, dtype: jnp.dtype | type, distrust: str = "") -> tuple[str, str]:
+def trusted_backend(config: ModelConfig, dtype: DTypeLike, distrust: str = "") -> tuple[str, str]:
     """Return `choose_backend` for this machine; "xla" and the reason where the kernel fails its self-check.
 
     A process tests a kernel once: training, exams, RL and serving follow the result. `distrust`: a reason to take XLA's
@@ -219,19 +218,18 @@ def trusted_backend(config: ModelConfig, dtype: jnp.dtype | type, distrust: str 
     if backend not in KERNELS:
         return backend, why
     key = backend, config.n_heads // config.n_kv_heads, config.head_width, jnp.dtype(dtype).name
-    if distrust:
-        _faults[key] = distrust
-    if key not in _faults:
+    if key not in _faults and not distrust:
         try:
             difference = disagreement(backend, config, dtype)
-            wrong = not difference <= TOLERANCE[jnp.dtype(dtype).itemsize]  # NaN is wrong too
-            _faults[key] = f"{backend} attention differs from XLA's by {difference:.2g} of its maximum" if wrong else ""
+            right = difference <= TOLERANCE[jnp.dtype(dtype).itemsize]  # NaN is not
+            _faults[key] = "" if right else f"{backend} attention differs from XLA's by {difference:.2g} of its maximum"
         except Exception as error:  # a kernel may fail in any way, here or in the driver
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             _faults[key] = f"{backend} attention cannot run here ({reason})"
+    _faults[key] = distrust or _faults[key]
     return ("xla", _faults[key]) if _faults[key] else (backend, "")
 
 
-def with_attention(config: ModelConfig, dtype: jnp.dtype | type) -> ModelConfig:
+def with_attention(config: ModelConfig, dtype: DTypeLike) -> ModelConfig:
     """Return `config` with the attention that `trusted_backend` decided on."""
     return dataclasses.replace(config, attention=trusted_backend(config, dtype)[0])

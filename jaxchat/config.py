@@ -11,10 +11,8 @@ import difflib
 import json
 import math
 import tomllib
-import types
 import typing
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from jaxchat.errors import UsageError
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 
-TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a string"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,7 @@ def key(*args: Any, **options: Any) -> Any:
 # fmt: off
 @dataclass(frozen=True)
 class ModelConfig:
-    recipe: str = key("modern", "modern or classic: nanochat's model of July 2026 or of October 2025",
-        choices=("modern", "classic"))
+    recipe: str = key("modern", "nanochat's model of July 2026 or of October 2025", choices=("modern", "classic"))
     depth: int = key(4, "layers; the one dial", 1, 10_000)
     seq_len: int = key(2048, "context, tokens", 1, 2**24)
     vocab_size: int = key(32768, "tokens, special tokens included", 1, 2**31)
@@ -61,56 +58,45 @@ class ModelConfig:
     mlp_factor: float = key(4.0, "width of the MLP over the model's", 0.01, 1000)
     tie_embeddings: bool = key(False, "one table for embedding and unembedding")
     rotary_base: float = key(-1.0, "-1: by recipe; classic 10,000, modern 100,000", 1)
-    window_pattern: str = key("auto", "S short window, L full context, tiled over the layers, the last always L; auto: "
-        "by recipe")
-    window_short: int = key(-1, "tokens before the current one that a short window sees; -1: a quarter of the context, "
-        "up to a multiple of 128", 0, 2**24)
+    window_pattern: str = key("auto", "S short window, L full, tiled over the layers, the last L; auto: by recipe")
+    window_short: int = key(-1, "tokens before its own that a short window sees; -1: a quarter of the context, up to a "
+        "multiple of 128", 0, 2**24)
     qk_scale: float = key(-1.0, "factor on q and k after their norm; -1: by recipe", 0)
     value_embeddings: bool | None = key(None, "tables added to the values of every second layer; by recipe")
-    residual_scalars: bool | None = key(None, "learned scales of the residual stream and of the embedding in it; by "
-        "recipe")
+    residual_scalars: bool | None = key(None, "learned scales of residual stream and embedding in it; by recipe")
     smear: bool | None = key(None, "mixes the token before into each embedding; by recipe")
     backout: bool | None = key(None, "subtracts the middle layer's output at the end; by recipe")
     # at most 40: the loss subtracts the cap, not the maximum, and exp(-2 * 40) is not yet zero
     softcap: float = key(15.0, "logits = softcap * tanh(logits / softcap)", 0.01, 40)
-    norm_eps: float = key(1.1920929e-7, "float32's machine epsilon, as nanochat; Hugging Face's NanoChat has 1e-6",
-        0, 1)
-    attention: str = key("auto", "auto: cudnn on NVIDIA GPUs, splash on TPUs, blocked on CPUs; xla where those cannot "
-        "run (one warning says why; from 12 layers on training stops instead, see `train.allow_slow`). A kernel is "
-        "compared with a reference once in a process; training, exams, RL and serving follow the result",
-        choices=("auto", "cudnn", "splash", "blocked", "xla"))
+    norm_eps: float = key(1.1920929e-7, "float32's epsilon, as nanochat; Hugging Face's NanoChat has 1e-6", 0, 1)
+    attention: str = key("auto", "auto: cudnn on NVIDIA GPUs, splash on TPUs, blocked on CPUs; xla where they cannot "
+        "run or are wrong (see `train.allow_slow`)", choices=("auto", "cudnn", "splash", "blocked", "xla"))
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     path: str = key("", "an existing tokenizer.json; empty: train one")
-    normalize: str = key("none", "of a trained one; nfc: letters and their marks are composed into one character "
-        "first, which for Korean makes the two ways to write a syllable one", choices=("none", "nfc"))
+    normalize: str = key("none", "of a trained one; nfc: letters and their marks are composed first, so that the two "
+        "ways to write a Korean syllable are one", choices=("none", "nfc"))
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = key("chitchat", "chitchat, files:GLOB, hf:OWNER/NAME[@REVISION][:PATTERN], "
-        "synthetic:lottery[:COUNT], or a mixture of them, see data.md")
-    text_bytes: int = key(-1, "bytes of text to download from the hub; 0: all; -1: the tokens of the horizon times 5, "
-        "and what dropped remainders take", 0)
+    source: str = key("chitchat", "chitchat, files:GLOB, hf:OWNER/NAME[@REVISION][:PATTERN], synthetic:lottery[:COUNT] "
+        "or a mixture of them, see data.md")
+    text_bytes: int = key(-1, "bytes of hub text to download; 0: all; -1: the horizon's tokens times 5, and what "
+        "dropped remainders take", 0)
     mirror: str = key("", "a folder that holds the hub's files", free=True)
-    cache_dir: str = key("~/.cache/jaxchat", "downloads and compiled programs, shared by all runs (`--cache-dir`)",
-        free=True)
-    encoding: str = key("auto", "of text and jsonl files: what a byte order mark says, or UTF-8; or Python's name of "
-        "one, such as cp949")
-    size_model: bool = key(False, "fit what is -1 of layers, width, vocabulary, context and steps to the amount of "
-        "text (tier `book`)")
+    cache_dir: str = key("~/.cache/jaxchat", "downloads and compiled programs of all runs", free=True)
+    encoding: str = key("auto", "of text files: auto (byte order mark or UTF-8), or Python's name, such as cp949")
+    size_model: bool = key(False, "fit layers, width, vocabulary, context and steps of -1 to the text (`book`)")
     val_fraction: float = key(0.01, "share of the documents that is held out, chosen by a hash of their text", 0, 0.9)
-    val_source: str = key("", "an hf: or files: source that is held out whole instead; its files are left out of the "
-        "training text")
-    remainder: str = key("auto", "what becomes of the rest of a document that is cut: keep (a row piece with a "
-        "`<|bos|>` of its own), drop (thrown away); auto: drop for "
-        "hub text of which only a part is downloaded, keep for everything else",
-        choices=("auto", "keep", "drop"))
+    val_source: str = key("", "an hf: or files: source held out whole instead; its files leave the training text")
+    remainder: str = key("auto", "the rest of a document that is cut: keep (a piece with its own `<|bos|>`) or drop; "
+        "auto: drop for hub text that is downloaded in part, else keep", choices=("auto", "keep", "drop"))
     dedup: bool = key(False, "leave out documents that came before, letter for letter; they are counted in any case")
-    engine: str = key("local", "where text is tokenized and conversations are rendered: local (this machine's cores) "
-        "or ray (a cluster); the bytes are the same", choices=("local", "ray"), free=True)
+    engine: str = key("local", "where text is tokenized: local (this machine's cores) or ray (a cluster), with equal "
+        "bytes", choices=("local", "ray"), free=True)
     workers: int = key(-1, "processes of local; -1: one a core", 1, free=True)
 
 
@@ -119,44 +105,35 @@ class TrainConfig:
     steps: int = key(-1, "optimizer steps; -1: token_ratio x scaling parameters / batch_tokens", 1)
     token_ratio: float = key(-1.0, "tokens per scaling parameter; -1: 12 (modern), 20 (classic)", 1e-6)
     batch_tokens: int = key(-1, "tokens per optimizer step; -1: 2^19 (tokens / tokens of d12)^0.383, a power of two", 1)
-    device_batch_rows: int = key(32, "rows per device and micro-batch; gradient accumulation makes up the rest",
-        1, free=True)
+    device_batch_rows: int = key(32, "rows per device and micro-batch; accumulation makes up the rest", 1, free=True)
     checkpoint_every: int = key(250, "steps between checkpoints", 1, free=True)
     keep_last: int = key(2, "checkpoints kept", 1, free=True)
     keep_every: int = key(0, "steps: checkpoints at multiples of it are kept too; 0: none", 0, free=True)
     eval_every: int = key(250, "steps between evaluations; 0: only at the end", 0, free=True)
     eval_rows: int = key(512, "held-out rows at most per evaluation", 1, free=True)
     sample_every: int = key(0, "steps between samples during pretraining; 0: only before and after", 0, free=True)
-    compute_dtype: str = key("auto", "auto: float32 on CPUs, bfloat16 elsewhere, float16 on NVIDIA cards without it "
-        "(T4, V100); float16 scales the loss, halving the scale where a step overflows (skipped and counted)",
-        choices=("auto", "float32", "bfloat16", "float16"))
+    compute_dtype: str = key("auto", "auto: float32 on CPUs, bfloat16 elsewhere, float16 with a loss scale on NVIDIA "
+        "cards without it (T4, V100)", choices=("auto", "float32", "bfloat16", "float16"))
     matmul: str = key("plain", "products of the layers: `plain` in the compute dtype, `fp8` with 8-bit operands (e4m3, "
         "gradients e5m2, one scale a tensor)", choices=("plain", "fp8"))
-    remat: str = key("none", "what the backward pass computes again to save memory: `none`, `names` (on float32 norms, "
-        "rotary and activation functions; in bfloat16 their results are kept and little is computed again), `dots`, "
-        "`full` (whole layers)", choices=("none", "names", "dots", "full"), free=True)
-    scan_unroll: int = key(-1, "groups of layers unrolled in the trunk's scan; -1: all on a GPU ([fewer bytes "
+    remat: str = key("none", "what the backward pass computes again to save memory: `none`, `names` (norms, rotary and "
+        "activation functions), `dots`, `full` (whole layers)", choices=("none", "names", "dots", "full"), free=True)
+    scan_unroll: int = key(-1, "groups of layers unrolled in the scan; -1: all on a GPU ([fewer bytes "
         "moved](performance.md#bytes-moved)), elsewhere all of a small model and one of a large", 1, free=True)
-    max_bad_steps: int = key(5, "consecutive non-finite steps that are skipped before the run goes back once, then "
-        "stops", 1, free=True)
-    allow_slow: bool = key(False, "go on where training would be slow: more than two days on a CPU, or attention "
-        "without its fast kernel", free=True)
-    deterministic: bool = key(False, "on GPUs: only kernels that add in a fixed order, so that a repeated run has the "
-        "same bits (not tried on one yet)")
+    max_bad_steps: int = key(5, "non-finite steps in a row before the run goes back, once", 1, free=True)
+    allow_slow: bool = key(False, "train where it is slow: over two days on a CPU, without fast attention", free=True)
+    deterministic: bool = key(False, "on GPUs: only kernels that add in a fixed order (not tried yet)")
     tensorboard: bool = key(False, "curves for TensorBoard too, in the run's `tensorboard/`", free=True)
-    wandb: str = key("", "project on Weights & Biases that gets the curves too; empty: nothing leaves the machine",
-        free=True)
+    wandb: str = key("", "Weights & Biases project that gets the curves too; empty: nothing leaves here", free=True)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     kind: str = key("muon", "muon (AdamW for what is no matrix) or adamw (everything)", choices=("muon", "adamw"))
-    lr_scale: float = key(-1.0, "multiplies every rate but smear's and backout's; -1: (batch / 2^19)^(1/2), below 2^19 "
-        "tokens ^(1/8)", 1e-9)
+    lr_scale: float = key(-1.0, "on all but `mixing_lr`; -1: (batch / 2^19)^(1/2), below 2^19 ^(1/8)", 1e-9)
     matrix_lr: float = key(0.02, "Muon's rate", 0)
     unembedding_lr: float = key(-1.0, "-1: by recipe; also x (width / 768)^-0.5", 0)
-    embedding_lr: float = key(-1.0, "-1: by recipe; also x (width / 768)^-0.5; value embeddings take half; a tied "
-        "table takes `optim.unembedding_lr`", 0)
+    embedding_lr: float = key(-1.0, "as `unembedding_lr`, which a tied table takes; value embeddings take half", 0)
     scalar_lr: float = key(0.5, "of the x0 scalars; the residual ones take a hundredth", 0)
     mixing_lr: float = key(0.2, "of smear and backout; never multiplied by `optim.lr_scale`", 0)
     adamw_lr: float = key(6e-4, 'kind = "adamw": one rate for everything', 0)
@@ -165,36 +142,32 @@ class OptimConfig:
     warmdown_ratio: float = key(-1.0, "share of the steps in which the rate falls; -1: by recipe", 0, 1)
     final_lr: float = key(-1.0, "multiplier at the last step; -1: by recipe", 0, 1)
     grad_clip: float = key(-1.0, "global norm; 0: off; -1: by recipe", 0)
-    momentum: tuple[float, float, float] = key((0.85, 0.97, 0.90), "Muon's momentum at the first step, after its "
-        "warm-up, and at the last step; SFT and RL have their own", 0, 1)
+    momentum: tuple[float, float, float] = key((0.85, 0.97, 0.90), "Muon's, first, after warm-up, last", 0, 1)
     momentum_warmup_steps: int = key(400, "steps in which Muon's momentum rises from the first to the second", 0)
 
 
 @dataclass(frozen=True)
 class SftConfig:
-    mixture: tuple[str, ...] = key(("chitchat", "chatterbot", "identity:500", "word_problems:20000"), "`NAME`, "
-        "`NAME:COUNT`, `NAME*EPOCHS` or `NAME:COUNT*EPOCHS`, see data.md")
+    mixture: tuple[str, ...] = key(("chitchat", "chatterbot", "identity:500", "word_problems:20000"),
+        "`NAME`, `NAME:COUNT`, `NAME*EPOCHS` or `NAME:COUNT*EPOCHS`, see data.md")
     identity: str = key("", "an identity.toml: who the model is, see data.md; empty: jaxchat")
     epochs: float = key(1.0, "passes over the mixture", 1e-6)
     lr_ratio: float = key(0.8, "first rate over pretraining's", 0)
     batch_tokens: int = key(-1, "tokens per optimizer step; -1: as in pretraining", 1)
     eval_every: int = key(0, "steps between evaluations; 0: only at the end", 0, free=True)
-    exam_cases: int = key(0, "questions of each chat exam at every evaluation, as `exam/NAME` and `chatcore` in "
-        "`metrics.jsonl`", 0, free=True)
+    exam_cases: int = key(0, "questions of each chat exam at every evaluation, for `metrics.jsonl`", 0, free=True)
 
 
 @dataclass(frozen=True)
 class RlConfig:
-    environment: str = key("gsm8k", "a task with questions for training (gsm8k, word_problems, spelling_bee, "
-        "arithmetic); empty: no RL")
+    environment: str = key("gsm8k", "gsm8k, word_problems, spelling_bee or arithmetic; empty: no RL")
     steps: int = key(-1, "optimizer steps; -1: one pass over the training questions", 1)
     prompts: int = key(16, "questions a step", 1)
     samples: int = key(16, "answers to each question, at least 2", 2)  # one alone has nothing to be compared with
     max_tokens: int = key(256, "longest answer", 1)
     temperature: float = key(1.0, "of the sampling", 1e-3, 10)  # greedy answers of a group are all the same
     top_k: int = key(50, "likeliest tokens that may be sampled; 0: all", 0)
-    format_bonus: float = key(0.0, "added to the reward where the answer has the task's form (GSM8K: ends with one "
-        "`####` line)", 0, 1)
+    format_bonus: float = key(0.0, "reward for an answer in the task's form (GSM8K: one `####` line at the end)", 0, 1)
     lr_ratio: float = key(0.05, "first rate over pretraining's; falls to 0 in a straight line", 0)
     eval_every: int = key(60, "steps between evaluations; 0: only before and after", 0, free=True)
     eval_prompts: int = key(400, "questions of the exam for pass@k, at most", 1, free=True)
@@ -208,25 +181,21 @@ class EvalConfig:
     exams: tuple[str, ...] = key(("auto",), "names of exams; `auto`: those made here, and those whose data is at hand")
     max_per_task: int = key(-1, "questions of an exam, the first of a fixed shuffle; -1: all", 0)
     rows: int = key(2048, "held-out rows at most for the final bits per byte", 1)
-    batch_rows: int = key(-1, "engine slots and rows per scoring batch, of all devices together; -1: 32 on a CPU, "
-        "elsewhere 256 or what fits in memory, see [exams](exams.md#how-many-rows-at-once)", 1, free=True)
+    batch_rows: int = key(-1, "rows at once on all devices; -1: 32 on a CPU, elsewhere 256 or what fits, see "
+        "[exams](exams.md#how-many-rows-at-once)", 1, free=True)
     sample_tokens: int = key(64, "length of a sample", 1)
     sample_prompts: int = key(5, "openings of held-out texts that a base model continues in its samples", 0)
     sample_temperatures: tuple[float, ...] = key((0.0, 0.8), "of the samples", 0, 10)
-    chat_prompts: tuple[str, ...] = key((), "questions in a chat model's samples, and suggestions on the page; none: "
-        "English ones")
+    chat_prompts: tuple[str, ...] = key((), "questions of a chat model's samples and of the page; none: English ones")
     copied: bool = key(False, "search the training text for passages that the base model repeats letter for letter")
-    samples: int = key(0, "answers drawn to each written question beside the one at temperature 0, for pass@1 to "
-        "pass@k; 0: none", 0, 1024)
+    samples: int = key(0, "answers drawn to each written question for pass@k; 0: only the greedy one", 0, 1024)
     temperature: float = key(0.8, "of those", 1e-3, 10)
-    overlap_documents: int = key(100_000, "training documents searched for the exams' text, see exams.md; -1: all, 0: "
-        "none", -1)
+    overlap_documents: int = key(100_000, "training documents searched for exam text; -1: all, 0: none", -1)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    data: int = key(-1, "devices that work on different rows; -1, for one of the three: all that are left",
-        -1, free=True)
+    data: int = key(-1, "devices that work on different rows; -1, for one of the three: all left", -1, free=True)
     fsdp: int = key(1, "devices over which parameters are split by width", -1, free=True)
     tensor: int = key(1, "devices over which heads, MLP and vocabulary are split", -1, free=True)
 
@@ -243,11 +212,10 @@ class ServeConfig:
     host: str = key("127.0.0.1", "address to listen on", free=True)
     port: int = key(8000, "port", 0, 65_535, free=True)
     language: str = key("auto", "of the page: auto (the browser's), en or ko", choices=("auto", "en", "ko"), free=True)
-    api_keys: tuple[str, ...] = key((), "keys that the API asks for and the page takes as password; none: everybody is "
-        "served. The environment variable `JAXCHAT_API_KEYS` (separated by commas) takes precedence", free=True)
+    api_keys: tuple[str, ...] = key((), "that the API asks for and the page takes as password; none: all are served. "
+        "The environment variable `JAXCHAT_API_KEYS` (separated by commas) takes precedence", free=True)
     slots: int = key(8, "answers made at once, a power of two", 1, 4096, free=True)
-    weights: str = key("auto", "numbers of the served weights: `float32`, `bfloat16` or `int8` (8-bit kernels with a "
-        "scale for each output channel); `auto`: float32 on a CPU, bfloat16 elsewhere",
+    weights: str = key("auto", "of the served weights (int8: of the kernels); auto: float32 on a CPU, else bfloat16",
         choices=("auto", "float32", "bfloat16", "int8"), free=True)
     max_tokens: int = key(256, "longest answer, and its length where the client names none", 1, free=True)
     temperature: float = key(0.7, "where the client names none", 0, 10, free=True)
@@ -258,20 +226,17 @@ class ServeConfig:
     message_chars: int = key(8_000, "characters of one message", 1, free=True)
     total_chars: int = key(32_000, "characters of one conversation or prompt", 1, free=True)
     body_bytes: int = key(2_000_000, "bytes of one HTTP request or WebSocket message", 1_000, 2**31, free=True)
-    drain_seconds: float = key(30.0, "that running answers get to finish when the service is stopped",
-        0, 86_400, free=True)
+    drain_seconds: float = key(30.0, "for running answers when the service is stopped", 0, 86_400, free=True)
     log_text: bool = key(False, "whether logs hold prompts and answers", free=True)
-    origins: tuple[str, ...] = key((), "web pages from elsewhere that may use the API, as `https://example.org`",
-        free=True)
+    origins: tuple[str, ...] = key((), "other web pages that may use the API, as `https://example.org`", free=True)
     trusted_proxies: tuple[str, ...] = key((), "addresses of proxies whose X-Forwarded-For is believed", free=True)
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    formats: tuple[str, ...] = key(("orbax", "hf"), "folders that the last stage leaves in `export/`, see "
-        "[weights.md](weights.md); none: no export", choices=("orbax", "hf"))
-    dtype: str = key("auto", "of the weights there: `auto` as trained, `float32` or `bfloat16`",
-        choices=("auto", "float32", "bfloat16"))
+    formats: tuple[str, ...] = key(("orbax", "hf"), "folders in `export/`, see [weights.md](weights.md); none: nothing",
+        choices=("orbax", "hf"))
+    dtype: str = key("auto", "of the weights there; auto: as trained", choices=("auto", "float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
@@ -295,18 +260,16 @@ class Config:
 # fmt: on
 
 
-def _declarations(cls: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        if "key" in f.metadata:
-            yield prefix + f.name, dataclasses.replace(f.metadata["key"], type=hints[f.name])
-        else:
-            yield from _declarations(hints[f.name], f"{f.name}.")
-
-
-KEYS = dict(_declarations(Config))
+SECTIONS: dict[str, Any] = {
+    name: type(value) for name, value in vars(Config()).items() if dataclasses.is_dataclass(value)
+}
+KEYS: dict[str, Key] = {  # by dotted name
+    prefix + name: dataclasses.replace(cls.__dataclass_fields__[name].metadata["key"], type=kind)
+    for prefix, cls in (("", Config), *((f"{section}.", cls) for section, cls in SECTIONS.items()))
+    for name, kind in typing.get_type_hints(cls).items()
+    if prefix + name not in SECTIONS
+}
 SIZED = ("model.depth", "model.seq_len", "model.vocab_size")  # may be -1 where data.size_model fits them to the text
-SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if "key" not in f.metadata)
 # Keys of older versions with the value that is built in now. Files and records that have it are still read.
 REMOVED: dict[str, Any] = {
     "tokenizer.train_chars": 2_000_000_000,
@@ -358,58 +321,44 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def build(table: dict[str, Any]) -> Config:
-    """Return the configuration of nested tables, as TOML has them. `UsageError` names a bad key or value."""
+    """Return the configuration of tables, as TOML has them; keys may also be dotted.
+
+    `UsageError` names a bad key or value. A removed key with the value that is built in now is ignored.
+    """
     values: dict[str, Any] = {}
     for name, value in table.items():
-        if name not in SECTIONS:
-            values |= _entry(name, value)
-            continue
-        if not isinstance(value, dict):
+        if name in SECTIONS and not isinstance(value, dict):
             raise UsageError(f"{name}: is a section, not a value")
-        entries = [_entry(f"{name}.{leaf}", v) for leaf, v in value.items()]
-        section = type(getattr(Config(), name))
-        values[name] = section(**{leaf: v for entry in entries for leaf, v in entry.items()})
-    return Config(**values)
-
-
-def _entry(name: str, value: Any) -> dict[str, Any]:
-    """Return {last part of the key: checked value}, nothing for a removed key with its old default."""
-    if name in KEYS:
-        return {name.rpartition(".")[2]: _checked(name, KEYS[name], value)}
-    if name in REMOVED:
-        if value == REMOVED[name]:
-            return {}
-        raise UsageError(
-            f"{name}: this key is gone, and its value is always {REMOVED[name]}, not {value!r}; leave it out"
-        )
-    leaf = name.rpartition(".")[2]
-    same_leaf = [known for known in KEYS if known.rpartition(".")[2] == leaf]
-    advice = f", did you mean {same_leaf[0]}?" if same_leaf else nearest(name, KEYS)
-    raise UsageError(f"{name}: unknown key{advice or '; docs/configuration.md has every key'}")
+        values |= {f"{name}.{leaf}": v for leaf, v in value.items()} if name in SECTIONS else {name: value}
+    sections: dict[str, dict[str, Any]] = {name: {} for name in ("", *SECTIONS)}
+    for name, value in values.items():
+        section, _, leaf = name.rpartition(".")
+        if name in KEYS:
+            sections[section][leaf] = _checked(name, KEYS[name], value)
+        elif name not in REMOVED:
+            advice = nearest(name, KEYS) or "; docs/configuration.md has every key"
+            raise UsageError(f"{name}: unknown key{advice}")
+        elif value != REMOVED[name]:
+            raise UsageError(
+                f"{name}: this key is gone, its value is always {REMOVED[name]}, not {value!r}; leave it out"
+            )
+    return Config(**sections[""], **{name: section(**sections[name]) for name, section in SECTIONS.items()})
 
 
 def _checked(name: str, declared: Key, value: Any) -> Any:
     """Return the value in its declared type. `UsageError` for a wrong type, a bad number or an unknown choice."""
-    kind = declared.type
+    kind, *others = typing.get_args(declared.type) or (declared.type,)  # bool | None, tuple[str, ...]
+    if typing.get_origin(declared.type) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]  # --set serve.api_keys=one
+        if others[0] is not ... and len(items) != len(others) + 1:
+            raise UsageError(f"{name}: needs {len(others) + 1} numbers, not {value!r}")
+        return tuple(_checked(name, dataclasses.replace(declared, type=kind), item) for item in items)
     if value is None and declared.default is None:
         return None
-    if isinstance(kind, types.UnionType):  # bool | None
-        kind = typing.get_args(kind)[0]
-    if typing.get_origin(kind) is tuple:
-        kinds = typing.get_args(kind)
-        values = value if isinstance(value, list) else [value]  # --set serve.api_keys=one
-        if kinds[-1] is not ... and len(values) != len(kinds):
-            raise UsageError(f"{name}: needs {len(kinds)} numbers, not {value!r}")
-        item = dataclasses.replace(declared, type=kinds[0])
-        return tuple(_checked(name, item, v) for v in values)
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
-        plain = unicodedata.normalize("NFKC", value) if isinstance(value, str) else value
-        advice = f"; did you mean {plain}, in plain digits?" if plain != value and kind is not str else ""
-        raise UsageError(f"{name}: needs {TYPE_NAMES[kind]}, not {value!r}{advice}")
-    if kind is float and not math.isfinite(value):
-        raise UsageError(f"{name}: needs a finite number, not {value!r}")
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise UsageError(f"{name}: needs {TYPE_NAMES[kind]}, not {value!r}")
     derived = is_derived(value) and (is_derived(declared.default) or name in SIZED)
     if kind in (int, float) and not derived and not declared.low <= value <= declared.high:
         bound = f"at least {declared.low:g}" if value < declared.low else f"at most {declared.high:g}"
@@ -417,12 +366,6 @@ def _checked(name: str, declared: Key, value: Any) -> Any:
     if declared.choices and value not in declared.choices:
         raise UsageError(f"{name}: {value!r} is unknown; choose from {', '.join(declared.choices)}")
     return value
-
-
-def check_section(name: str, section: Any) -> None:
-    """Raise `UsageError` for a bad value in a section that was not read from TOML."""
-    for f in dataclasses.fields(section):
-        _checked(f"{name}.{f.name}", KEYS[f"{name}.{f.name}"], getattr(section, f.name))
 
 
 def load_config(tier: str | Path = "nano", overrides: Sequence[str] = ()) -> Config:
@@ -447,17 +390,10 @@ def load_config(tier: str | Path = "nano", overrides: Sequence[str] = ()) -> Con
             value = tomllib.loads(f"v = {text}")["v"]
         except tomllib.TOMLDecodeError:
             value = text
-        section, _, leaf = name.rpartition(".")
-        if section and section not in SECTIONS:
-            _entry(name, value)  # raises
-        target = table.setdefault(section, {}) if section else table
-        if not isinstance(target, dict):
-            raise UsageError(f"{section}: is a section, not a value")
-        target[leaf] = value
+        table = {**table, name: value}
     if table.get("format", 1) != Config.format:
         raise UsageError(f"{path}: has format {table['format']!r}, and this version reads format {Config.format}")
-    config = build(table)
-    return config if "tier" in table else dataclasses.replace(config, tier=path.stem)
+    return build({"tier": path.stem} | table)
 
 
 def tier_files() -> list[Path]:

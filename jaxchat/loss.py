@@ -25,11 +25,6 @@ class LossSpec(NamedTuple):
     mesh: Mesh | None = None  # rows are split over its data and fsdp axes, the vocabulary over tensor
 
 
-def default_chunk(platform: str) -> int:
-    """Return the tokens of a chunk; on a CPU its logits fit the caches."""
-    return 512 if platform == "cpu" else 8192
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_loss(
     x: jax.Array, unembedding: jax.Array, targets: jax.Array, weights: jax.Array, spec: LossSpec
@@ -49,8 +44,7 @@ def chunked_loss(
       latter accumulated in float32) flow through the sum only: the forward pass forms them at once, so nothing is
       recomputed and only they are kept.
     """
-    total, nll, _, _ = _run(x, unembedding, targets, weights, spec, with_gradients=False)
-    return total, nll
+    return _run(x, unembedding, targets, weights, spec, with_gradients=False)[:2]
 
 
 def _forward(x, unembedding, targets, weights, spec):
@@ -68,27 +62,25 @@ chunked_loss.defvjp(_forward, _backward)
 
 
 def _run(x, unembedding, targets, weights, spec, with_gradients):
-    w = unembedding.astype(x.dtype)
-    if spec.mesh is None or spec.mesh.size == 1:
+    """Return (sum, nll, gradient to x, gradient to the unembedding); None for gradients not asked for."""
+    w, mesh = unembedding.astype(x.dtype), spec.mesh
+    if mesh is None or mesh.size == 1:
         return _local(x, w, targets, weights, spec, with_gradients)
-    rows, V = P(BATCH_AXES), w.shape[0]
-    shards = batch_devices(spec.mesh)
-    scatter = V % (shards * spec.mesh.shape["tensor"]) == 0
+    scatter = w.shape[0] % (batch_devices(mesh) * mesh.shape["tensor"]) == 0
 
     def local(x, w, targets, weights):
         total, nll, dx, dw = _local(x, w, targets, weights, spec, with_gradients)
-        total = jax.lax.psum(total, BATCH_AXES)
         if with_gradients:
             reduce = functools.partial(jax.lax.psum_scatter, tiled=True) if scatter else jax.lax.psum
             dw = reduce(dw, BATCH_AXES)
-        return total, nll, dx, dw
+        return jax.lax.psum(total, BATCH_AXES), nll, dx, dw
 
-    of_dw = P(("tensor", *BATCH_AXES)) if scatter else P("tensor")
+    rows, of_dw = P(BATCH_AXES), P(("tensor", *BATCH_AXES)) if scatter else P("tensor")
     out_specs = (P(), rows, *((rows, of_dw) if with_gradients else (None, None)))
-    in_specs = (rows, P("tensor"), rows, rows)
-    return jax.shard_map(local, mesh=spec.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
-        x, w, targets, weights
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, P("tensor"), rows, rows), out_specs=out_specs, check_vma=False
     )
+    return run(x, w, targets, weights)
 
 
 def _local(x, w, targets, weights, spec, with_gradients):

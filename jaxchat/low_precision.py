@@ -61,10 +61,17 @@ KERNELS = ("q", "k", "v", "o", "fc", "proj")  # the parameters of a layer that a
 @jax.tree_util.register_dataclass
 @dataclass
 class Int8:
-    """A kernel: values (in, out) int8 times scale (out,) float32."""
+    """A kernel: values (in, out) int8 times scale (out,) float32. `x @ kernel` has the dtype of x."""
 
     values: jax.Array
     scale: jax.Array
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """Return x (..., in) times the kernel, float32."""
+        return jnp.matmul(x, self.values.astype(x.dtype), preferred_element_type=jnp.float32) * self.scale
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        return self.product(x).astype(x.dtype)
 
 
 def quantize_int8(weight: jax.Array) -> Int8:
@@ -72,14 +79,6 @@ def quantize_int8(weight: jax.Array) -> Int8:
     exact = weight.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(exact).max(axis=0), 1e-12) / 127
     return Int8(jnp.round(exact / scale).astype(jnp.int8), scale)
-
-
-def dot(x: jax.Array, weight: jax.Array | Int8) -> jax.Array:
-    """Return x (..., in) times a kernel, in the dtype of x."""
-    if not isinstance(weight, Int8):
-        return jnp.matmul(x, weight)
-    y = jnp.matmul(x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)
-    return (y * weight.scale).astype(x.dtype)
 
 
 # Dynamic loss scale for float16 (1710.03740): as large as the gradients allow, halved where they overflow. It is an
@@ -112,9 +111,3 @@ def dynamic_loss_scale() -> optax.GradientTransformation:
         return updates, LossScaleState(scale, jnp.where(grow, 0, good), state.skipped + ~finite)
 
     return optax.GradientTransformation(init, update)
-
-
-def find_scale(opt_state: Any) -> LossScaleState | None:
-    """Return the loss scale in an optimizer's state, if it has one."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LossScaleState))
-    return next((node for node in nodes if isinstance(node, LossScaleState)), None)

@@ -1,8 +1,8 @@
-"""The GPT: a Flax NNX module that declares the parameters, and pure functions over them.
+"""The GPT as pure functions over a nested dict of parameters, and as a Flax NNX module.
 
 Axes: B batch, T time, L layer, H query heads, K kv heads, N head width, D width, F feed-forward width, V vocabulary.
-Kernels are (in, out), stacked over the layers. Two recipes, both after nanochat. Papers: rotary 2104.09864, relu
-squared 2109.08668, QK-norm 2010.04245, value residual 2410.17897.
+Kernels are (in, out), stacked over the layers; `sizes.parameters` declares them. Two recipes, both after nanochat.
+Papers: rotary 2104.09864, relu squared 2109.08668, QK-norm 2010.04245, value residual 2410.17897.
 
 `forward` is the only pass through the layers. Training, prefill, decoding and scoring differ in the positions, the
 attention and the layout of the parameters that they give to it.
@@ -11,6 +11,7 @@ attention and the layout of the parameters that they give to it.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,18 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jaxchat.attention import attention
 from jaxchat.config import ModelConfig
-from jaxchat.low_precision import dot
 from jaxchat.sharding import BATCH_AXES
 from jaxchat.sizes import (
     SMEAR_CHANNELS,
     VE_GATE_CHANNELS,
-    mlp_width,
-    padded_vocab,
+    Parameter,
+    parameters,
     scan_groups,
     score_bound,
     value_layers,
@@ -42,77 +44,32 @@ Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]  # layer, q
 # Parameters
 
 
-class Blocks(nnx.Module):
-    """Parameters of the L blocks, stacked."""
-
-    def __init__(self, config: ModelConfig, declare: Callable[..., nnx.Param]):
-        c, L, D, F = config, config.depth, config.width, mlp_width(config)
-        HN, KN = c.n_heads * c.head_width, c.n_kv_heads * c.head_width
-        qkv, fc = (_uniform(D**-0.5), _uniform(0.4 * D**-0.5)) if c.recipe == "modern" else (_fan, _fan)
-        self.q = declare((L, D, HN), ("layer", "embed", "heads"), qkv)
-        self.k = declare((L, D, KN), ("layer", "embed", "kv_heads"), qkv)
-        self.v = declare((L, D, KN), ("layer", "embed", "kv_heads"), qkv)
-        self.o = declare((L, HN, D), ("layer", "heads", "embed"), nnx.initializers.zeros)
-        self.fc = declare((L, D, F), ("layer", "embed", "mlp"), fc)
-        self.proj = declare((L, F, D), ("layer", "mlp", "embed"), nnx.initializers.zeros)
-        if c.residual_scalars:
-            self.residual_scale = declare((L,), ("layer",), _ramp(1.15, 1.05))
-            self.x0_scale = declare((L,), ("layer",), _ramp(0.20, 0.05))
-        if c.value_embeddings:
-            shape = (len(value_layers(c)), VE_GATE_CHANNELS, c.n_kv_heads)
-            self.ve_gate = declare(shape, ("layer", "gate", "kv_heads"), _gate_init)
+def initial_value(key: jax.Array, p: Parameter) -> jax.Array:
+    """Return the first value of a parameter, as its declaration says; float32."""
+    kind, *numbers = p.init
+    if kind == "normal":
+        return numbers[0] * jax.random.normal(key, p.shape, jnp.float32)
+    if kind == "uniform":
+        return jax.random.uniform(key, p.shape, jnp.float32, *numbers)
+    if kind == "constant":
+        return jnp.full(p.shape, numbers[0], jnp.float32)
+    return jnp.linspace(numbers[0], numbers[1], p.shape[0], dtype=jnp.float32)
 
 
 class GPT(nnx.Module):
-    """All parameters of a resolved `config`, float32, each with its logical axes (see `sharding`)."""
+    """All parameters of a resolved `config`, and its logits."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        def declare(shape: tuple[int, ...], axes: tuple[str, ...], init: Callable[..., jax.Array]) -> nnx.Param:
-            return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=axes)
-
-        c, D, V = config, config.width, padded_vocab(config)
-        classic = c.recipe == "classic"
         self.config = config
-        # a tied table also makes the logits, which a wide one would saturate; the norm behind it forgives any scale
-        std = 0.02 if c.tie_embeddings else 1.0 if classic else 0.8
-        self.embedding = declare((V, D), ("vocab", "embed"), nnx.initializers.normal(std))
-        if not c.tie_embeddings:
-            init = nnx.initializers.zeros if classic else nnx.initializers.normal(0.001)
-            self.unembedding = declare((V, D), ("vocab", "embed"), init)
-        if c.value_embeddings:
-            shape = (len(value_layers(c)), V, c.n_kv_heads * c.head_width)
-            self.value_embedding = declare(shape, ("layer", "table", "kv_heads"), _uniform(D**-0.5))
-        if c.smear:
-            self.smear_gate = declare((SMEAR_CHANNELS, 1), ("gate", "gate"), _gate_init)
-            self.smear_scale = declare((), (), nnx.initializers.zeros)
-        if c.backout:
-            self.backout_scale = declare((), (), nnx.initializers.constant(0.2))
-        self.blocks = Blocks(config, declare)
+        self.blocks: nnx.Dict[nnx.Param] = nnx.Dict()
+        for path, p in parameters(config).items():
+            leaf = path.removeprefix("blocks.")
+            setattr(self if leaf == path else self.blocks, leaf, nnx.Param(initial_value(rngs.params(), p)))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits (B, T, V) float32, softcapped and cropped to the vocabulary, of tokens (B, T) int."""
+        """Return logits (B, T, V) float32, softcapped and cropped to the vocabulary, of tokens (B, T) int."""
         params = nnx.to_pure_dict(nnx.state(self))
         return logits(self.config, params, hidden(self.config, params, tokens))
-
-
-def _uniform(std: float) -> Callable[..., jax.Array]:
-    """Uniform with the given standard deviation: no outliers."""
-    bound = 3**0.5 * std
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def _fan(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Normal with standard deviation min(1, sqrt(out / in)) / sqrt(in)."""
-    n_in, n_out = shape[-2:]
-    return min(1.0, (n_out / n_in) ** 0.5) * n_in**-0.5 * jax.random.normal(key, shape, dtype)
-
-
-def _gate_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jax.random.uniform(key, shape, dtype, 0.0, 0.02)  # slightly above neutral
-
-
-def _ramp(first: float, last: float) -> Callable[..., jax.Array]:
-    return lambda key, shape, dtype: jnp.linspace(first, last, shape[0], dtype=dtype)
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
@@ -120,14 +77,17 @@ def init_params(config: ModelConfig, seed: int) -> Params:
     return nnx.to_pure_dict(nnx.state(GPT(config, nnx.Rngs(seed))))
 
 
-def abstract_params(config: ModelConfig) -> tuple[Params, Params]:
-    """Return (shapes and dtypes, logical axes) of all parameters as nested dicts; allocates nothing."""
-    state = nnx.state(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(0))))
-    axes = jax.tree.map(lambda p: p.get_metadata()["logical_axes"], state, is_leaf=lambda p: isinstance(p, nnx.Param))
-    return nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
+def map_parameters(config: ModelConfig, function: Callable[[Parameter], Any]) -> Params:
+    """Return a tree like the parameters' of what `function` says of each declaration."""
+    return unflatten_dict({path: function(p) for path, p in parameters(config).items()}, sep=".")
 
 
-def cast_params(params: Params, dtype: jnp.dtype | type) -> Params:
+def abstract_params(config: ModelConfig) -> Params:
+    """Return the shapes and dtypes of all parameters; allocates nothing."""
+    return map_parameters(config, lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32))
+
+
+def cast_params(params: Params, dtype: DTypeLike) -> Params:
     """Return the weights in the compute dtype.
 
     The unembedding stays: the loss casts it and owns its gradient. So do the scalars that mix whole activations: their
@@ -146,9 +106,9 @@ def layer_params(config: ModelConfig, params: Params, i: int) -> Params:
     """Return layer i's own parameters, its value-embedding table included, from stacks or from a list of layers."""
     if "layers" in params:
         return params["layers"][i]
-    layer = {k: v[i] for k, v in params["blocks"].items() if k != "ve_gate"}
-    if i in value_layers(config):
-        j = value_layers(config).index(i)
+    layer = {name: stack[i] for name, stack in params["blocks"].items() if name != "ve_gate"}
+    if i in (layers := value_layers(config)):
+        j = layers.index(i)
         layer |= {"ve_gate": params["blocks"]["ve_gate"][j], "value_embedding": params["value_embedding"][j]}
     return layer
 
@@ -160,15 +120,11 @@ def grouped_layers(config: ModelConfig, params: Params) -> Params:
     """
     groups, period = scan_groups(config)
 
-    def split(layers: int) -> Callable[[jax.Array], jax.Array]:
-        return lambda a: a[: groups * layers].reshape(groups, layers, *a.shape[1:])
+    def split(stack: jax.Array) -> jax.Array:
+        n = period if len(stack) == config.depth else period // 2  # every second layer has a value embedding
+        return stack[: groups * n].reshape(groups, n, *stack.shape[1:])
 
-    blocks = jax.tree.map(split(period), {k: v for k, v in params["blocks"].items() if k != "ve_gate"})
-    per_group = sum(i < period for i in value_layers(config))
-    if not per_group:
-        return {"blocks": blocks}
-    gate, tables = map(split(per_group), (params["blocks"]["ve_gate"], params["value_embedding"]))
-    return {"blocks": blocks | {"ve_gate": gate}, "value_embedding": tables}
+    return jax.tree.map(split, {name: params[name] for name in ("blocks", "value_embedding") if name in params})
 
 
 # The forward pass
@@ -184,14 +140,13 @@ class LayerOptions(NamedTuple):
     unroll: int = 1  # groups of layers per iteration of the scan; all of them: a plain loop
     backend: str = "xla"  # of the attention
     remat: str = "none"
-    dot: Callable[[jax.Array, Any], jax.Array] = dot  # of the layers' kernels
+    dot: Callable[[jax.Array, Any], jax.Array] = operator.matmul  # of the layers' kernels
     merge: bool = False  # gradients of the products for q, k and v together; never where heads are split
     mesh: Mesh | None = None
     place: Callable[[str, jax.Array], jax.Array] = lambda name, weight: weight  # gathers a weight where it is used
 
 
 DEFAULT = LayerOptions()
-STACKED = ("blocks", "value_embedding", "layers")  # parameters that are placed layer by layer
 
 
 def hidden(config: ModelConfig, params: Params, tokens: jax.Array, options: LayerOptions = DEFAULT) -> jax.Array:
@@ -200,7 +155,8 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, options: Laye
     def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return attention(q, k, v, windows(config)[i], options.backend, score_bound(config), options.mesh)
 
-    params = {k: v if k in STACKED else options.place(k, v) for k, v in params.items()}
+    by_layer = ("blocks", "value_embedding", "layers")  # placed layer by layer
+    params = {name: p if name in by_layer else options.place(name, p) for name, p in params.items()}
     x, _ = embed(config, params, tokens)
     return forward(config, params, x, tokens, jnp.arange(tokens.shape[1])[None, :], attend, options)
 
@@ -229,8 +185,7 @@ def forward(
     def run(stacked: Params, i: int, x: jax.Array, x0: jax.Array, scanned: bool = False) -> jax.Array:
         def body(stacked: Params, x: jax.Array, x0: jax.Array) -> jax.Array:
             # cut here, inside what is rematerialized: a slice made outside would be saved, a copy of every weight
-            layer = layer_params(config, stacked, i)
-            layer = {k: options.place(k if k == "value_embedding" else f"blocks.{k}", w) for k, w in layer.items()}
+            layer = {name: options.place(name, w) for name, w in layer_params(config, stacked, i).items()}
             x = block(config, layer, x, x0, tokens, cos_sin, functools.partial(attend, i), options)
             if options.mesh is None or options.mesh.size == 1:
                 return x
@@ -244,8 +199,7 @@ def forward(
     if "layers" not in params and groups > max(options.unroll, 1):
 
         def group(carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, Params]) -> tuple[Any, None]:
-            x, middle = carry
-            index, stacked = scanned
+            (x, middle), (index, stacked) = carry, scanned
             for j in range(period):
                 x = run(stacked, j, x, x0, scanned=True)
                 if config.backout and j == config.depth // 2 % period:
@@ -281,7 +235,7 @@ def block(
         x = (p["residual_scale"] * x.astype(jnp.float32) + p["x0_scale"] * x0.astype(jnp.float32)).astype(dtype)
     h = norm(x, c.norm_eps, "attention_in")
     kernels = tuple(p[name] for name in "qkv")
-    products = _merged(h, kernels) if options.merge else [dot(h, kernel) for kernel in kernels]
+    products = merged_dot(h, kernels) if options.merge else [dot(h, kernel) for kernel in kernels]
     q, k, v = (y.reshape(B, T, -1, N) for y in products)
     if "value_embedding" in p:
         gate = 3 * jax.nn.sigmoid(h[..., :VE_GATE_CHANNELS] @ p["ve_gate"])  # (B, T, K), near 1.5 at the start
@@ -298,7 +252,7 @@ def block(
 
 
 def rematerialized(
-    function: Callable[..., jax.Array], options: LayerOptions, scanned: bool = False
+    function: Callable[..., jax.Array], options: LayerOptions, scanned: bool
 ) -> Callable[..., jax.Array]:
     """Return `function` with a backward pass that recomputes what the policy of `REMAT` does not save.
 
@@ -314,10 +268,8 @@ def rematerialized(
         save = policies.save_only_these_names(*SAVED_NAMES, *(() if own else ("attention",)))
         # cuDNN's kernel leaves, beside its result, softmax statistics without a name; to lose them is to run it again
         save = policies.save_from_both_policies(save, lambda primitive, *_, **__: "attention_fwd" in primitive.name)
-    elif options.remat == "dots":
-        save = policies.dots_with_no_batch_dims_saveable
     else:
-        save = policies.nothing_saveable
+        save = policies.dots_with_no_batch_dims_saveable if options.remat == "dots" else policies.nothing_saveable
     return jax.checkpoint(function, policy=save, prevent_cse=not scanned)  # a scan's body is not merged anyway
 
 
@@ -342,8 +294,7 @@ def embed(
 def logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     """Return softcapped float32 logits (..., V) of activations x (..., D), cropped to the vocabulary."""
     if "output" in params:  # (D, V) int8
-        z = jnp.matmul(x, params["output"].values.astype(x.dtype), preferred_element_type=jnp.float32)
-        z = z * params["output"].scale
+        z = params["output"].product(x)
     else:
         w = unembedding(params)[: config.vocab_size].astype(x.dtype)
         z = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
@@ -354,25 +305,29 @@ def logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
 # their results alone, so that less is kept in memory; the names say what rematerialization may keep.
 
 
-def _differentiable(forward: Callable[..., Any], backward: Callable[..., Any], statics: int = 0) -> Callable[..., Any]:
-    """Return the function `forward(...)[0]` whose gradient is `backward(*statics, forward(...)[1], g)`."""
-    function = jax.custom_vjp(lambda *args: forward(*args)[0], nondiff_argnums=tuple(range(statics)))
+def _differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function `forward(...)[0]` whose gradient is `backward(forward(...)[1], g)`."""
+    function = jax.custom_vjp(lambda *args: forward(*args)[0])
     function.defvjp(forward, backward)
     return function
 
 
-def _merged_backward(residuals: Any, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    h, kernels = residuals
-    g, kernel = (jnp.concatenate(parts, axis=-1) for parts in (gradients, kernels))
-    g = jax.lax.optimization_barrier(g)  # or XLA also writes the parts, for the second product
-    of_kernel = jnp.einsum("btd,btf->df", h, g)
-    splits = np.cumsum([part.shape[-1] for part in kernels])[:-1]
-    return jnp.einsum("btf,df->btd", g, kernel), tuple(jnp.split(of_kernel, splits, axis=-1))
+def merged_dot(h: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Return h (B, T, D) times each of several kernels (D, ...).
 
+    Their gradients side by side make one product to h, not a sum of several, and one to the kernels: h and its gradient
+    are read and written once.
+    """
 
-# h (B, T, D) times several kernels (D, ...). Their gradients side by side make one product to h, not a sum of several,
-# and one to the kernels: h and its gradient are read and written once.
-_merged = _differentiable(lambda h, kernels: (tuple(h @ kernel for kernel in kernels), (h, kernels)), _merged_backward)
+    def backward(residuals: Any, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        h, kernels = residuals
+        g, kernel = (jnp.concatenate(parts, axis=-1) for parts in (gradients, kernels))
+        g = jax.lax.optimization_barrier(g)  # or XLA also writes the parts, for the second product
+        of_kernel = jnp.einsum("btd,btf->df", h, g)
+        splits = np.cumsum([part.shape[-1] for part in kernels])[:-1]
+        return jnp.einsum("btf,df->btd", g, kernel), tuple(jnp.split(of_kernel, splits, axis=-1))
+
+    return _differentiable(lambda h, kernels: (tuple(h @ w for w in kernels), (h, kernels)), backward)(h, kernels)
 
 
 def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -380,93 +335,70 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
     A frequent token has thousands of rows to add, which bfloat16's 8 bits would swallow.
     """
-    return _lookup(table.shape, table.dtype, table, tokens)
 
+    def backward(tokens: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+        zeros = jnp.zeros(table.shape, jnp.float32)
+        return zeros.at[tokens].add(g.astype(jnp.float32)).astype(table.dtype), None
 
-def _lookup_backward(shape: tuple[int, int], dtype: jnp.dtype, tokens: jax.Array, g: jax.Array) -> tuple[Any, None]:
-    return jnp.zeros(shape, jnp.float32).at[tokens].add(g.astype(jnp.float32)).astype(dtype), None
-
-
-_lookup = _differentiable(lambda shape, dtype, table, tokens: (table[tokens], tokens), _lookup_backward, statics=2)
+    return _differentiable(lambda table, tokens: (table[tokens], tokens), backward)(table, tokens)
 
 
 def norm(x: jax.Array, eps: float, name: str = "normed") -> jax.Array:
     """Return RMSNorm over the last axis without weights, computed in float32."""
-    return _lean_norm(eps, name, x) if x.dtype == jnp.bfloat16 else _norm(x, eps)[0]
 
+    def plain(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+        return (y * scale).astype(x.dtype), scale
 
-def _norm(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """Return (x / rms(x), 1 / rms(x) in float32)."""
-    y = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * scale).astype(x.dtype), scale
+    def forward(x: jax.Array) -> tuple[jax.Array, Any]:
+        h, scale = plain(x)
+        h, scale = checkpoint_name(h, name), checkpoint_name(scale, "scale")
+        return h, (h, scale)
 
+    def backward(residuals: Any, g: jax.Array) -> tuple[jax.Array]:
+        h, scale, wide = (a.astype(jnp.float32) for a in (*residuals, g))
+        return ((scale * (wide - h * jnp.mean(h * wide, axis=-1, keepdims=True))).astype(g.dtype),)
 
-def _norm_forward(eps: float, name: str, x: jax.Array) -> tuple[jax.Array, Any]:
-    h, scale = _norm(x, eps)
-    h, scale = checkpoint_name(h, name), checkpoint_name(scale, "scale")
-    return h, (h, scale)
-
-
-def _norm_backward(eps: float, name: str, residuals: Any, g: jax.Array) -> tuple[jax.Array]:
-    h, scale = (a.astype(jnp.float32) for a in residuals)
-    wide = g.astype(jnp.float32)
-    return ((scale * (wide - h * jnp.mean(h * wide, axis=-1, keepdims=True))).astype(g.dtype),)
-
-
-_lean_norm = _differentiable(_norm_forward, _norm_backward, statics=2)
+    return _differentiable(forward, backward)(x) if x.dtype == jnp.bfloat16 else plain(x)[0]
 
 
 def relu_squared(x: jax.Array, name: str) -> jax.Array:
     """Return max(x, 0)^2."""
+
+    def forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = checkpoint_name(jnp.square(jax.nn.relu(x)), name)
+        return y, y
+
+    def backward(y: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+        return ((2 * jnp.sqrt(y.astype(jnp.float32)) * g.astype(jnp.float32)).astype(g.dtype),)
+
     if x.dtype == jnp.bfloat16:
-        return _lean_relu_squared(name, x)
+        return _differentiable(forward, backward)(x)
     return jnp.square(jax.nn.relu(checkpoint_name(x, name)))
-
-
-def _relu_squared_forward(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    y = checkpoint_name(jnp.square(jax.nn.relu(x)), name)
-    return y, y
-
-
-def _relu_squared_backward(name: str, y: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    return ((2 * jnp.sqrt(y.astype(jnp.float32)) * g.astype(jnp.float32)).astype(g.dtype),)
-
-
-_lean_relu_squared = _differentiable(_relu_squared_forward, _relu_squared_backward, statics=1)
 
 
 def qk_norm(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], eps: float, scale: float, name: str) -> jax.Array:
     """Return x (B, T, heads, N) rotated, normed and multiplied by `scale`."""
+
+    def forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, Any]:
+        # a rotation keeps the length, so the norm needs only x: one pass reads it, the next rotates and scales it
+        wide = x.astype(jnp.float32)
+        length = scale * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+        y = checkpoint_name((rotate(wide, (cos, sin)) * length).astype(x.dtype), name)
+        return y, (y, checkpoint_name(length, "scale"), cos, sin)
+
+    def backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
+        y, length, cos, sin, wide = (a.astype(jnp.float32) for a in (*residuals, g))
+        inner = jnp.mean(y * wide, axis=-1, keepdims=True) / scale**2
+        return rotate(length * (wide - y * inner), (cos, -sin)).astype(g.dtype), None, None
+
     if x.dtype == jnp.bfloat16:
-        return _lean_qk_norm(eps, scale, name, x, *cos_sin)
+        return _differentiable(forward, backward)(x, *cos_sin)
     return norm(rotate(checkpoint_name(x, name), cos_sin), eps) * scale
 
 
-def _qk_norm_forward(
-    eps: float, scale: float, name: str, x: jax.Array, cos: jax.Array, sin: jax.Array
-) -> tuple[jax.Array, Any]:
-    # a rotation keeps the length, so the norm needs only x: one pass reads it, the next rotates and scales it
-    wide = x.astype(jnp.float32)
-    length = scale * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    y = checkpoint_name((rotate(wide, (cos, sin)) * length).astype(x.dtype), name)
-    length = checkpoint_name(length, "scale")
-    return y, (y, length, cos, sin)
-
-
-def _qk_norm_backward(
-    eps: float, scale: float, name: str, residuals: Any, g: jax.Array
-) -> tuple[jax.Array, None, None]:
-    y, length, cos, sin = (a.astype(jnp.float32) for a in residuals)
-    wide = g.astype(jnp.float32)
-    inner = jnp.mean(y * wide, axis=-1, keepdims=True) / scale**2
-    return (rotate(length * (wide - y * inner), (cos, -sin)).astype(g.dtype), None, None)
-
-
-_lean_qk_norm = _differentiable(_qk_norm_forward, _qk_norm_backward, statics=3)
-
-
-def rotary(config: ModelConfig, positions: jax.Array, dtype: jnp.dtype | type) -> tuple[jax.Array, jax.Array]:
+def rotary(config: ModelConfig, positions: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """Return cos and sin (B, T, 1, N/2) of positions (B, T); float32 for bfloat16, whose rounding changes lengths."""
     dtype = jnp.float32 if dtype == jnp.bfloat16 else dtype
     frequency = config.rotary_base ** (-jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 Schedule = Callable[[jax.Array], jax.Array | float] | float
 Coefficients = Sequence[tuple[float, float, float]]
@@ -48,7 +49,7 @@ def muon(
     momentum: Schedule = 0.95,
     weight_decay: Schedule = 0.0,
     beta2: float = 0.9,
-    dtype: jnp.dtype | type | None = None,
+    dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
     """Return the whole direction of a step, still to be scaled by minus the learning rate.
@@ -72,16 +73,15 @@ def muon(
 def nesterov_momentum(momentum: Schedule) -> optax.GradientTransformation:
     """Accumulate m <- mu m + (1 - mu) g; the update is mu m + (1 - mu) g with the new m."""
 
-    def init(params):
-        return NesterovState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
-
     def update(updates, state, params=None):
-        mu = _value(momentum, state.count)
+        mu = momentum(state.count) if callable(momentum) else momentum
         new = jax.tree.map(lambda g, m: mu * m + (1 - mu) * g, updates, state.momentum)
         updates = jax.tree.map(lambda g, m: mu * m + (1 - mu) * g, updates, new)
         return updates, NesterovState(state.count + 1, new)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(
+        lambda params: NesterovState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)), update
+    )
 
 
 def equilibrate_rows() -> optax.GradientTransformation:
@@ -97,7 +97,7 @@ def equilibrate_rows() -> optax.GradientTransformation:
 
 def orthogonalize(
     coefficients: Coefficients,
-    dtype: jnp.dtype | type | None = None,
+    dtype: DTypeLike | None = None,
     safety: float = 1.01,
     renormalize: bool = True,
     mesh: Mesh | None = None,
@@ -113,57 +113,44 @@ def orthogonalize(
       renormalize: set the Frobenius norm to sqrt(min(in, out)), an exactly semi-orthogonal matrix's.
     """
 
-    def start(u):
-        return (u / (_norm(u) * safety + 1e-6)).astype(dtype or u.dtype)
+    def iterate(x: jax.Array) -> jax.Array:
+        """Iterate over the shorter side of x (K, m, n); a loop, so that one step compiles and not five."""
+        tall = x.shape[-2] > x.shape[-1]
 
-    def finish(y, u):
-        y = y.astype(u.dtype)
-        return y * (min(u.shape[-2:]) ** 0.5 / jnp.maximum(_norm(y), 1e-6)) if renormalize else y
+        def step(x, abc):
+            a, b, c = abc
+            gram = jnp.einsum("...ki,...kj->...ij" if tall else "...ik,...jk->...ij", x, x)
+            polynomial = b * gram + c * (gram @ gram)
+            return a * x + (x @ polynomial if tall else polynomial @ x), None
+
+        return jax.lax.scan(step, x, jnp.asarray(coefficients, x.dtype))[0]
+
+    def iterate_on_mesh(x: jax.Array) -> jax.Array:
+        if mesh is None or mesh.size == 1:
+            return iterate(x)
+        # between steps a matrix is split over its rows: named here, so that moving to whole matrices is one all-to-all
+        by_rows = NamedSharding(mesh, P(None, mesh.axis_names if x.shape[1] % mesh.size == 0 else None))
+        K, whole = len(x), P(mesh.axis_names)
+        x = jax.lax.with_sharding_constraint(x, by_rows)
+        x = jnp.pad(x, ((0, -K % mesh.size), (0, 0), (0, 0)))
+        x = jax.shard_map(iterate, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)(x)
+        return jax.lax.with_sharding_constraint(x, by_rows)[:K]
 
     def update(updates, _):
         leaves, tree = jax.tree.flatten(updates)
         results = list(leaves)
         for shape in sorted({u.shape[-2:] for u in leaves}):
             members = [i for i, u in enumerate(leaves) if u.shape[-2:] == shape]
-            stacks = [start(leaves[i]).reshape(-1, *shape) for i in members]
-            stack = _iterate(jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0], coefficients, mesh)
+            scaled = (leaves[i] / (_norm(leaves[i]) * safety + 1e-6) for i in members)
+            stacks = [u.astype(dtype or u.dtype).reshape(-1, *shape) for u in scaled]
+            stack = iterate_on_mesh(jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0])
             parts = jnp.split(stack, np.cumsum([len(x) for x in stacks])[:-1])
             for i, part in zip(members, parts, strict=True):
-                results[i] = finish(part.reshape(leaves[i].shape), leaves[i])
+                y = part.reshape(leaves[i].shape).astype(leaves[i].dtype)
+                results[i] = y * (min(shape) ** 0.5 / jnp.maximum(_norm(y), 1e-6)) if renormalize else y
         return jax.tree.unflatten(tree, results)
 
     return optax.stateless(update)
-
-
-def _iterate(x: jax.Array, coefficients: Coefficients, mesh: Mesh | None) -> jax.Array:
-    """Run the iteration on a stack (K, m, n), whole matrices on every device of the mesh."""
-    if mesh is None or mesh.size == 1:
-        return _iterate_locally(x, coefficients)
-    # between steps a matrix is split over its rows: named here, so that moving to whole matrices is one all-to-all
-    by_rows = NamedSharding(mesh, P(None, mesh.axis_names if x.shape[1] % mesh.size == 0 else None))
-    K = len(x)
-    x = jax.lax.with_sharding_constraint(x, by_rows)
-    x = jnp.pad(x, ((0, -K % mesh.size), (0, 0), (0, 0)))
-    whole = P(mesh.axis_names)
-    run = jax.shard_map(
-        lambda a: _iterate_locally(a, coefficients), mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False
-    )
-    return jax.lax.with_sharding_constraint(run(x), by_rows)[:K]
-
-
-def _iterate_locally(x: jax.Array, coefficients: Coefficients) -> jax.Array:
-    """Run the iteration over the shorter side of x (..., m, n); a loop, so that one step compiles and not five."""
-    tall = x.shape[-2] > x.shape[-1]
-
-    def step(x, abc):
-        a, b, c = abc
-        if tall:
-            gram = jnp.einsum("...ki,...kj->...ij", x, x)
-            return a * x + x @ (b * gram + c * (gram @ gram)), None
-        gram = jnp.einsum("...ik,...jk->...ij", x, x)
-        return a * x + (b * gram + c * (gram @ gram)) @ x, None
-
-    return jax.lax.scan(step, x, jnp.asarray(coefficients, x.dtype))[0]
 
 
 def normalize_neurons(beta2: float) -> optax.GradientTransformation:
@@ -192,15 +179,12 @@ def normalize_neurons(beta2: float) -> optax.GradientTransformation:
 def add_cautious_decay(weight_decay: Schedule) -> optax.GradientTransformation:
     """Add `weight_decay * w` only where update and weight agree in sign (the step shrinks the weight anyway)."""
 
-    def init(params):
-        return DecayState(jnp.zeros((), jnp.int32))
-
     def update(updates, state, params=None):
-        decay = _value(weight_decay, state.count)
+        decay = weight_decay(state.count) if callable(weight_decay) else weight_decay
         updates = jax.tree.map(lambda u, p: u + decay * p * (u * p >= 0), updates, params)
         return updates, DecayState(state.count + 1)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(lambda params: DecayState(jnp.zeros((), jnp.int32)), update)
 
 
 def scale_by_shape() -> optax.GradientTransformation:
@@ -210,7 +194,3 @@ def scale_by_shape() -> optax.GradientTransformation:
 
 def _norm(u: jax.Array) -> jax.Array:
     return jnp.linalg.norm(u, axis=(-2, -1), keepdims=True)
-
-
-def _value(schedule: Schedule, count: jax.Array) -> jax.Array | float:
-    return schedule(count) if callable(schedule) else schedule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxchat.config import Config, MeshConfig
+from jaxchat.config import Config, MeshConfig, ModelConfig
 from jaxchat.errors import UsageError
+from jaxchat.sizes import Parameter, mlp_width, padded_vocab
 
 # To reshard the model is to edit this table. `data` never appears: weights are replicated over it while they are used;
 # between steps their masters are split over it too (`master_sharding`).
@@ -36,52 +38,55 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises `UsageError` with the numbers if the axes do not multiply to the device count.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes, count = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}, len(devices)
-    free = [name for name, size in sizes.items() if size == -1]
+    sizes, count = dataclasses.asdict(config), len(devices)
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-    if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
-        raise UsageError(f"{text}: sizes are at least 1, and at most one may be -1 (fills)")
-    if count % fixed or (not free and fixed != count):
-        fitting = next(n for n in range(min(fixed, count), 0, -1) if count % n == 0)
-        advice = f"let the fixed axes multiply to {fitting}" if free else "set one axis to -1 to fill"
-        raise UsageError(f"{text}: {fixed} devices do not fit the {count} there are; {advice}")
-    if free:
-        sizes[free[0]] = count // fixed
+    filled = {name: count // fixed if size == -1 and fixed else size for name, size in sizes.items()}
+    if min(filled.values()) < 1 or math.prod(filled.values()) != count:
+        text = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+        raise UsageError(f"{text}: must multiply to the {count} devices there are; set one of them to -1 to fill")
     if devices[0].platform == "tpu":  # neighbours on the mesh should be neighbours in the slice's torus
-        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_device_mesh(tuple(filled.values()), devices, allow_split_physical_axes=True)
     else:
-        grid = np.array(devices).reshape(*sizes.values())
-    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+        grid = np.array(devices).reshape(*filled.values())
+    return Mesh(grid, tuple(filled), axis_types=(AxisType.Auto,) * 3)
 
 
-def parameter_sharding(mesh: Mesh, shape: tuple[int, ...], logical_axes: tuple[str, ...]) -> NamedSharding:
+def check_mesh(config: ModelConfig, fsdp: int, tensor: int) -> None:
+    """Raise `UsageError` with the shapes that a mesh axis does not divide."""
+    heads = {"heads": config.n_heads, "kv heads": config.n_kv_heads}
+    by_tensor = heads | {"MLP width": mlp_width(config), "padded vocabulary": padded_vocab(config)}
+    for axis, size, shapes in (("tensor", tensor, by_tensor), ("fsdp", fsdp, {"width": config.width})):
+        if odd := [f"{name} {n}" for name, n in shapes.items() if n % size]:
+            raise UsageError(f"mesh.{axis}={size}: must divide this model's {' and '.join(odd)}")
+
+
+def parameter_sharding(mesh: Mesh, p: Parameter) -> NamedSharding:
     """Return where a parameter lies; an axis that its mesh axis does not divide stays whole on every device."""
     spec: list[Any] = []
-    for size, axis in zip(shape, logical_axes, strict=True):
+    for size, axis in zip(p.shape, p.axes, strict=True):
         name = LOGICAL_TO_MESH[axis]
         spec.append(name if name and mesh.shape[name] > 1 and size % mesh.shape[name] == 0 else None)
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def master_sharding(mesh: Mesh, shape: tuple[int, ...], logical_axes: tuple[str, ...]) -> NamedSharding:
+def master_sharding(mesh: Mesh, p: Parameter) -> NamedSharding:
     """Return where a parameter's float32 master, gradient and moments lie: also split over `data` (ZeRO, 1910.02054).
 
     The split is over the dimension before the last, or the last where that does not divide; small arrays stay whole.
     """
-    spec = list(parameter_sharding(mesh, shape, logical_axes).spec)
-    if mesh.shape["data"] > 1 and len(shape) > 1 and math.prod(shape) >= SMALL:
+    spec = list(parameter_sharding(mesh, p).spec)
+    if mesh.shape["data"] > 1 and len(p.shape) > 1 and math.prod(p.shape) >= SMALL:
         for i in (-2, -1):
             axes = (*((spec[i],) if spec[i] else ()), "data")
-            if shape[i] % math.prod(mesh.shape[axis] for axis in axes) == 0:
+            if p.shape[i] % math.prod(mesh.shape[axis] for axis in axes) == 0:
                 spec[i] = axes
                 break
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def gathered_sharding(mesh: Mesh, shape: tuple[int, ...], logical_axes: tuple[str, ...]) -> NamedSharding:
+def gathered_sharding(mesh: Mesh, p: Parameter) -> NamedSharding:
     """Return how a weight lies when it is used in products: whole but for `tensor`."""
-    spec = parameter_sharding(mesh, shape, logical_axes).spec
+    spec = parameter_sharding(mesh, p).spec
     return NamedSharding(mesh, PartitionSpec(*(axis if axis == "tensor" else None for axis in spec)))
 
 
@@ -111,13 +116,10 @@ def micro_batch(config: Config, devices: int) -> tuple[int, int]:
     Takes the most rows a device that `train.device_batch_rows` allows and the batch can be divided into.
     Raises `UsageError` if the batch has no whole row for every device.
     """
-    rows = config.train.batch_tokens // config.model.seq_len
-    if rows % devices:
-        nearest = max(1, round(rows / devices)) * devices * config.model.seq_len
-        raise UsageError(
-            f"train.batch_tokens: {config.train.batch_tokens} tokens are {rows} rows of {config.model.seq_len}, "
-            f"which {devices} devices cannot share; take {nearest}"
-        )
-    per_device = rows // devices
+    tokens, T = config.train.batch_tokens, config.model.seq_len
+    if (tokens // T) % devices:
+        nearest = max(1, round(tokens // T / devices)) * devices * T
+        raise UsageError(f"train.batch_tokens: {tokens} are rows that {devices} devices cannot share; take {nearest}")
+    per_device = tokens // T // devices
     fitting = max(n for n in range(1, per_device + 1) if per_device % n == 0 and n <= config.train.device_batch_rows)
     return fitting * devices, per_device // fitting

@@ -1,16 +1,18 @@
-"""Parameters, FLOPs and bytes of a model: the only place that counts. Plain arithmetic on the resolved config.
+"""The table of all parameters, and what follows from it: counts, FLOPs and bytes. Arithmetic on the resolved config.
 
-Letters: L layers, T time, D model width, N head width.
+Letters: L layers, T time, H query heads, K kv heads, N head width, D model width, F feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from jaxchat.config import ModelConfig
-from jaxchat.errors import UsageError
 
 VE_GATE_CHANNELS = 12  # of the normed attention input that gate a value embedding
 SMEAR_CHANNELS = 24  # of the embedding that gate the smear
@@ -29,18 +31,14 @@ def mlp_width(config: ModelConfig) -> int:
 
 def windows(config: ModelConfig) -> list[int]:
     """Return how many positions before itself a token sees, per layer; the last layer always sees all."""
-    full, short = config.seq_len, min(config.window_short, config.seq_len)
+    sizes = {"S": min(config.window_short, config.seq_len), "L": config.seq_len}
     pattern = config.window_pattern
-    sizes = [short if pattern[i % len(pattern)] == "S" else full for i in range(config.depth)]
-    sizes[-1] = full
-    return sizes
+    return [*(sizes[pattern[i % len(pattern)]] for i in range(config.depth - 1)), config.seq_len]
 
 
 def value_layers(config: ModelConfig) -> list[int]:
     """Return the layers with a value embedding: every second one, the last included."""
-    if not config.value_embeddings:
-        return []
-    return [i for i in range(config.depth) if i % 2 == (config.depth - 1) % 2]
+    return list(range((config.depth - 1) % 2, config.depth, 2)) if config.value_embeddings else []
 
 
 def scan_groups(config: ModelConfig) -> tuple[int, int]:
@@ -48,12 +46,9 @@ def scan_groups(config: ModelConfig) -> tuple[int, int]:
 
     Within a group every layer's window and value embedding are static, so a group spans the pattern's period.
     """
-    period = len(config.window_pattern)
-    if config.value_embeddings:
-        period = math.lcm(period, 2)
-    sizes = windows(config)
-    groups = 0
-    while (groups + 1) * period <= config.depth and all(sizes[groups * period + j] == sizes[j] for j in range(period)):
+    period = math.lcm(len(config.window_pattern), 2 if config.value_embeddings else 1)
+    sizes, groups = windows(config), 0
+    while (groups + 1) * period <= config.depth and sizes[groups * period : (groups + 1) * period] == sizes[:period]:
         groups += 1
     return groups, period
 
@@ -63,26 +58,62 @@ def score_bound(config: ModelConfig) -> float:
     return config.qk_scale**2 * math.sqrt(config.head_width) * 1.01
 
 
-def check_mesh(config: ModelConfig, fsdp: int, tensor: int) -> None:
-    """Raise `UsageError` with the shapes that a mesh axis does not divide, and the nearest sizes that do."""
-    heads = {"heads": config.n_heads, "kv heads": config.n_kv_heads}
-    split = {
-        "tensor": (tensor, heads | {"MLP width": mlp_width(config), "padded vocabulary": padded_vocab(config)}),
-        "fsdp": (fsdp, {"width": config.width}),
-    }
-    for axis, (size, shapes) in split.items():
-        if odd := [f"{name} {n}" for name, n in shapes.items() if n % size]:
-            common = math.gcd(*shapes.values())
-            fitting = sorted((d for d in range(1, common + 1) if common % d == 0), key=lambda d: abs(d - size))
-            raise UsageError(
-                f"mesh.{axis}={size}: does not divide the {' and the '.join(odd)} of this model; "
-                f"take {' or '.join(map(str, sorted(fitting[:2])))}"
-            )
+class Parameter(NamedTuple):
+    """The declaration of one parameter; all are float32."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # logical axes, see `sharding`
+    init: tuple[Any, ...]  # ("normal", std), ("uniform", low, high), ("constant", value) or ("ramp", first, last)
+    group: str  # of the optimizer
 
 
-@dataclass(frozen=True)
-class ParameterCount:
-    """Numbers of parameters by role; `total` equals the real tree's."""
+def parameters(config: ModelConfig) -> dict[str, Parameter]:
+    """Return the declaration of every parameter by its dotted path, the only place that lists them.
+
+    Kernels are (in, out), stacked over the layers. A seed gives random numbers in the order of the table.
+    """
+    c, L, D, F, V = config, config.depth, config.width, mlp_width(config), padded_vocab(config)
+    HN, K, KN = c.n_heads * c.head_width, c.n_kv_heads, c.n_kv_heads * c.head_width
+    modern, with_value = c.recipe == "modern", len(value_layers(c))
+    zero, gate = ("constant", 0.0), ("uniform", 0.0, 0.02)  # a gate starts slightly above neutral
+
+    def uniform(std: float) -> tuple[Any, ...]:  # no outliers
+        return "uniform", -(3**0.5 * std), 3**0.5 * std
+
+    def kernel(n_in: int, n_out: int, factor: float = 1.0) -> tuple[Any, ...]:
+        return uniform(factor * D**-0.5) if modern else ("normal", min(1.0, (n_out / n_in) ** 0.5) * n_in**-0.5)
+
+    # a tied table also makes the logits, which a wide one would saturate; the norm behind it forgives any scale
+    std = 0.02 if c.tie_embeddings else 0.8 if modern else 1.0
+    table = {"embedding": Parameter((V, D), ("vocab", "embed"), ("normal", std), "embedding")}
+    if not c.tie_embeddings:
+        init = ("normal", 0.001) if modern else zero
+        table["unembedding"] = Parameter((V, D), ("vocab", "embed"), init, "unembedding")
+    if c.value_embeddings:
+        shape = (with_value, V, KN)
+        table["value_embedding"] = Parameter(shape, ("layer", "table", "kv_heads"), uniform(D**-0.5), "value_embedding")
+    if c.smear:
+        table["smear_gate"] = Parameter((SMEAR_CHANNELS, 1), ("gate", "gate"), gate, "mixing")
+        table["smear_scale"] = Parameter((), (), zero, "mixing")
+    if c.backout:
+        table["backout_scale"] = Parameter((), (), ("constant", 0.2), "mixing")
+    table["blocks.q"] = Parameter((L, D, HN), ("layer", "embed", "heads"), kernel(D, HN), "matrix")
+    table["blocks.k"] = Parameter((L, D, KN), ("layer", "embed", "kv_heads"), kernel(D, KN), "matrix")
+    table["blocks.v"] = Parameter((L, D, KN), ("layer", "embed", "kv_heads"), kernel(D, KN), "matrix")
+    table["blocks.o"] = Parameter((L, HN, D), ("layer", "heads", "embed"), zero, "matrix")
+    table["blocks.fc"] = Parameter((L, D, F), ("layer", "embed", "mlp"), kernel(D, F, 0.4), "matrix")
+    table["blocks.proj"] = Parameter((L, F, D), ("layer", "mlp", "embed"), zero, "matrix")
+    if c.residual_scalars:
+        table["blocks.residual_scale"] = Parameter((L,), ("layer",), ("ramp", 1.15, 1.05), "residual")
+        table["blocks.x0_scale"] = Parameter((L,), ("layer",), ("ramp", 0.20, 0.05), "x0")
+    if c.value_embeddings:
+        shape = (with_value, VE_GATE_CHANNELS, K)
+        table["blocks.ve_gate"] = Parameter(shape, ("layer", "gate", "kv_heads"), gate, "matrix")
+    return table
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters by role."""
 
     embedding: int
     unembedding: int  # 0 where tied
@@ -92,7 +123,7 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
-        return self.embedding + self.unembedding + self.value_embedding + self.trunk + self.scalars
+        return sum(self)
 
     @property
     def scaling(self) -> int:
@@ -101,19 +132,13 @@ class ParameterCount:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    c, D, N = config, config.width, config.head_width
-    table = padded_vocab(c) * D
-    attention = 2 * D * c.n_heads * N + 2 * D * c.n_kv_heads * N
-    with_value = len(value_layers(c))
-    return ParameterCount(
-        embedding=table,
-        unembedding=0 if c.tie_embeddings else table,
-        value_embedding=with_value * padded_vocab(c) * c.n_kv_heads * N,
-        trunk=c.depth * (attention + 2 * D * mlp_width(c)) + with_value * VE_GATE_CHANNELS * c.n_kv_heads,
-        scalars=(2 * c.depth if c.residual_scalars else 0)
-        + (SMEAR_CHANNELS + 1 if c.smear else 0)
-        + (1 if c.backout else 0),
+    sizes: Counter[str] = Counter()
+    for p in parameters(config).values():
+        sizes[p.group] += math.prod(p.shape)
+    embedding, unembedding, value_embedding, trunk = (
+        sizes.pop(name, 0) for name in ("embedding", "unembedding", "value_embedding", "matrix")
     )
+    return ParameterCount(embedding, unembedding, value_embedding, trunk, scalars=sizes.total())
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -130,18 +155,16 @@ def flops_per_token(config: ModelConfig) -> int:
     return 6 * matmul_parameters(config) + 12 * config.n_heads * config.head_width * seen
 
 
-def decode_bytes_per_step(config: ModelConfig, rows: int, context: int, item_bytes: int) -> int:
-    """Return the bytes a decode step must read: weights that take part, one embedding row a token, the live cache."""
-    c = config
-    tables = 1 + len(value_layers(c))
-    weights = matmul_parameters(c) + rows * tables * c.width
-    return item_bytes * (weights + rows * kv_values_per_row(c, context))
-
-
 def kv_values_per_row(config: ModelConfig, context: int) -> int:
     """Return the cached values (keys and values, all layers) that one row of `context` tokens reads."""
     seen = sum(min(window + 1, context) for window in windows(config))
     return 2 * config.n_kv_heads * config.head_width * seen
+
+
+def decode_bytes_per_step(config: ModelConfig, rows: int, context: int, item_bytes: int) -> int:
+    """Return the bytes a decode step must read: weights that take part, one embedding row a token, the live cache."""
+    tables = (1 + len(value_layers(config))) * config.width
+    return item_bytes * (matmul_parameters(config) + rows * (tables + kv_values_per_row(config, context)))
 
 
 def exam_rows(config: ModelConfig, free_bytes: int, devices: int, item_bytes: int, scores: bool) -> int:
@@ -151,44 +174,15 @@ def exam_rows(config: ModelConfig, free_bytes: int, devices: int, item_bytes: in
     most 80 % of what is free. `scores`: attention writes its (T, T) scores to memory, as XLA's does.
     """
     room = 0.8 * free_bytes - (2 * item_bytes + 4) * count_parameters(config).total
+    layer = 8 * config.width + 2 * mlp_width(config)  # values a token: the stream thrice, norm, q, k, v, y, MLP twice
+    # keys and values twice (a chunk of decoding works on a copy), and the activations of one layer
+    row_bytes = item_bytes * (2 * kv_values_per_row(config, config.seq_len) + config.seq_len * layer)
+    if scores:
+        row_bytes += 2 * 4 * config.n_heads * config.seq_len**2  # float32, before and after the softmax
     rows = EXAM_ROWS
-    while rows > devices and -(-rows // devices) * exam_row_bytes(config, item_bytes, scores) > room:
+    while rows > devices and -(-rows // devices) * row_bytes > room:
         rows //= 2
     return rows
-
-
-def exam_row_bytes(config: ModelConfig, item_bytes: int, scores: bool) -> int:
-    """Return the bytes of one row of full context in an exam.
-
-    Keys and values twice (a chunk of decoding works on a copy), and the activations of one layer.
-    """
-    layer = 8 * config.width + 2 * mlp_width(config)  # values a token: the stream thrice, norm, q, k, v, y, MLP twice
-    matrix = 2 * 4 * config.n_heads * config.seq_len**2 if scores else 0  # float32, before and after the softmax
-    return item_bytes * (2 * kv_values_per_row(config, config.seq_len) + config.seq_len * layer) + matrix
-
-
-# Dense 16-bit peak with float32 accumulation, FLOP/s per JAX device, by a part of `device_kind`; the longest match
-# counts. Sparse figures of the sheets halved. Sources: NVIDIA's data sheets (A10 and A10G second hand, from Ray's and
-# Levanter's tables) and white papers (GeForce RTX: float32 accumulation runs at half rate there); AMD's data sheet;
-# Google Cloud's TPU pages, per chip, halved for TPU7x, whose two cores are devices.
-PEAK_FLOPS = {
-    "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H200 NVL": 835e12, "GH200": 989e12,
-    "B200": 2250e12, "GB200": 2500e12, "B300": 2250e12,
-    "A100": 312e12, "A40": 149.7e12, "A10": 125e12, "A10G": 70e12, "L4": 121e12, "L40": 181e12, "L40S": 362e12,
-    "RTX A6000": 154.8e12, "RTX 3090": 71e12, "RTX 3090 Ti": 80e12, "RTX 4090": 165.2e12,
-    "RTX 5090": 209.5e12, "MI300X": 1307.4e12,
-    "T4": 65e12, "V100": 125e12, "V100-PCIE": 112e12,
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 1153.5e12,
-}  # fmt: skip
-# Parts of a card, or cards of other figures with the same name
-NO_PEAK = re.compile(r"\bMIG\b|Laptop|[45]090 D|TPU v4 lite")
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Return the device's dense 16-bit peak in FLOP/s, or None where it is not known (then no MFU is shown)."""
-    found = [name for name in PEAK_FLOPS if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", device_kind)]
-    return PEAK_FLOPS[max(found, key=len)] if found and not NO_PEAK.search(device_kind) else None
 
 
 def activation_bytes(config: ModelConfig, rows: int, item_bytes: int) -> int:
@@ -199,3 +193,15 @@ def activation_bytes(config: ModelConfig, rows: int, item_bytes: int) -> int:
     """
     per_token = 14 * config.width + 5 * mlp_width(config)
     return math.ceil(rows * config.seq_len * config.depth * per_token * item_bytes)
+
+
+# Dense 16-bit FLOP/s of a JAX device, by a part of its `device_kind`; the file has the sources
+PEAK_FLOPS: dict[str, float] = tomllib.loads(Path(__file__).with_name("peak_flops.toml").read_text(encoding="utf-8"))
+# Parts of a card, or cards of other figures with the same name
+NO_PEAK = re.compile(r"\bMIG\b|Laptop|[45]090 D|TPU v4 lite")
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Return the device's dense 16-bit peak in FLOP/s, or None where it is not known (then no MFU is shown)."""
+    names = [name for name in PEAK_FLOPS if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", device_kind)]
+    return PEAK_FLOPS[max(names, key=len)] if names and not NO_PEAK.search(device_kind) else None

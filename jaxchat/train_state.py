@@ -15,26 +15,31 @@ import optax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import keystr, tree_map_with_path
 
 from jaxchat import model as gpt
 from jaxchat.attention import choose_backend, cuda_capability, has_fp8, trusted_backend, with_attention
 from jaxchat.config import Config
 from jaxchat.errors import UsageError
 from jaxchat.log import say
-from jaxchat.loss import LossSpec, chunked_loss, default_chunk
-from jaxchat.low_precision import SMALLEST, LossScaleState, find_scale, fp8_dot
+from jaxchat.loss import LossSpec, chunked_loss
+from jaxchat.low_precision import SMALLEST, fp8_dot
 from jaxchat.sharding import (
     batch_sharding,
+    check_mesh,
     gathered_sharding,
     master_sharding,
     parameter_sharding,
     platform,
     replicated,
 )
-from jaxchat.sizes import check_mesh, scan_groups
+from jaxchat.sizes import parameters, scan_groups
 
 LARGE_DEPTH = 12  # layers from which on a training takes hours of an accelerator
 Batch = dict[str, jax.Array]  # inputs, targets (A, B, T) int32; weights (A, B, T) float32; A micro-batches
+
+
+# The state
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +50,43 @@ class TrainState:
     params: Any  # nested dict of float32
     opt_state: Any  # optax's
     step: jax.Array  # () int32, optimizer steps done, skipped ones too
+
+
+def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Return fresh parameters and optimizer state, each made where it belongs; only `config.seed` decides them."""
+
+    def init() -> TrainState:
+        params = gpt.init_params(config.model, config.seed)
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    return jax.jit(init, out_shardings=state_sharding(config, optimizer, mesh))()
+
+
+def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Return shapes, dtypes and shardings of the state; allocates nothing.
+
+    Moments lie where their parameter's master lies; everything small is replicated. `UsageError` if the mesh does not
+    divide the model.
+    """
+    check_mesh(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
+    table, params = parameters(config.model), gpt.abstract_params(config.model)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(params, jax.eval_shape(optimizer.init, params), step)
+
+    def placed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name = keystr(
+            path, simple=True, separator="."
+        )  # ends with that of a parameter: params.blocks.q, ....mu.blocks.q
+        declared = next((p for known, p in table.items() if name.endswith(f".{known}") and p.shape == leaf.shape), None)
+        place = master_sharding(mesh, declared) if declared else replicated(mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return tree_map_with_path(placed, state)
+
+
+def state_sharding(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Return a `TrainState` of shardings."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
 
 
 # How the model runs on the devices of a mesh
@@ -63,22 +105,19 @@ def compute_dtype(config: Config, mesh: Mesh) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def check_attention(config: Config, mesh: Mesh) -> None:
-    """Call `refuse_slow` for the attention of this process, before the hours in which data is prepared."""
-    refuse_slow(config, mesh, trusted_backend(config.model, compute_dtype(config, mesh))[1])
+def check_attention(config: Config, mesh: Mesh) -> str:
+    """Return why this process has to take XLA's slow attention, "" where it does not.
 
-
-def refuse_slow(config: Config, mesh: Mesh, why: str) -> None:
-    """Raise `UsageError` where a large model would train on an accelerator without its fast attention.
-
-    That costs about a third of the speed. `why`: the reason, or "". `train.allow_slow` lets it pass, and so does a
-    chosen `model.attention`.
+    `UsageError` where a large model would train on an accelerator that way, a third slower, unless
+    `train.allow_slow` or a chosen `model.attention` lets it pass.
     """
+    _, why = trusted_backend(config.model, compute_dtype(config, mesh))
     if why and config.model.depth >= LARGE_DEPTH and platform(mesh) != "cpu" and not config.train.allow_slow:
         raise UsageError(
             f"model.attention={config.model.attention}: training would use XLA's slow attention, because {why}. "
             "Repair that, or accept it with --set train.allow_slow=true"
         )
+    return why
 
 
 def check_kernels(config: Config, mesh: Mesh) -> Config:
@@ -86,14 +125,12 @@ def check_kernels(config: Config, mesh: Mesh) -> Config:
 
     Where one process of several has to fall back, all do: they must compile the same program.
     """
-    dtype = compute_dtype(config, mesh)
-    backend, why = trusted_backend(config.model, dtype)
     if jax.process_count() > 1:
-        fallen = multihost_utils.process_allgather(np.int32(backend == "xla"))
-        if backend != "xla" and fallen.any():
-            _, why = trusted_backend(config.model, dtype, distrust="another process cannot run the fast one")
-    refuse_slow(config, mesh, why)
-    if why:
+        dtype = compute_dtype(config, mesh)
+        fallen = multihost_utils.process_allgather(np.int32(trusted_backend(config.model, dtype)[0] == "xla"))
+        if fallen.any() and not fallen.all():
+            trusted_backend(config.model, dtype, distrust="another process cannot run the fast one")
+    if why := check_attention(config, mesh):
         say(f"  attention falls back to XLA's: {why}", style="yellow")
     if config.train.matmul == "fp8" and not has_fp8(jax.local_devices()[0]):
         say("  no 8-bit float units here: train.matmul=fp8 is emulated, slower than plain", style="yellow")
@@ -117,32 +154,6 @@ def scan_unroll(config: Config, platform: str = "cpu") -> int:
     return groups if platform == "gpu" or groups * period <= 8 else 1
 
 
-def layer_options(config: Config, mesh: Mesh) -> gpt.LayerOptions:
-    """Return how the layers run on the devices of `mesh`."""
-    shapes, axes = gpt.abstract_params(config.model)
-    leaves = zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(axes, is_leaf=_is_axes), strict=True)
-    named = {".".join(k.key for k in path): (shape.shape, logical) for (path, shape), logical in leaves}
-    dtype = compute_dtype(config, mesh)
-
-    def place(name: str, weight: jax.Array) -> jax.Array:
-        """Gather a weight where it is used; its gradient goes straight to where its master lies."""
-        if mesh.size == 1 or name not in named:
-            return weight
-        shape, logical = (part[-weight.ndim :] if weight.ndim else () for part in named[name])
-        kept = master_sharding(mesh, shape, logical)
-        return checkpoint_name(_gather(gathered_sharding(mesh, shape, logical), kept, weight), "gathered")
-
-    return gpt.LayerOptions(
-        unroll=scan_unroll(config, platform(mesh)),
-        backend=choose_backend(config.model, dtype, mesh.devices.flat[0])[0],
-        remat=config.train.remat,
-        dot=fp8_dot if config.train.matmul == "fp8" else jnp.matmul,
-        merge=dtype == jnp.bfloat16 and config.train.matmul != "fp8" and mesh.shape["tensor"] == 1,
-        mesh=mesh,
-        place=place,
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gather(used: NamedSharding, kept: NamedSharding, weight: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(weight, used)
@@ -154,74 +165,52 @@ _gather.defvjp(
 )
 
 
-def _is_axes(node: Any) -> bool:
-    return isinstance(node, tuple)
+def layer_options(config: Config, mesh: Mesh) -> gpt.LayerOptions:
+    """Return how the layers run on the devices of `mesh`."""
+    table = {path.removeprefix("blocks."): p for path, p in parameters(config.model).items()}
+    dtype, plain = compute_dtype(config, mesh), config.train.matmul != "fp8"
+
+    def place(name: str, weight: jax.Array) -> jax.Array:
+        """Gather a weight where it is used; its gradient goes straight to where its master lies."""
+        if mesh.size == 1 or name not in table:
+            return weight
+        p = table[name]
+        if len(p.shape) > weight.ndim:  # one layer of a stack
+            p = p._replace(shape=p.shape[1:], axes=p.axes[1:])
+        return checkpoint_name(_gather(gathered_sharding(mesh, p), master_sharding(mesh, p), weight), "gathered")
+
+    return gpt.LayerOptions(
+        unroll=scan_unroll(config, platform(mesh)),
+        backend=choose_backend(config.model, dtype, mesh.devices.flat[0])[0],
+        remat=config.train.remat,
+        dot=jnp.matmul if plain else fp8_dot,
+        merge=dtype == jnp.bfloat16 and plain and mesh.shape["tensor"] == 1,
+        mesh=mesh,
+        place=place,
+    )
 
 
-def caster(config: Config, mesh: Mesh) -> Callable[[Any], Any]:
-    """Return a function from masters to weights in the compute dtype, gathered over `data` in that dtype."""
-    dtype = compute_dtype(config, mesh)
-    shapes, axes = gpt.abstract_params(config.model)
-    shardings = jax.tree.map(lambda s, a: parameter_sharding(mesh, s.shape, a), shapes, axes)
+def _cast_and_losses(config: Config, mesh: Mesh) -> tuple[Callable[[Any], Any], Callable[[Any, Batch], Any]]:
+    """Return the two halves of every step.
+
+    cast: masters -> weights in the compute dtype, gathered over `data` in that dtype.
+    losses: cast weights and a micro-batch -> (weighted sum, nll (B, T)) in nats.
+    """
+    model, dtype, options = config.model, compute_dtype(config, mesh), layer_options(config, mesh)
+    shardings = gpt.map_parameters(model, lambda p: parameter_sharding(mesh, p))
+    chunk = 512 if platform(mesh) == "cpu" else 8192  # tokens; on a CPU a chunk's logits fit the caches
+    spec = LossSpec(model.vocab_size, model.softcap, chunk, mesh)
 
     def cast(params: Any) -> Any:
         weights = gpt.cast_params(params, dtype)
         kept = {"unembedding": weights["unembedding"]}  # the loss casts and gathers it
         return jax.lax.with_sharding_constraint({k: weights[k] for k in shardings}, shardings) | kept
 
-    return cast
-
-
-def _losses(config: Config, mesh: Mesh) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """Return a function from cast weights and a micro-batch to (weighted sum, nll (B, T)) in nats."""
-    spec = LossSpec(config.model.vocab_size, config.model.softcap, default_chunk(platform(mesh)), mesh)
-    options = layer_options(config, mesh)
-
     def losses(weights: Any, micro: Batch) -> tuple[jax.Array, jax.Array]:
-        x = gpt.hidden(config.model, weights, micro["inputs"], options)
+        x = gpt.hidden(model, weights, micro["inputs"], options)
         return chunked_loss(x, weights["unembedding"], micro["targets"], micro["weights"], spec)
 
-    return losses
-
-
-# The state on the mesh
-
-
-def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Return fresh parameters and optimizer state, each made where it belongs; only `config.seed` decides them."""
-
-    def init() -> TrainState:
-        params = gpt.init_params(config.model, config.seed)
-        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-    return jax.jit(init, out_shardings=state_sharding(config, optimizer, mesh))()
-
-
-def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Return shapes, dtypes and shardings of the state, for a restore; allocates nothing."""
-    shapes = jax.eval_shape(lambda: init_state(config, optimizer, mesh))
-    shardings = state_sharding(config, optimizer, mesh)
-    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
-
-
-def state_sharding(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Return a `TrainState` of shardings; `UsageError` if the mesh does not divide the model.
-
-    Moments lie where their parameter's master lies; everything small is replicated.
-    """
-    check_mesh(config.model, mesh.shape["fsdp"], mesh.shape["tensor"])
-    shapes, axes = gpt.abstract_params(config.model)
-    of_params = jax.tree.map(lambda s, a: master_sharding(mesh, s.shape, a), shapes, axes)
-    by_path: dict[Any, NamedSharding] = dict(jax.tree_util.tree_leaves_with_path(of_params))
-    shape_of: dict[Any, tuple[int, ...]] = {path: s.shape for path, s in jax.tree_util.tree_leaves_with_path(shapes)}
-
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        suffix = next((path[i:] for i in range(len(path)) if path[i:] in by_path), None)
-        same = suffix is not None and shape_of[suffix] == leaf.shape
-        return by_path[suffix] if same else replicated(mesh)
-
-    opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, shapes))
-    return TrainState(of_params, opt_state, replicated(mesh))  # type: ignore[arg-type]
+    return cast, losses
 
 
 # Steps
@@ -237,54 +226,47 @@ def make_train_step(
     scale follows (then `ok` stays 1). Gradients of the A micro-batches add up in float32, split like the masters.
     The sums are divided by the batch's weights, or by its `counts`, shaped like them, where weights may be negative.
     """
-    losses, shardings = _losses(config, mesh), state_sharding(config, optimizer, mesh)
-    cast, float16 = caster(config, mesh), compute_dtype(config, mesh) == jnp.float16
+    cast, losses = _cast_and_losses(config, mesh)
+    shardings, float16 = state_sharding(config, optimizer, mesh), compute_dtype(config, mesh) == jnp.float16
 
     def like_masters(grads: Any) -> Any:
         return jax.lax.with_sharding_constraint(grads, shardings.params)
 
-    def gradient(params: Any, weights: Any, micro: Batch, factor: jax.Array) -> tuple[jax.Array, Any]:
+    def gradient(weights: Any, micro: Batch, factor: jax.Array) -> tuple[jax.Array, Any]:
         total, grads = jax.value_and_grad(lambda w: factor * losses(w, micro)[0])(weights)
-        if "unembedding" not in params:  # `cast_params` splits a tied table in two; their gradients belong to one
-            tied = grads["embedding"] + grads["unembedding"]
-            grads = {k: v for k, v in grads.items() if k != "unembedding"} | {"embedding": tied}
+        if config.model.tie_embeddings:  # `cast_params` splits the table in two; their gradients belong to one
+            grads["embedding"] += grads.pop("unembedding")
         return total, like_masters(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
-    def accumulate(params: Any, batch: Batch, factor: jax.Array) -> tuple[jax.Array, Any]:
-        weights = cast(params)
-        if batch["inputs"].shape[0] == 1:
-            return gradient(params, weights, jax.tree.map(lambda a: a[0], batch), factor)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        counts = batch.get("counts", batch["weights"])
+        targets = jnp.maximum(counts.sum(), 1.0)  # a batch without a target has loss 0, not NaN
+        scaling = state.opt_state[0]  # of `dynamic_loss_scale`
+        factor = scaling.scale / targets if float16 else jnp.float32(1.0)
+        weights = cast(state.params)
 
         def add(total: Any, micro: Batch) -> tuple[Any, None]:
             def added() -> Any:
-                return jax.tree.map(jnp.add, total, gradient(params, weights, micro, factor))
+                return jax.tree.map(jnp.add, total, gradient(weights, micro, factor))
 
             if "counts" not in micro:
                 return added(), None
             return jax.lax.cond(micro["counts"].any(), added, lambda: total), None  # padding costs nothing
 
-        zeros = jnp.zeros(()), like_masters(jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(add, zeros, batch)[0]
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        counts = batch.get("counts", batch["weights"])
-        targets = jnp.maximum(counts.sum(), 1.0)  # a batch without a target has loss 0, not NaN
-        scaling = find_scale(state.opt_state) if float16 else None
-        factor = jnp.float32(1.0) if scaling is None else scaling.scale / targets
-        total, grads = accumulate(state.params, batch, factor)
+        if batch["inputs"].shape[0] == 1:
+            total, grads = gradient(weights, jax.tree.map(lambda a: a[0], batch), factor)
+        else:
+            zeros = jnp.zeros(()), like_masters(jax.tree.map(jnp.zeros_like, state.params))
+            (total, grads), _ = jax.lax.scan(add, zeros, batch)
         loss, grads = total / (factor * targets), jax.tree.map(lambda g: g / (factor * targets), grads)
         grad_norm = optax.global_norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        overflowed = jnp.zeros(()) if scaling is None else ~ok & (scaling.scale > SMALLEST)
-
-        def choose(new: Any, old: Any) -> Any:
-            if isinstance(new, LossScaleState):  # moves at every step, but in float16 alone
-                return new if float16 else old
-            return jnp.where(ok, new, old)
+        overflowed = ~ok & (scaling.scale > SMALLEST) if float16 else jnp.zeros(())
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new, old = (optax.apply_updates(state.params, updates), opt_state), (state.params, state.opt_state)
-        params, opt_state = jax.tree.map(choose, new, old, is_leaf=lambda node: isinstance(node, LossScaleState))
+        new, old = (optax.apply_updates(state.params, updates), opt_state[1:]), (state.params, state.opt_state[1:])
+        params, moments = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
+        opt_state = (opt_state[0] if float16 else scaling, *moments)  # the loss scale moves when a step is skipped too
         metrics = {"loss": loss, "grad_norm": grad_norm, "ok": ok | (overflowed > 0), "overflowed": overflowed}
         return TrainState(params, opt_state, state.step + 1), {k: v.astype(jnp.float32) for k, v in metrics.items()}
 
@@ -300,7 +282,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch, jax.Arra
     `nats` and `bytes` of every row, over the targets that stand for text (special tokens count neither way), for bits
     per byte; `all_nats` and `targets` of the batch over every weighted target, for the loss and the perplexity.
     """
-    cast, losses = caster(config, mesh), _losses(config, mesh)
+    cast, losses = _cast_and_losses(config, mesh)
 
     def step(params: Any, batch: Batch, byte_lengths: jax.Array) -> dict[str, jax.Array]:
         micro = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), batch)
@@ -318,7 +300,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch, jax.Arra
 
 def make_nll_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch], jax.Array]:
     """Return jitted (params, batch) -> negative log-likelihood of every target, (A, B, T) float32 in nats."""
-    cast, losses = caster(config, mesh), _losses(config, mesh)
+    cast, losses = _cast_and_losses(config, mesh)
 
     def step(params: Any, batch: Batch) -> jax.Array:
         weights = cast(params)

@@ -42,7 +42,7 @@ def random_params(config, seed=0, dtype=np.float32):
         scale = {"embedding": 1.0, "value_embedding": 0.5, "unembedding": 0.3}.get(name, leaf.shape[-2] ** -0.5)
         return (scale * random.normal(size=leaf.shape)).astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, gpt.abstract_params(config)[0])
+    return jax.tree_util.tree_map_with_path(draw, gpt.abstract_params(config))
 
 
 def random_model(kind, stage="sft", dtype=np.float32, **more):

@@ -97,9 +97,7 @@ def muon_program() -> str:
     config = resolve(load_config("nano", SMALL))
     mesh = make_mesh(MeshConfig(), jax.devices())
     shardings = state_sharding(config, make_optimizer(config, jnp.float32, mesh), mesh).params["blocks"]
-    kernels = {
-        k: v for k, v in gpt.abstract_params(config.model)[0]["blocks"].items() if v.ndim == 3 and k != "ve_gate"
-    }
+    kernels = {k: v for k, v in gpt.abstract_params(config.model)["blocks"].items() if v.ndim == 3 and k != "ve_gate"}
     kernels = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings[k]) for k, v in kernels.items()}
     optimizer = muon(mesh=mesh)
     state = jax.eval_shape(optimizer.init, kernels)

@@ -27,7 +27,7 @@ from jaxchat.engine.scoring import Scorer, Span
 from jaxchat.errors import UsageError
 from jaxchat.scaling import resolve, resolve_model
 from jaxchat.sharding import make_mesh
-from jaxchat.train_state import check_kernels, compute_dtype, decided, refuse_slow
+from jaxchat.train_state import check_attention, check_kernels, compute_dtype, decided
 
 
 def reference(q, k, v, window):
@@ -211,11 +211,12 @@ def test_engine_and_scorer_fall_back_as_training_does():
         (H100, 20, "", ["model.attention=xla"], False),  # chosen
     ],
 )
-def test_a_large_model_does_not_train_slowly_unasked(where, depth, why, sets, stops):
+def test_a_large_model_does_not_train_slowly_unasked(where, depth, why, sets, stops, monkeypatch):
     config = load_config("d20", [f"model.depth={depth}", *sets])
     mesh = types.SimpleNamespace(devices=types.SimpleNamespace(flat=[where]))
+    monkeypatch.setattr("jaxchat.train_state.trusted_backend", lambda *_: ("xla", why))
     if not stops:
-        refuse_slow(config, mesh, why)
+        assert check_attention(config, mesh) == why
         return
     with pytest.raises(UsageError, match="it cannot run.*train.allow_slow=true"):
-        refuse_slow(config, mesh, why)
+        check_attention(config, mesh)

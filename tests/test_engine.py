@@ -22,7 +22,7 @@ from jaxchat.engine import device as programs
 from jaxchat.engine.device import SHORTEST, decode_chunk
 from jaxchat.engine.scheduler import CachedPrefix
 from jaxchat.errors import DataError, UsageError
-from jaxchat.low_precision import dot, quantize_int8
+from jaxchat.low_precision import quantize_int8
 from jaxchat.tokenizer import train_tokenizer
 
 APPEND = jax.jit(kv_cache.append, static_argnums=0)
@@ -431,10 +431,10 @@ def test_quantized_products_are_close_and_exact_where_they_can_be():
     assert packed.values.dtype == jnp.int8 and packed.scale.shape == (48,)
     steps = np.abs(weight).max(0) / 127
     assert (np.abs(packed.values * packed.scale - weight) <= steps / 2 * 1.001).all()
-    np.testing.assert_allclose(dot(x, packed), x @ (packed.values * packed.scale), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(packed.product(x), x @ (packed.values * packed.scale), rtol=1e-4, atol=1e-4)
     exact = np.round(draw.uniform(-127, 127, (64, 3))).astype(np.float32)
     exact[0] = 127
-    np.testing.assert_allclose(dot(x, quantize_int8(jnp.asarray(exact))), x @ exact, rtol=1e-5, atol=1e-2)
+    np.testing.assert_allclose(quantize_int8(jnp.asarray(exact)).product(x), x @ exact, rtol=1e-5, atol=1e-2)
 
 
 def test_a_model_of_8_bit_weights_says_nearly_the_same():

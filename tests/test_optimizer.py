@@ -1,4 +1,4 @@
-"""Every parameter in exactly one optimizer group; schedules; carrying moments over."""
+"""Rates of every group of parameters; schedules; carrying moments over."""
 
 import jax
 import jax.numpy as jnp
@@ -6,37 +6,15 @@ import numpy as np
 import pytest
 
 from jaxchat import model as gpt
-from jaxchat import optimizer as schedules
-from jaxchat.config import load_config, tier_files
+from jaxchat.config import load_config
 from jaxchat.errors import UsageError
-from jaxchat.optimizer import carry_moments, label_parameters, make_optimizer, make_schedule
+from jaxchat.optimizer import carry_moments, make_optimizer, make_schedule, muon_decay, muon_momentum
 from jaxchat.scaling import resolve
 from train.rl import rl_config
 from train.sft import sft_config
 
 TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=64",
         "model.seq_len=32", "train.batch_tokens=64", "train.steps=10"]  # fmt: skip
-
-
-TIERS = [(p.stem, []) for p in tier_files() if not load_config(p.stem).data.size_model]
-
-
-@pytest.mark.parametrize(
-    ("tier", "overrides"), [*TIERS, ("nano", ["model.recipe=classic"]), ("nano", ["model.tie_embeddings=true"])]
-)
-def test_every_parameter_is_in_exactly_one_group(tier, overrides):
-    model = resolve(load_config(tier, overrides)).model
-    shapes, _ = gpt.abstract_params(model)
-    labels = label_parameters(shapes)
-    assert labels["blocks"]["q"] == labels["blocks"]["proj"] == "matrix"
-    assert labels["embedding"] == "embedding"
-    if model.value_embeddings:
-        assert labels["blocks"]["ve_gate"] == "matrix" and labels["value_embedding"] == "value_embedding"
-
-
-def test_an_unknown_parameter_stops_the_start():
-    with pytest.raises(ValueError, match="parameter blocks.router: in 0 optimizer groups"):
-        label_parameters({"blocks": {"router": jnp.zeros(3)}})
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
@@ -74,7 +52,7 @@ def test_sft_and_rl_begin_at_their_own_rates(stage, batch):
     config = resolve(load_config("d20", [*TINY, f"train.batch_tokens={batch}"]))
     config = sft_config(config, rows=10**6) if stage == "sft" else rl_config(config, questions=1000, devices=1)
     updates = first_updates(config)
-    labels = label_parameters(updates)
+    labels = gpt.map_parameters(config.model, lambda p: p.group)
     for name, group, update in zip(*map(jax.tree.leaves, (names(updates), labels, updates)), strict=True):
         rate = FIRST_RATES[stage][group]
         if "embedding" in group:
@@ -127,18 +105,24 @@ def names(tree):
     return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), tree)
 
 
-def test_trapezoid():
-    f = schedules.trapezoid(steps=100, warmup=10, warmdown_ratio=0.5, final=0.1)
+def config_of(*sets):
+    return resolve(load_config("nano", sets))
+
+
+def test_the_rate_rises_stays_and_falls():
+    f = make_schedule(config_of("train.steps=100", "optim.warmup_steps=10", "optim.warmdown_ratio=0.5",
+                                "optim.final_lr=0.1"))  # fmt: skip
     assert [float(f(s)) for s in (0, 9, 30, 50, 75, 100, 500)] == pytest.approx([0.1, 1, 1, 1, 0.55, 0.1, 0.1])
-    to_zero = schedules.trapezoid(steps=7, warmup=0, warmdown_ratio=1.0, final=0.0)
+    to_zero = make_schedule(config_of("train.steps=7", "optim.warmup_steps=0", "optim.warmdown_ratio=1",
+                                      "optim.final_lr=0"))  # fmt: skip
     values = [float(to_zero(s)) for s in range(12)]
     assert values[0] == 1.0 and min(values) == 0.0 and values == sorted(values, reverse=True)
 
 
 def test_momentum_and_decay_schedules():
-    f = schedules.muon_momentum(steps=1000, warmup=400, warmdown_ratio=0.4)
+    f = muon_momentum(config_of("train.steps=1000", "optim.warmdown_ratio=0.4"))
     assert [float(f(s)) for s in (0, 200, 400, 600, 800, 1000)] == pytest.approx([0.85, 0.91, 0.97, 0.97, 0.935, 0.90])
-    g = schedules.cosine_to_zero(100, 0.2)
+    g = muon_decay(config_of("train.steps=100", "optim.weight_decay=0.2"))
     assert [float(g(s)) for s in (0, 50, 100, 300)] == pytest.approx([0.2, 0.1, 0, 0], abs=1e-7)
 
 

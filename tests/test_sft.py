@@ -15,7 +15,7 @@ from jaxchat.config import Config, DataConfig, SftConfig, load_config
 from jaxchat.data.packing import PackStats, Rows, pack_conversations
 from jaxchat.data.sources import iterate_documents
 from jaxchat.errors import DataError, UsageError
-from jaxchat.optimizer import trapezoid
+from jaxchat.optimizer import make_schedule
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
 from jaxchat.tasks import get_task
@@ -93,7 +93,7 @@ def test_other_conversations_do_not_go_on_with_a_run(tmp_path, tokenizer):
 def test_steps_follow_the_rows(rows, epochs, steps):
     config = sft_config(config_of("identity:5", epochs=epochs), rows)
     assert config.train.steps == steps
-    multiplier = trapezoid(steps, 0, config.optim.warmdown_ratio, config.optim.final_lr)
+    multiplier = make_schedule(config)
     values = [float(multiplier(s)) for s in range(steps + 5)]
     assert values[0] == 1.0 and min(values) >= 0.0
     assert config.optim.lr_scale == pytest.approx(0.8 * resolve(load_config("nano")).optim.lr_scale)

@@ -12,11 +12,11 @@ from jaxchat.sharding import LOGICAL_TO_MESH
 from jaxchat.sizes import (
     count_parameters,
     decode_bytes_per_step,
-    exam_row_bytes,
     exam_rows,
     flops_per_token,
     kv_values_per_row,
     matmul_parameters,
+    parameters,
     peak_flops,
 )
 
@@ -28,17 +28,14 @@ MODELS += [resolve_model(ModelConfig(depth=5, width=64, n_heads=4, n_kv_heads=2,
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: f"{m.recipe}-{m.depth}")
 def test_counts_equal_the_tree(model):
-    shapes, axes = gpt.abstract_params(model)
+    shapes = gpt.abstract_params(model)
     count = count_parameters(model)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count.total
     matrices = [v.size for k, v in shapes["blocks"].items() if k not in ("residual_scale", "x0_scale")]
     assert sum(matrices) == count.trunk
     assert shapes["embedding"].size == count.embedding
-    for shape, names in zip(
-        jax.tree.leaves(shapes), jax.tree.leaves(axes, is_leaf=lambda x: type(x) is tuple), strict=True
-    ):
-        assert len(shape.shape) == len(names)
-        assert set(names) <= set(LOGICAL_TO_MESH)
+    for p in parameters(model).values():
+        assert len(p.shape) == len(p.axes) and set(p.axes) <= set(LOGICAL_TO_MESH)
 
 
 def test_known_sizes_of_d20():
@@ -77,23 +74,18 @@ def test_peaks_by_the_names_that_devices_give(kind, peak):
     assert peak_flops(kind) == peak
 
 
-def test_bytes_of_an_examined_row_by_hand():
-    """Keys and values twice, eight widths and two MLP widths a token; with scores two float32 matrices a head."""
-    model = resolve_model(ModelConfig(depth=4, width=256, n_heads=2, seq_len=2048, vocab_size=1024))
-    cache = 2 * 256 * (3 * 513 + 2048)
-    plain = 2 * (2 * cache + 2048 * (8 * 256 + 2 * 1024))
-    assert exam_row_bytes(model, 2, False) == plain
-    assert exam_row_bytes(model, 2, True) == plain + 2 * 4 * 2 * 2048**2
-
-
 @pytest.mark.parametrize("devices", [1, 4, 8])
 @pytest.mark.parametrize("scores", [False, True])
 def test_exams_take_the_most_rows_that_fit(devices, scores):
+    """A row holds keys and values twice, eight widths and two MLP widths a token, two float32 scores a head."""
     model = resolve_model(ModelConfig(depth=20))
-    weights, row = 8 * count_parameters(model).total, exam_row_bytes(model, 2, scores)
+    cache = 2 * 1280 * (15 * 513 + 5 * 2048)
+    row = 2 * (2 * cache + 2048 * (8 + 8) * 1280) + scores * 2 * 4 * 10 * 2048**2
+    weights = 8 * count_parameters(model).total
     found = [exam_rows(model, free, devices, 2, scores) for free in range(0, 400 * 10**9, 10**9)]
     assert found == sorted(found) and found[0] == devices and found[-1] == 256
     for free, rows in enumerate(found):
         room = 0.8 * free * 10**9 - weights
         assert rows == devices or rows // devices * row <= room
+        assert rows == 256 or 2 * rows // devices * row > room
         assert rows == 256 or 2 * rows // devices * row > room

@@ -66,7 +66,7 @@ class Place(NamedTuple):
 def places(config: ModelConfig, format: str) -> dict[str, Place]:
     """Return the place of every tensor of a model in the format "hf" or "nanochat", by its name there."""
     result: dict[str, Place] = {}
-    for path, leaf in flatten_dict(abstract_params(config)[0], sep=".").items():
+    for path, leaf in flatten_dict(abstract_params(config), sep=".").items():
         name = NAMES[path][FORMATS.index(format)]
         by_layer = "{i}" in name
         shape = leaf.shape[1:] if by_layer else leaf.shape
