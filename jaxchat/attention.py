@@ -96,8 +96,7 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, window: int, score_bound:
         weights = weights.astype(v.dtype)  # JAX 0.11 would add bfloat16 products in bfloat16 on a CPU
         out = jnp.einsum("bkgqs,bksn->bkgqn", weights, v[:, :, first:stop], preferred_element_type=jnp.float32)
         blocks.append((out / total).astype(q.dtype))
-    y = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
-    return y.transpose(0, 3, 1, 2, 4).reshape(B, T, H, N)
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, N)
 
 
 def splash_attention(

@@ -11,20 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxchat.errors import UsageError
-from jaxchat.tokenizer import (
-    ASSISTANT_END,
-    ASSISTANT_START,
-    OUTPUT_END,
-    OUTPUT_START,
-    PYTHON_END,
-    PYTHON_START,
-    USER_END,
-    USER_START,
-    Tokenizer,
-)
+from jaxchat.tokenizer import ASSISTANT_END, ASSISTANT_START, Tokenizer
 
 Message = dict[str, Any]
-PART_FRAMES = {"text": None, "python": (PYTHON_START, PYTHON_END), "python_output": (OUTPUT_START, OUTPUT_END)}
+PART_FRAMES = {"text": "", "python": "python", "python_output": "output"}  # <|python_start|> and so on
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
@@ -33,23 +23,21 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int]
     mask is 1 on what the assistant must produce: its text, its framed tool calls and `<|assistant_end|>`; 0 on the
     user, on tool output and on what opens a turn. `UsageError` names a malformed message.
     """
-    ids, mask = [tokenizer.bos], [0]
+    ids, mask, special = [tokenizer.bos], [0], tokenizer.special
 
-    def add(tokens: list[int], target: int) -> None:
+    def add(tokens: list[int], target: int, frame: str = "") -> None:
+        if frame:
+            tokens = [special[f"<|{frame}_start|>"], *tokens, special[f"<|{frame}_end|>"]]
         ids.extend(tokens)
         mask.extend([target] * len(tokens))
 
-    special = tokenizer.special
     for message in normalize(messages):
         if message["role"] == "user":
-            add([special[USER_START], *tokenizer.encode(message["content"]), special[USER_END]], 0)
+            add(tokenizer.encode(message["content"]), 0, "user")
             continue
         add([special[ASSISTANT_START]], 0)
         for part in message["content"]:
-            frame, tokens = PART_FRAMES[part["type"]], tokenizer.encode(part["text"])
-            if frame:
-                tokens = [special[frame[0]], *tokens, special[frame[1]]]
-            add(tokens, 0 if part["type"] == "python_output" else 1)
+            add(tokenizer.encode(part["text"]), int(part["type"] != "python_output"), PART_FRAMES[part["type"]])
         add([special[ASSISTANT_END]], 1)
     return ids, mask
 
@@ -82,11 +70,9 @@ def normalize(messages: Sequence[Message]) -> list[Message]:
         role = message.get("role") if isinstance(message, dict) else None
         if role != expected:
             raise UsageError(f"messages[{i}]: role {role!r} where {expected!r} is due (user and assistant in turn)")
-        if role == "assistant":
-            result.append({"role": role, "content": _parts(message, i)})
-        else:
-            system = f"{_text(first, 0)}\n\n" if has_system and not result else ""
-            result.append({"role": role, "content": system + _text(message, i)})
+        system = f"{_text(first, 0)}\n\n" if has_system and not result else ""
+        content = _parts(message, i) if role == "assistant" else system + _text(message, i)
+        result.append({"role": role, "content": content})
     return result
 
 
@@ -110,7 +96,7 @@ def _parts(message: Message, index: int) -> list[dict[str, str]]:
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(kind, str) or kind not in PART_FRAMES or not isinstance(part.get("text"), str):
             raise UsageError(f"messages[{index}]: a part needs a type of {', '.join(PART_FRAMES)} and a text")
-        if merged and part["type"] == merged[-1]["type"] == "text":
+        if merged and kind == merged[-1]["type"] == "text":
             merged[-1] = part | {"text": merged[-1]["text"] + part["text"]}
         else:
             merged.append(part)

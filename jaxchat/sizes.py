@@ -73,9 +73,15 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     Kernels are (in, out), stacked over the layers. A seed gives random numbers in the order of the table.
     """
     c, L, D, F, V = config, config.depth, config.width, mlp_width(config), padded_vocab(config)
-    HN, K, KN = c.n_heads * c.head_width, c.n_kv_heads, c.n_kv_heads * c.head_width
-    modern, with_value = c.recipe == "modern", len(value_layers(c))
-    zero, gate = ("constant", 0.0), ("uniform", 0.0, 0.02)  # a gate starts slightly above neutral
+    HN, K, KN, E = c.n_heads * c.head_width, c.n_kv_heads, c.n_kv_heads * c.head_width, len(value_layers(c))
+    modern, zero, gate = c.recipe == "modern", ("constant", 0.0), ("uniform", 0.0, 0.02)
+    table: dict[str, Parameter] = {}
+
+    def add(
+        path: str, shape: tuple[int, ...], axes: str, init: tuple[Any, ...], group: str, exists: bool = True
+    ) -> None:
+        if exists:
+            table[path] = Parameter(shape, tuple(axes.split()), init, group)
 
     def uniform(std: float) -> tuple[Any, ...]:  # no outliers
         return "uniform", -(3**0.5 * std), 3**0.5 * std
@@ -85,30 +91,22 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
 
     # a tied table also makes the logits, which a wide one would saturate; the norm behind it forgives any scale
     std = 0.02 if c.tie_embeddings else 0.8 if modern else 1.0
-    table = {"embedding": Parameter((V, D), ("vocab", "embed"), ("normal", std), "embedding")}
-    if not c.tie_embeddings:
-        init = ("normal", 0.001) if modern else zero
-        table["unembedding"] = Parameter((V, D), ("vocab", "embed"), init, "unembedding")
-    if c.value_embeddings:
-        shape = (with_value, V, KN)
-        table["value_embedding"] = Parameter(shape, ("layer", "table", "kv_heads"), uniform(D**-0.5), "value_embedding")
-    if c.smear:
-        table["smear_gate"] = Parameter((SMEAR_CHANNELS, 1), ("gate", "gate"), gate, "mixing")
-        table["smear_scale"] = Parameter((), (), zero, "mixing")
-    if c.backout:
-        table["backout_scale"] = Parameter((), (), ("constant", 0.2), "mixing")
-    table["blocks.q"] = Parameter((L, D, HN), ("layer", "embed", "heads"), kernel(D, HN), "matrix")
-    table["blocks.k"] = Parameter((L, D, KN), ("layer", "embed", "kv_heads"), kernel(D, KN), "matrix")
-    table["blocks.v"] = Parameter((L, D, KN), ("layer", "embed", "kv_heads"), kernel(D, KN), "matrix")
-    table["blocks.o"] = Parameter((L, HN, D), ("layer", "heads", "embed"), zero, "matrix")
-    table["blocks.fc"] = Parameter((L, D, F), ("layer", "embed", "mlp"), kernel(D, F, 0.4), "matrix")
-    table["blocks.proj"] = Parameter((L, F, D), ("layer", "mlp", "embed"), zero, "matrix")
-    if c.residual_scalars:
-        table["blocks.residual_scale"] = Parameter((L,), ("layer",), ("ramp", 1.15, 1.05), "residual")
-        table["blocks.x0_scale"] = Parameter((L,), ("layer",), ("ramp", 0.20, 0.05), "x0")
-    if c.value_embeddings:
-        shape = (with_value, VE_GATE_CHANNELS, K)
-        table["blocks.ve_gate"] = Parameter(shape, ("layer", "gate", "kv_heads"), gate, "matrix")
+    init = ("normal", 0.001) if modern else zero
+    add("embedding", (V, D), "vocab embed", ("normal", std), "embedding")
+    add("unembedding", (V, D), "vocab embed", init, "unembedding", not c.tie_embeddings)
+    add("value_embedding", (E, V, KN), "layer table kv_heads", uniform(D**-0.5), "value_embedding", E > 0)
+    add("smear_gate", (SMEAR_CHANNELS, 1), "gate gate", gate, "mixing", bool(c.smear))
+    add("smear_scale", (), "", zero, "mixing", bool(c.smear))
+    add("backout_scale", (), "", ("constant", 0.2), "mixing", bool(c.backout))
+    add("blocks.q", (L, D, HN), "layer embed heads", kernel(D, HN), "matrix")
+    add("blocks.k", (L, D, KN), "layer embed kv_heads", kernel(D, KN), "matrix")
+    add("blocks.v", (L, D, KN), "layer embed kv_heads", kernel(D, KN), "matrix")
+    add("blocks.o", (L, HN, D), "layer heads embed", zero, "matrix")
+    add("blocks.fc", (L, D, F), "layer embed mlp", kernel(D, F, 0.4), "matrix")
+    add("blocks.proj", (L, F, D), "layer mlp embed", zero, "matrix")
+    add("blocks.residual_scale", (L,), "layer", ("ramp", 1.15, 1.05), "residual", bool(c.residual_scalars))
+    add("blocks.x0_scale", (L,), "layer", ("ramp", 0.20, 0.05), "x0", bool(c.residual_scalars))
+    add("blocks.ve_gate", (E, VE_GATE_CHANNELS, K), "layer gate kv_heads", gate, "matrix", E > 0)
     return table
 
 
@@ -135,10 +133,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     sizes: Counter[str] = Counter()
     for p in parameters(config).values():
         sizes[p.group] += math.prod(p.shape)
-    embedding, unembedding, value_embedding, trunk = (
-        sizes.pop(name, 0) for name in ("embedding", "unembedding", "value_embedding", "matrix")
-    )
-    return ParameterCount(embedding, unembedding, value_embedding, trunk, scalars=sizes.total())
+    tables = {name: sizes.pop(name, 0) for name in ("embedding", "unembedding", "value_embedding")}
+    return ParameterCount(**tables, trunk=sizes.pop("matrix"), scalars=sizes.total())
 
 
 def matmul_parameters(config: ModelConfig) -> int:

@@ -50,17 +50,23 @@ class Tokenizer:
         backend.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS if t not in there])
         backend.encode_special_tokens = True  # special tokens written in a text are encoded as text
         ids = backend.get_vocab(with_added_tokens=True)
-        if len(set(ids.values())) < len(ids):  # the library numbers added tokens by count, not by the largest id
-            raise DataError("the tokenizer's ids have gaps that its special tokens would fall into; take another one")
+        # the library numbers added tokens by count, and every id takes a row of the embedding
+        if sorted(ids.values()) != list(range(len(ids))):
+            raise DataError(f"the ids of the tokenizer's {len(ids):,} tokens have gaps; take another one")
+        self.vocab_size = len(ids)
         self.special = {name: ids[name] for name in SPECIAL_TOKENS}
         self.bos = self.special[BOS]
-        self.vocab_size = max(ids.values()) + 1
-        if self.vocab_size > 2 * len(ids):  # every id takes a row of the embedding
-            raise DataError(
-                f"the tokenizer has {len(ids):,} tokens, but ids up to {self.vocab_size - 1:,}; take another one"
-            )
+        alphabet = byte_alphabet()
         special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._bytes = _byte_table(backend, self.vocab_size, special)
+
+        def token_bytes(i: int, token: str) -> bytes:
+            if i in special:
+                return b""
+            if all(c in alphabet for c in token):
+                return bytes(alphabet[c] for c in token)
+            return token.encode("utf-8")  # an added ordinary token is stored as its text
+
+        self._bytes = [token_bytes(i, token) for token, i in sorted(ids.items(), key=lambda item: item[1])]
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -91,8 +97,7 @@ class Tokenizer:
             tokenizer = cls(backend)
         except DataError as error:
             raise DataError(f"{source}: {error}") from None
-        lacking = 256 - len({token for token in tokenizer._bytes if len(token) == 1})
-        if lacking:
+        if lacking := 256 - len({token for token in tokenizer._bytes if len(token) == 1}):
             raise DataError(f"{source}: {lacking} of the 256 bytes have no token, so it cannot encode every text")
         if any(tokenizer.decode(tokenizer.encode(text)) != text for text in (PROBE, " " + PROBE)):
             raise DataError(f"{source}: does not give a text back as it was (it adds, drops or changes characters)")
@@ -159,11 +164,9 @@ def train_tokenizer(
     composes what it encodes, so that the two ways to write Hangul or an accent become one. `DataError` if the text is
     too small to fill the vocabulary, `UsageError` if the vocabulary cannot hold the bytes.
     """
-    if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise UsageError(
-            f"model.vocab_size: {vocab_size} is below {256 + len(SPECIAL_TOKENS)}, "
-            f"the 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
-        )
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise UsageError(f"model.vocab_size: {vocab_size} is below {least}, the bytes and the special tokens")
     backend = byte_level(Backend(models.BPE(byte_fallback=False)), SPLIT)
     if normalize == "nfc":
         backend.normalizer = normalizers.NFC()
@@ -173,7 +176,17 @@ def train_tokenizer(
         show_progress=False,
         min_frequency=0,
     )
-    backend.train_from_iterator(_limited(documents, max_chars, doc_chars), trainer)
+
+    def limited() -> Iterator[str]:
+        left = max_chars
+        for document in documents:
+            if left <= 0:
+                return
+            text = _clean(document[: min(doc_chars, left)])
+            left -= len(text)
+            yield text
+
+    backend.train_from_iterator(limited(), trainer)
     tokenizer = Tokenizer(backend)
     if tokenizer.vocab_size < vocab_size:
         raise DataError(
@@ -181,16 +194,6 @@ def train_tokenizer(
             f"add text, or set model.vocab_size={tokenizer.vocab_size} or less"
         )
     return tokenizer
-
-
-def _limited(documents: Iterable[str], max_chars: int, doc_chars: int) -> Iterator[str]:
-    left = max_chars
-    for document in documents:
-        if left <= 0:
-            return
-        text = _clean(document[: min(doc_chars, left)])
-        left -= len(text)
-        yield text
 
 
 def _clean(text: str) -> str:
@@ -214,21 +217,5 @@ def byte_level(backend: Backend, pattern: str) -> Backend:
 def byte_alphabet() -> dict[str, int]:
     """Return which byte each printable character of byte-level BPE (GPT-2's) stands for."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    alphabet = {chr(b): b for b in printable}
-    for n, byte in enumerate(b for b in range(256) if b not in printable):
-        alphabet[chr(256 + n)] = byte
-    return alphabet
-
-
-def _byte_table(backend: Backend, size: int, special: set[int]) -> list[bytes]:
-    """Return the bytes of every id."""
-    alphabet, table = byte_alphabet(), []
-    for i in range(size):
-        token = backend.id_to_token(i)
-        if token is None or i in special:
-            table.append(b"")
-        elif all(c in alphabet for c in token):
-            table.append(bytes(alphabet[c] for c in token))
-        else:
-            table.append(token.encode("utf-8"))  # an added ordinary token is stored as its text
-    return table
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
