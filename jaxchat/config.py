@@ -11,7 +11,6 @@ import difflib
 import json
 import math
 import tomllib
-import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ class Key:
     high: float = math.inf
     choices: tuple[str, ...] = ()  # empty: any value
     free: bool = False  # may change in a finished run: how fast or how often, never what is computed beyond rounding
-    type: Any = None
+    count: int = 0  # of the numbers in a list; 0: any
 
 
 def key(*args: Any, **options: Any) -> Any:
@@ -142,7 +141,7 @@ class OptimConfig:
     warmdown_ratio: float = key(-1.0, "share of the steps in which the rate falls; -1: by recipe", 0, 1)
     final_lr: float = key(-1.0, "multiplier at the last step; -1: by recipe", 0, 1)
     grad_clip: float = key(-1.0, "global norm; 0: off; -1: by recipe", 0)
-    momentum: tuple[float, float, float] = key((0.85, 0.97, 0.90), "Muon's, first, after warm-up, last", 0, 1)
+    momentum: tuple[float, float, float] = key((0.85, 0.97, 0.90), "Muon's, first, after warm-up, last", 0, 1, count=3)
     momentum_warmup_steps: int = key(400, "steps in which Muon's momentum rises from the first to the second", 0)
 
 
@@ -260,14 +259,12 @@ class Config:
 # fmt: on
 
 
-SECTIONS: dict[str, Any] = {
-    name: type(value) for name, value in vars(Config()).items() if dataclasses.is_dataclass(value)
-}
+SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config) if not f.metadata}
 KEYS: dict[str, Key] = {  # by dotted name
-    prefix + name: dataclasses.replace(cls.__dataclass_fields__[name].metadata["key"], type=kind)
-    for prefix, cls in (("", Config), *((f"{section}.", cls) for section, cls in SECTIONS.items()))
-    for name, kind in typing.get_type_hints(cls).items()
-    if prefix + name not in SECTIONS
+    prefix + f.name: f.metadata["key"]
+    for prefix, cls in (("", Config), *((f"{name}.", cls) for name, cls in SECTIONS.items()))
+    for f in dataclasses.fields(cls)
+    if f.metadata
 }
 SIZED = ("model.depth", "model.seq_len", "model.vocab_size")  # may be -1 where data.size_model fits them to the text
 # Keys of older versions with the value that is built in now. Files and records that have it are still read.
@@ -346,20 +343,22 @@ def build(table: dict[str, Any]) -> Config:
 
 
 def _checked(name: str, declared: Key, value: Any) -> Any:
-    """Return the value in its declared type. `UsageError` for a wrong type, a bad number or an unknown choice."""
-    kind, *others = typing.get_args(declared.type) or (declared.type,)  # bool | None, tuple[str, ...]
-    if typing.get_origin(declared.type) is tuple:
+    """Return the value in the type of its default. `UsageError` for a wrong type, a bad number, an unknown choice."""
+    default = declared.default
+    if isinstance(default, tuple):
         items = value if isinstance(value, list | tuple) else [value]  # --set serve.api_keys=one
-        if others[0] is not ... and len(items) != len(others) + 1:
-            raise UsageError(f"{name}: needs {len(others) + 1} numbers, not {value!r}")
-        return tuple(_checked(name, dataclasses.replace(declared, type=kind), item) for item in items)
-    if value is None and declared.default is None:
+        if declared.count and len(items) != declared.count:
+            raise UsageError(f"{name}: needs {declared.count} numbers, not {value!r}")
+        item = dataclasses.replace(declared, default=default[0] if default else "")
+        return tuple(_checked(name, item, value) for value in items)
+    if value is None and default is None:
         return None
+    kind = bool if default is None else type(default)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise UsageError(f"{name}: needs {TYPE_NAMES[kind]}, not {value!r}")
-    derived = is_derived(value) and (is_derived(declared.default) or name in SIZED)
+    derived = is_derived(value) and (is_derived(default) or name in SIZED)
     if kind in (int, float) and not derived and not declared.low <= value <= declared.high:
         bound = f"at least {declared.low:g}" if value < declared.low else f"at most {declared.high:g}"
         raise UsageError(f"{name}: must be {bound}, not {value}")

@@ -78,8 +78,8 @@ def init_params(config: ModelConfig, seed: int) -> Params:
 
 
 def map_parameters(config: ModelConfig, function: Callable[[Parameter], Any]) -> Params:
-    """Return a tree like the parameters' of what `function` says of each declaration."""
-    return unflatten_dict({path: function(p) for path, p in parameters(config).items()}, sep=".")
+    """Return a tree like the parameters' of what `function` says of each declaration, sorted as JAX sorts a tree."""
+    return unflatten_dict({path: function(p) for path, p in sorted(parameters(config).items())}, sep=".")
 
 
 def abstract_params(config: ModelConfig) -> Params:
