@@ -37,7 +37,7 @@ def compile_decode(config: Config, mesh: Mesh, slots: int) -> Step:
     """Compile the engine's decoding for all slots with full caches, on the first device."""
     model, device = config.model, mesh.devices.flat[0]
     dtype, place = jnp.float32 if device.platform == "cpu" else jnp.bfloat16, SingleDeviceSharding(device)
-    params, _ = gpt.abstract_params(model)
+    params = gpt.abstract_params(model)
     weights = jax.eval_shape(lambda p: serving_params(model, p, dtype), params)
     state = jax.eval_shape(lambda: new_slots(model, slots, model.seq_len, dtype))
     weights, state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), (weights, state))

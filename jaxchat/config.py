@@ -58,8 +58,8 @@ class ModelConfig:
     tie_embeddings: bool = key(False, "one table for embedding and unembedding")
     rotary_base: float = key(-1.0, "-1: by recipe; classic 10,000, modern 100,000", 1)
     window_pattern: str = key("auto", "S short window, L full, tiled over the layers, the last L; auto: by recipe")
-    window_short: int = key(-1, "tokens before its own that a short window sees; -1: a quarter of the context, up to a "
-        "multiple of 128", 0, 2**24)
+    window_short: int = key(-1, "tokens before the current one that a short window sees; -1: a quarter of the context, "
+        "up to a multiple of 128", 0, 2**24)
     qk_scale: float = key(-1.0, "factor on q and k after their norm; -1: by recipe", 0)
     value_embeddings: bool | None = key(None, "tables added to the values of every second layer; by recipe")
     residual_scalars: bool | None = key(None, "learned scales of residual stream and embedding in it; by recipe")
@@ -129,10 +129,11 @@ class TrainConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     kind: str = key("muon", "muon (AdamW for what is no matrix) or adamw (everything)", choices=("muon", "adamw"))
-    lr_scale: float = key(-1.0, "on all but `mixing_lr`; -1: (batch / 2^19)^(1/2), below 2^19 ^(1/8)", 1e-9)
+    lr_scale: float = key(-1.0, "on every rate but `mixing_lr`; -1: (batch / 2^19)^(1/2), below 2^19 ^(1/8)", 1e-9)
     matrix_lr: float = key(0.02, "Muon's rate", 0)
     unembedding_lr: float = key(-1.0, "-1: by recipe; also x (width / 768)^-0.5", 0)
-    embedding_lr: float = key(-1.0, "as `unembedding_lr`, which a tied table takes; value embeddings take half", 0)
+    embedding_lr: float = key(-1.0, "-1: by recipe; also x (width / 768)^-0.5; value embeddings take half; a tied "
+        "table takes `optim.unembedding_lr`", 0)
     scalar_lr: float = key(0.5, "of the x0 scalars; the residual ones take a hundredth", 0)
     mixing_lr: float = key(0.2, "of smear and backout; never multiplied by `optim.lr_scale`", 0)
     adamw_lr: float = key(6e-4, 'kind = "adamw": one rate for everything', 0)
@@ -141,7 +142,8 @@ class OptimConfig:
     warmdown_ratio: float = key(-1.0, "share of the steps in which the rate falls; -1: by recipe", 0, 1)
     final_lr: float = key(-1.0, "multiplier at the last step; -1: by recipe", 0, 1)
     grad_clip: float = key(-1.0, "global norm; 0: off; -1: by recipe", 0)
-    momentum: tuple[float, float, float] = key((0.85, 0.97, 0.90), "Muon's, first, after warm-up, last", 0, 1, count=3)
+    momentum: tuple[float, float, float] = key((0.85, 0.97, 0.90), "Muon's momentum at the first step, after its "
+        "warm-up, and at the last step; SFT and RL have their own", 0, 1, count=3)
     momentum_warmup_steps: int = key(400, "steps in which Muon's momentum rises from the first to the second", 0)
 
 
@@ -180,8 +182,8 @@ class EvalConfig:
     exams: tuple[str, ...] = key(("auto",), "names of exams; `auto`: those made here, and those whose data is at hand")
     max_per_task: int = key(-1, "questions of an exam, the first of a fixed shuffle; -1: all", 0)
     rows: int = key(2048, "held-out rows at most for the final bits per byte", 1)
-    batch_rows: int = key(-1, "rows at once on all devices; -1: 32 on a CPU, elsewhere 256 or what fits, see "
-        "[exams](exams.md#how-many-rows-at-once)", 1, free=True)
+    batch_rows: int = key(-1, "engine slots and rows per scoring batch on all devices; -1: 32 on a CPU, elsewhere 256 "
+        "or what fits, see [exams](exams.md#how-many-rows-at-once)", 1, free=True)
     sample_tokens: int = key(64, "length of a sample", 1)
     sample_prompts: int = key(5, "openings of held-out texts that a base model continues in its samples", 0)
     sample_temperatures: tuple[float, ...] = key((0.0, 0.8), "of the samples", 0, 10)
@@ -211,11 +213,11 @@ class ServeConfig:
     host: str = key("127.0.0.1", "address to listen on", free=True)
     port: int = key(8000, "port", 0, 65_535, free=True)
     language: str = key("auto", "of the page: auto (the browser's), en or ko", choices=("auto", "en", "ko"), free=True)
-    api_keys: tuple[str, ...] = key((), "that the API asks for and the page takes as password; none: all are served. "
-        "The environment variable `JAXCHAT_API_KEYS` (separated by commas) takes precedence", free=True)
+    api_keys: tuple[str, ...] = key((), "keys that the API asks for and the page takes as password; none: everybody is "
+        "served. The environment variable `JAXCHAT_API_KEYS` (separated by commas) takes precedence", free=True)
     slots: int = key(8, "answers made at once, a power of two", 1, 4096, free=True)
-    weights: str = key("auto", "of the served weights (int8: of the kernels); auto: float32 on a CPU, else bfloat16",
-        choices=("auto", "float32", "bfloat16", "int8"), free=True)
+    weights: str = key("auto", "numbers of the served weights; int8: of the kernels, with a scale a channel; auto: "
+        "float32 on a CPU, else bfloat16", choices=("auto", "float32", "bfloat16", "int8"), free=True)
     max_tokens: int = key(256, "longest answer, and its length where the client names none", 1, free=True)
     temperature: float = key(0.7, "where the client names none", 0, 10, free=True)
     top_k: int = key(50, "where the client names none", 0, free=True)
@@ -225,9 +227,9 @@ class ServeConfig:
     message_chars: int = key(8_000, "characters of one message", 1, free=True)
     total_chars: int = key(32_000, "characters of one conversation or prompt", 1, free=True)
     body_bytes: int = key(2_000_000, "bytes of one HTTP request or WebSocket message", 1_000, 2**31, free=True)
-    drain_seconds: float = key(30.0, "for running answers when the service is stopped", 0, 86_400, free=True)
+    drain_seconds: float = key(30.0, "seconds for running answers when the service is stopped", 0, 86_400, free=True)
     log_text: bool = key(False, "whether logs hold prompts and answers", free=True)
-    origins: tuple[str, ...] = key((), "other web pages that may use the API, as `https://example.org`", free=True)
+    origins: tuple[str, ...] = key((), "pages from elsewhere that may use the API, as `https://example.org`", free=True)
     trusted_proxies: tuple[str, ...] = key((), "addresses of proxies whose X-Forwarded-For is believed", free=True)
 
 

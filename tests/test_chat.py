@@ -66,13 +66,6 @@ def test_the_prompt_is_the_beginning_of_the_conversation(tokenizer):
     assert mask[len(prompt) - 1] == 0 and all(mask[len(prompt) :])
 
 
-def test_the_system_message_is_merged_into_the_first_user_message(tokenizer):
-    messages = [{"role": "system", "content": "Be kind."}, user("Hi"), assistant("Hello"), user("Bye")]
-    assert render_prompt(tokenizer, messages) == render_prompt(
-        tokenizer, [user("Be kind.\n\nHi"), assistant("Hello"), user("Bye")]
-    )
-
-
 def test_parts_of_text_equal_plain_text(tokenizer):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert normalize([user(parts)]) == normalize([user("ab")])
@@ -100,12 +93,6 @@ def test_messages_are_not_changed(tokenizer):
     render(tokenizer, messages)
     render_prompt(tokenizer, messages)
     assert messages == before
-
-
-def test_empty_texts_are_allowed(tokenizer):
-    assert show(tokenizer, render(tokenizer, [user(""), assistant("")])[0]) == (
-        "<|bos|><|user_start|><|user_end|><|assistant_start|><|assistant_end|>"
-    )
 
 
 @pytest.mark.parametrize(

@@ -51,15 +51,6 @@ def test_saved_configuration_repeats_the_run(tier, tmp_path, book):
     assert resolve(again) == config
 
 
-@pytest.mark.parametrize("tier", TIERS)
-def test_tier_head_comment_gives_command_hardware_time_and_cost(tier):
-    head = [line for line in (CONFIG_DIR / f"{tier}.toml").read_text().splitlines() if line.startswith("#")]
-    text = "\n".join(head)
-    assert f"--tier {tier}" in text
-    for word in ("Hardware:", "Time:", "Cost:", "Disk:"):
-        assert word in text
-
-
 @pytest.mark.parametrize("tier", [t for t in TIERS if t != "book"])
 def test_tier_head_comment_says_the_disk_that_is_counted(tier):
     found = re.search(r"^# Disk: +about ([\d.]+) (GB|MB)", (CONFIG_DIR / f"{tier}.toml").read_text(), re.MULTILINE)

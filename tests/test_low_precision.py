@@ -101,16 +101,10 @@ def after(*gradients, start=None):
     return state
 
 
-def test_an_overflow_halves_and_is_counted():
+def test_an_overflow_halves_and_a_quiet_time_doubles():
     state = after(1.0, np.inf, np.nan, 1.0)
     assert float(state.scale) == START / 4 and int(state.skipped) == 2 and int(state.good) == 1
-
-
-def test_a_quiet_time_doubles():
     state = after(1.0, start=LossScaleState(jnp.float32(8.0), jnp.int32(GROW_AFTER - 1), jnp.int32(0)))
     assert float(state.scale) == 16.0 and int(state.good) == 0
-
-
-def test_it_never_vanishes():
     smallest = LossScaleState(jnp.float32(SMALLEST), jnp.int32(0), jnp.int32(0))
-    assert float(after(np.inf, start=smallest).scale) == SMALLEST
+    assert float(after(np.inf, start=smallest).scale) == SMALLEST  # it never vanishes
