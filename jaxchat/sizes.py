@@ -1,6 +1,7 @@
 """The table of all parameters, and what follows from it: counts, FLOPs and bytes. Arithmetic on the resolved config.
 
-Letters: L layers, T time, H query heads, K kv heads, N head width, D model width, F feed-forward width, V vocabulary.
+Letters: L layers, E layers with a value embedding, T time, H query heads, K kv heads, N head width, D model width,
+F feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
