@@ -23,10 +23,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,9 +37,8 @@ from jaxchat.run_dir import RunDir
 
 from . import api, websocket
 from .api import Service
-from .limits import BodyLimit, Keys
+from .limits import BodyLimit, Clients
 from .schemas import ApiError
-from .texts import wait_page
 from .worker import Worker
 
 log = logging.getLogger("jaxchat.serve")
@@ -49,34 +46,35 @@ HEAD_BYTES = 64 << 10  # of request line and headers; a proxy in front also ends
 CLOSE_SECONDS = 1  # for connections to end after the answers have; an open page keeps one for good
 KEEP_ALIVE = 65  # seconds; longer than the minute after which clients and proxies drop an idle connection
 DEAD_SECONDS = 30.0  # that a service without its engine still answers 503
+GONE = 499  # nginx's number for a request whose client has gone
 API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics")
-PageMaker = Callable[[Worker], Any]  # makes the FastAPI app with the page mounted
+# while the page or the model loads; it reloads itself
+WAIT = """<!doctype html><meta charset=utf-8><meta http-equiv=refresh content=2><meta name=color-scheme
+content="light dark"><meta name=viewport content="width=device-width"><title>jaxchat</title>
+<div style="font: 1rem system-ui, sans-serif; margin: 4rem auto; max-width: 40rem; padding: 0 1rem">
+<p>The model is loading. This page opens when it is ready.
+<p lang=ko>모델을 불러오는 중입니다. 준비되면 페이지가 열립니다."""
 
 
 class JsonLines(logging.Formatter):
     """One JSON object a line: time, level and event, then the record's own fields and a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-        line: dict[str, Any] = {
-            "time": when.isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-        }
+        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {"time": when, "level": record.levelname.lower(), "event": record.getMessage()}
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str, ensure_ascii=False, separators=(",", ":"))
 
 
-def is_news(record: logging.LogRecord) -> bool:
-    """False for uvicorn's account of an error that `api.as_api_error` has logged, or of an open page at the end."""
-    message = record.getMessage()
-    return "Exception in ASGI application" not in message and "timeout graceful shutdown exceeded" not in message
-
-
 def log_to_standard_error() -> None:
-    """Our own records from INFO on, those of uvicorn and asyncio from WARNING on."""
+    """Log our own records from INFO on, those of uvicorn and asyncio from WARNING on."""
+
+    def is_news(record: logging.LogRecord) -> bool:  # or uvicorn's account of a logged error, or of a page left open
+        message = record.getMessage()
+        return "Exception in ASGI application" not in message and "timeout graceful shutdown" not in message
+
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     handler.addFilter(is_news)
@@ -87,10 +85,12 @@ def log_to_standard_error() -> None:
         logger.propagate = False
 
 
-class RequestLog:
-    """Middleware that writes a log line for each POST and each error of the API.
+class Requests:
+    """Middleware around the API's requests: a log line for each POST and each error, and an end for whoever leaves.
 
-    Routes add fields to `request.state.log`. `service.answering` counts the POSTs under way.
+    Routes add fields to `request.state.log`, and may leave a `request.state.call` to be closed. A POST whose client
+    disconnects is cancelled; the disconnect message is awaited, nothing is polled. `service.answering` counts the POSTs
+    under way.
     """
 
     def __init__(self, app: ASGIApp, service: Service):
@@ -100,57 +100,77 @@ class RequestLog:
         if scope["type"] != "http" or not scope["path"].startswith(API):
             await self._app(scope, receive, send)
             return
-        fields: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "status": 500}
-        scope.setdefault("state", {})["log"] = fields
-        begin = time.perf_counter()
+        service, begin, posted = self._service, time.perf_counter(), scope["method"] == "POST"
+        fields: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "status": 0}
+        state = scope.setdefault("state", {})
+        state["log"], body_read = fields, asyncio.Event()
+
+        async def receive_and_note() -> Message:
+            message = await receive()
+            if not message.get("more_body"):
+                body_read.set()
+            return message
 
         async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 fields["status"] = message["status"]
             await send(message)
 
-        answering = scope["method"] == "POST"
-        self._service.answering += answering
+        async def left() -> None:
+            await body_read.wait()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        service.answering += posted
+        working = asyncio.ensure_future(self._app(scope, receive_and_note, send_and_note))
+        leaving = asyncio.ensure_future(left())
         try:
-            await self._app(scope, receive, send_and_note)
+            await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._service.answering -= answering
+            for task in (working, leaving):
+                task.cancel()
+            error, _ = await asyncio.gather(working, leaving, return_exceptions=True)
+            fields["status"] = fields["status"] or (500 if isinstance(error, Exception) else GONE)
+            if call := state.get("call"):
+                call.close()
+            service.answering -= posted
             failed = fields["status"] >= 400 and scope["path"] != "/health"
             if failed:
-                self._service.metrics.error(fields["status"])
-            if answering or failed:
+                service.metrics.error(fields["status"])
+            if posted or failed:
                 log.info("request", extra={"fields": fields | {"seconds": round(time.perf_counter() - begin, 4)}})
+        if isinstance(error, Exception):
+            raise error
 
 
 class Page:
     """The chat page, for every path that is not the API's; while page or model loads, a page that says so."""
 
-    def __init__(self, service: Service, make: PageMaker | None):
+    def __init__(self, service: Service, make: Callable[[], FastAPI] | None):
         self._service, self._make = service, make
-        self._app: ASGIApp | None = None
+        self._page: FastAPI | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state, path = self._service.worker.state, scope["path"]
-        if self._app and not path.startswith(API) and (state != "loading" or path != "/"):
-            await self._app(scope, receive, send)
+        if self._page and not path.startswith(API) and (state != "loading" or path != "/"):
+            await self._page(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
-        elif path != "/" or not self._make:
-            await ApiError(404, "there is no such route").response()(scope, receive, send)
+        elif path == "/" and self._make:
+            await HTMLResponse(WAIT, 503, {"Retry-After": "2"})(scope, receive, send)
         else:
-            text = wait_page(state, Headers(scope=scope).get("accept-language", ""), self._service.limits.language)
-            await HTMLResponse(text, 503, {"Retry-After": "2"})(scope, receive, send)
+            await ApiError(404, "there is no such route").response()(scope, receive, send)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Make the page in a thread (importing Gradio takes seconds), and run it in a task of its own."""
         end = asyncio.Event()
 
-        async def run(make: PageMaker) -> None:
+        async def run(make: Callable[[], FastAPI]) -> None:
             try:
-                page = await asyncio.to_thread(make, self._service.worker)
+                page = await asyncio.to_thread(make)
                 async with page.router.lifespan_context(page):
-                    self._app = page
+                    self._page = page
                     await end.wait()
             except Exception as error:
                 log.error("the page cannot be shown", exc_info=error)
@@ -163,8 +183,8 @@ class Page:
             task.cancel()
 
 
-def make_app(service: Service, make_page: PageMaker | None = None) -> FastAPI:
-    """The API, and the page for every other path once `make_page` has made it."""
+def make_app(service: Service, make_page: Callable[[], FastAPI] | None = None) -> FastAPI:
+    """Return the API, and the page for every other path once `make_page` has made it."""
     page = Page(service, make_page)
     app = FastAPI(
         title="jaxchat",
@@ -175,21 +195,17 @@ def make_app(service: Service, make_page: PageMaker | None = None) -> FastAPI:
         lifespan=page.lifespan,
         summary="A chat model of one's own, behind the API that OpenAI's clients speak",
     )
-    for routes in (api.open_routes, api.operation_routes, api.completion_routes, api.token_routes, websocket.routes):
-        app.include_router(routes(service))
-    app.router.default = page
+    app.include_router(api.routes(service))
+    app.include_router(websocket.routes(service))
 
     async def answer_error(request: Request, error: Exception) -> Response:
         return api.as_api_error(error).response()
 
-    async def client_gone(request: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # nginx's number; nobody reads it
-
+    app.router.default = page
     for kind in (HTTPException, RequestValidationError, JaxchatError, Exception):
         app.add_exception_handler(kind, answer_error)
-    app.add_exception_handler(ClientDisconnect, client_gone)
     app.add_middleware(BodyLimit, limit=service.limits.body_bytes)
-    app.add_middleware(RequestLog, service=service)
+    app.add_middleware(Requests, service=service)
     if origins := service.limits.origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     return app
@@ -198,10 +214,27 @@ def make_app(service: Service, make_page: PageMaker | None = None) -> FastAPI:
 class Server(uvicorn.Server):
     """Uvicorn that lets running answers finish when told to stop, and returns instead of dying of the signal."""
 
-    def __init__(self, config: uvicorn.Config, service: Service):
+    def __init__(self, app: FastAPI, service: Service):
+        limits = service.limits
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            http="h11",
+            h11_max_incomplete_event_size=HEAD_BYTES,
+            ws="websockets-sansio",
+            ws_max_size=limits.body_bytes,
+            ws_per_message_deflate=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+            server_header=False,
+            proxy_headers=bool(limits.trusted_proxies),
+            forwarded_allow_ips=list(limits.trusted_proxies),
+        )
         super().__init__(config)
         self._service = service
-        self._drained_at = self._dead_at = math.inf  # when draining ends at the latest; when the process ends
+        self._end = math.inf  # when the process ends at the latest, by `time.monotonic`
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         worker = self._service.worker
@@ -209,17 +242,16 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = sig == signal.SIGINT or self.should_exit  # Ctrl-C again: at once
             return
         worker.draining = True
-        self._drained_at = time.monotonic() + self._service.limits.drain_seconds
+        self._end = min(self._end, time.monotonic() + self._service.limits.drain_seconds)
         log.info("draining", extra={"fields": {"answers": worker.busy}})
 
     async def on_tick(self, counter: int) -> bool:
         worker, now = self._service.worker, time.monotonic()
         failed_to_load = worker.loaded.done() and worker.loaded.exception()
-        if worker.failure and not failed_to_load and self._dead_at == math.inf:
-            self._dead_at = now + DEAD_SECONDS  # clients are told; then whoever started the process shall do so again
+        if worker.failure and not failed_to_load and self._end == math.inf:
+            self._end = now + DEAD_SECONDS  # clients are told; then whoever started the process shall do so again
             log.error("engine dead", exc_info=worker.failure)
-        idle = worker.state in ("loading", "dead") or not (worker.busy or self._service.answering)
-        if failed_to_load or (worker.draining and idle) or now >= min(self._drained_at, self._dead_at):
+        if failed_to_load or now >= self._end or (worker.draining and not (worker.busy or self._service.answering)):
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -233,60 +265,37 @@ def serve(run: RunDir, config: Config) -> None:
 
     `UsageError` if the port is taken, `DataError` without a trained stage.
     """
-    trained_stages(run)  # raises before the port is opened, as `Keys` does
-    Keys(config.serve.api_keys)
+    trained_stages(run)  # raises before the port is opened, as `Clients` does
+    Clients(config.serve)
     listening = bind(config.serve.host, config.serve.port)
     log_to_standard_error()
     worker = Worker(lambda worker: load(run, config, worker))
     service = Service(config, worker)
 
-    def make_page(worker: Worker) -> Any:
-        from .page import mounted_page
-
-        return mounted_page(run, config, worker, service.keys, service.rates, service.metrics.finished)
-
     address = f"http://{config.serve.host}:{listening.getsockname()[1]}"
     ready = f"chat page: {address}   API: {address}/v1 (model {service.model!r})   (Ctrl-C stops it)"
     say(f"loading {config.tier}; {address}/health tells when it is ready")
     worker.loaded.add_done_callback(lambda future: None if future.exception() else say(ready))
-    server = Server(uvicorn_config(make_app(service, make_page), config), service)
+
+    def make_page() -> FastAPI:
+        from .page import mounted_page
+
+        return mounted_page(run, service)
+
     try:
-        server.run(sockets=[listening])
+        Server(make_app(service, make_page), service).run(sockets=[listening])
     finally:
         worker.close()
         listening.close()
     log.info("stopped")
-    if (error := worker.loaded.exception() or worker.failure) and not worker.draining:
-        raise error
-
-
-def uvicorn_config(app: FastAPI, config: Config) -> uvicorn.Config:
-    limits = config.serve
-    return uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        http="h11",
-        h11_max_incomplete_event_size=HEAD_BYTES,
-        ws="websockets-sansio",
-        ws_max_size=limits.body_bytes,
-        ws_per_message_deflate=False,
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=CLOSE_SECONDS,
-        server_header=False,
-        proxy_headers=bool(limits.trusted_proxies),
-        forwarded_allow_ips=list(limits.trusted_proxies),
-    )
+    if (failure := worker.loaded.exception() or worker.failure) and not worker.draining:
+        raise failure
 
 
 def load(run: RunDir, config: Config, worker: Worker) -> Engine:
-    """The engine, compiled for a short request; programs for longer ones compile in the background."""
-    begin = time.perf_counter()
+    """Return the engine, compiled for a short request; programs for longer ones compile in the background."""
     serve = config.serve
     engine = Engine.from_pretrained(run.root, slots=serve.slots, queue_limit=serve.queue_length, weights=serve.weights)
-    loaded = time.perf_counter()
-
     with progress("compiling", None) as bar:
 
         def report(done: int, total: int) -> None:
@@ -296,20 +305,14 @@ def load(run: RunDir, config: Config, worker: Worker) -> Engine:
                 raise UsageError("stopped while loading")
 
         engine.warm_up(report, background=True)
-    seconds = {"load_seconds": loaded - begin, "compile_seconds": time.perf_counter() - loaded}
-    log.info("ready", extra={"fields": {name: round(value, 2) for name, value in seconds.items()}})
+    log.info("ready")
     return engine
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; `UsageError` where the address cannot be had."""
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    """Return a listening socket; `UsageError` where the address cannot be had."""
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(2048)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        listening.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{host}:{port}: cannot be served on ({reason}); choose another --port or --host") from None
-    return listening
+        raise UsageError(f"cannot serve on {host}:{port} ({error}); choose another --port or --host") from None

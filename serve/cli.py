@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from jaxchat.checkpoint import recorded
 from jaxchat.config import Config
-from jaxchat.engine import Engine
+from jaxchat.engine import Engine, Event
 from jaxchat.engine.device import least_rows
 from jaxchat.engine.loading import trained_stages
 from jaxchat.errors import UsageError
@@ -48,23 +48,20 @@ class Chat:
     def command(self, line: str) -> bool:
         """Run a line that starts with a slash; False to leave."""
         name, _, value = line.partition(" ")
+        text = HELP.format(temperature=self.temperature, top_k=self.top_k)
         with contextlib.suppress(ValueError):  # a wrong number shows the help
-            if name in ("/quit", "/exit"):
-                return False
             if name == "/clear":
                 self.messages.clear()
-                self._note("conversation forgotten")
-                return True
-            if name == "/temperature" and 0 <= (temperature := float(value)) <= 10:
-                self.temperature = temperature
-                self._note(f"temperature {temperature:g}")
-                return True
-            if name == "/topk" and (top_k := int(value)) >= 0:
-                self.top_k = top_k
-                self._note(f"top-k {top_k}")
-                return True
-        self._note(HELP.format(temperature=self.temperature, top_k=self.top_k))
-        return True
+                text = "conversation forgotten"
+            elif name == "/temperature" and 0 <= float(value) <= 10:
+                self.temperature = float(value)
+                text = f"temperature {self.temperature:g}"
+            elif name == "/topk" and int(value) >= 0:
+                self.top_k = int(value)
+                text = f"top-k {self.top_k}"
+        if name not in ("/quit", "/exit"):
+            self._note(text)
+        return name not in ("/quit", "/exit")
 
     def answer(self, text: str) -> None:
         """Stream the answer to one user message; Ctrl-C keeps what has come so far."""
@@ -78,30 +75,31 @@ class Chat:
         if dropped:
             self._note(f"the context is full: the oldest {dropped} messages are forgotten")
         parts: list[dict[str, str]] = []
-        begin = time.perf_counter()
-        events = self.engine.events(request)
-        with interruptible() as stopped, contextlib.closing(events):  # type: ignore[type-var]
+        pressed: list[int] = []  # by Ctrl-C: an exception while decoding would lose the engine's state
+        dim, undim = (DIM, PLAIN) if self.interactive else ("", "")
+        begin, before, events = time.perf_counter(), "", self.engine.events(request)
+        with ctrl_c(lambda number, frame: pressed.append(number)), contextlib.closing(events):  # type: ignore[type-var]
             for event in events:
-                if event.kind == "done" or stopped():
+                if pressed:
+                    event = Event("done")
+                if event.kind != before:  # tool calls are in brackets, as [12+30 = 42]
+                    if before == "python" and event.kind == "python_output":
+                        self._write(" = ")
+                    else:
+                        self._write(f"]{undim} " if before.startswith("python") else "")
+                        self._write(f"{dim}[" if event.kind.startswith("python") else "")
+                if event.kind == "done":
                     break
-                if not parts or parts[-1]["type"] != event.kind:
-                    self._write(self._bracket(parts[-1]["type"] if parts else "", event.kind))
+                if event.kind != before:
                     parts.append({"type": event.kind, "text": ""})
+                before = event.kind
                 parts[-1]["text"] += event.text
                 self._write(printable(event.text))
-            self._write(" ..." if stopped() else "")
-        self._write(self._bracket(parts[-1]["type"] if parts else "", "") + "\n")
+            self._write(" ...\n" if pressed else "\n")
         if self.interactive and parts:
             tokens = sum(len(self.engine.tokenizer.encode(part["text"])) for part in parts)
             self._note(f"{tokens / max(time.perf_counter() - begin, 1e-9):.0f} tokens/s")
         self.messages = [*messages[dropped:], {"role": "assistant", "content": parts}]
-
-    def _bracket(self, before: str, after: str) -> str:
-        """Return the text between parts of an answer: tool calls are in brackets, as [12+30 = 42]."""
-        dim, plain = (DIM, PLAIN) if self.interactive else ("", "")
-        if before == "python" and after == "python_output":
-            return " = "
-        return (f"]{plain} " if before.startswith("python") else "") + (f"{dim}[" if after.startswith("python") else "")
 
     def _note(self, text: str) -> None:
         if self.interactive:
@@ -114,14 +112,13 @@ class Chat:
         self.out.flush()
 
 
-def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO | None = None) -> None:
+def chat(run: RunDir, config: Config) -> None:
     """Talk to a finished run until the input ends. In a pipe, only the answers go to standard output."""
-    source = source or sys.stdin
-    for stream in (source, sys.stdout, sys.stderr):  # whatever the locale says; no byte of the input is an error
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # whatever the locale says; no byte of the input is an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    engine = Engine.from_pretrained(run.root, stage, slots=least_rows(), weights=config.serve.weights)
-    interactive = source.isatty() and sys.stdout.isatty()
+    engine = Engine.from_pretrained(run.root, slots=least_rows(), weights=config.serve.weights)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
     temperature = config.serve.temperature if interactive else 0.0  # a script wants the same answer every time
     talk = Chat(engine, temperature, config.serve.top_k, config.serve.max_tokens, sys.stdout, interactive)
     if interactive:
@@ -130,11 +127,15 @@ def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO |
         with progress("compiling", None) as bar:
             engine.warm_up(bar.reach, background=True)
         print(f"{config.tier} in {run.root}; /help lists the commands")
-        for line in notes(run, stage or trained_stages(run)[0]):
-            print(f"{DIM}{line}{PLAIN}")
+        stage = trained_stages(run)[0]
+        record = recorded(run, stage)
+        if record.get("status") == "running" and "imported" not in record:
+            print(f"{DIM}its training is not finished; the same launch.py command continues it{PLAIN}")
+        if stage == "base":
+            print(f"{DIM}a model without SFT: it continues what you type, and answers nothing{PLAIN}")
     # a Ctrl-C that comes just after an answer ends nothing
     with ctrl_c(lambda number, frame: None) if interactive else contextlib.nullcontext():
-        for line in lines(source, interactive):
+        for line in typed() if interactive else map(str.strip, iter(sys.stdin.readline, "")):
             if line.startswith("/") and (interactive or line.split(" ")[0] in COMMANDS):  # in a pipe it may be a text
                 if not talk.command(line):
                     break
@@ -143,21 +144,8 @@ def chat(run: RunDir, config: Config, stage: str | None = None, source: TextIO |
     engine.stop_compiling()
 
 
-def notes(run: RunDir, stage: str) -> list[str]:
-    """Return a note on the answers of this stage."""
-    record = recorded(run, stage)
-    unfinished = "imported" not in record and record.get("status") == "running"
-    return [
-        *(["its training is not finished; the same launch.py command continues it"] if unfinished else []),
-        *(["a model without SFT: it continues what you type, and answers nothing"] if stage == "base" else []),
-    ]
-
-
-def lines(source: TextIO, interactive: bool) -> Iterator[str]:
-    """Yield lines to the end of the input; Ctrl-C at the prompt clears the line."""
-    if not interactive:
-        yield from (line.strip() for line in iter(source.readline, ""))
-        return
+def typed() -> Iterator[str]:
+    """Yield the lines that a person types; Ctrl-C at the prompt clears the line."""
     while True:
         try:
             with ctrl_c(signal.default_int_handler):
@@ -169,17 +157,6 @@ def lines(source: TextIO, interactive: bool) -> Iterator[str]:
             print()
             continue
         yield line.strip()
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within, Ctrl-C only makes the yielded function return True.
-
-    An exception in the middle of a decoding step would lose the engine's state, which that step consumes.
-    """
-    pressed: list[int] = []
-    with ctrl_c(lambda number, frame: pressed.append(number)):
-        yield lambda: bool(pressed)
 
 
 @contextlib.contextmanager

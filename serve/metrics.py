@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
+import prometheus_client as prometheus
 
 from jaxchat.engine import Handle
 
@@ -30,12 +19,10 @@ WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 60, 120, 240
 class Metrics:
     """The metrics of one service, in their own registry."""
 
-    content_type = CONTENT_TYPE_LATEST
-
     def __init__(self, worker: Worker, model: str):
-        disable_created_metrics()
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
+        prometheus.disable_created_metrics()
+        self._registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=self._registry)
 
         def metric(kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
             own = kind(f"jaxchat:{name}", text, ["model_name", *labels], registry=self._registry, **options)
@@ -43,29 +30,24 @@ class Metrics:
 
         def gauge(name: str, text: str, value: str) -> None:
             def read() -> float:
-                if worker.state not in ("ready", "draining"):
-                    return 0.0
-                for _ in range(10):
-                    with contextlib.suppress(RuntimeError):  # the engine's thread has just changed what is counted
-                        return getattr(worker.engine, value)
-                return math.nan
+                return getattr(worker.engine, value) if worker.state in ("ready", "draining") else 0.0
 
-            metric(Gauge, name, text).set_function(read)
+            metric(prometheus.Gauge, name, text).set_function(read)
 
         gauge("num_requests_running", "Answers in slots", "running")
         gauge("num_requests_waiting", "Answers waiting for a slot", "waiting")
         gauge("kv_cache_usage_perc", "Share of the slots' cache positions in use, 0 to 1", "cache_usage")
         gauge("programs_compiling", "Programs that still compile since the start", "compiling")
         self._model = model
-        self._prompt = metric(Counter, "prompt_tokens", "Prompt tokens")
-        self._generated = metric(Counter, "generation_tokens", "Generated tokens")
-        self._success = metric(Counter, "request_success", "Answers by finish reason", "finished_reason")
-        self._errors = metric(Counter, "request_errors", "Requests answered with an error", "status")
+        self._prompt = metric(prometheus.Counter, "prompt_tokens", "Prompt tokens")
+        self._generated = metric(prometheus.Counter, "generation_tokens", "Generated tokens")
+        self._success = metric(prometheus.Counter, "request_success", "Answers by finish reason", "finished_reason")
+        self._errors = metric(prometheus.Counter, "request_errors", "Requests answered with an error", "status")
         for reason in ("stop", "length", "abort"):  # abort: the client went away or stopped the answer
             self._success.labels(model, reason)
 
         def seconds(name: str, text: str, buckets: Sequence[float]) -> Any:
-            return metric(Histogram, f"{name}_seconds", text, buckets=buckets)
+            return metric(prometheus.Histogram, f"{name}_seconds", text, buckets=buckets)
 
         self._first = seconds("time_to_first_token", "From the request to its first token", LATENCY)
         self._between = seconds("inter_token_latency", "Mean time between an answer's tokens", BETWEEN)
@@ -92,4 +74,4 @@ class Metrics:
         self._errors.labels(self._model, str(status)).inc()
 
     def text(self) -> bytes:
-        return generate_latest(self._registry)
+        return prometheus.generate_latest(self._registry)

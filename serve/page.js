@@ -1,41 +1,25 @@
 // The table of alternatives beside a token of an answer: one for the whole page, filled with text nodes only.
 (() => {
-  const tip = document.createElement("div");
-  tip.id = "tip";
-  tip.hidden = true;
-  tip.setAttribute("role", "tooltip");
-  let owner = null;
-
-  const cell = (row, text, name) => Object.assign(row.insertCell(), { textContent: text, className: name ?? "" });
+  const tip = Object.assign(document.createElement("div"), { id: "tip", hidden: true, role: "tooltip" });
   const percent = (p) => `${(100 * p).toFixed(p < 0.0995 ? 1 : 0)} %`;
 
   function table([text, p, top]) {
-    const rows = top.some(([other]) => other === text) ? top : [...top, [text, p]];
     const element = document.createElement("table");
-    for (const [other, q] of rows) {
+    for (const [other, q] of top.some(([other]) => other === text) ? top : [...top, [text, p]]) {
       const row = element.insertRow();
       row.className = other === text ? "taken" : "";
-      cell(row, other, "text");
-      cell(row, "", "bar").style.setProperty("--p", q);
-      cell(row, percent(q), "number");
+      for (const [name, content] of Object.entries({ text: other, bar: "", number: percent(q) }))
+        Object.assign(row.insertCell(), { className: name, textContent: content }).style.setProperty("--p", q);
     }
     return element;
   }
 
-  function hide() {
-    owner?.removeAttribute("aria-describedby");
-    owner = null;
-    tip.hidden = true;
-  }
-
   function show(token) {
-    if (token === owner) return;
-    hide();
-    if (!document.querySelector("#probabilities input")?.checked) return;
-    owner = token;
+    document.querySelector("[aria-describedby=tip]")?.removeAttribute("aria-describedby");
+    tip.hidden = !token || !document.querySelector("#probabilities input")?.checked;
+    if (tip.hidden) return;
     token.setAttribute("aria-describedby", "tip");
     tip.replaceChildren(...JSON.parse(token.dataset.steps).map(table));
-    tip.hidden = false;
     (document.querySelector(".gradio-container") ?? document.body).append(tip);
     const at = token.getClientRects()[0], { width, height } = tip.getBoundingClientRect();
     const below = at.bottom + 6, above = at.top - height - 6;
@@ -44,11 +28,10 @@
   }
 
   const token = (event) => event.target.closest?.(".token");
-  for (const kind of ["pointerover", "focusin", "click"])
-    document.addEventListener(kind, (event) => (token(event) ? show(token(event)) : hide()));
-  addEventListener("scroll", hide, true);
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") hide();
+  for (const kind of ["pointerover", "focusin", "click"]) addEventListener(kind, (event) => show(token(event)));
+  addEventListener("scroll", () => show(), true);
+  addEventListener("keydown", (event) => {
+    if (event.key === "Escape") show();
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step || !token(event)) return;
     const all = [...document.querySelectorAll("#chat .token")];
@@ -56,16 +39,15 @@
     event.preventDefault();
   });
 
-  // names for what Gradio leaves without one; LABELS comes from texts.py
-  const name = (selector, text) => document.querySelectorAll(selector).forEach((e) => e.setAttribute("aria-label", text));
+  // names for what Gradio leaves without one; LABELS comes from page.toml
   const [send, stop, log, copy] = LABELS[navigator.language.startsWith("ko") ? "ko" : "en"];
+  const names = [["#box .submit-button", send], ["#box .stop-button", stop], ["#chat [role=log]", log],
+    ["#chat button[title='Copy message']", copy]];
   new MutationObserver(() => {
-    name("#box .submit-button:not([aria-label])", send);
-    name("#box .stop-button:not([aria-label])", stop);
-    name(`#chat [role=log]:not([aria-label="${log}"])`, log);
-    for (const button of document.querySelectorAll(`#chat button[title="Copy message"]`)) {
-      button.title = copy;
-      button.setAttribute("aria-label", copy);
-    }
+    for (const [selector, name] of names)
+      for (const element of document.querySelectorAll(`${selector}:not([aria-label="${name}"])`)) {
+        element.setAttribute("aria-label", name);
+        if (element.title) element.title = name;
+      }
   }).observe(document.documentElement, { childList: true, subtree: true });
 })();

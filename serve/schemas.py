@@ -1,12 +1,11 @@
 """Requests and answers of the HTTP API as pydantic models: OpenAI's forms, with vLLM's extra fields.
 
-The OpenAPI document is made from these models. Numbers are checked here and lengths in `limits.py`. A field of OpenAI's
-that would change the answer and is not supported is refused; other unknown fields are ignored.
+The OpenAPI document is made from these models. A field of OpenAI's that would change the answer and is not supported is
+refused; other unknown fields are ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,6 +14,7 @@ from starlette.responses import Response
 
 MAX_ALTERNATIVES = 20  # of one token's log-probabilities
 MAX_ANSWERS = 128  # to one prompt
+MAX_MESSAGES = 500  # of one conversation
 MAX_PROMPTS = 256  # in one request
 MAX_STOPS = 16
 # unsupported fields, each with the values that ask for nothing and are therefore accepted
@@ -36,19 +36,22 @@ StopText = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 FinishReason = Literal["stop", "length"]
-STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class TextPart(BaseModel):
+class Asked(BaseModel):
+    """What clients send: numbers are no strings, and finite."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class TextPart(Asked):
     """Part of a message: text, or (an assistant's) a calculator call or its output."""
 
-    model_config = STRICT
     type: Literal["text", "python", "python_output"]
     text: str
 
 
-class ChatMessage(BaseModel):
-    model_config = STRICT
+class ChatMessage(Asked):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = Field(description="null, an empty text, is for the assistant alone")
 
@@ -64,32 +67,13 @@ class ChatMessage(BaseModel):
         return [{"type": "text", "text": self.content or ""}]
 
 
-def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as `jaxchat.chat` takes them: user and assistant in turn, a system message only at the start.
-
-    Neighbours of one role become one message with an empty line between; a later system message becomes the user's.
-    """
-    merged: list[dict[str, Any]] = []
-    for message in messages:
-        role = "system" if message.role == "developer" else message.role
-        if role == "system" and any(before["role"] != "system" for before in merged):
-            role = "user"
-        if merged and merged[-1]["role"] == role:
-            merged[-1]["content"] += [{"type": "text", "text": "\n\n"}, *message.parts()]
-        else:
-            merged.append({"role": role, "content": message.parts()})
-    return merged
-
-
-class StreamOptions(BaseModel):
-    model_config = STRICT
+class StreamOptions(Asked):
     include_usage: bool = False
 
 
-class Sampling(BaseModel):
+class Sampling(Asked):
     """Fields that chat and completions share."""
 
-    model_config = STRICT
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=10, description="0: the likeliest token each time")
     top_p: float | None = Field(None, gt=0, le=1)
@@ -115,13 +99,9 @@ class Sampling(BaseModel):
                 raise ValueError("stream_options: only where stream is true")
         return data
 
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
 
 class ChatRequest(Sampling):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
     logprobs: bool | None = None
@@ -154,13 +134,12 @@ class CompletionRequest(Sampling):
         return self
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Asked):
     """A text, or a conversation as the model sees it."""
 
-    model_config = STRICT
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool = Field(True, description="begin with the token that begins every document")
     add_generation_prompt: bool = Field(True, description="end a conversation with what opens the answer")
     return_token_strs: bool | None = None
@@ -172,15 +151,12 @@ class TokenizeRequest(BaseModel):
         return self
 
 
-class DetokenizeRequest(BaseModel):
-    model_config = STRICT
+class DetokenizeRequest(Asked):
     model: str | None = None
     tokens: list[TokenId]
 
 
-REQUESTS = (
-    TextPart, ChatMessage, StreamOptions, ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest,
-)  # fmt: skip
+REQUESTS = (TextPart, ChatMessage, StreamOptions, ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 FIELDS = {name for model in REQUESTS for name in model.model_fields}
 
 
@@ -212,6 +188,12 @@ class AnswerMessage(BaseModel):
     parts: list[TextPart] | None = None
 
 
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    parts: list[TextPart] | None = None
+
+
 class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
@@ -219,37 +201,11 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason
 
 
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class Delta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    parts: list[TextPart] | None = None
-
-
 class ChatChunkChoice(BaseModel):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
-
-
-class ChatChunk(BaseModel):
-    """One event of a stream; after the last one comes `data: [DONE]`."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -266,13 +222,32 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None
 
 
-class Completion(BaseModel):
-    """An answer, and one event of a stream; the events' usage is null but in the last."""
+class Answer(BaseModel):
+    """What all forms of an answer share."""
 
     id: str
-    object: Literal["text_completion"]
     created: int
     model: str
+
+
+class ChatCompletion(Answer):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatChunk(Answer):
+    """One event of a stream; after the last one comes `data: [DONE]`."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class Completion(Answer):
+    """An answer, and one event of a stream; the events' usage is null but in the last."""
+
+    object: Literal["text_completion"]
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
@@ -328,10 +303,7 @@ class ErrorBody(BaseModel):
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {
-        "model": ErrorBody,
-        "description": "`param` names the field that is wrong; 429 has Retry-After",
-    },
+    "4XX": {"model": ErrorBody, "description": "`param` names the field that is wrong; 429 has Retry-After"},
     503: {"model": ErrorBody, "description": "Loading, draining or stopped"},
 }
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

@@ -1,7 +1,7 @@
 """WS /ws/chat: a user's text or a conversation in, pieces of the answer out.
 
 In: plain text (one user turn), or a JSON object with "messages" and optional fields of chat completions;
-`{"stop": true}` ends the answer under way. Out: `{"token": str, "done": false}` ..., then
+`{"stop": true}` ends the newest answer. Out: `{"token": str, "done": false}` ..., then
 `{"done": true, "finish_reason": str}`, or `{"error": {...}, "done": true}`. One answer after the other.
 """
 
@@ -12,16 +12,12 @@ import contextlib
 import logging
 import time
 from typing import Any
-from urllib.parse import urlsplit
 
 import orjson
 from fastapi import APIRouter
-from pydantic import ValidationError
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from jaxchat.engine import Event
-
-from .api import Call, Service, as_api_error, chat_group, validation_error
+from .api import ChatCall, Service, as_api_error
 from .schemas import ApiError, ChatRequest
 
 log = logging.getLogger("jaxchat.serve")
@@ -34,7 +30,11 @@ def routes(service: Service) -> APIRouter:
     @router.websocket("/ws/chat")
     async def chat(socket: WebSocket) -> None:
         try:
-            socket.state.client = identify(service, socket)
+            origin = socket.headers.get("origin")  # a browser lets any page connect, and only says which one it is
+            own = origin and origin.partition("//")[2] == socket.headers.get("host")
+            if origin and not own and origin not in service.limits.origins:
+                raise ApiError(403, "a page from another address may not connect (serve.origins)", code="origin")
+            await service.identify(socket)
         except ApiError as error:
             response = error.response()
             del response.headers["content-length"]  # the server adds one; older versions add a second
@@ -47,100 +47,77 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def identify(service: Service, socket: WebSocket) -> str:
-    """Return the client's name. `ApiError` for a wrong key, and for a web page from another origin.
-
-    Browsers let any page open a WebSocket to any address, this machine's own included.
-    """
-    origin = socket.headers.get("origin")
-    if origin and origin not in service.limits.origins:
-        try:
-            host = urlsplit(origin).netloc
-        except ValueError:
-            host = ""
-        if host != socket.headers.get("host"):
-            raise ApiError(403, "web pages from other origins may not use this service (serve.origins)", code="origin")
-    address = socket.client.host if socket.client else ""
-    return service.keys.client(socket.headers.get("authorization"), address)
-
-
 class Conversation:
     """One connection."""
 
     def __init__(self, service: Service, socket: WebSocket):
         self._service, self._socket = service, socket
-        self._messages: asyncio.Queue[tuple[str | bytes, asyncio.Event]] = asyncio.Queue(MAX_WAITING)
-        self._stop = asyncio.Event()  # of the newest message
+        self._messages: asyncio.Queue[tuple[str | bytes, asyncio.Future[None]]] = asyncio.Queue(MAX_WAITING)
 
     async def run(self) -> None:
         """Receive and answer until the client leaves, which also cancels the answer under way."""
-        tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._answer_all())]
+        tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._answer())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            refusal, _ = await asyncio.gather(*tasks, return_exceptions=True)
+        if isinstance(refusal, ApiError):
+            await self._socket.send_json(refusal.body().model_dump() | {"done": True})
+            await self._socket.close(1008, refusal.detail)
 
     async def _receive(self) -> None:
+        """Queue messages until the client leaves. `ApiError` 429 for one too many."""
+        loop = asyncio.get_running_loop()
+        stop = loop.create_future()  # done: the newest message's answer shall end
         while (message := await self._socket.receive())["type"] != "websocket.disconnect":
-            text = message.get("text")
-            data: str | bytes = message.get("bytes") or b"" if text is None else text
+            data = message.get("text") or message.get("bytes") or ""
             if parse_object(data) == {"stop": True}:
-                self._stop.set()
+                if not stop.done():
+                    stop.set_result(None)
                 continue
-            self._stop = asyncio.Event()
-            try:
-                self._messages.put_nowait((data, self._stop))
-            except asyncio.QueueFull:
-                error = ApiError(429, f"{MAX_WAITING} messages wait already on this connection")
-                await self._send(error.body().model_dump() | {"done": True})
-                await self._socket.close(1008, error.detail)
-                return
+            if self._messages.full():
+                raise ApiError(429, f"{MAX_WAITING} messages wait already on this connection")
+            stop = loop.create_future()
+            self._messages.put_nowait((data, stop))
 
-    async def _answer_all(self) -> None:
+    async def _answer(self) -> None:
+        """Answer one message after the other."""
+        service, client, send = self._service, self._socket.state.client, self._socket.send_json
         while True:
             message, stop = await self._messages.get()
             begin, fields = time.perf_counter(), {"path": "/ws/chat", "status": 200}
-            self._socket.state.log = fields
-            self._service.answering += 1
+            service.answering += 1
             try:
-                await self._answer(message, stop)
+                service.clients.count(client)
+                service.worker.check()
+                with contextlib.closing(ChatCall(service, client, fields, parse(message))) as call:
+                    await call.begin()
+                    stop.add_done_callback(call.answers.stop)
+                    async for events in call.answers:
+                        for _, event in events:
+                            if event.kind == "done":
+                                await send({"done": True, "finish_reason": event.finish_reason})
+                            elif event.kind == "text":
+                                await send({"token": event.text, "done": False})
+                            else:  # a calculator call
+                                part = {"type": event.kind, "text": event.text}
+                                await send({"token": "", "done": False, "part": part})
             except WebSocketDisconnect:
                 raise
             except Exception as raised:
                 error = as_api_error(raised)
                 fields["status"] = error.status_code
-                self._service.metrics.error(error.status_code)
-                await self._send(error.body().model_dump() | {"done": True})
+                service.metrics.error(error.status_code)
+                await send(error.body().model_dump() | {"done": True})
             finally:
-                self._service.answering -= 1
+                service.answering -= 1
                 log.info("answer", extra={"fields": fields | {"seconds": round(time.perf_counter() - begin, 4)}})
-
-    async def _answer(self, message: str | bytes, stop: asyncio.Event) -> None:
-        self._service.rates.take(self._socket.state.client)
-        self._service.worker.check()
-        call = Call(self._service, self._socket, "ws")
-        try:
-            answers = await call.submit([chat_group(call, parse(message))])
-            stopping = asyncio.create_task(stop.wait())
-            stopping.add_done_callback(lambda task: None if task.cancelled() else answers.stop())
-            try:
-                async for events in answers:
-                    for _, event in events:
-                        await self._send(as_message(event))
-            finally:
-                stopping.cancel()
-        finally:
-            call.end()
-
-    async def _send(self, data: dict[str, Any]) -> None:
-        if self._socket.application_state == WebSocketState.CONNECTED:
-            await self._socket.send_text(orjson.dumps(data).decode())
 
 
 def parse(message: str | bytes) -> ChatRequest:
-    """Return what a message asks for; `ApiError` for a malformed one."""
+    """Return what a message asks for; raises as `ChatRequest` does, and `ApiError`."""
     if isinstance(message, bytes):
         raise ApiError(400, "send text, not bytes")
     data = parse_object(message)
@@ -151,10 +128,7 @@ def parse(message: str | bytes) -> ChatRequest:
     for name, accepted in (("n", (None, 1)), ("logprobs", (None, False))):
         if data.get(name) not in accepted:
             raise ApiError(400, f"{name}: only over HTTP", name)
-    try:
-        return ChatRequest.model_validate({**data, "stream": True})
-    except ValidationError as error:
-        raise validation_error(error) from None
+    return ChatRequest.model_validate({**data, "stream": True})
 
 
 def parse_object(message: str | bytes) -> dict[str, Any] | None:
@@ -164,12 +138,3 @@ def parse_object(message: str | bytes) -> dict[str, Any] | None:
     except (orjson.JSONDecodeError, UnicodeEncodeError):
         return None
     return data if isinstance(data, dict) else None
-
-
-def as_message(event: Event) -> dict[str, Any]:
-    """A calculator call stands in "part", beside an empty text."""
-    if event.kind == "done":
-        return {"done": True, "finish_reason": event.finish_reason}
-    if event.kind == "text":
-        return {"token": event.text, "done": False}
-    return {"token": "", "done": False, "part": {"type": event.kind, "text": event.text}}

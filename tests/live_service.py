@@ -13,7 +13,7 @@ from jaxchat.config import load_config
 from jaxchat.engine import Engine
 from jaxchat.scaling import resolve
 from serve.api import Service
-from serve.app import Server, bind, make_app, uvicorn_config
+from serve.app import Server, bind, make_app
 from serve.worker import Worker
 
 try:
@@ -69,7 +69,7 @@ def live(make_engine=None, make_page=None, **settings):
     worker = Worker(make_engine or (lambda worker: small_engine(whole.serve)))
     service = Service(whole, worker)
     listening = bind("127.0.0.1", 0)
-    server = Server(uvicorn_config(make_app(service, make_page), whole), service)
+    server = Server(make_app(service, make_page and (lambda: make_page(service))), service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     if not make_engine:

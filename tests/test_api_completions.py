@@ -9,7 +9,7 @@ from live_service import live, needs_openai, openai
 from small_model import CAPACITY, GREETING, QUESTION
 
 from jaxchat.chat import render_prompt
-from serve.api import LogprobArrays, Namer, text_prompts
+from serve.api import TextCall, token_name
 from serve.schemas import Completion, CompletionRequest, Detokenized, ModelCard, ModelList, TokenizerInfo, Tokens
 
 ROUTE = "/v1/completions"
@@ -37,7 +37,7 @@ def test_a_prompt_of_ids_is_a_prompt_of_text(service, tokenizer):
     ids = render_prompt(tokenizer, GREETING)  # with the token that begins a document: it is not put before once more
     answer = ask(service, prompt=ids, max_tokens=40, stop=["\n"], ignore_eos=False)
     assert answer["choices"][0]["text"].startswith("Hi 🙂 안녕!")
-    assert text_prompts(service.service, CompletionRequest(prompt=ids))[0].whole == ids
+    assert TextCall(service.service, "", {}, CompletionRequest(prompt=ids)).prompts == [ids]
     text = "hello there"
     of_text = ask(service, prompt=text, max_tokens=8, seed=3, temperature=1.0)
     of_ids = ask(service, prompt=tokenizer.encode(text), max_tokens=8, seed=3, temperature=1.0)
@@ -204,9 +204,6 @@ def test_the_tokenizer_as_lm_eval_reads_it(service, tokenizer):
 
 
 def test_names_of_tokens_are_their_own(tokenizer):
-    namer = Namer(tokenizer)
-    names = [namer(token) for token in range(tokenizer.vocab_size)]
+    names = [token_name(tokenizer, token) for token in range(tokenizer.vocab_size)]
     assert len(set(names)) == len(names)
-    assert namer(tokenizer.bos) == "<|bos|>" and any(name.startswith("bytes:\\x") for name in names)
-    empty = LogprobArrays(namer, 0).of([])
-    assert empty.model_dump() == {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    assert names[tokenizer.bos] == "<|bos|>" and any(name.startswith("bytes:\\x") for name in names)

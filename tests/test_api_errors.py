@@ -12,10 +12,10 @@ import pytest
 from live_service import live, needs_openai, openai, slowed
 from small_model import GREETING
 
+from jaxchat.config import ServeConfig
 from jaxchat.errors import UsageError
 from serve import limits
-from serve.api import as_api_error
-from serve.limits import Keys, Rates
+from serve.limits import Clients
 from serve.schemas import UNSUPPORTED, ApiError, ChatRequest, ErrorBody
 
 SAID = {"role": "user"}
@@ -262,30 +262,34 @@ def test_requests_a_minute_and_the_clients_retries():
 
 def test_rates():
     now = [0.0]
-    rates = Rates(60, lambda: now[0])
+    clients = Clients(ServeConfig(requests_per_minute=60), lambda: now[0])
     for _ in range(60):
-        rates.take("a")
+        clients.count("a")
     with pytest.raises(ApiError) as full:
-        rates.take("a")
+        clients.count("a")
     assert full.value.status_code == 429 and int(full.value.headers["Retry-After"]) >= 1
-    rates.take("b")
+    clients.count("b")
     now[0] = 1.0
-    rates.take("a")
+    clients.count("a")
     with pytest.raises(ApiError):
-        rates.take("a")
+        clients.count("a")
     now[0] = 1e6
     for _ in range(60):
-        rates.take("a")
+        clients.count("a")
     for i in range(20_000):
-        rates.take(f"client {i}")
-    assert len(rates._buckets) <= 10_000
-    Rates(0).take("anyone")
+        clients.count(f"client {i}")
+    assert len(clients._buckets) <= 10_000
+    Clients(ServeConfig()).count("anyone")
 
 
 def test_a_key_is_found_by_all_of_it():
-    keys = Keys(["one", "two"])
-    assert keys.find("two") == "key 1" and keys.find("tw") is None and keys.find("") is None and not Keys([])
-    assert Keys([]).client(None, "10.0.0.1") == "10.0.0.1" and keys.client("Bearer one", "x") == "key 0"
+    clients = Clients(ServeConfig(api_keys=("one", "two")))
+    assert clients.find(b"two") == "key 1" and clients.find(b"tw") is None and clients.find(b"") is None
+    assert clients.identify("Bearer one", "x") == "key 0"
+    assert Clients(ServeConfig()).identify(None, "10.0.0.1") == "10.0.0.1"
+    for keys in (("",), ("one", " ")):
+        with pytest.raises(UsageError, match="a key is empty"):
+            Clients(ServeConfig(api_keys=keys))
 
 
 def test_a_full_queue_says_when_to_come_again():
@@ -334,14 +338,3 @@ def test_loading_and_dead():
 def test_what_nobody_expected_shows_no_trace(service, monkeypatch):
     monkeypatch.setattr(service.worker.engine, "chat_request", lambda *a, **k: {}["secret /tmp/x.py"])
     wrong(service.post(CHAT, {"messages": GREETING}), 500, code="internal_error", type="server_error")
-
-
-def test_every_error_of_ours_has_a_status():
-    assert as_api_error(KeyError("x")).status_code == 500
-    assert as_api_error(ApiError(404, "x")).code == "not_found"
-
-
-def test_an_empty_key_is_no_key():
-    for keys in (("",), ("one", " ")):
-        with pytest.raises(UsageError, match="a key is empty"):
-            Keys(keys)

@@ -13,8 +13,7 @@ import pytest
 from small_model import GREETING, QUESTION, write_run
 
 from jaxchat.engine import Engine
-from jaxchat.run_dir import RunDir, write_json
-from serve.cli import Chat, notes, printable
+from serve.cli import Chat, printable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,24 +42,6 @@ def test_a_pipe_gets_the_answers_and_nothing_else(run):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[12+30 = 42] That is it.\nHi 🙂 안녕!\n"
     assert "/temperature" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_person_is_told_what_kind_of_model_it_is(tmp_path):
-    run = RunDir(tmp_path)
-    assert notes(run, "sft") == []  # no records came with it
-    record = {
-        "format": 1,
-        "status": "done",
-        "start": "",
-        "end": "",
-        "seconds": 1.0,
-        "inputs": {},
-        "facts": {"digest": ""},
-    }
-    write_json(run.stages, {"pretrain": record | {"status": "running"}, "sft": record})
-    assert notes(run, "sft") == []
-    unfinished, base = notes(run, "base")
-    assert "not finished" in unfinished and "continues what you type" in base
 
 
 def test_commands(engine):

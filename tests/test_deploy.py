@@ -21,7 +21,6 @@ from small_model import write_run
 from jaxchat.config import ServeConfig, load_config
 from serve.api import Service
 from serve.app import CLOSE_SECONDS, make_app
-from serve.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVE = ROOT / "serve"
@@ -154,7 +153,7 @@ def test_kubernetes_gives_no_rights(kinds, pod):
 
 def test_kubernetes_waits_for_what_takes_its_time(kinds, pod):
     container = pod["containers"][0]
-    routes = set(make_app(Service(load_config("nano"), Worker(lambda worker: None))).openapi()["paths"])
+    routes = set(make_app(Service(load_config("nano"), None)).openapi()["paths"])
     probes = {name: container[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
     assert {probe["httpGet"]["path"] for probe in probes.values()} == {"/health"} <= routes
     lasts = {name: probe["periodSeconds"] * probe["failureThreshold"] for name, probe in probes.items()}

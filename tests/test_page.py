@@ -1,29 +1,26 @@
 """The chat page in a real headless Chromium, served as a person gets it."""
 
 import asyncio
-import dataclasses
 import re
 import shutil
 import sys
 import time
 
-import gradio as gr
 import httpx
 import pytest
 from live_service import live
 from small_model import GREETING, QUESTION, tokenizer, write_run
 from starlette.testclient import TestClient
 
-from jaxchat.config import load_config
+import serve.page
+from jaxchat.config import ServeConfig
 from jaxchat.engine import Engine, QueueFull
 from jaxchat.engine.request import Token
 from jaxchat.errors import UsageError
-from jaxchat.scaling import resolve
-from serve.limits import Keys, Rates
-from serve.page import BREAK, CSS, HEAD, TokenSpans, answer, chat_column, check, complaint, mounted_page, show, turn
+from serve.limits import Clients
+from serve.page import BREAK, TEXTS, answer, complaint, mounted_page, token_spans, turn
 from serve.schemas import ApiError
-from serve.texts import TEXTS
-from serve.worker import EngineStopped, Unavailable
+from serve.worker import Unavailable
 
 CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
@@ -46,18 +43,24 @@ def calls_out():
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory, calls_out):
+def running(tmp_path_factory, calls_out):
     """The whole service with the page on a free port, answering with the small model, token by token."""
     run = write_run(tmp_path_factory.mktemp("run"))
-    config = resolve(load_config(run.config, ["serve.temperature=0"]))
     with live(
         make_engine=lambda worker: Engine.from_pretrained(run.root, slots=4, chunk=1),
-        make_page=lambda worker: mounted_page(run, config, worker),
+        make_page=lambda service: mounted_page(run, service),
+        max_tokens=40,
     ) as running:
         running.worker.loaded.result(120)
         wait_for_page(running.url)
-        yield running.url, running.worker, run, config
+        running.run = run
+        yield running
     assert not calls_out, f"the service itself called {calls_out}"
+
+
+@pytest.fixture(scope="module")
+def service(running):
+    return running.url, running.worker, running.service, running.run
 
 
 def wait_for_page(url):
@@ -68,24 +71,24 @@ def wait_for_page(url):
     return seen
 
 
-def collect(worker, before, text, **settings):
+def collect(service, before, text, **settings):
     async def pieces():
-        return [(messages[-1], note) async for messages, note in answer(worker, before, text, settings)]
+        return [(messages[-1], note) async for messages, note in answer(service, "", before, text, settings)]
 
     return asyncio.run(pieces())
 
 
 def test_answers_grow_and_end_with_the_speed(service):
-    pieces = collect(service[1], [], QUESTION[0]["content"], max_tokens=40)
+    pieces = collect(service[2], [], QUESTION[0]["content"], max_tokens=40)
     assert len(pieces) > 5 and "speed" in pieces[-1][1] and not pieces[0][1]
     assert [part["text"] for part in pieces[-1][0]["content"]] == ["12+30", "42", "That is it."]
 
 
 def test_a_full_context_is_is_news(service):
     long = turn("hello there " * 5, [{"type": "text", "text": "Hi"}]) * 8
-    assert "forgotten" in collect(service[1], long, GREETING[0]["content"], max_tokens=40)[-1][1]
+    assert "forgotten" in collect(service[2], long, GREETING[0]["content"], max_tokens=40)[-1][1]
     with pytest.raises(UsageError, match="context holds 128"):
-        collect(service[1], [], "word " * 500)
+        collect(service[2], [], "word " * 500)
 
 
 @pytest.fixture(scope="module")
@@ -318,34 +321,34 @@ def test_every_token_tells_its_probability_and_what_else_could_have_come(open_pa
 HOSTILE = "<img src=x onerror=attack()><script>attack()</script>\"'>${attack()}{{attack()}}`&lt;b&gt; __i18n__{}"
 
 
-def test_nothing_that_a_model_says_is_markup(browser, service):
-    """In the places where the page shows HTML: tokens, their tables and tool calls; with the page's own parts."""
-    spans = TokenSpans(tokenizer())
+def test_nothing_that_a_model_says_is_markup(open_page, monkeypatch):
+    """In the places where the page shows HTML: tokens, their tables and tool calls."""
     tokens = [Token(i, -1.0, ((i, -1.0), (tokenizer().bos, -2.0))) for i in tokenizer().encode(HOSTILE)]
-    parts = [{"type": "python", "text": HOSTILE}, {"type": "text", "text": HOSTILE, "html": spans.add(tokens)}]
-    with gr.Blocks(analytics_enabled=False) as blocks:
-        chatbot, _, _ = chat_column([], False)
-        gr.Checkbox(True, elem_id="probabilities")
-        talk = [*turn(HOSTILE, parts), *turn("x", [{"type": "text", "text": HOSTILE}])]
-        blocks.load(lambda: show(talk), None, chatbot)
-    url = blocks.launch(prevent_thread_lock=True, quiet=True, head=HEAD, css=CSS, ssr_mode=False, run_history=False)[1]
-    page = browser.new_page()
-    try:
-        page.add_init_script("window.attack = () => window.attacked = true")
-        page.goto(url)
-        page.locator("#chat .token").first.wait_for()
-        assert "".join(page.locator("#chat .token").all_text_contents()) == HOSTILE
-        assert page.locator("#chat code").inner_text() == HOSTILE
-        for line in ("[data-testid=user]", "[data-testid=bot]"):
-            texts = [text.replace(BREAK, "").strip() for text in page.locator(f"#chat {line}").all_inner_texts()]
-            assert HOSTILE in texts
-        for token in page.locator("#chat .token").all()[:12]:
-            token.hover()
-            page.locator("#tip .taken").wait_for()
-        assert page.locator("#chat img, #tip img").count() == 0 and not page.evaluate("window.attacked")
-    finally:
-        page.close()
-        blocks.close()
+    spans = {"type": "text", "text": HOSTILE, "html": token_spans(tokenizer(), tokens)[0]}
+
+    async def hostile(service, client, before, text, settings):
+        parts = [{"type": "python", "text": HOSTILE}, spans] if not before else [{"type": "text", "text": HOSTILE}]
+        yield [*before, *turn(text, parts)], "0 __i18n__"
+
+    monkeypatch.setattr(serve.page, "answer", hostile)
+    page = open_page()
+    page.evaluate("void (window.attack = () => window.attacked = true)")
+    switch_on(page)
+    say(page, HOSTILE)
+    page.locator("#chat .token").first.wait_for()
+    assert "".join(page.locator("#chat .token").all_text_contents()) == HOSTILE
+    assert page.locator("#chat code").inner_text() == HOSTILE
+    for token in page.locator("#chat .token").all()[:12]:
+        token.hover()
+        page.locator("#tip .taken").wait_for()
+    page.locator("button.submit-button").wait_for()
+    say(page, "x")
+    page.locator("[data-testid=user]").nth(1).wait_for()
+    page.wait_for_timeout(300)
+    for line in ("[data-testid=user]", "[data-testid=bot]"):
+        texts = [text.replace(BREAK, "").strip() for text in page.locator(f"#chat {line}").all_inner_texts()]
+        assert HOSTILE in texts
+    assert page.locator("#chat img, #tip img").count() == 0 and not page.evaluate("window.attacked")
 
 
 def test_a_reload_leaves_nothing_behind(open_page):
@@ -418,9 +421,10 @@ def test_everything_can_be_read(open_page, scheme):
         assert page.evaluate(CONTRAST, selector) >= 3, selector
 
 
-def test_with_api_keys_the_page_asks_for_one(service):
-    _, worker, run, config = service
-    with TestClient(mounted_page(run, config, worker, Keys(["secret"]))) as client:
+def test_with_api_keys_the_page_asks_for_one(service, monkeypatch):
+    _, _, own, run = service
+    monkeypatch.setattr(own, "clients", Clients(ServeConfig(api_keys=("secret",))))
+    with TestClient(mounted_page(run, own)) as client:
         assert client.get("/config").status_code == 401
         assert client.post("/gradio_api/queue/join", json={"fn_index": 0, "data": []}).status_code == 401
         wrong = client.post("/login", data={"username": "me", "password": "no"})
@@ -440,22 +444,20 @@ def test_what_the_page_does_not_offer_is_not_there(service):
     assert httpx.get(f"{url}/gradio_api/info").json()["named_endpoints"] == {}
 
 
-def test_too_many_messages_a_minute_are_refused(service):
-    worker, limits = service[1], dataclasses.replace(service[3].serve, requests_per_minute=2)
-    rates = Rates(2)
-    check(limits, rates, "a", "::1")
-    check(limits, rates, "a", "::1")
+def test_too_many_messages_a_minute_are_refused(service, monkeypatch):
+    monkeypatch.setattr(service[2], "clients", Clients(ServeConfig(requests_per_minute=1)))
+    service[2].clients.count("")
     with pytest.raises(ApiError) as refused:
-        check(limits, rates, "a", "::1")
-    assert "slow_down" in complaint(refused.value, worker, limits, "a")
+        anext(answer(service[2], "", [], "a", {})).send(None)
+    assert "rate_limit_exceeded" in complaint(refused.value, service[2], "a")
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
-    [(QueueFull("full"), "busy"), (Unavailable("x", "loading"), "loading"), (EngineStopped(""), "dead"),
+    [(QueueFull("full"), "queue_full"), (Unavailable("loading"), "loading"), (Unavailable("dead"), "engine_dead"),
      (UsageError("<b>"), "failed")],
 )  # fmt: skip
 def test_what_goes_wrong_is_said_in_ones_own_language(service, error, words):
-    line = complaint(error, service[1], service[3].serve, "hello")
+    line = complaint(error, service[2], "hello")
     assert f'"{words}"' in line and "<b>" not in line and line.startswith('<span role="alert">')
     assert all(words in texts for texts in TEXTS.values())

@@ -1,7 +1,6 @@
 """What the chat page shows: lines, tool calls, tokens with their probabilities, the model's card."""
 
 import json
-import re
 from html.parser import HTMLParser
 
 import gradio as gr
@@ -11,15 +10,15 @@ from small_model import tokenizer
 
 from jaxchat.engine.request import Token
 from jaxchat.run_dir import RunDir
-from serve.page import BREAK, TokenSpans, model_card, next_turn, show, turn, undo, without_html
-from serve.texts import TEXTS, texts, wait_page
+from serve.api import Service
+from serve.page import BREAK, TEXTS, model_card, next_turn, show, token_spans, turn
 
 PARTS = [{"type": "python", "text": "12+30"}, {"type": "python_output", "text": "42"}, {"type": "text", "text": "So."}]
 TALK = [*turn("a", [{"type": "text", "text": "A"}]), *turn("b", PARTS), *turn("c")]
 
 
 def test_every_language_has_every_text():
-    assert set(TEXTS["en"]) == set(TEXTS["ko"]) and all(all(words.values()) for words in TEXTS.values())
+    assert set(TEXTS["en"]) <= set(TEXTS["ko"]) and all(all(words.values()) for words in TEXTS.values())
 
 
 def lines(messages):
@@ -43,12 +42,6 @@ def test_a_tool_call_is_a_line_of_its_own():
     assert lines(turn("x", PARTS[1:]))[1:] == [("assistant", "So.")]  # output without a call
     assert lines(turn("x", PARTS[:1]))[1:] == [("assistant", "<code>12+30</code>")]  # the result is still to come
     assert lines(turn("x", [{"type": "python", "text": "<b>&"}]))[1][1] == "<code>&lt;b&gt;&amp;</code>"
-
-
-def test_the_engine_never_gets_what_is_only_for_the_page():
-    assert without_html(turn("a", [{"type": "text", "text": "A", "html": "<span>A</span>"}])) == turn(
-        "a", [{"type": "text", "text": "A"}]
-    )
 
 
 class Spans(HTMLParser):
@@ -78,9 +71,12 @@ def tokens(text, logprob=-0.1):
 def test_tokens_show_exactly_the_text(together):
     """Whether they come at once or one by one; characters of several tokens stand in one span."""
     text = "Hi 🙂 안녕! <script>alert('1')</script> \"&amp;${x}\n {{y}}`"
-    spans, made = TokenSpans(tokenizer()), tokens(text)
-    html = spans.add(made) if together else "".join(spans.add([token]) for token in made)
-    found = Spans(html + spans.end()).found
+    made, html, rest = tokens(text), "", []
+    for some in [made] if together else [[token] for token in made]:
+        spans, rest = token_spans(tokenizer(), [*rest, *some], not html, final=False)
+        html += spans
+    assert not rest
+    found = Spans(html).found
     assert "".join(part for part, _, _ in found) == text
     assert [p for part, p, steps in found if part == "안"] == [pytest.approx(0.9048 ** len(tokens("안")), abs=1e-3)]
     assert [len(steps) for part, _, steps in found if part == "안"] == [len(tokens("안"))]
@@ -90,20 +86,11 @@ def test_tokens_show_exactly_the_text(together):
 
 
 def test_a_character_cut_off_shows_as_such():
-    spans = TokenSpans(tokenizer())
-    html = spans.add(tokens("안")[:1])
-    assert html == "" and Spans(spans.end()).found[0][0] == "\ufffd"
-    assert re.fullmatch("([0-9A-F]{2} ?)+", spans.readable(tokenizer().encode("안")[0]))
-    assert spans.readable(tokenizer().encode(" ")[0]) == "␣" and spans.readable(tokenizer().encode("\n")[0]) == "⏎"
-
-
-def test_while_the_model_loads_the_page_speaks_the_reader_s_language():
-    korean = wait_page("loading", "ko-KR,ko;q=0.9", "auto")
-    assert TEXTS["ko"]["opens"] in korean and "lang=ko" in korean
-    assert TEXTS["en"]["opens"] in wait_page("loading", "ko", "en") and TEXTS["ko"]["dead"] in wait_page(
-        "dead", "ko", ""
-    )
-    assert TEXTS["en"]["opens"] in wait_page("loading", "", "auto") and "lang=en" in wait_page("", "<script>", "auto")
+    part = tokens("안")[:1]
+    assert token_spans(tokenizer(), part, final=False) == ("", part)
+    ((text, _, steps),) = Spans(token_spans(tokenizer(), part)[0]).found
+    assert text == "\ufffd" and steps[0][0].startswith("bytes:")
+    assert [steps[0][0] for _, _, steps in Spans(token_spans(tokenizer(), tokens(" \n"))[0]).found] == ["␣", "⏎"]
 
 
 @pytest.mark.parametrize(
@@ -128,15 +115,9 @@ def test_an_edited_message_is_the_one_written():
     assert next_turn(turn("x"), "", gr.EventData(None, data))[1] == "a <b> &amp; 1<2\n  c"
 
 
-def test_undo_gives_the_question_back():
-    messages, shown, box, _ = undo(TALK)
-    assert messages == TALK[:4] and len(shown) == 5 and box["value"] == "c"
-    assert undo([])[0] == []
-
-
 def test_the_model_card_tells_size_time_and_scores(tmp_path):
-    own = RunDir(tmp_path)
-    card = model_card(own, config(), TEXTS["en"])
+    own, service = RunDir(tmp_path), Service(config(), None)
+    card = model_card(own, service, TEXTS["en"])
     assert '<dd title="">2</dd>' in card and "trained in" not in card
     scores = {"tasks": {"word_problems": {"metric": 0.953, "accuracy": 0.953, "n": 256},
                         "spelling_bee": {"metric": 2, "n": 3},
@@ -145,17 +126,12 @@ def test_the_model_card_tells_size_time_and_scores(tmp_path):
     own.eval("sft").write_text(json.dumps(scores))
     own.eval("base").write_text(json.dumps({"tasks": {"bits_per_byte": {"metric": 1.6054, "n": 1}}}))
     own.stages.write_text(json.dumps({"pretrain": {"seconds": 251.4}, "sft": {"seconds": 65}, "eval": {"seconds": 9}}))
-    card = model_card(own, config(), TEXTS["ko"])
+    card = model_card(own, service, TEXTS["ko"])
     assert "문장제" in card and "95.3%" in card and "n = 256" in card and "철자 맞히기" in card
     assert "1.605" in card and "1.900" not in card and "0:05:16" in card
     own.eval("sft").write_text(json.dumps({"core": 0.2219, "tasks": {"<b>": {"metric": 0.5}}}))
-    card = model_card(own, config(), TEXTS["en"])
+    card = model_card(own, service, TEXTS["en"])
     assert "CORE</dt>" in card and "0.222" in card and "&lt;b&gt;" in card
     own.eval("sft").write_text("[")
     own.stages.write_text("{")
-    assert "학습 시간" not in model_card(own, config(), TEXTS["ko"])
-
-
-def test_a_tier_may_fix_the_pages_language():
-    assert texts("auto") == TEXTS
-    assert texts("ko") == {"en": TEXTS["ko"], "ko": TEXTS["ko"]} and texts("en")["ko"] == TEXTS["en"]
+    assert "학습 시간" not in model_card(own, service, TEXTS["ko"])

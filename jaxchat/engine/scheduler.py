@@ -490,7 +490,8 @@ class Engine:
     @property
     def cache_usage(self) -> float:
         """Share of all slots' cache positions that running answers use, 0 to 1."""
-        used = sum(handle.prompt_tokens + handle.made for handle in self._scheduler.rows.values())
+        handles = list(self._scheduler.rows.values())  # a copy: other threads ask too
+        used = sum(handle.prompt_tokens + handle.made for handle in handles)
         return min(1.0, used / (self.slots * self.capacity))
 
     def step(self) -> list[tuple[Handle, Event]]:
