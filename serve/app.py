@@ -35,16 +35,16 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir
 
-from . import api, websocket
-from .api import Service
-from .limits import BodyLimit, Clients
+from . import api
 from .schemas import ApiError
+from .service import Clients, Service, as_api_error
 from .worker import Worker
 
 log = logging.getLogger("jaxchat.serve")
 HEAD_BYTES = 64 << 10  # of request line and headers; a proxy in front also ends requests that come too slowly
 CLOSE_SECONDS = 1  # for connections to end after the answers have; an open page keeps one for good
 KEEP_ALIVE = 65  # seconds; longer than the minute after which clients and proxies drop an idle connection
+DRAIN_SECONDS = 10.0  # that the rest of a body that is too large is read and thrown away
 DEAD_SECONDS = 30.0  # that a service without its engine still answers 503
 GONE = 499  # nginx's number for a request whose client has gone
 API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics")
@@ -83,6 +83,41 @@ def log_to_standard_error() -> None:
         logger.handlers[:] = [handler]
         logger.setLevel(level)
         logger.propagate = False
+
+
+class BodyLimit:
+    """Middleware that refuses bodies of more than `limit` bytes, whether or not their length is announced."""
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self._app, self._limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = ApiError(413, f"the body is larger than {self._limit} bytes", headers={"Connection": "close"})
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._limit:
+                await self._drain(receive)
+                raise error
+            return message
+
+        announced = dict(scope.get("headers", ())).get(b"content-length", b"")
+        if announced.isdigit() and int(announced) > self._limit:
+            await self._drain(receive)
+            await error.response()(scope, receive, send)
+        else:
+            await self._app(scope, counted, send)
+
+    async def _drain(self, receive: Receive) -> None:
+        """Read up to ten times the limit: clients read the answer only after they have sent their body."""
+        left = 10 * self._limit
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while left > 0 and (message := await receive()).get("more_body"):
+                    left -= len(message["body"])
 
 
 class Requests:
@@ -196,10 +231,9 @@ def make_app(service: Service, make_page: Callable[[], FastAPI] | None = None) -
         summary="A chat model of one's own, behind the API that OpenAI's clients speak",
     )
     app.include_router(api.routes(service))
-    app.include_router(websocket.routes(service))
 
     async def answer_error(request: Request, error: Exception) -> Response:
-        return api.as_api_error(error).response()
+        return as_api_error(error).response()
 
     app.router.default = page
     for kind in (HTTPException, RequestValidationError, JaxchatError, Exception):

@@ -31,8 +31,9 @@ from jaxchat.sizes import count_parameters
 from jaxchat.tasks import TASKS
 from jaxchat.tokenizer import Tokenizer
 
-from .api import Call, Service, as_api_error, check_length, token_name
+from .completions import token_name
 from .schemas import ApiError
+from .service import Call, Service, as_api_error, check_length
 from .worker import ContextExceeded, fitting_request
 
 Messages = list[dict[str, Any]]

@@ -12,8 +12,8 @@ from small_model import CONFIG, SHAPES, learned, tokenizer
 from jaxchat.config import load_config
 from jaxchat.engine import Engine
 from jaxchat.scaling import resolve
-from serve.api import Service
 from serve.app import Server, bind, make_app
+from serve.service import Service
 from serve.worker import Worker
 
 try:

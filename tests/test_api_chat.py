@@ -8,7 +8,7 @@ import pytest
 from live_service import live, needs_openai, openai, slowed
 from small_model import CAPACITY, GREETING, QUESTION, tokenizer
 
-from serve.api import DONE
+from serve.completions import DONE
 from serve.schemas import ChatChunk, ChatCompletion
 
 CHAT = "/v1/chat/completions"

@@ -9,7 +9,7 @@ from live_service import live, needs_openai, openai
 from small_model import CAPACITY, GREETING, QUESTION
 
 from jaxchat.chat import render_prompt
-from serve.api import TextCall, token_name
+from serve.completions import TextCall, token_name
 from serve.schemas import Completion, CompletionRequest, Detokenized, ModelCard, ModelList, TokenizerInfo, Tokens
 
 ROUTE = "/v1/completions"

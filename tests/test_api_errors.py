@@ -14,9 +14,9 @@ from small_model import GREETING
 
 from jaxchat.config import ServeConfig
 from jaxchat.errors import UsageError
-from serve import limits
-from serve.limits import Clients
+from serve import app
 from serve.schemas import UNSUPPORTED, ApiError, ChatRequest, ErrorBody
+from serve.service import Clients
 
 SAID = {"role": "user"}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -141,7 +141,7 @@ def test_a_body_too_large_whether_its_length_is_told_or_not(service, monkeypatch
             yield b" " * 1_000
 
     wrong(raw(service, pieces()), 413, code="body_too_large")
-    monkeypatch.setattr(limits, "DRAIN_SECONDS", 0.3)
+    monkeypatch.setattr(app, "DRAIN_SECONDS", 0.3)
     with socket.create_connection(("127.0.0.1", service.port)) as plain:  # announced, and never sent
         plain.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999999\r\n\r\nx")
         plain.settimeout(20)

@@ -10,7 +10,7 @@ from small_model import GREETING, QUESTION
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from serve.websocket import parse
+from serve.api import parse
 
 HELLO = "Hi 🙂 안녕!"
 

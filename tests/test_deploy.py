@@ -19,8 +19,8 @@ import yaml
 from small_model import write_run
 
 from jaxchat.config import ServeConfig, load_config
-from serve.api import Service
 from serve.app import CLOSE_SECONDS, make_app
+from serve.service import Service
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVE = ROOT / "serve"

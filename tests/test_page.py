@@ -17,9 +17,9 @@ from jaxchat.config import ServeConfig
 from jaxchat.engine import Engine, QueueFull
 from jaxchat.engine.request import Token
 from jaxchat.errors import UsageError
-from serve.limits import Clients
 from serve.page import BREAK, TEXTS, answer, complaint, mounted_page, token_spans, turn
 from serve.schemas import ApiError
+from serve.service import Clients
 from serve.worker import Unavailable
 
 CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

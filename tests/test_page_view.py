@@ -10,8 +10,8 @@ from small_model import tokenizer
 
 from jaxchat.engine.request import Token
 from jaxchat.run_dir import RunDir
-from serve.api import Service
 from serve.page import BREAK, TEXTS, model_card, next_turn, show, token_spans, turn
+from serve.service import Service
 
 PARTS = [{"type": "python", "text": "12+30"}, {"type": "python_output", "text": "42"}, {"type": "text", "text": "So."}]
 TALK = [*turn("a", [{"type": "text", "text": "A"}]), *turn("b", PARTS), *turn("c")]

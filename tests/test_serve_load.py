@@ -11,7 +11,7 @@ from live_service import live, slowed
 from small_model import GREETING, QUESTION
 
 from serve.app import JsonLines
-from serve.metrics import Metrics
+from serve.service import Metrics
 
 CHAT = "/v1/chat/completions"
 
