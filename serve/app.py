@@ -85,63 +85,44 @@ def log_to_standard_error() -> None:
         logger.propagate = False
 
 
-class BodyLimit:
-    """Middleware that refuses bodies of more than `limit` bytes, whether or not their length is announced."""
-
-    def __init__(self, app: ASGIApp, limit: int):
-        self._app, self._limit = app, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = ApiError(413, f"the body is larger than {self._limit} bytes", headers={"Connection": "close"})
-        seen = 0
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._limit:
-                await self._drain(receive)
-                raise error
-            return message
-
-        announced = dict(scope.get("headers", ())).get(b"content-length", b"")
-        if announced.isdigit() and int(announced) > self._limit:
-            await self._drain(receive)
-            await error.response()(scope, receive, send)
-        else:
-            await self._app(scope, counted, send)
-
-    async def _drain(self, receive: Receive) -> None:
-        """Read up to ten times the limit: clients read the answer only after they have sent their body."""
-        left = 10 * self._limit
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_SECONDS):
-                while left > 0 and (message := await receive()).get("more_body"):
-                    left -= len(message["body"])
-
-
 class Requests:
-    """Middleware around the API's requests: a log line for each POST and each error, and an end for whoever leaves.
+    """Middleware around HTTP requests: a limit on bodies, an end for clients that leave, and lines in the log.
 
-    Routes add fields to `request.state.log`, and may leave a `request.state.call` to be closed. A POST whose client
-    disconnects is cancelled; the disconnect message is awaited, nothing is polled. `service.answering` counts the POSTs
-    under way.
+    A request is cancelled when its client disconnects after its body has come; that message is awaited, nothing is
+    polled. Each POST and each error of the API has a log line; routes add fields in `request.state.log`, and may leave a
+    `request.state.call` to be closed. `service.answering` counts these POSTs under way.
     """
 
     def __init__(self, app: ASGIApp, service: Service):
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(API):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        service, begin, posted = self._service, time.perf_counter(), scope["method"] == "POST"
+        service, most, begin = self._service, self._service.limits.body_bytes, time.perf_counter()
+        ours = scope["path"].startswith(API)
+        posted = ours and scope["method"] == "POST"
         fields: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "status": 0}
         state = scope.setdefault("state", {})
-        state["log"], body_read = fields, asyncio.Event()
+        state["log"], body_read, seen = fields, asyncio.Event(), 0
+        too_large = ApiError(413, f"the body is larger than {most} bytes", headers={"Connection": "close"})
 
-        async def receive_and_note() -> Message:
+        async def drain() -> None:
+            """Read up to ten times the limit: clients read the answer only after they have sent their body."""
+            left = 10 * most
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    while left > 0 and (message := await receive()).get("more_body"):
+                        left -= len(message["body"])
+
+        async def receive_body() -> Message:
+            nonlocal seen
             message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > most:
+                await drain()
+                raise too_large
             if not message.get("more_body"):
                 body_read.set()
             return message
@@ -151,25 +132,32 @@ class Requests:
                 fields["status"] = message["status"]
             await send(message)
 
-        async def left() -> None:
+        async def respond() -> None:
+            announced = dict(scope["headers"]).get(b"content-length", b"")
+            if announced.isdigit() and int(announced) > most:
+                await drain()
+                await too_large.response()(scope, receive, send_and_note)
+            else:
+                await self._app(scope, receive_body, send_and_note)
+
+        async def leave() -> None:
             await body_read.wait()
             while (await receive())["type"] != "http.disconnect":
                 pass
 
         service.answering += posted
-        working = asyncio.ensure_future(self._app(scope, receive_and_note, send_and_note))
-        leaving = asyncio.ensure_future(left())
+        tasks = [asyncio.create_task(respond()), asyncio.create_task(leave())]
         try:
-            await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (working, leaving):
+            for task in tasks:
                 task.cancel()
-            error, _ = await asyncio.gather(working, leaving, return_exceptions=True)
-            fields["status"] = fields["status"] or (500 if isinstance(error, Exception) else GONE)
+            error, _ = await asyncio.gather(*tasks, return_exceptions=True)
             if call := state.get("call"):
                 call.close()
             service.answering -= posted
-            failed = fields["status"] >= 400 and scope["path"] != "/health"
+            fields["status"] = fields["status"] or (500 if isinstance(error, Exception) else GONE)
+            failed = ours and fields["status"] >= 400 and scope["path"] != "/health"
             if failed:
                 service.metrics.error(fields["status"])
             if posted or failed:
@@ -238,7 +226,6 @@ def make_app(service: Service, make_page: Callable[[], FastAPI] | None = None) -
     app.router.default = page
     for kind in (HTTPException, RequestValidationError, JaxchatError, Exception):
         app.add_exception_handler(kind, answer_error)
-    app.add_middleware(BodyLimit, limit=service.limits.body_bytes)
     app.add_middleware(Requests, service=service)
     if origins := service.limits.origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
