@@ -89,8 +89,8 @@ class Requests:
     """Middleware around HTTP requests: a limit on bodies, an end for clients that leave, and lines in the log.
 
     A request is cancelled when its client disconnects after its body has come; that message is awaited, nothing is
-    polled. Each POST and each error of the API has a log line; routes add fields in `request.state.log`, and may leave a
-    `request.state.call` to be closed. `service.answering` counts these POSTs under way.
+    polled. Each POST and each error of the API has a log line. Routes add fields in `request.state.log`, and may leave
+    a `request.state.call` to be closed. `service.answering` counts these POSTs under way.
     """
 
     def __init__(self, app: ASGIApp, service: Service):
