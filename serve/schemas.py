@@ -317,14 +317,9 @@ class ApiError(HTTPException):
     """An error answer. An HTTPException, so that FastAPI passes it on wherever it is raised."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_seconds: float | None = None,
-        headers: dict[str, str] | None = None,
-    ):
+        self, status: int, message: str, param: str | None = None, code: str | None = None, *,
+        retry_seconds: float | None = None, headers: dict[str, str] | None = None,
+    ):  # fmt: skip
         if retry_seconds is not None:
             headers = {"Retry-After": str(max(1, round(retry_seconds + 0.5)))}
         super().__init__(status, message, headers)
