@@ -123,6 +123,8 @@ def plan_budget(given: Config, target: str, budget: str | None, hours: float | N
         command += f" --set train.device_batch_rows={config.train.device_batch_rows}"
     result |= {"command": command}
     show(result, as_json)
+    if not as_json:
+        print(f"To run it:\n    {command}")
     return result
 
 
