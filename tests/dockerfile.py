@@ -26,37 +26,7 @@ class Instruction:
     @property
     def words(self):
         """Of the exec form (a JSON list of strings), or of a line without quotes."""
-        if self.value.startswith("["):
-            words = json.loads(self.value)
-            assert words and all(isinstance(word, str) for word in words)
-            return words
-        return self.value.split()
-
-
-def parse(path):
-    """All instructions. An unknown one, a flag without a value, an empty continuation is an error."""
-    lines, whole = [], ""
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        if line.lstrip().startswith("#") or (not line.strip() and not whole):
-            continue
-        assert line.strip(), f"an empty line inside {whole!r}"
-        whole += line.strip().removesuffix("\\") if line.rstrip().endswith("\\") else line.strip()
-        if not line.rstrip().endswith("\\"):
-            lines.append(whole)
-            whole = ""
-    assert not whole, "the last line goes on"
-    return [_instruction(line) for line in lines]
-
-
-def _instruction(line):
-    name, _, rest = line.partition(" ")
-    assert name in KNOWN, f"unknown instruction: {line}"
-    flags = {}
-    while match := re.match(r"--([a-z-]+)=(\S+)\s+", rest):
-        flags[match[1]] = match[2]
-        rest = rest[match.end() :]
-    assert rest.strip() and not rest.startswith("--"), line
-    return Instruction(name, flags, rest.strip())
+        return json.loads(self.value) if self.value.startswith("[") else self.value.split()
 
 
 @dataclass
@@ -66,23 +36,30 @@ class Stage:
     steps: list[Instruction] = field(default_factory=list)
 
     def last(self, name):
-        found = [step for step in self.steps if step.name == name]
-        return found[-1] if found else None
+        return [step for step in self.steps if step.name == name][-1]
 
 
-def stages(path, arguments=()):
-    """The stages, with the values of ARG before the first FROM put into the names of the base images."""
+def stages(path):
+    """The stages with their instructions; an unknown one and a flag without a value are errors."""
+    text = re.sub(r"^\s*#.*\n", "", Path(path).read_text(encoding="utf-8"), flags=re.M)
     result, values = [], {}
-    for step in parse(path):
-        if step.name == "FROM":
-            base, _, name = step.value.partition(" AS ")
-            result.append(Stage(substitute(base, values), name))
-        elif not result:
-            assert step.name == "ARG"
-            name, _, default = step.value.partition("=")
-            values[name] = dict(arguments).get(name, default)
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        if not line.strip():
+            continue
+        name, _, rest = line.partition(" ")
+        assert name in KNOWN, f"unknown instruction: {line}"
+        flags = {}
+        while match := re.match(r"--([a-z-]+)=(\S+)\s+", rest):
+            flags[match[1]] = match[2]
+            rest = rest[match.end() :]
+        assert rest.strip() and not rest.startswith("--"), line
+        if name == "FROM":
+            base, _, stage = rest.strip().partition(" AS ")
+            result.append(Stage(substitute(base, values), stage))
+        elif result:
+            result[-1].steps.append(Instruction(name, flags, rest.strip()))
         else:
-            result[-1].steps.append(step)
+            values |= [rest.strip().split("=", 1)]
     return result
 
 
@@ -97,7 +74,6 @@ class Image:
     root: Path
     folder: str = "/"
     environment: dict[str, str] = field(default_factory=dict)
-    user: str = ""
     made: list[str] = field(default_factory=list)  # absolute paths of the image
 
     def here(self, text):
@@ -110,17 +86,16 @@ class Image:
         return self.root / str(Path(self.folder) / name).lstrip("/")
 
 
-def carry_out(path, context, root, environment, arguments=(), log=None):
+def carry_out(path, context, root, environment, log=None):
     """Carry out all stages, each in its own folder below `root`; the last one's `Image`."""
     images = {}
-    for number, stage in enumerate(stages(path, arguments)):
+    for number, stage in enumerate(stages(path)):
         image = images[stage.name or "last"] = Image(Path(root) / str(number), environment=dict(environment))
         image.root.mkdir(parents=True)
         values = {}
         for step in stage.steps:
             if step.name == "ARG":
-                name, _, default = step.value.partition("=")
-                values[name] = dict(arguments).get(name, default)
+                values |= [step.value.partition("=")[::2]]
             elif step.name == "ENV":
                 for word in shlex.split(step.value):
                     name, _, value = word.partition("=")
@@ -129,8 +104,6 @@ def carry_out(path, context, root, environment, arguments=(), log=None):
                 image.folder = step.value
                 image.path("").mkdir(parents=True, exist_ok=True)
                 image.made.append(step.value)
-            elif step.name == "USER":
-                image.user = step.value
             elif step.name == "COPY":
                 _copy(step, image, images, context)
             elif step.name == "RUN":
@@ -146,8 +119,7 @@ def _copy(step, image, images, context):
     *sources, target = step.words
     origin = images[step.flags["from"]] if "from" in step.flags else None
     for source in sources:
-        there = origin.path(source) if origin else Path(context) / source
-        goal = image.path(target)
+        there, goal = origin.path(source) if origin else Path(context) / source, image.path(target)
         if there.is_dir():
             ignore = None if origin else shutil.ignore_patterns("__pycache__")  # as the .dockerignore says
             shutil.copytree(there, goal, symlinks=True, dirs_exist_ok=True, ignore=ignore)
@@ -155,13 +127,9 @@ def _copy(step, image, images, context):
             goal = goal / there.name if target.endswith("/") else goal
             goal.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(there, goal)
-    if origin:
-        _move_scripts(image.path(target), str(origin.path(sources[0])))
+    if origin:  # an environment's scripts name the folder it was made in, which in an image stays the same
+        before, after = (str(place).encode() for place in (origin.path(sources[0]), image.path(target)))
+        for script in image.path(target).glob("bin/*"):
+            if script.is_file() and not script.is_symlink() and before in (text := script.read_bytes()):
+                script.write_bytes(text.replace(before, after))
         image.made.append(target)
-
-
-def _move_scripts(folder, before):
-    """An environment's scripts name the folder it was made in, which in an image stays the same."""
-    for script in (folder / "bin").glob("*"):
-        if script.is_file() and not script.is_symlink() and before.encode() in (text := script.read_bytes()):
-            script.write_bytes(text.replace(before.encode(), str(folder).encode()))

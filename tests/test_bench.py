@@ -67,11 +67,10 @@ def test_the_input_pipeline_is_measured_to_the_host_and_to_the_device():
     assert result["share_of_goal"] == pytest.approx(result["host_tokens_per_second"] / 104e6, abs=1e-3)
 
 
-@pytest.mark.parametrize("devices", [2])
-def test_decoding_is_measured_by_batch_size(devices):
+def test_decoding_is_measured_by_batch_size():
     sizes = ["--prompt", "16", "--tokens", "24", "--batch-sizes", "1,4", "--rounds", "1", "--weights", "auto,int8"]
-    *_, result = run("bench.decode", *SETS, "--set", "model.vocab_size=300", *sizes, devices=devices)
-    assert result["devices"] == devices and result["model"]["width"] == 32
+    *_, result = run("bench.decode", *SETS, "--set", "model.vocab_size=300", *sizes, devices=2)
+    assert result["devices"] == 2 and result["model"]["width"] == 32
     for kind in ("auto", "int8"):
         assert [entry["rows"] for entry in result[kind]] == [1, 4]
         for entry in result[kind]:
@@ -79,7 +78,6 @@ def test_decoding_is_measured_by_batch_size(devices):
             limit = entry["rows"] * entry["bandwidth"] / entry["bytes_per_step"]
             assert entry["limit_tokens_per_second"] == pytest.approx(limit, rel=0.01)
     assert result["int8"][0]["bytes_per_step"] < result["auto"][0]["bytes_per_step"]
-    assert "more than the context of 128" in run("bench.decode", *SETS, "--prompt", "120", "--tokens", "24", code=2)
 
 
 @pytest.mark.slow
@@ -98,7 +96,7 @@ def gpu_part(code, limit):
     return error, found
 
 
-def test_a_part_that_crashes_raises_or_hangs_is_recorded_with_what_it_found_before():
+def test_a_part_that_crashes_raises_or_hangs_is_recorded_and_ends_with_what_it_started(tmp_path):
     """Real processes: what XLA does when it aborts, Python when it raises, a driver when it hangs."""
     first = "import os, sys, time; print('{\"a\": 1}', flush=True); print('no JSON'); "
     assert gpu_part(first, 20) == (None, [{"a": 1}])
@@ -106,17 +104,10 @@ def test_a_part_that_crashes_raises_or_hangs_is_recorded_with_what_it_found_befo
     assert found == [{"a": 1}] and "SIGABRT" in error and "bad address" in error
     error, found = gpu_part(first + "raise ValueError('too wide')", 20)
     assert found == [{"a": 1}] and "code 1" in error and "too wide" in error
-    child = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True); "
-    begin = time.monotonic()
+    begin, file = time.monotonic(), tmp_path / "pid"
+    child = f"import subprocess; open({str(file)!r}, 'w').write(str(subprocess.Popen(['sleep', '600']).pid)); "
     error, found = gpu_part(first + child + "time.sleep(600)", 2)
     assert "limit of 2 s" in error and found[0] == {"a": 1} and time.monotonic() - begin < 20
-
-
-def test_what_a_part_started_ends_with_it(tmp_path):
-    file = tmp_path / "pid"
-    code = "import pathlib, subprocess, time; p = subprocess.Popen(['sleep', '600'])\n"
-    code += f"pathlib.Path({str(file)!r}).write_text(str(p.pid)); time.sleep(600)"
-    assert "limit" in gpu_part(code, 3)[0]
     state = Path(f"/proc/{file.read_text()}/stat")  # a killed process is listed until the kernel has ended it
 
     def alive():
@@ -125,9 +116,8 @@ def test_what_a_part_started_ends_with_it(tmp_path):
         except OSError:
             return False
 
-    deadline = time.monotonic() + 20
     while alive():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < begin + 30
         time.sleep(0.05)
 
 
@@ -169,13 +159,6 @@ def test_without_an_accelerator_full_size_is_refused_and_unknown_parts_are_named
     out = ["--out", str(tmp_path / "gpu.json")]
     assert "--toy" in run("bench.gpu", *out, code=2)
     assert "speed" in run("bench.gpu", "--parts", "speed", *out, code=2)
-    (tmp_path / "gpu.json").write_text('{"bench": "other"}')
-    assert "gpu.json" in run("bench.gpu", "--toy", *out, code=3)
-
-
-def test_parts_are_chosen_by_the_beginning_of_their_name():
-    assert gpu.choose("step-d12", None) == ["device", "step-d12-scanned", "step-d12-unrolled", "step-d12-none"]
-    assert "curve-nanochat" not in gpu.choose(None, None) and "curve-nanochat" in gpu.choose(None, "nanochat")
 
 
 GPU_PROGRAM = """
@@ -244,11 +227,6 @@ def test_kernels_are_sorted_by_the_program_that_they_belong_to(kernel, instructi
     assert trace.Classifier(GPU_PROGRAM)(trace.Kernel(kernel, instruction, 0, 1)) == kind
 
 
-def test_busy_time_counts_kernels_that_run_at_once_one_time():
-    spans = [(0, 10), (5, 20), (30, 40), (32, 35)]
-    assert trace.busy_seconds(trace.Kernel("k", "", *span) for span in spans) == pytest.approx(30e-9)
-
-
 LOOP = """
 %cut (p0: f32[64,32], p1: s32[]) -> f32[1,32] {
   %p0 = f32[64,32]{1,0} parameter(0)
@@ -289,6 +267,8 @@ ENTRY %main (table.1: f32[64,32]) -> f32[64,32] {
 
 def test_a_compiled_step_counts_its_kernels_and_what_they_move():
     """A row cut out of a table and put back in place: each reads it and the index, and writes it."""
+    spans = [(0, 10), (5, 20), (30, 40), (32, 35)]  # kernels that run at once count one time
+    assert trace.busy_seconds(trace.Kernel("k", "", *span) for span in spans) == pytest.approx(30e-9)
     assert loop_cost(LOOP) == (2, 2 * (128 + 4 + 128))
 
 
@@ -317,14 +297,8 @@ def test_a_model_that_nanochat_cannot_be_is_refused():
             nanochat_config(resolve(load_config("nano", [*TINY, change])))
 
 
-def test_a_folder_that_is_no_nanochat_and_an_interpreter_that_cannot_run_it_are_named(tmp_path):
-    compare = ["bench.train_step", *SETS, "--compare", "nanochat", str(tmp_path)]
-    assert "no nanochat/gpt.py there" in run(*compare, code=2)
-    (tmp_path / "nanochat").mkdir()
-    (tmp_path / "nanochat/gpt.py").touch()
-    (tmp_path / "nanochat/common.py").write_text("raise ImportError('No module named torch')")
-    assert "--python names an interpreter with torch" in run(*compare, code=2)
-    assert "show one only" in run(*compare, code=2, devices=2)
+def test_a_folder_that_is_no_nanochat_is_refused(tmp_path):
+    assert "no nanochat/gpt.py there" in run("bench.train_step", *SETS, "--compare", "nanochat", str(tmp_path), code=2)
 
 
 def test_nanochat_runs_in_turns_with_ours():
