@@ -65,8 +65,8 @@ def leaves(params):
     return flatten_dict(params, sep=".").items()
 
 
-def export_hf(run, out, dtype="auto"):
-    return write_hf(load_trained(run, dtype=dtype), out)
+def export_hf(run, out):
+    return write_hf(load_trained(run), out)
 
 
 def import_hf(source, out, stage=None):
@@ -143,20 +143,17 @@ def test_shards_hold_the_same_and_dtypes_may_be_mixed(tmp_path, monkeypatch):
 
 
 def test_the_stock_config_says_everything(tmp_path):
-    run = random_run(tmp_path / "run", "classic", rotary_base=50_000.0)
-    export_hf(run, tmp_path / "hf")
-    found = read_json(tmp_path / "hf" / "config.json")
-    special = tokenizer().special
+    export_hf(random_run(tmp_path / "run", "classic", rotary_base=50_000.0), tmp_path / "hf")
+    found, special = read_json(tmp_path / "hf" / "config.json"), tokenizer().special
     end = special["<|assistant_end|>"]
-    assert found["architectures"] == ["NanoChatForCausalLM"] and found["model_type"] == "nanochat"
-    assert found["intermediate_size"] == 4 * 96 and found["final_logit_softcapping"] == 15.0
-    assert found["rope_parameters"] == {"rope_type": "default", "rope_theta": 50_000.0}
-    assert (found["bos_token_id"], found["eos_token_id"], found["pad_token_id"]) == (special["<|bos|>"], end, end)
-    assert found["tie_word_embeddings"] is False and found["vocab_size"] == 293 and found["hidden_act"] == "relu2"
-    assert found["num_key_value_heads"] == 2 and found["rms_norm_eps"] == pytest.approx(1.1920929e-7)
-    tensors = load_file(tmp_path / "hf" / "model.safetensors")
-    assert tensors["lm_head.weight"].shape == (293, 96), "padded rows are cut"
-    assert not (tmp_path / "hf" / "modeling_jaxchat.py").exists()
+    expected = {
+        "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "intermediate_size": 4 * 96,
+        "final_logit_softcapping": 15.0, "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
+        "bos_token_id": special["<|bos|>"], "eos_token_id": end, "pad_token_id": end, "tie_word_embeddings": False,
+        "vocab_size": 293, "hidden_act": "relu2", "num_key_value_heads": 2,
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    assert load_file(tmp_path / "hf" / "model.safetensors")["lm_head.weight"].shape == (293, 96), "padded rows are cut"
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {
         "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
@@ -441,10 +438,6 @@ def with_tensors(folder, change):
     save_file(tensors, folder / "model.safetensors")
 
 
-def pickled(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
 def cut(folder):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
@@ -454,12 +447,9 @@ Q = "model.layers.2.self_attn.q_proj.weight"
 BROKEN = {
     "another architecture": (lambda f: edit(f, model_type="llama"), "architecture 'llama'"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
-    "config no object": (lambda f: (f / "config.json").write_text("[]"), "architecture None"),
     "depth a text": (lambda f: edit(f, num_hidden_layers="5"), "depth: needs a whole number, not '5'"),
-    "depth negative": (lambda f: edit(f, num_hidden_layers=-5), "depth: must be at least 1, not -5"),
     "depth gone": (lambda f: edit(f, num_hidden_layers="drop"), "lacks num_hidden_layers"),
     "more layers": (lambda f: edit(f, num_hidden_layers=6), "lacks model.layers.5"),
-    "fewer layers": (lambda f: edit(f, num_hidden_layers=4), "does not have: model.layers.4"),
     "heads that cannot be": (lambda f: edit(f, num_key_value_heads=4), "does not divide"),
     "other activation": (lambda f: edit(f, hidden_act="silu"), "hidden_act is 'silu'"),
     "biases": (lambda f: edit(f, attention_bias=True), "attention_bias is True"),
@@ -472,15 +462,11 @@ BROKEN = {
     "whole numbers": (lambda f: with_tensors(f, lambda t: t.update({Q: t[Q].astype(np.int32)})), "int32"),
     "not finite": (lambda f: with_tensors(f, lambda t: t.update({Q: t[Q] * np.inf})), "finite"),
     "truncated": (cut, "damaged or no safetensors"),
-    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04" * 250), "damaged or no safetensors"),
-    "a pickle": (pickled, "no safetensors there"),
+    "a pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no safetensors there"),
     "depth beyond its tensors": (lambda f: edit(f, num_hidden_layers=20_000_000), "at most 10000"),
-    "architecture a list": (lambda f: edit(f, model_type=[1]), r"architecture \[1\]"),
     "width beyond floats": (lambda f: edit(f, intermediate_size=10**400), "values that cannot be"),
-    "eps beyond floats": (lambda f: edit(f, rms_norm_eps=10**400), "values that cannot be"),
     "base not a number": (lambda f: edit(f, rope_parameters={"rope_theta": float("nan")}), "rotary_base"),
     "deep json": (lambda f: (f / "config.json").write_text("[" * 100_000), "not valid JSON"),
-    "long number": (lambda f: (f / "config.json").write_text('{"a": ' + "9" * 9999 + "}"), "not valid JSON"),
     "deep tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"a": ' * 100_000), "not valid JSON"),
     "odd normalizer": (lambda f: (f / "tokenizer.json").write_text('{"normalizer": {"normalizers": 5}}'), "not a tok"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
@@ -541,17 +527,18 @@ def test_an_export_is_swapped_whole_and_leftovers_go(tmp_path, monkeypatch):
 def test_bad_arguments(exported, tmp_path, capsys):
     assert interop("export", "--format", "tar", "--run-dir", "x", "--out", "y") == 2
     assert interop("import", "--format", "hf", "--from", tmp_path / "none", "--out", tmp_path / "in") == 3
-    assert interop("export", "--format", "hf", "--run-dir", tmp_path / "none", "--out", tmp_path / "out") == 3
+    assert interop("import", "--format", "hf", "--from", exported, "--out", tmp_path / "in", "--allow-pickle") == 2
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("x")
     assert interop("import", "--format", "hf", "--from", exported, "--out", tmp_path / "full") == 2
     assert "exists already" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["precious"]
     random_run(tmp_path / "run", "modern")
-    arguments = ("--run-dir", tmp_path / "run", "--format", "hf", "--out", tmp_path / "out")
-    assert interop("export", *arguments, "--architecture", "nanochat") == 2
-    assert interop("export", *arguments, "--stage", "rl") == 3
-    assert interop("export", *arguments, "--dtype", "int4") == 2
+    export = ("export", "--format", "hf", "--out", tmp_path / "out", "--run-dir")
+    assert interop(*export, tmp_path / "none") == 3
+    assert interop(*export, tmp_path / "run", "--architecture", "nanochat") == 2
+    assert interop(*export, tmp_path / "run", "--stage", "rl") == 3
+    assert interop(*export, tmp_path / "run", "--dtype", "int4") == 2
     assert not (tmp_path / "out").exists()
 
 
@@ -563,25 +550,18 @@ def test_a_vocabulary_without_room_for_the_chat_is_refused(tmp_path):
     assert not (tmp_path / "in").exists()
 
 
-def test_a_checkpoint_of_another_format_is_refused_by_name(tmp_path):
-    random_run(tmp_path / "run", "classic")
-    meta = next((tmp_path / "run" / "sft").glob("*/meta/metadata"))
-    (meta.parent.parent / "SHA256SUMS").unlink()  # or it would count as damaged
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 99}))
-    with pytest.raises(DataError, match="format 99, and this version reads format 1; update jaxchat"):
-        restore_params(tmp_path / "run" / "sft")
-
-
-@pytest.mark.parametrize("file, code", [("stages.json", 3), ("tokenizer/meta.json", 3), ("config.toml", 2)])
+@pytest.mark.parametrize("file, code", [
+    ("stages.json", 3), ("tokenizer/meta.json", 3), ("config.toml", 2), ("sft/0/meta/metadata", 3)
+])  # fmt: skip
 def test_every_file_of_a_run_of_another_format_is_refused_by_name(tmp_path, capsys, file, code):
     random_run(tmp_path / "run", "classic")
-    path = tmp_path / "run" / file
-    text = path.read_text(encoding="utf-8")
-    assert '"format": 1' in text or "format = 1" in text
-    path.write_text(text.replace('"format": 1', '"format": 7').replace("format = 1", "format = 7"), encoding="utf-8")
-    out = tmp_path / "out"
+    (tmp_path / "run" / "sft" / "0" / "SHA256SUMS").unlink()  # or its checkpoint would count as damaged
+    path, out = tmp_path / "run" / file, tmp_path / "out"
+    text, count = re.subn(r'(format"? ?[:=] ?)1\b', r"\g<1>7", path.read_text(encoding="utf-8"))
+    assert count
+    path.write_text(text, encoding="utf-8")
     assert interop("export", "--format", "hf", "--run-dir", tmp_path / "run", "--out", out) == code
-    assert re.search(rf"{re.escape(str(path))}.* format 7, and this version reads format 1", capsys.readouterr().err)
+    assert re.search(r"run.* format 7, and this version reads format 1", capsys.readouterr().err)
     assert not out.exists()
 
 

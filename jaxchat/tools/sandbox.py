@@ -113,13 +113,13 @@ class Sandbox:
         job = {"programs": list(programs), "entry": entry}
         with contextlib.ExitStack() as stack:
             calls, answers = _pipe(stack), _pipe(stack)
-            ends = {"calls": calls[1], "answers": answers[0]}
+
+            def start(role: str, job: dict[str, Any], ends: dict[str, IO[bytes]]) -> Process:
+                return stack.enter_context(contextlib.closing(Process(role, job, ends, self.policy, self.level)))
+
             # first, so that its pipes and its token are closed to others before the candidate begins
-            checker = stack.enter_context(contextlib.closing(Process("checker", judge, ends, self.policy, self.level)))
-            ends = {"calls": calls[0], "answers": answers[1]}
-            candidate = stack.enter_context(
-                contextlib.closing(Process("candidate", job, ends, self.policy, self.level))
-            )
+            checker = start("checker", judge, {"calls": calls[1], "answers": answers[0]})
+            candidate = start("candidate", job, {"calls": calls[0], "answers": answers[1]})
             checker.began = candidate.began
             outcome = checker.outcome(candidate)
             candidate.wait(_TICK)  # if it broke off, it is about to end

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -53,13 +53,13 @@ class JaxchatConfig(PreTrainedConfig):
     use_cache: bool = True
 
 
-def norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+def norm(x: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last axis without weights, computed in float32."""
     y = x.float()
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (B, heads, T, N) by minus theta, halves split; cos and sin (B, 1, T, N/2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
@@ -68,24 +68,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class Attention(nn.Module):
     def __init__(self, config: JaxchatConfig, layer: int):
         super().__init__()
-        D, N = config.hidden_size, config.head_dim
-        H, K = config.num_attention_heads, config.num_key_value_heads
-        self.config, self.layer = config, layer
-        self.q_proj = nn.Linear(D, H * N, bias=False)
-        self.k_proj = nn.Linear(D, K * N, bias=False)
-        self.v_proj = nn.Linear(D, K * N, bias=False)
-        self.o_proj = nn.Linear(H * N, D, bias=False)
+        self.config, self.layer, D, K = config, layer, config.hidden_size, config.num_key_value_heads
+        HN, KN = config.num_attention_heads * config.head_dim, K * config.head_dim
+        self.q_proj, self.o_proj = nn.Linear(D, HN, bias=False), nn.Linear(HN, D, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(D, KN, bias=False) for _ in range(2))
         if layer in (config.value_embedding_layers or ()):
             self.ve_gate = nn.Linear(VE_GATE_CHANNELS, K, bias=False)
 
-    def forward(
-        self,
-        h: torch.Tensor,
-        value: torch.Tensor | None,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor,
-        cache: Cache | None,
-    ) -> torch.Tensor:
+    def forward(self, h: Tensor, value: Tensor | None, cos_sin: Any, mask: Tensor, cache: Cache | None) -> Tensor:
         """h (B, T, D) normed; value (B, T, K*N) the tokens' value embeddings; mask (B, 1, T, S), true where seen."""
         c, (B, T, _) = self.config, h.shape
         q, k, v = (p(h).view(B, T, -1, c.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -108,7 +98,7 @@ class Block(nn.Module):
         self.self_attn, self.eps = Attention(config, layer), config.rms_norm_eps
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(D, F, bias=False), "fc2": nn.Linear(F, D, bias=False)})
 
-    def forward(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
         x = x + self.self_attn(norm(x, self.eps), *rest)
         return x + self.mlp["fc2"](self.mlp["fc1"](norm(x, self.eps)).relu().square())
 
@@ -122,22 +112,19 @@ class Trunk(nn.Module):
         self.value_layers = config.value_embedding_layers or []
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList([Block(c, i) for i in range(L)])
-        width = c.num_key_value_heads * c.head_dim
         if self.value_layers:
+            width = c.num_key_value_heads * c.head_dim
             tables = {str(i): nn.Embedding(c.vocab_size, width) for i in self.value_layers}
             self.value_embeddings = nn.ModuleDict(tables)
         if c.residual_scalars:
-            self.residual_scale = nn.Parameter(torch.ones(L))
-            self.x0_scale = nn.Parameter(torch.zeros(L))
+            self.residual_scale, self.x0_scale = nn.Parameter(torch.ones(L)), nn.Parameter(torch.zeros(L))
         if c.smear:
             self.smear_gate = nn.Linear(SMEAR_CHANNELS, 1, bias=False)
             self.smear_scale = nn.Parameter(torch.zeros(1))
         if c.backout:
             self.backout_scale = nn.Parameter(torch.zeros(1))
 
-    def forward(
-        self, ids: torch.Tensor, real: torch.Tensor, positions: torch.Tensor, cache: Cache | None
-    ) -> torch.Tensor:
+    def forward(self, ids: Tensor, real: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
         """Last normed activations (B, T, D) of ids (B, T); real (B, S), false on padding; positions (B, T)."""
         c, T, S = self.config, ids.shape[1], real.shape[1]
         x = norm(self.embed_tokens(ids), c.rms_norm_eps)
@@ -157,7 +144,7 @@ class Trunk(nn.Module):
             x = (x.float() - self.backout_scale.float() * middle.float()).to(x.dtype)
         return norm(x, c.rms_norm_eps)
 
-    def smeared(self, e: torch.Tensor, real: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    def smeared(self, e: Tensor, real: Tensor, cache: Cache | None) -> Tensor:
         """Embeddings with the token before mixed in. It is kept as one more layer of the cache, so that whatever
         cuts, repeats or reorders a cache does the same to it."""
         before = torch.zeros_like(e[:, :1])
@@ -174,14 +161,14 @@ class Trunk(nn.Module):
         gate = self.smear_scale.float() * torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS])).float()
         return (e.float() + gate * before.float()).to(e.dtype)
 
-    def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (B, 1, T, N/2); made here, since loading wipes tables that are not in the checkpoint."""
         half = torch.arange(0, self.config.head_dim, 2, device=positions.device, dtype=torch.float32)
         angle = positions[:, None, :, None].float() * self.rope_theta ** (-half / self.config.head_dim)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     @staticmethod
-    def mask(real: torch.Tensor, T: int, S: int, window: int) -> torch.Tensor:
+    def mask(real: Tensor, T: int, S: int, window: int) -> Tensor:
         """(B, 1, T, S): what a token sees, itself and `window` tokens before it; padding sees itself, not nothing."""
         i = torch.arange(S - T, S, device=real.device)[:, None]
         j = torch.arange(S, device=real.device)[None, :]
@@ -207,13 +194,13 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        labels: torch.Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
