@@ -31,8 +31,7 @@ from jaxchat import model as gpt
 from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, MeshConfig, load_config
 from jaxchat.data.packing import Rows
-from jaxchat.engine import Engine, Handle, Request
-from jaxchat.engine.loading import trained_stages
+from jaxchat.engine import Engine, Handle, Request, trained_stages
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve

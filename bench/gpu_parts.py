@@ -226,7 +226,7 @@ def compiling(settings: Settings) -> Findings:
     def warm_up() -> float:
         engine = Engine(config.model, params, tokenizer)
         begin = time.perf_counter()
-        engine.warm_up()
+        engine.programs.warm_up()
         return time.perf_counter() - begin
 
     yield {"program": "engine of d20, 8 slots"} | _attempt(lambda: twice(warm_up))

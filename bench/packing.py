@@ -34,7 +34,7 @@ from jaxchat.checkpoint import trained_params
 from jaxchat.config import Config, MeshConfig, load_config
 from jaxchat.data.packing import PackStats, Rows, pack_documents, write_rows
 from jaxchat.data.shards import read_documents
-from jaxchat.engine.loading import batch_rows
+from jaxchat.engine.scoring import rows_at_once
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
 from jaxchat.sharding import batch_devices, make_mesh, replicated
@@ -201,7 +201,7 @@ def score(directory: str, stage: str, folder: Path) -> dict[str, Any]:
     about = {"tokenizer": tokenizer.digest}
     write_rows(folder / "val", packed, row_len, tokenizer.bos, tokenizer.vocab_size, lambda: about)
     rows, mesh = Rows(folder / "val", tokenizer.digest), make_mesh(MeshConfig(), jax.local_devices())
-    at_once = -(-batch_rows(config.model, config.eval.batch_rows, mesh) // batch_devices(mesh)) * batch_devices(mesh)
+    at_once = -(-rows_at_once(config.model, config.eval.batch_rows, mesh) // batch_devices(mesh)) * batch_devices(mesh)
     params = jax.device_put(trained_params(run, stage), replicated(mesh))
     lengths = tokenizer.byte_lengths()
     found = bits_per_byte(make_eval_step(config, mesh), params, rows, lengths, at_once, len(rows), mesh)

@@ -186,7 +186,7 @@ class RawEngine:
         self._engine = Engine.from_pretrained(run_dir, slots=power_of_two(args.clients))
         settings = {"max_tokens": args.max_tokens, "temperature": args.temperature, "top_k": args.top_k}
         self._settings: dict[str, Any] = settings | {"tools": False}
-        self._engine.warm_up()
+        self._engine.programs.warm_up()
 
     def rate(self, prompts: Sequence[Sequence[int]], rows: int) -> float:
         """Tokens a second with `rows` of the prompts under way at any time."""

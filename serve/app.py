@@ -29,8 +29,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxchat.config import Config
-from jaxchat.engine import Engine
-from jaxchat.engine.loading import trained_stages
+from jaxchat.engine import Engine, trained_stages
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir
@@ -325,7 +324,7 @@ def load(run: RunDir, config: Config, worker: Worker) -> Engine:
             if worker.closing or worker.draining:
                 raise UsageError("stopped while loading")
 
-        engine.warm_up(report, background=True)
+        engine.programs.warm_up(report, background=True)
     log.info("ready")
     return engine
 

@@ -15,9 +15,8 @@ from typing import Any, TextIO
 
 from jaxchat.checkpoint import recorded
 from jaxchat.config import Config
-from jaxchat.engine import Engine, Event
+from jaxchat.engine import Engine, Event, trained_stages
 from jaxchat.engine.device import least_rows
-from jaxchat.engine.loading import trained_stages
 from jaxchat.errors import UsageError
 from jaxchat.log import progress
 from jaxchat.run_dir import RunDir
@@ -125,7 +124,7 @@ def chat(run: RunDir, config: Config) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # arrow keys and history in `input`
         with progress("compiling", None) as bar:
-            engine.warm_up(bar.reach, background=True)
+            engine.programs.warm_up(bar.reach, background=True)
         print(f"{config.tier} in {run.root}; /help lists the commands")
         stage = trained_stages(run)[0]
         record = recorded(run, stage)
@@ -141,7 +140,7 @@ def chat(run: RunDir, config: Config) -> None:
                     break
             elif line:
                 talk.answer(line)
-    engine.stop_compiling()
+    engine.programs.stop_compiling()
 
 
 def typed() -> Iterator[str]:

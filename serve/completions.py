@@ -132,7 +132,7 @@ class ChatCall(Completion):
     def choice(self, number: int, events: Sequence[Event], whole: bool) -> BaseModel:
         logprobs = self._logprobs(events)
         if whole:
-            result = self.answers.handles[number].result()
+            result = self.answers.handles[number]
             reason: Any = result.finish_reason
             message = schemas.AnswerMessage(role="assistant", content=result.text, refusal=None)
             if any(part["type"] != "text" for part in result.parts):

@@ -23,8 +23,7 @@ import gradio as gr
 from fastapi import FastAPI
 from gradio.i18n import I18nData
 
-from jaxchat.engine import Token
-from jaxchat.engine.loading import trained_stages
+from jaxchat.engine import Token, trained_stages
 from jaxchat.errors import DataError, JaxchatError
 from jaxchat.run_dir import RunDir, read_json
 from jaxchat.sizes import count_parameters

@@ -217,7 +217,7 @@ class Call:
         """Free the slots and record the figures."""
         handles = self.answers.handles
         self.service.worker.cancel(self.answers)
-        self.log_text([handle.result().text for handle in handles])
+        self.log_text([handle.text for handle in handles])
         self.service.metrics.finished(handles, self.prompt_tokens)
         first = min((h.first_token for h in handles if h.first_token), default=None)
         self.log |= {

@@ -180,7 +180,7 @@ class Worker:
         self._run_commands(wait=False)
         self._deliver({answers: Unavailable("dead") for answers, _ in self._listeners.values()})
         if self.loaded.done():
-            self.engine.stop_compiling()
+            self.engine.programs.stop_compiling()
         else:
             self.loaded.set_exception(self.failure or Unavailable("dead"))
 

@@ -38,13 +38,13 @@ def everything(engine: Engine) -> list[list[int]]:
     engine.step()
     engine.cancel(gone)
     engine.finish(handles)
-    tokens = [handle.result().tokens for handle in handles]
+    tokens = [handle.tokens for handle in handles]
     longer = [*handles[-1].request.tokens, *tokens[-1], *range(20, 45)]
     for _ in range(2):
         last = engine.submit(Request(longer, max_tokens=8))
         engine.finish([last])
-        tokens.append([last.reused, *last.result().tokens])
-        longer = [*longer, *last.result().tokens, 7]
+        tokens.append([last.reused, *last.tokens])
+        longer = [*longer, *last.tokens, 7]
     return tokens
 
 
@@ -56,16 +56,16 @@ if __name__ == "__main__":
     params = jax.tree.unflatten(tree, leaves)
     alone = Engine(CONFIG, params, tokenizer(), slots=8)
     spread = Engine(CONFIG, params, tokenizer(), slots=8, mesh=make_mesh(MeshConfig()))
-    p = spread._programs
-    static = {"config": CONFIG, "rows": 2, "bucket": 32, "steps": 8, "capacity": CAPACITY}
-    chunk = programs._sharded(decode_chunk, p.mesh, tuple(sorted(static.items())), ("params", "slots"))
+    p = spread.programs
+    static = {"rows": 2, "bucket": 32, "steps": 8, "capacity": CAPACITY}
+    chunk, arguments, _ = p._ready(decode_chunk, (p.state,), static)
     print(
         json.dumps(
             {
                 "alone": everything(alone),
                 "spread": everything(spread),
                 "split": len({s.device for s in p.state.cache.k[0].addressable_shards}) == 4,
-                "text": chunk.lower(p.params, p.state).compile().as_text(),
+                "text": chunk.lower(*arguments).compile().as_text(),
             }
         )
     )

@@ -192,7 +192,7 @@ def test_engine_and_scorer_fall_back_as_training_does():
     for backend in ("cudnn", "xla", "auto"):
         config = dataclasses.replace(CONFIG, attention=backend)
         engine = Engine(config, params, tokenizer(), slots=1)
-        assert engine._programs.config.attention == ("blocked" if backend == "auto" else "xla")
+        assert engine.programs.config.attention == ("blocked" if backend == "auto" else "xla")
         (tokens,) = engine.score([request.tokens])
         ((score,),) = Scorer(config, params, batch_rows=1).spans([[text]])
         found[backend] = engine.generate([request])[0].tokens, [t.logprob for t in tokens[1:]], score.loss

@@ -58,40 +58,36 @@ def random_tokens(length, seed=0):
     return np.random.default_rng(seed).integers(3, V, length).tolist()
 
 
-def settings(count, **lists):
-    """Settings of `count` prompts; greedy without stop or pause where not given."""
-    made = engine.blank_settings(count)
-    for name, values in lists.items():
-        for i, value in enumerate(values):
-            if name == "stop":
-                made.stop[i, : len(value)] = value
-            else:
-                getattr(made, name)[i] = value
-    return made
-
-
-def admit(recipe, slots, prompts, rows, remaining=None, bucket=32, **lists):
-    """Start `prompts` in the slots `rows`."""
+def admit(recipe, slots, prompts, places, remaining=CAPACITY, bucket=32, stop=(), **lists):
+    """Start `prompts` in the slots `places`; greedy without stop or pause where not given."""
     config, _, serving = model(recipe)
     tokens = np.zeros((len(prompts), bucket), np.int32)
     for i, prompt in enumerate(prompts):
         tokens[i, : len(prompt)] = prompt[:bucket]
     length = np.array([len(p) for p in prompts], np.int32)
-    starts = engine.blank_starts(len(prompts), 4, V)
-    starts.slot[:], starts.token[:] = rows, [p[-1] for p in prompts]
-    starts.remaining[:] = remaining or CAPACITY
-    starts.settings = settings(len(prompts), **lists)
-    return engine.admit(config, serving, slots, tokens, length, starts)
+    rows = engine.blank_rows(len(prompts), V)
+    settings = {"status": engine.RUNNING, "token": [p[-1] for p in prompts], "remaining": remaining} | lists
+    for name, values in settings.items():
+        rows[name][:] = values
+    for i, ids in enumerate(stop):
+        rows["stop"][i, : len(ids)] = ids
+    return engine.admit(config, serving, slots, tokens, length, np.array(places, np.int32), rows)
 
 
 def fresh(recipe, slots=4):
     return engine.new_slots(model(recipe)[0], slots, CAPACITY, jnp.float32)
 
 
+def set_status(slots, slot, status, forced=()):
+    queue = np.full((1, engine.FORCED + 1), engine.NO_TOKEN, np.int32)
+    queue[0, : len(forced)] = forced
+    return engine.set_status(slots, np.array([slot]), np.array([status], np.int32), queue)
+
+
 def chunk(recipe, slots, rows=4, bucket=CAPACITY, steps=8):
     config, _, serving = model(recipe)
     slots, made = engine.decode_chunk(config, serving, slots, rows, bucket, steps, CAPACITY)
-    return slots, np.asarray(made.tokens), np.asarray(made.status)
+    return slots, np.asarray(made[0]), np.asarray(made[1])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -181,10 +177,10 @@ def test_logits_agree_over_row_counts():
     config, _, serving = model("modern")
     prompts = [random_tokens(n, seed=n) for n in (5, 17, 8, 30)]
     state = admit("modern", fresh("modern"), prompts, [0, 1, 2, 3])
-    whole, _ = step(config, serving, state.token, state.cache, jnp.ones(4, bool))
+    whole, _ = step(config, serving, state.rows["token"], state.cache, jnp.ones(4, bool))
     for rows in (1, 2):
         part = jax.tree.map(lambda a, rows=rows: a[:rows], state)
-        logits, _ = step(config, serving, part.token, part.cache, jnp.ones(rows, bool))
+        logits, _ = step(config, serving, part.rows["token"], part.cache, jnp.ones(rows, bool))
         np.testing.assert_allclose(np.asarray(logits), np.asarray(whole[:rows]), atol=1e-4)
 
 
@@ -212,14 +208,13 @@ def test_a_pause_waits_and_forced_tokens_come_next_and_do_not_stop():
     wanted = greedy_continuation("modern", prompt, 8)
     mark = wanted[2]
     at = wanted.index(mark)
-    forced = np.full(engine.FORCED + 1, engine.NO_TOKEN, np.int32)
-    forced[:3] = [mark, 50, 51]  # a forced id neither pauses nor stops
+    forced = [mark, 50, 51]  # a forced id neither pauses nor stops
     slots = admit("modern", fresh("modern"), [prompt], [1], pause=[mark], stop=[(50,)])
     slots, tokens, status = chunk("modern", slots, rows=2)
     assert status[1] == engine.PAUSED and tokens[1].tolist() == wanted[: at + 1] + [engine.NO_TOKEN] * (7 - at)
     slots, tokens, status = chunk("modern", slots, rows=2)
     assert status[1] == engine.PAUSED and set(tokens[1]) == {engine.NO_TOKEN}
-    slots = engine.resume(slots, np.array([1]), forced[None])
+    slots = set_status(slots, 1, engine.RUNNING, forced)
     slots, tokens, status = chunk("modern", slots, rows=2, steps=5)
     history = [*prompt, *wanted[: at + 1], mark, 50, 51]
     assert tokens[1].tolist() == [mark, 50, 51, *greedy_continuation("modern", history, 2)]
@@ -233,7 +228,7 @@ def test_swapped_and_released_slots():
     slots = engine.swap(slots, np.array([[3, 0]]))
     slots, second, status = chunk("modern", slots, steps=4)
     assert [*first[3], *second[0]] == wanted and status[3] == engine.IDLE
-    slots, third, status = chunk("modern", engine.release(slots, np.array([0])), steps=4)
+    slots, third, status = chunk("modern", set_status(slots, 0, engine.IDLE), steps=4)
     assert status[0] == engine.IDLE and set(third.ravel()) == {engine.NO_TOKEN}
 
 

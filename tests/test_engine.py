@@ -19,14 +19,13 @@ from jaxchat import kv_cache
 from jaxchat import model as gpt
 from jaxchat.engine import Engine, Event, QueueFull, Request
 from jaxchat.engine import device as programs
-from jaxchat.engine.device import SHORTEST, decode_chunk
-from jaxchat.engine.scheduler import CachedPrefix
+from jaxchat.engine.device import SCORED, decode_chunk
 from jaxchat.errors import DataError, UsageError
 from jaxchat.low_precision import quantize_int8
 from jaxchat.tokenizer import train_tokenizer
 
 APPEND = jax.jit(kv_cache.append, static_argnums=0)
-NAMES = ("admit", "decode_chunk", "prefill_chunk", "release", "resume", "score_tokens", "start", "swap", "copy_prefix")
+NAMES = ("admit", "decode_chunk", "prefill_chunk", "set_status", "score_tokens", "start", "swap", "copy_prefix")
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +112,7 @@ def test_seeds_decide_and_repeat():
 def test_after_warm_up_nothing_compiles():
     own = engine(chunk=4)
     heard = []
-    own.warm_up(lambda done, total: heard.append((done, total)))
+    own.programs.warm_up(lambda done, total: heard.append((done, total)))
     assert heard[-1][0] == heard[-1][1] == len(heard) > 10
     requests = random_requests(100, seed=5)
     compiled = []
@@ -139,7 +138,7 @@ def test_after_warm_up_nothing_compiles():
 
 def test_a_background_warm_up_answers_at_once_and_compiles_every_program_once():
     own = engine(chunk=4)
-    programs = sum(1 for _ in own._programs._calls())
+    total = sum(1 for _ in own.programs._calls())
     jax.clear_caches()
     compiled = []
 
@@ -149,14 +148,14 @@ def test_a_background_warm_up_answers_at_once_and_compiles_every_program_once():
 
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        own.warm_up(background=True)
+        own.programs.warm_up(background=True)
         first = len(compiled)
-        assert 0 < own.compiling <= programs - 3
+        assert 0 < own.programs.compiling <= total - 3
         answers = own.generate(random_requests(12, seed=3))  # while the others compile
         own.score([[1, 2, 3]])
-        while own.compiling:
+        while own.programs.compiling:
             time.sleep(0.05)
-        assert first < programs and len(compiled) <= programs + 1  # and the copy of a prefix that comes before
+        assert first < total and len(compiled) <= total + 1  # and the copy of a prefix that comes before
         before = len(compiled)
         again = own.generate(random_requests(12, seed=3))
         assert len(compiled) == before
@@ -169,12 +168,12 @@ def test_a_background_warm_up_can_be_stopped():
     own = engine(chunk=4)
     expected = own.generate(random_requests(3, seed=4))
     jax.clear_caches()
-    own.warm_up(background=True)
-    own.stop_compiling()
+    own.programs.warm_up(background=True)
+    own.programs.stop_compiling()
     end = time.monotonic() + 120
-    while own.compiling and time.monotonic() < end:
+    while own.programs.compiling and time.monotonic() < end:
         time.sleep(0.05)
-    assert own.compiling == 0
+    assert own.programs.compiling == 0
     assert [a.tokens for a in own.generate(random_requests(3, seed=4))] == [a.tokens for a in expected]
 
 
@@ -212,11 +211,11 @@ def test_cancelled_requests_free_their_slots_at_once():
     assert (own.running, own.waiting) == (2, 3)
     own.cancel(handles[0])
     own.cancel(handles[4])
-    assert (own.running, own.waiting) == (1, 2) and handles[0].result().finish_reason == "cancelled"
+    assert (own.running, own.waiting) == (1, 2) and handles[0].finish_reason == "cancelled"
     while own.running or own.waiting:
         assert not any(owner in (handles[0], handles[4]) for owner, _ in own.step())
     alone = [own.generate([h.request])[0].tokens for h in handles[1:4]]
-    assert [h.result().tokens for h in handles[1:4]] == alone
+    assert [h.tokens for h in handles[1:4]] == alone
 
 
 def test_leaving_a_stream_frees_its_slot():
@@ -290,7 +289,7 @@ def test_log_probabilities_are_the_models_own():
     )
     result, silent = own.generate([asked, Request(ids(9, seed=3), max_tokens=10, tools=False)])
     expected = log_softmax(logits([*asked.tokens, *result.tokens]))[8:-1]
-    assert silent.logprobs is None and [t.id for t in result.logprobs] == result.tokens
+    assert silent.logprobs == [] and [t.id for t in result.logprobs] == result.tokens
     for token, z in zip(result.logprobs, expected, strict=True):
         assert token.logprob == pytest.approx(z[token.id], abs=1e-4)
         assert [i for i, _ in token.top] == np.argsort(-z, kind="stable")[:4].tolist()
@@ -333,7 +332,7 @@ def test_an_answer_ends_before_a_stop_text(stops, text, chunk):
     assert own.running == 0
     handle = own.submit(own.chat_request(GREETING, stop_texts=stops))
     result = own.finish([handle])[0]
-    assert result.text == text and result.completion_tokens == handle.made >= len(result.tokens)
+    assert result.text == text and result.made >= len(result.tokens)
 
 
 def test_a_stop_text_inside_a_tool_call_does_not_end_it():
@@ -342,7 +341,7 @@ def test_a_stop_text_inside_a_tool_call_does_not_end_it():
 
 
 def test_scores_are_the_models_own():
-    batch = [ids(n, seed=n) for n in (1, 5, CAPACITY, min(SHORTEST, CAPACITY) - 1)] + [[]]
+    batch = [ids(n, seed=n) for n in (1, 5, CAPACITY, min(SCORED, CAPACITY) - 1)] + [[]]
     found = shared().score(batch)
     assert found[4] == []
     for tokens, scores in zip(batch[:4], found, strict=False):
@@ -372,9 +371,9 @@ def test_a_single_answer_runs_beside_an_idle_row_where_that_is_faster(monkeypatc
     alone = engine().generate([Request([1, 2, 3], max_tokens=9, seed=1, temperature=1.0)])[0].tokens
     monkeypatch.setitem(programs.LEAST_ROWS, "cpu", 2)
     own, rows = engine(slots=4), []
-    decode = own._programs.decode
-    own._programs.decode = lambda count, bucket: rows.append(count) or decode(count, bucket)
-    compiled = [static["rows"] for function, static, _ in own._programs._calls() if function is decode_chunk]
+    decode = own.programs.decode
+    own.programs.decode = lambda count, bucket: rows.append(count) or decode(count, bucket)
+    compiled = [static["rows"] for function, _, static in own.programs._calls() if function is decode_chunk]
     assert sorted(set(compiled)) == [2, 4]
     assert own.generate([Request([1, 2, 3], max_tokens=9, seed=1, temperature=1.0)])[0].tokens == alone
     assert set(rows) == {2}
@@ -421,7 +420,7 @@ def test_times_and_gauges():
     assert own.cache_usage == pytest.approx((20 + handle.made) / (4 * CAPACITY))
     result = own.finish([handle])[0]
     assert handle.submitted <= handle.started < handle.first_token <= handle.finished
-    assert own.cache_usage == 0 and result.completion_tokens == 12 and result.prompt_tokens == 20
+    assert own.cache_usage == 0 and result.made == 12 and result.prompt_tokens == 20
 
 
 def test_quantized_products_are_close_and_exact_where_they_can_be():
@@ -468,40 +467,49 @@ def test_pieces_leave_the_same_logits_as_the_whole(recipe, cuts):
 
 
 def test_a_ring_that_came_round_is_only_gone_on_from_at_its_end():
-    held = CachedPrefix(list(range(100)), reach=100)
+    scheduler = engine().scheduler
+
+    def usable(prompt, ring, reach=100):
+        scheduler._ring, scheduler.prefix_cache = ring, {3: (list(range(100)), reach)}
+        slot, tokens = scheduler._choose_slot(prompt)
+        assert (slot == 3) == (tokens > 0)
+        return tokens
+
     prompt = [*range(100), 7, 8]
-    assert held.usable(prompt, ring=17) == 100
-    assert held.usable([*range(99), 1, 2, 3], ring=17) == 99  # position 99 stands where the window has just ended
-    assert held.usable([*range(98), 1, 2, 3], ring=17) == 0
-    assert held.usable([*range(98), 1, 2, 3], ring=100) == 98  # it has not come round
-    assert CachedPrefix(list(range(100)), reach=108).usable(prompt, ring=17) == 0
-    assert held.usable(list(range(100)), ring=17) == 99  # the last token always runs again
-    assert held.usable([*range(30), *[200] * 5], ring=128) == 0  # too little to be worth it
+    assert usable(prompt, 17) == 100
+    assert usable([*range(99), 1, 2, 3], 17) == 99  # position 99 stands where the window has just ended
+    assert usable([*range(98), 1, 2, 3], 17) == 0
+    assert usable([*range(98), 1, 2, 3], 100) == 98  # it has not come round
+    assert usable(prompt, 17, reach=108) == 0
+    assert usable(list(range(100)), 17) == 99  # the last token always runs again
+    assert usable([*range(30), *[200] * 5], 128) == 0  # too little to be worth it
 
 
 @pytest.mark.parametrize("cut", [16, 17, 18, 40, 60])
 def test_a_prefix_taken_from_a_slot_gives_the_logits_of_a_fresh_prefill(cut):
-    """At every length at which `CachedPrefix` allows it, with rings of 17 positions that may have come round."""
+    """At every length at which the scheduler allows it, with rings of 17 positions that may have come round."""
     own = engine(reuse=False)
     first = ids(cut + 1, seed=1)
     own.generate([Request(first, max_tokens=1, tools=False)])  # the slot now holds `cut + 1` positions
-    held = own._scheduler.prefix_cache[0]
-    assert held.tokens == first and held.reach == cut + 1
+    tokens, reach = own.scheduler.prefix_cache[0]
+    assert tokens == first and reach == cut + 1
     fresh, config = engine(reuse=False), CONFIG
     for n in range(max(1, cut - 2), cut + 2):
-        allowed = held.reach <= 17 or held.reach <= n + 1
+        allowed = reach <= 17 or reach <= n + 1
         prompt = [*first[:n], *ids(9, seed=2)]
         whole = np.ones(1, np.int32)
-        row = own._programs.copy_prefix(0 * whole, n * whole, np.array([first[n - 1]], np.int32))
+        row = own.programs.run(
+            programs.copy_prefix, own.programs.state, 0 * whole, n * whole, np.array([first[n - 1]], np.int32)
+        )
         tokens = np.zeros((1, 32), np.int32)
         tokens[0, :8] = prompt[n:-1]
-        row = own._programs.prefill_chunk(row, tokens, 8 * whole)
-        other = fresh._programs.copy_prefix(0 * whole, 0 * whole, 0 * whole)
+        row = own.programs.run(programs.prefill_chunk, row, tokens, 8 * whole)
+        other = fresh.programs.run(programs.copy_prefix, fresh.programs.state, 0 * whole, 0 * whole, 0 * whole)
         padded = np.zeros((1, 96), np.int32)
         padded[0, : len(prompt) - 1] = prompt[:-1]
-        _, other = APPEND(config, fresh._programs.params, padded, (len(prompt) - 1) * whole, other)
+        _, other = APPEND(config, fresh.programs.params, padded, (len(prompt) - 1) * whole, other)
         logits = [
-            step(config, fresh._programs.params, jnp.array([prompt[-1]]), c, jnp.array([True]))[0] for c in (row, other)
+            step(config, fresh.programs.params, jnp.array([prompt[-1]]), c, jnp.array([True]))[0] for c in (row, other)
         ]
         difference = float(jnp.abs(logits[0] - logits[1]).max())
         assert difference < 1e-4 if allowed else difference > 1e-4, (n, difference)
@@ -522,9 +530,7 @@ def test_long_prompts_run_in_pieces_while_others_answer():
     assert own.running == 2
     own.finish([talker, long])
     alone = engine(reuse=False)
-    assert [h.result().tokens for h in (talker, long)] == [
-        alone.generate([h.request])[0].tokens for h in (talker, long)
-    ]
+    assert [h.tokens for h in (talker, long)] == [alone.generate([h.request])[0].tokens for h in (talker, long)]
 
 
 def test_the_next_turn_of_a_conversation_goes_on_from_its_slot():
@@ -558,11 +564,11 @@ def test_random_conversations_in_company_are_as_from_scratch():
         if rng.random() < 0.2:
             own.cancel(handle)
         reused += handle.reused > 0
-        history += [*handle.result().tokens, *ids(rng.randint(1, 8), seed=len(handles))]
+        history += [*handle.tokens, *ids(rng.randint(1, 8), seed=len(handles))]
     own.finish(handles)
     assert reused > 4 and own.running == own.waiting == 0
     for handle in handles:
-        tokens = handle.result().tokens
+        tokens = handle.tokens
         assert fresh.generate([handle.request])[0].tokens[: len(tokens)] == tokens
 
 
@@ -579,8 +585,8 @@ def test_answers_that_share_a_prompt_are_as_if_alone(length, slots):
     fresh = engine(reuse=False)
     for seed, handle in zip((1, 2, 3, 4), handles, strict=False):
         alone = fresh.generate([Request(request.tokens, max_tokens=8, temperature=1.3, tools=False, seed=seed)])[0]
-        assert handle.result().tokens == alone.tokens
-    assert own.running == own.waiting == 0 and not own._scheduler.prefills
+        assert handle.tokens == alone.tokens
+    assert own.running == own.waiting == 0 and not own.scheduler.prefills
 
 
 def test_cancelled_while_its_prompt_runs():
@@ -593,6 +599,6 @@ def test_cancelled_while_its_prompt_runs():
     assert own.running == 1
     for handle in group:
         own.cancel(handle)
-    assert own.running == own.waiting == 0 and not own._scheduler.prefills
+    assert own.running == own.waiting == 0 and not own.scheduler.prefills
     assert own.step() == []
     assert len(own.generate([Request(ids(100, seed=2), max_tokens=5, tools=False)])[0].tokens) == 5

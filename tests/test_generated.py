@@ -6,7 +6,7 @@ import pytest
 from small_model import tokenizer
 
 from jaxchat.chat import render
-from jaxchat.engine.turn import Turn
+from jaxchat.engine.request import Turn
 from jaxchat.errors import UsageError
 from jaxchat.tasks import TASKS, get_task, parse_mixture_entry
 from jaxchat.tasks.base import Example

@@ -10,8 +10,7 @@ import pytest
 from jaxchat import model as gpt
 from jaxchat.checkpoint import Checkpoints, params_sha256
 from jaxchat.config import Config, ModelConfig, to_toml
-from jaxchat.engine import Engine, Request
-from jaxchat.engine.loading import load_run
+from jaxchat.engine import Engine, Request, load_run
 from jaxchat.errors import DataError, UsageError
 from jaxchat.run_dir import RunDir, write_json
 from jaxchat.scaling import resolve_model

@@ -5,25 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat.engine.device import _largest_by_digits, _largest_by_guessing, _threshold, sample
+from jaxchat.engine.device import _threshold, blank_rows, sample
 
 V = 50
 
 
-def settings(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    return (
-        jnp.full(rows, temperature, jnp.float32),
-        jnp.full(rows, top_k, jnp.int32),
-        jnp.full(rows, top_p, jnp.float32),
-        jnp.full(rows, min_p, jnp.float32),
-    )
+def settings(count, seed=7, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    given = {"seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    rows = {name: blank_rows(count, V)[name] for name in given}
+    for name, value in given.items():
+        rows[name][:] = value
+    return rows
 
 
-def draws(logits, count, **kwargs):
+def draws(logits, count, **given):
     """`count` draws from one distribution: one row each, positions 0, 1, ..."""
-    seed, position = jnp.full(count, 7, jnp.uint32), jnp.arange(count, dtype=jnp.int32)
-    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    return np.asarray(jax.jit(sample)(rows, seed, position, *settings(count, **kwargs)))
+    logits = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
+    return np.asarray(jax.jit(sample)(logits, settings(count, **given), jnp.arange(count)))
 
 
 def random_logits(seed, rows=None):
@@ -63,7 +61,8 @@ def test_top_p_keeps_the_smallest_set_with_that_mass(top_p):
     order = np.argsort(-p)
     size = int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1
     assert set(draws(logits, 20_000, top_p=top_p)) <= set(order[:size])
-    threshold = _threshold(jnp.asarray(p / p.max())[None], jnp.zeros(1, jnp.int32), jnp.full(1, top_p))
+    share = jnp.asarray(p / p.max())[None]
+    threshold = _threshold(share, share, top_p * share.sum(axis=1))
     assert int((p / p.max() >= np.asarray(threshold)).sum()) == size
 
 
@@ -84,51 +83,43 @@ def test_min_p_keeps_what_has_that_share_of_the_likeliest(min_p):
 
 
 def test_a_draw_depends_on_its_seed_and_position_alone():
-    logits = jnp.asarray(random_logits(4, rows=8))
-    seed, position = jnp.arange(8, dtype=jnp.uint32) + jnp.uint32(2**31), jnp.arange(8, dtype=jnp.int32) * 3
-    rows = (logits, seed, position, *settings(8, top_k=20, top_p=0.95))
-    together = np.asarray(sample(*rows))
+    logits, position = random_logits(4, rows=8), np.arange(8, dtype=np.int32) * 3
+    rows = settings(8, seed=np.arange(8, dtype=np.uint32) + np.uint32(2**31), top_k=20, top_p=0.95)
+    together = np.asarray(sample(logits, rows, position))
+
+    def drawn(part):
+        return np.asarray(sample(logits[part], {name: a[part] for name, a in rows.items()}, position[part])).tolist()
+
     order = np.random.default_rng(0).permutation(8)
-    assert (np.asarray(sample(*(a[order] for a in rows))) == together[order]).all()
-    alone = [int(sample(*(a[i : i + 1] for a in rows))[0]) for i in range(8)]
-    assert alone == together.tolist()
+    assert drawn(order) == together[order].tolist()
+    assert [drawn(slice(i, i + 1))[0] for i in range(8)] == together.tolist()
 
 
 def test_seeds_and_positions_change_the_draw():
     flat = np.zeros(V, np.float32)
     assert len(set(draws(flat, 500))) > 45
-    seeds = jnp.arange(500, dtype=jnp.uint32)
-    logits = jnp.zeros((500, V))
-    assert len(set(np.asarray(sample(logits, seeds, jnp.zeros(500, jnp.int32), *settings(500))))) > 45
+    rows = settings(500, seed=np.arange(500))
+    assert len(set(np.asarray(sample(jnp.zeros((500, V)), rows, jnp.zeros(500, jnp.int32))))) > 45
 
 
 def test_rows_with_different_settings_do_not_mix():
-    logits = jnp.asarray(random_logits(5, rows=4))
-    seed, position = jnp.full(4, 3, jnp.uint32), jnp.arange(4, dtype=jnp.int32)
-    mixed = sample(
-        logits,
-        seed,
-        position,
-        jnp.array([0.0, 1.0, 0.0, 2.0]),
-        jnp.array([0, 5, 3, 0]),
-        jnp.array([1.0, 0.9, 0.5, 1.0]),
-        jnp.zeros(4),
-    )
+    logits, position = random_logits(5, rows=4), np.arange(4, dtype=np.int32)
+    rows = settings(4, seed=3, temperature=[0.0, 1.0, 0.0, 2.0], top_k=[0, 5, 3, 0], top_p=[1.0, 0.9, 0.5, 1.0])
+    mixed = sample(logits, rows, position)
     assert mixed[0] == logits[0].argmax() and mixed[2] == logits[2].argmax()
-    one = sample(logits[1:2], seed[1:2], position[1:2], jnp.ones(1), jnp.array([5]), jnp.array([0.9]), jnp.zeros(1))
-    assert mixed[1] == one[0]
+    assert mixed[1] == sample(logits[1:2], settings(1, seed=3, top_k=5, top_p=0.9), position[1:2])[0]
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 3.0])
-def test_both_ways_to_a_threshold_leave_the_same_tokens(scale):
-    """Digits are for accelerators, guesses for CPUs; here both run."""
+def test_both_ways_to_a_threshold_keep_as_many_tokens_as_they_must(scale, platform, monkeypatch):
+    """A CPU ends early, an accelerator settles several bits at a time."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda cpu, default: (cpu if platform == "cpu" else default)())
     p = np.exp(scale * (random_logits(7, rows=6) - 9)).astype(np.float32)
     p /= p.max(-1, keepdims=True)
     p[5, 3:20] = p[5, 2]  # equal values stay or go together
     for wanted, weight in ((np.array([1, 2, 7, 20, 50, 5], np.float32), np.ones((), np.float32)), (p.sum(-1) * 0.7, p)):
-        found = [jax.jit(f)(p, weight, wanted) for f in (_largest_by_digits, _largest_by_guessing)]
-        kept = [p >= np.asarray(t)[:, None] for t in found]
-        assert (kept[0] == kept[1]).all()
-        for row, mask, goal in zip(p, kept[0], wanted, strict=True):
+        kept = p >= np.asarray(jax.jit(_threshold)(p, weight, wanted))[:, None]
+        for row, mask, goal in zip(p, kept, wanted, strict=True):
             value = row if weight.ndim else np.ones(V)
             assert value[mask].sum() >= goal * (1 - 1e-6) and value[mask & (row > row[mask].min())].sum() < goal

@@ -115,6 +115,14 @@ def test_equal_options_score_equal_to_the_last_bit():
     assert scores[0] == scores[2] and scores[1] == scores[4] and scores[0] != scores[3]
 
 
+def test_texts_with_nothing_in_common_are_scored_by_themselves():
+    texts = [[1, 2, 3], [2, 2, 3], [3, 3]]
+    (scores,) = scorer_of("modern").spans([[Span(t, 1, len(t)) for t in texts]])
+    for text, score in zip(texts, scores, strict=True):
+        logp = log_probabilities("modern", text)
+        assert score.loss == pytest.approx(-sum(logp[i, t] for i, t in enumerate(text[1:])), rel=1e-5)
+
+
 def test_an_empty_span_has_no_mean():
     ((score,),) = scorer_of("classic").spans([[Span([1, 2, 3], 3, 3)]])
     assert score.count == 0 and score.loss == 0 and score.best and np.isnan(score.mean)

@@ -14,7 +14,7 @@ import pytest
 from live_service import live, slowed
 from small_model import GREETING, write_run
 
-from jaxchat.engine.loading import trained_stages
+from jaxchat.engine import trained_stages
 from jaxchat.errors import DataError, UsageError
 from jaxchat.run_dir import RunDir
 from serve.app import bind

@@ -5,8 +5,7 @@ import functools
 import pytest
 
 from jaxchat.engine.device import FORCED
-from jaxchat.engine.request import Event
-from jaxchat.engine.turn import TOOL_ERROR, Turn
+from jaxchat.engine.request import TOOL_ERROR, Event, Turn
 from jaxchat.tokenizer import Tokenizer, train_tokenizer
 
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from jaxchat.config import Config, flatten, load_config
 from jaxchat.data.sources import document_hash, iterate_documents
-from jaxchat.engine.loading import load_run
+from jaxchat.engine import load_run
 from jaxchat.engine.scoring import Scorer, Span
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, read_metrics, say

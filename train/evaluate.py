@@ -21,9 +21,8 @@ from jaxchat.chat import render_prompt
 from jaxchat.checkpoint import params_sha256, trained_params
 from jaxchat.config import Config, MeshConfig
 from jaxchat.data.packing import Rows
-from jaxchat.engine import Engine, Result
-from jaxchat.engine.loading import batch_rows
-from jaxchat.engine.scoring import Scorer
+from jaxchat.engine import Engine, Turn
+from jaxchat.engine.scoring import Scorer, rows_at_once
 from jaxchat.errors import DataError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, atomic_write, read_json, write_json
@@ -56,7 +55,6 @@ COPY_TEXTS = 20  # written to measure memorization
 CORE_TEXTS = 8  # rows of a batch that an item of CORE takes, with its options and the examples before it
 SEED = 1234  # of samples
 PROMPT_TOKENS = 8  # of a held-out text, for samples of a base model
-TOO_LONG = Result([], [], "too_long", 0, 0)  # the answer to a question longer than the context
 CHAT_PROMPTS = (
     "hello",
     "who are you?",
@@ -171,7 +169,7 @@ def samples(
     ]
 
 
-def shown(result: Result) -> str:
+def shown(result: Turn) -> str:
     """Return the text of an answer with its tool calls in brackets."""
     frames = {"text": "{}", "python": "[{} =", "python_output": " {}] "}
     text = "".join(frames[part["type"]].format(part["text"]) for part in result.parts)
@@ -223,7 +221,7 @@ class Model:
     def __init__(self, config: Config, run: RunDir, stage: str, params: Any, tokenizer: Tokenizer):
         self.config, self.run, self.stage, self.params, self.tokenizer = config, run, stage, params, tokenizer
         self.mesh = make_mesh(MeshConfig(), jax.local_devices())
-        self.batch_rows = batch_rows(config.model, config.eval.batch_rows, self.mesh)
+        self.batch_rows = rows_at_once(config.model, config.eval.batch_rows, self.mesh)
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -260,7 +258,9 @@ class Model:
         """
         requests = [self.engine.chat_request(e.prompt, max_tokens=task.max_tokens) for e in examples]
         fit = [i for i, request in enumerate(requests) if len(request.tokens) <= self.engine.capacity]
-        results = [TOO_LONG] * len(examples)
+        too_long = Turn(self.tokenizer)
+        too_long.finish_reason = "too_long"
+        results = [too_long] * len(examples)
         with progress(f"{self.stage} {task.name}", len(fit)) as bar:
             for i, result in zip(
                 fit, self.engine.generate([requests[i] for i in fit], lambda _: bar.advance()), strict=True
@@ -339,7 +339,7 @@ class Model:
     def bits_per_byte(self) -> tuple[Scores, Decisions]:
         """Score held-out text, and held-out conversations where there are any. `n` counts rows."""
         config, devices = self.config, batch_devices(self.mesh)
-        rows_at_once = -(-self.batch_rows // devices) * devices
+        at_once = -(-self.batch_rows // devices) * devices
         step = make_eval_step(decided(config, self.mesh), self.mesh)
         params = jax.device_put(self.params, replicated(self.mesh))
         scores: Scores = {}
@@ -351,7 +351,7 @@ class Model:
             if limit := min(config.eval.rows, len(rows)):
                 lengths = self.tokenizer.byte_lengths()
                 with progress(f"{self.stage} bits_per_byte, {kind}", None):
-                    found = bits_per_byte(step, params, rows, lengths, rows_at_once, limit, self.mesh)
+                    found = bits_per_byte(step, params, rows, lengths, at_once, limit, self.mesh)
                 scores[kind] = {"n": limit} | found
         if not scores:
             raise DataError(f"{self.run.data}: no held-out rows; run stage prepare again")

@@ -30,7 +30,7 @@ from jaxchat.data.packing import Rows
 from jaxchat.data.shards import cores
 from jaxchat.data.sources import interleaved, open_corpus
 from jaxchat.engine import Engine
-from jaxchat.engine.loading import batch_rows
+from jaxchat.engine.scoring import rows_at_once
 from jaxchat.errors import DataError, InterruptedRun, JaxchatError
 from jaxchat.log import print_facts, read_metrics, say
 from jaxchat.run_dir import RunDir, read_json
@@ -107,7 +107,7 @@ class Rehearsal:
         self.begin = time.perf_counter()
         self.mesh = make_mesh(config.mesh)
         self.batch_rows = micro_batch(config, batch_devices(self.mesh))[0]
-        self.small = smaller(config, self.batch_rows, batch_rows(config.model, config.eval.batch_rows, self.mesh))
+        self.small = smaller(config, self.batch_rows, rows_at_once(config.model, config.eval.batch_rows, self.mesh))
         self.files = TaskFiles.of(config, download=True)
         self.problems: list[dict[str, str]] = []
         self.made_up: list[str] = []

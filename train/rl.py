@@ -29,8 +29,7 @@ from jaxchat import distributed
 from jaxchat.chat import render_prompt
 from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, MeshConfig
-from jaxchat.engine import Engine, Result
-from jaxchat.engine.turn import Turn
+from jaxchat.engine import Engine, Turn
 from jaxchat.errors import DataError, UsageError
 from jaxchat.kv_cache import serving_params
 from jaxchat.log import say
@@ -229,9 +228,8 @@ class RolloutWorker:
             **{name: np.zeros((P, S), bool) for name in ("correct", "formatted", "stopped")},
         )
         for p, (prompt, handles) in groups.items():
-            results = [handle.result() for handle in handles]
-            answers.correct[p] = self.task.grade_all([examples[p]] * S, [result.text for result in results])
-            for s, result in enumerate(results):
+            answers.correct[p] = self.task.grade_all([examples[p]] * S, [handle.text for handle in handles])
+            for s, result in enumerate(handles):
                 stop = [] if result.stop_id is None else [result.stop_id]
                 ids = [*prompt, *result.tokens, *stop]
                 answers.tokens[p, s, : len(ids)], answers.length[p, s] = ids, len(ids)
@@ -332,7 +330,7 @@ class RolloutWorker:
                 for token in answers.tokens[p, s, prompt : answers.length[p, s]].tolist():
                     turn.add(token)
                 turn.flush()
-                text = shown(Result(turn.tokens, turn.parts, "stop", 0, 0))
+                text = shown(turn)
                 verdict = "right" if answers.correct[p, s] else f"wrong, {example.expected}"
                 lines.append(f"- **{verdict}**: {code(text) or '(nothing)'}")
             lines.append("")

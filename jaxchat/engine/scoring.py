@@ -13,8 +13,8 @@ import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxchat.attention import attention, choose_backend, masked_attention, with_attention
+from jaxchat.attention import attention, choose_backend, masked_attention, trusted_backend, with_attention
 from jaxchat.config import ModelConfig
-from jaxchat.engine import loading
 from jaxchat.model import LayerOptions, Params, cast_params, embed, forward, logits
 from jaxchat.sharding import BATCH_AXES, batch_devices, replicated
-from jaxchat.sizes import scan_groups, score_bound, windows
+from jaxchat.sizes import exam_rows, scan_groups, score_bound, windows
 
 LENGTHS = 6  # prefix lengths at most
 SMALLEST = 64  # tokens
 TAILS = (32, 128)  # smallest and largest room for continuations, a quarter of the prefix in between
 ROW_TOKENS = 512  # a batch of n rows has about n times this many tokens, whatever the rows' length
+CPU_ROWS = 32  # of exams at once; more leave a CPU's caches
 CPU_TOKENS = 2048  # of a batch on a CPU at most: more leave its caches and run slower
 IN_FLIGHT = 2  # batches dispatched before the first one is read
 QUESTION_CHUNK = {"cpu": 256}  # questions whose logits are alive at once
@@ -64,34 +64,27 @@ class SpanScore:
         return self.loss / self.count if self.count else math.nan
 
 
-class Ask(NamedTuple):
-    """Tokens whose likelihood is asked."""
-
-    sequence: int  # index in its group
-    tail: int  # which continuation of the row, -1: the prefix
-    start: int  # place in the text of the first token
-    targets: list[int]
-
-
 @dataclass
 class Row:
-    """A prefix, its continuations, and what is asked of them."""
+    """A prefix with continuations side by side behind it, and the tokens whose likelihood is asked."""
 
     prefix: list[int]
-    tails: list[list[int]]
-    asks: list[Ask]
+    # (number of the text, places in the row of the positions that predict its tokens, tokens)
+    asks: list[tuple[int, list[int], list[int]]]
+    tail: list[int] = field(default_factory=list)  # all continuations
+    begins: list[int] = field(default_factory=list)  # of each token in `tail`: where its continuation begins there
 
 
-@jax.tree_util.register_dataclass
-@dataclass
-class Rows:
-    """Rows as the model takes them. Q is 0 for rows without continuations."""
-
-    tokens: Any  # (B, T + Q) int32, the prefix right-padded to T
-    length: Any  # (B,) int32, tokens of the prefix, at least 1
-    branch: Any  # (B, Q) int32, which continuation a token belongs to
-    position: Any  # (B, Q) int32, where the token stands in its text
-    before: Any  # (B, Q) int32, id of the token before it
+def rows_at_once(config: ModelConfig, rows: int, mesh: Mesh | None = None) -> int:
+    """Return `eval.batch_rows`; for -1, 32 on a CPU or where the memory is unknown, else `sizes.exam_rows`."""
+    if rows >= 0:
+        return rows
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if jax.default_backend() == "cpu" or "bytes_limit" not in stats:
+        return CPU_ROWS
+    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    scores = trusted_backend(config, jnp.bfloat16)[0] == "xla"
+    return exam_rows(config, free, mesh.size if mesh else 1, 2, scores)
 
 
 def lengths(seq_len: int) -> list[int]:
@@ -109,14 +102,7 @@ def tails(T: int) -> int:
 def common_prefix(sequences: Sequence[list[int]]) -> int:
     """Return how many first tokens all share."""
     first, last = min(sequences), max(sequences)  # in the order of a dictionary, so what these two share all do
-    low, high = 0, min(len(first), len(last))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low:middle] == last[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 def crop(group: Sequence[Span], context: int) -> tuple[list[Span], int]:
@@ -136,30 +122,50 @@ def crop(group: Sequence[Span], context: int) -> tuple[list[Span], int]:
     return short, over
 
 
-# On the device
-
-
 def scoring_params(params: Params, dtype: jnp.dtype | type) -> Params:
     """Return all weights in the compute dtype, the unembedding too; scalars stay float32."""
     cast = cast_params(params, dtype)
     return cast | {"unembedding": cast["unembedding"].astype(dtype)}
 
 
-def final_activations(config: ModelConfig, params: Params, rows: Rows) -> jax.Array:
-    """Return activations (B, T + Q, D) after the last norm; `params` from `scoring_params`."""
-    B, Q = rows.branch.shape
-    T = rows.tokens.shape[1] - Q
+@functools.partial(jax.jit, static_argnames="config")
+def score_targets(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    length: jax.Array,
+    begins: jax.Array,
+    where: jax.Array,
+    target: jax.Array,
+    count: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Score given tokens at given positions.
+
+    Args:
+      params: from `scoring_params`.
+      tokens: (B, T + Q) int32, the prefix right-padded to T, and its continuations; length: (B,) int32, tokens of the
+        prefix, at least 1; begins: (B, Q) int32, where each token's continuation begins behind the prefix, -1: padding.
+      where: (M,) int32, for each question the flat index into (B, T + Q) of the position that predicts its token;
+        target: (M,) int32, the token; count: (1,) int32, how many of the questions are meant, the first ones.
+
+    Returns: nll (M,) float32 in nats and best (M,) bool, whether the token is the likeliest one (the first of equal
+    logits wins); 0 and False beyond `count`.
+    """
+    (B, Q), M = begins.shape, len(where)
+    T = tokens.shape[1] - Q
     backend, _ = choose_backend(config, params["embedding"].dtype, jax.devices()[0], T)
     groups, period = scan_groups(config)
-    x, _ = embed(config, params, rows.tokens[:, :T])
+    x, _ = embed(config, params, tokens[:, :T])
     positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+    at = length[:, None] + jnp.arange(Q) - begins
     if Q:  # every token of a continuation is a text of its own to the smear
-        _, previous = embed(config, params, rows.before.reshape(B * Q, 1))
-        x_tails, _ = embed(config, params, rows.tokens[:, T:].reshape(B * Q, 1), previous[:, 0])
+        last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)
+        before = jnp.where(begins == jnp.arange(Q), last, tokens[:, T - 1 : -1])
+        _, previous = embed(config, params, before.reshape(B * Q, 1))
+        x_tails, _ = embed(config, params, tokens[:, T:].reshape(B * Q, 1), previous[:, 0])
         x = jnp.concatenate([x, x_tails.reshape(B, Q, -1)], axis=1)
-        positions = jnp.concatenate([positions, rows.position], axis=1)
-    at, place = rows.position[:, :, None], jnp.arange(T)[None, None, :]
-    distance, own = at - rows.position[:, None, :], rows.branch[:, :, None] == rows.branch[:, None, :]
+        positions = jnp.concatenate([positions, at], axis=1)
+    distance, own = at[:, :, None] - at[:, None, :], begins[:, :, None] == begins[:, None, :]
 
     def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         window = windows(config)[i]
@@ -167,31 +173,14 @@ def final_activations(config: ModelConfig, params: Params, rows: Rows) -> jax.Ar
         if not Q:
             return y
         # a token of a continuation sees the prefix, and its own continuation up to itself
-        of_prefix = (place < rows.length[:, None, None]) & (at - place <= window)
+        of_prefix = (jnp.arange(T) < length[:, None, None]) & (at[:, :, None] - jnp.arange(T) <= window)
         mask = jnp.concatenate([of_prefix, own & (distance >= 0) & (distance <= window)], axis=2)
         tails = masked_attention(q[:, T:], k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
         return jnp.concatenate([y, tails], axis=1)
 
     options = LayerOptions(unroll=groups if groups * period <= UNROLLED else 1, backend=backend)
-    return forward(config, params, x, rows.tokens, positions, attend, options)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def score_targets(
-    config: ModelConfig, params: Params, rows: Rows, where: jax.Array, target: jax.Array, count: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Score given tokens at given positions.
-
-    Args:
-      where: (M,) int32, for each question the flat index into (B, T + Q) of the position that predicts its token;
-      target: (M,) int32, the token; count: (1,) int32, how many of the questions are meant, the first ones.
-
-    Returns: nll (M,) float32 in nats and best (M,) bool, whether the token is the likeliest one (the first of equal
-    logits wins); 0 and False beyond `count`.
-    """
-    x = final_activations(config, params, rows)
+    x = forward(config, params, x, tokens, positions, attend, options)
     x = x.reshape(-1, x.shape[-1])
-    M = where.shape[0]
     chunk = min(M, QUESTION_CHUNK.get(jax.default_backend(), ACCELERATOR_CHUNK))
     spare = -M % chunk
     where, target = (jnp.pad(a, (0, spare)) for a in (where, target))
@@ -217,13 +206,9 @@ def _cast(place: NamedSharding | None) -> Any:
 @functools.cache
 def _sharded(config: ModelConfig, mesh: Mesh) -> Any:
     """Return `score_targets` on every device's own rows; weights are whole everywhere."""
-
-    def local(params: Any, arguments: tuple[Any, ...]) -> Any:
-        return score_targets(config, params, *arguments)
-
     rows = P(BATCH_AXES)
-    run = jax.shard_map(local, mesh=mesh, in_specs=(P(), rows), out_specs=rows, check_vma=False)
-    return jax.jit(lambda params, *arguments: run(params, arguments))
+    local = functools.partial(score_targets, config)
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), *[rows] * 6), out_specs=rows, check_vma=False))
 
 
 class Scorer:
@@ -233,7 +218,7 @@ class Scorer:
       config: resolved; params: nested dict of arrays, the training layout.
       mesh: rows are split over its data and fsdp axes, weights lie whole on every device; None: one device.
       batch_rows: rows of `ROW_TOKENS` tokens run at once; 0: one row, whatever its length; -1: by the device, see
-        `loading.batch_rows`.
+        `rows_at_once`.
       context: longer texts are cropped on the left; by default the model's. 0: never crop.
       dtype: of weights and activations; float32 on a CPU and bfloat16 elsewhere by default.
     """
@@ -250,7 +235,7 @@ class Scorer:
         self.context = config.seq_len if context is None else context
         self._devices = batch_devices(mesh) if mesh else 1
         on_cpu = jax.default_backend() == "cpu"
-        self._batch_tokens = loading.batch_rows(config, batch_rows, mesh) * min(config.seq_len, ROW_TOKENS)
+        self._batch_tokens = rows_at_once(config, batch_rows, mesh) * min(config.seq_len, ROW_TOKENS)
         if on_cpu:
             self._batch_tokens = min(self._batch_tokens, CPU_TOKENS)
         self._lengths = lengths(config.seq_len)
@@ -258,8 +243,8 @@ class Scorer:
         self.config = with_attention(config, dtype)
         self._params = _cast(replicated(mesh) if mesh else None)(params, dtype)
         self._sharding = NamedSharding(mesh, P(BATCH_AXES)) if mesh and self._devices > 1 else None
-        sharded = self._sharding is not None
-        self._run: Any = _sharded(self.config, mesh) if sharded else functools.partial(score_targets, self.config)
+        split = mesh and self._sharding
+        self._run: Any = _sharded(self.config, mesh) if split else functools.partial(score_targets, self.config)
         self.shapes: set[tuple[int, int, int]] = set()  # rows, prefix, room for continuations
 
     def spans(
@@ -269,27 +254,8 @@ class Scorer:
 
         `on_done` receives the number of spans of every row that is done.
         """
-        scores: list[list[Any]] = [[None] * len(group) for group in groups]
-        rows: list[tuple[int, Row]] = []  # with the group
-        twins: list[tuple[int, int, int]] = []  # group, sequence, the equal sequence before it
-        cropped = [0] * len(groups)
-        for g, group in enumerate(groups):
-            short, cropped[g] = crop(group, self.context)
-            kept: dict[tuple[Any, int, int], int] = {}
-            for s, span in enumerate(short):  # equal options get the same score, to the last bit
-                first = kept.setdefault((tuple(span.tokens), span.start, span.end), s)
-                if first != s:
-                    twins.append((g, s, first))
-            rows += [(g, row) for row in self._rows({s: short[s] for s in kept.values()})]
-        for index, answers in self._answers([row for _, row in rows]):
-            g, row = rows[index]
-            for ask, (loss, best) in zip(row.asks, answers, strict=True):
-                scores[g][ask.sequence] = SpanScore(loss, len(ask.targets), best, cropped[g])
-            if on_done:
-                on_done(len(answers))
-        for g, s, first in twins:
-            scores[g][s] = scores[g][first]
-        return scores
+        cropped = [crop(group, self.context) for group in groups]
+        return self._scores([short for short, _ in cropped], [lost for _, lost in cropped], on_done)
 
     def letters(
         self,
@@ -298,57 +264,69 @@ class Scorer:
         on_done: Callable[[int], None] | None = None,
     ) -> tuple[list[list[float]], int]:
         """Return log-probabilities of each prompt's letters (ids) as the next token, and how many prompts were
-        cropped."""
+        cropped. `on_done` receives 1 for every prompt that is done."""
         limit = self.context or max(map(len, prompts), default=1)
-        rows = [
-            Row(prompt[-limit:], [], [Ask(0, -1, min(len(prompt), limit), [letter]) for letter in ids])
-            for prompt, ids in zip(prompts, letters, strict=True)
-        ]
-        scores: list[list[float]] = [[] for _ in prompts]
-        for index, answers in self._answers(rows):
-            scores[index] = [-loss for loss, _ in answers]
-            if on_done:
-                on_done(1)
-        return scores, sum(len(prompt) > limit for prompt in prompts)
+        groups: list[list[Span]] = []
+        for prompt, ids in zip(prompts, letters, strict=True):
+            n = min(len(prompt), limit)
+            groups.append([Span([*prompt[-limit:], letter], n, n + 1) for letter in ids])
+        scores = self._scores(groups, [0] * len(groups), (lambda _: on_done(1)) if on_done else None)
+        return [[-score.loss for score in own] for own in scores], sum(len(prompt) > limit for prompt in prompts)
 
-    def _rows(self, spans: dict[int, Span]) -> list[Row]:
+    def _scores(
+        self, groups: Sequence[list[Span]], cropped: Sequence[int], on_done: Callable[[int], None] | None
+    ) -> list[list[SpanScore]]:
+        rows: list[tuple[int, Row]] = []  # with the group
+        numbers: list[list[int]] = []  # of each group's texts; equal options get the same score, to the last bit
+        for g, group in enumerate(groups):
+            keys = [(tuple(x.tokens), x.start, x.end) for x in group]
+            different = dict(zip(keys, group, strict=True))
+            numbers.append([list(different).index(key) for key in keys])
+            rows += [(g, row) for row in self._rows(list(different.values()))]
+        scores: dict[tuple[int, int], SpanScore] = {}  # by group and number
+        for index, answers in self._answers([row for _, row in rows]):
+            g, row = rows[index]
+            for (number, _, targets), (loss, best) in zip(row.asks, answers, strict=True):
+                scores[g, number] = SpanScore(loss, len(targets), best, cropped[g])
+            if on_done:
+                on_done(len(answers))
+        return [[scores[g, number] for number in own] for g, own in enumerate(numbers)]
+
+    def _rows(self, spans: list[Span]) -> list[Row]:
         """Return one group's rows: its common prefix with the continuations behind it, or each sequence by itself,
-        whichever runs fewer tokens."""
-        alone = [Row(x.tokens, [], [Ask(s, -1, x.start, x.tokens[x.start : x.end])]) for s, x in spans.items()]
+        whichever runs fewer tokens. A span's last token predicts nothing that is asked, so it is left out."""
+        inputs = [x.tokens[: max(1, x.end - 1)] for x in spans]
+        targets = [x.tokens[x.start : x.end] for x in spans]
+        alone = [Row(inputs[n], [(n, list(range(x.start - 1, x.end - 1)), targets[n])]) for n, x in enumerate(spans)]
         if len(spans) < 2:
             return alone
-        # what predicts a span's first token stands in the sequence's own part, or the prefix would be asked as well
-        common = min(common_prefix([span.tokens for span in spans.values()]), *(x.start - 1 for x in spans.values()))
-        if common < 1:
+        # of the prefix nothing but its last position is asked, or a row would be asked more than it has positions
+        common = min(common_prefix(inputs), *(x.start for x in spans))
+        T, room = self._length(common), tails(self._length(common))
+        if common < 1 or max(map(len, inputs)) - common > room:
             return alone
-        T = self._length(common)
-        room, free = tails(T), 0
         shared: list[Row] = []
-        for s, span in spans.items():
-            tail = span.tokens[common : span.end]
-            if len(tail) > room:
-                return alone
-            if len(tail) > free or not shared:
-                shared.append(Row(span.tokens[:common], [], []))
-                free = room
-            free -= len(tail)
-            shared[-1].asks.append(Ask(s, len(shared[-1].tails), span.start, span.tokens[span.start : span.end]))
-            shared[-1].tails.append(tail)
-        return shared if len(shared) * (T + room) < sum(self._length(len(row.prefix)) for row in alone) else alone
+        for n, x in enumerate(spans):
+            tail = inputs[n][common:]
+            if not shared or len(shared[-1].tail) + len(tail) > room:
+                shared.append(Row(inputs[n][:common], []))
+            row, begin = shared[-1], len(shared[-1].tail)
+            places = [i if i < common else T + begin + i - common for i in range(x.start - 1, x.end - 1)]
+            row.asks.append((n, places, targets[n]))
+            row.tail += tail
+            row.begins += [begin] * len(tail)
+        cost = sum(T + (room if row.tail else 0) for row in shared)
+        return shared if cost < sum(self._length(len(ids)) for ids in inputs) else alone
 
     def _length(self, n: int) -> int:
         return next((T for T in self._lengths if n <= T), -(-n // self._lengths[-1]) * self._lengths[-1])
-
-    def _count(self, T: int) -> int:
-        """Return the rows of a batch, the same number on every device."""
-        return max(1, self._batch_tokens // T // self._devices) * self._devices
 
     def _answers(self, rows: list[Row]) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
         """Yield (index of a row, (loss, best) of each of its asks); while one batch is read, the next ones run."""
         by_shape: dict[tuple[int, int], list[int]] = {}
         for index, row in enumerate(rows):
             T = self._length(len(row.prefix))
-            by_shape.setdefault((T, tails(T) if row.tails else 0), []).append(index)
+            by_shape.setdefault((T, tails(T) if row.tail else 0), []).append(index)
         flying: deque[tuple[Any, list[int], list[list[slice]]]] = deque()
 
         def read() -> Iterator[tuple[int, list[tuple[float, bool]]]]:
@@ -359,10 +337,11 @@ class Scorer:
 
         # the longest first: what does not fit in memory fails at once
         for (T, Q), members in sorted(by_shape.items(), reverse=True):
-            for i in range(0, len(members), self._count(T)):
-                batch = members[i : i + self._count(T)]
-                self.shapes.add((self._count(T), T, Q))
-                arguments, places = self._lay_out([rows[index] for index in batch], T, Q)
+            B = max(1, self._batch_tokens // T // self._devices) * self._devices
+            self.shapes.add((B, T, Q))
+            for i in range(0, len(members), B):
+                batch = members[i : i + B]
+                arguments, places = self._lay_out([rows[index] for index in batch], B, T, Q)
                 if self._sharding:
                     arguments = jax.device_put(arguments, self._sharding)
                 flying.append((self._run(self._params, *arguments), batch, places))
@@ -371,37 +350,26 @@ class Scorer:
         while flying:
             yield from read()
 
-    def _lay_out(self, rows: list[Row], T: int, Q: int) -> tuple[Any, list[list[slice]]]:
+    def _lay_out(self, rows: list[Row], B: int, T: int, Q: int) -> tuple[Any, list[list[slice]]]:
         """Return the arguments of `score_targets` as host arrays, and where the answers of each row will be.
 
         Each device has its own part of the rows, and of the questions about them.
         """
-        B = self._count(T)
-        tokens, length = np.zeros((B, T + Q), np.int32), np.ones(B, np.int32)
-        branch, position, before = np.full((B, Q), -1, np.int32), np.zeros((B, Q), np.int32), np.zeros((B, Q), np.int32)
+        tokens, length, begins = np.zeros((B, T + Q), np.int32), np.ones(B, np.int32), np.full((B, Q), -1, np.int32)
+        where, target = np.zeros(B * (T + Q), np.int32), np.zeros(B * (T + Q), np.int32)
+        count, places = np.zeros(self._devices, np.int32), list[list[slice]]()
         per_device = B // self._devices
-        slots = per_device * (T + Q)
-        where, target = (np.zeros(self._devices * slots, np.int32) for _ in range(2))
-        count, places = np.zeros(self._devices, np.int32), []
         for i, row in enumerate(rows):
-            n = length[i] = len(row.prefix)
-            tokens[i, :n] = row.prefix
-            offsets, at = [], 0
-            for b, tail in enumerate(row.tails):
-                part = slice(at, at + len(tail))
-                tokens[i, T + at : T + at + len(tail)] = tail
-                branch[i, part], position[i, part] = b, n + np.arange(len(tail))
-                before[i, part] = [row.prefix[-1], *tail[:-1]]
-                offsets.append(T + at - n)  # from a place in the text to a place in the row
-                at += len(tail)
-            (device, local), parts = divmod(i, per_device), []
-            for ask in row.asks:
-                first = ask.start - 1 + (offsets[ask.tail] if ask.tail >= 0 else 0)
-                begin = device * slots + int(count[device])
-                part = slice(begin, begin + len(ask.targets))
-                where[part] = local * (T + Q) + first + np.arange(len(ask.targets))
-                target[part] = ask.targets
-                count[device] += len(ask.targets)
-                parts.append(part)
-            places.append(parts)
-        return (Rows(tokens, length, branch, position, before), where, target, count), places
+            length[i] = len(row.prefix)
+            tokens[i, : length[i]], tokens[i, T : T + len(row.tail)] = row.prefix, row.tail
+            begins[i, : len(row.begins)] = row.begins
+            places.append([])
+            device, local = divmod(i, per_device)
+            for _, where_asked, targets in row.asks:
+                at = device * per_device * (T + Q) + int(count[device])
+                part = slice(at, at + len(targets))
+                where[part] = local * (T + Q) + np.array(where_asked, np.int32)
+                target[part] = targets
+                count[device] += len(targets)
+                places[-1].append(part)
+        return (tokens, length, begins, where, target, count), places

@@ -16,10 +16,8 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from jaxchat.engine import Engine
-from jaxchat.engine.loading import batch_rows as rows_at_once
-from jaxchat.engine.loading import load_run
-from jaxchat.engine.scoring import Scorer, Span
+from jaxchat.engine import Engine, load_run
+from jaxchat.engine.scoring import Scorer, Span, rows_at_once
 from jaxchat.errors import UsageError
 from jaxchat.run_dir import RunDir
 

@@ -29,8 +29,8 @@ from tokenizers import Tokenizer as Backend
 from jaxchat import __version__
 from jaxchat.checkpoint import RECORDS, params_sha256, recorded, save_params, this_process
 from jaxchat.config import Config, ModelConfig, RlConfig, ServeConfig, to_toml
-from jaxchat.engine.loading import STAGES as FURTHEST_FIRST
-from jaxchat.engine.loading import load_run, trained_stages
+from jaxchat.engine import load_run, trained_stages
+from jaxchat.engine.scheduler import STAGES as FURTHEST_FIRST
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import quiet_libraries
 from jaxchat.model import Params, hidden, layer_params, logits
