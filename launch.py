@@ -152,11 +152,15 @@ def resolve_arguments(args: argparse.Namespace) -> tuple[Config, RunDir, dict[st
     """Return (resolved configuration, run directory, why each derived key has its value)."""
     from jaxchat.run_dir import RunDir
     from jaxchat.scaling import derivations, resolve
-    from train.prepare import sized
 
-    given = given_config(args)
-    config = resolve(sized(given))
-    return config, RunDir(run_root(args, config.tier)), derivations(given, config)
+    given = config = given_config(args)
+    directory = RunDir(run_root(args, given.tier))
+    if args.command not in ("chat", "serve"):  # a run that can talk has its sizes, and the service's image no `train`
+        from train.prepare import sized
+
+        config = sized(given)
+    config = resolve(config)
+    return config, directory, derivations(given, config)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -184,6 +188,9 @@ def run(args: argparse.Namespace) -> int:
 
             plan_budget(given_config(args, "d20"), args.target, args.budget, args.hours, as_json=args.json)
             return 0
+    root = run_root(args, args.tier or "nano")
+    if args.command in ("chat", "serve") and not (root / "config.toml").exists():
+        raise DataError(f"{root}: not a run directory (no config.toml); train one with launch.py first")
     config, directory, reasons = resolve_arguments(args)
     if args.command == "plan":
         from train.plan import plan
