@@ -166,13 +166,10 @@ def model_card(run: RunDir, service: Service, words: dict[str, str]) -> str:
 
     model, stages = service.config.model, read(run.stages)
     seconds = sum(stages.get(name, {}).get("seconds") or 0 for name in ("pretrain", "sft", "rl"))
-    facts = {  # name: (value, hint)
-        "parameters": (f"{count_parameters(model).total:,}", ""),
-        "layers": (str(model.depth), ""),
-        "context": (f"{model.seq_len:,}", ""),
-    }
+    parameters, context = count_parameters(model).total, model.seq_len
+    facts = {"parameters": f"{parameters:,}", "layers": str(model.depth), "context": f"{context:,}"}
     if seconds:
-        facts["trained"] = (str(datetime.timedelta(seconds=round(seconds))), "")
+        facts["trained"] = str(datetime.timedelta(seconds=round(seconds)))
     tasks: dict[str, Any] = {}
     for stage in ("base", "sft", "rl"):  # of the furthest stage that took it, but bits per byte of the base model
         report = read(run.eval(stage))
@@ -181,12 +178,11 @@ def model_card(run: RunDir, service: Service, words: dict[str, str]) -> str:
         tasks |= {name: {"metric": report[name]} for name in ("core", "chatcore") if report.get(name) is not None}
     for name, task in sorted(tasks.items()):
         if task.get("metric") is not None:
-            score = f"{task['metric']:.1%}" if "accuracy" in task else f"{task['metric']:.3f}"
-            facts[name] = (score, f"n = {task['n']:,}" if "n" in task else "")
+            facts[name] = f"{task['metric']:.1%}" if "accuracy" in task else f"{task['metric']:.3f}"
     rows = "".join(
         f"<dt>{html.escape(words.get(name) or TITLES.get(name) or name.replace('_', ' '))}</dt>"
-        f'<dd title="{html.escape(hint)}">{html.escape(value)}</dd>'
-        for name, (value, hint) in facts.items()
+        f"<dd>{html.escape(value)}</dd>"
+        for name, value in facts.items()
     )
     return f'<dl id="card">{rows}</dl>'
 
