@@ -83,12 +83,6 @@ def test_on_a_mesh_the_content_is_the_same(rows):
         assert equal({k: np.asarray(v) for k, v in batch.items()}, batches.batch(step))
 
 
-def test_fewer_rows_than_a_batch(rows):
-    batch = Batches(rows, 32, 4, seed=0).batch(0)  # 128 rows out of 50
-    counts = np.bincount(numbers(batch), minlength=COUNT)
-    assert set(counts) == {2, 3} and counts.sum() == 128
-
-
 def test_reading_ahead_ends_with_the_iterator(rows):
     """Nothing hangs when a run stops in the middle."""
     iterator = Batches(rows, 4, 1, seed=0).iterate(0)

@@ -34,16 +34,6 @@ def mean(*losses):
     return [SpanScore(loss, 1, False) for loss in losses]
 
 
-def test_there_are_22_tasks_of_three_kinds():
-    assert len(CORE_TASKS) == len(BY_LABEL) == 22
-    kinds = [task.kind for task in CORE_TASKS]
-    assert (kinds.count(core.CHOICE), kinds.count(core.SCHEMA), kinds.count(core.LANGUAGE)) == (11, 2, 9)
-    assert BY_LABEL["hellaswag_zeroshot"].data == BY_LABEL["hellaswag"].data == "hellaswag.jsonl"
-    answering = {task.label for task in CORE_TASKS if task.delimiter == "\nAnswer: "}
-    assert answering == {"jeopardy", "arc_easy", "arc_challenge", "piqa", "boolq"}
-    assert {task.delimiter for task in CORE_TASKS if task.label not in answering} == {" "}
-
-
 def test_texts_of_a_choice_with_examples():
     items = [{"query": f"Q{i}", "choices": [f"a{i}", f"b{i}"], "gold": i % 2} for i in range(12)]
     task = BY_LABEL["arc_easy"]

@@ -230,14 +230,6 @@ def test_what_is_not_there(tmp_path):
             list(iterate_documents(source))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_no_permission(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    (tmp_path / "a.txt").chmod(0)
-    with pytest.raises(DataError, match=r"a\.txt: cannot be read \(Permission denied\)"):
-        everything(tmp_path)
-
-
 def test_reading_needs_no_memory_for_the_whole_file(tmp_path):
     """40 MB without a line break, read while the process holds a few pieces at a time."""
     import tracemalloc

@@ -10,7 +10,7 @@ from jaxchat.engine.request import Turn
 from jaxchat.errors import UsageError
 from jaxchat.tasks import TASKS, get_task, parse_mixture_entry
 from jaxchat.tasks.base import Example
-from jaxchat.tasks.generated import WordProblems, is_held_out_pair, spelling_solution, words
+from jaxchat.tasks.generated import WordProblems, spelling_solution, words
 from jaxchat.tasks.identity import TEXTS
 from jaxchat.tools.calculator import calculate
 
@@ -113,12 +113,6 @@ def test_problems_never_shows_an_exam_pair():
     assert not trained & examined
 
 
-def test_about_one_pair_in_ten_is_held_out_in_either_order():
-    held_out = [(a, b) for a in range(2, 100) for b in range(2, 100) if is_held_out_pair(a, b)]
-    assert 0.08 < len(held_out) / 98**2 < 0.12
-    assert all(is_held_out_pair(b, a) for a, b in held_out)
-
-
 def test_solutions_are_the_calculators():
     kinds = set()
     for conversation in PROBLEMS.train_conversations(500, seed=2):
@@ -165,11 +159,6 @@ def test_the_exam_is_right_by_independent_arithmetic():
 def test_problem_grades(answer, right):
     example = PROBLEMS.examples()[0]
     assert PROBLEMS.grade(type(example)(example.prompt, "42"), answer) is right
-
-
-def test_grading_reads_commas_between_thousands():
-    example = PROBLEMS.examples()[0]
-    assert PROBLEMS.grade(type(example)(example.prompt, "1188"), "In all that is 1,188 eggs.")
 
 
 def test_registry_names_tasks_and_reads_mixture_entries():

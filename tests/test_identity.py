@@ -18,7 +18,6 @@ from jaxchat.tasks.identity import (
     is_held_out,
     load_persona,
     small_talk,
-    topics_of,
 )
 
 TASK = Identity()
@@ -84,12 +83,6 @@ EXAMPLE = CONFIG_DIR / "identity" / "example.toml"
 
 def said(conversation):
     return [part["text"] for message in conversation if message["role"] == "assistant" for part in message["content"]]
-
-
-def test_the_example_reads():
-    persona = load_persona(EXAMPLE)
-    assert (persona.name, persona.maker, persona.tone) == ("Mina", "the robotics club", "friendly")
-    assert persona.languages == ["en", "ko"] and [fact.language for fact in persona.facts] == ["en", "ko"]
 
 
 @pytest.mark.parametrize("language", TEXTS["persona"])
@@ -171,10 +164,6 @@ def test_a_broken_identity_file(tmp_path):
     (tmp_path / "identity.toml").write_bytes(b"name = \xff")
     with pytest.raises(DataError, match="sft.identity"):
         load_persona(tmp_path / "identity.toml")
-
-
-def test_topics_without_a_file_are_jaxchats():
-    assert topics_of(Persona()).keys() == {f"en: {topic}" for topic in TEXTS["persona"]["en"]}
 
 
 def test_a_fact_with_one_question_has_an_exam_that_ends():

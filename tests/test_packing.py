@@ -49,18 +49,6 @@ def check_law(documents, rows, stats, row_len):
     assert stats.fill == pytest.approx(len(tokens) / (len(rows) * row_len))
 
 
-@pytest.mark.parametrize("window", [1, 5, 1000])
-@pytest.mark.parametrize("row_len", [9, 33, 257])
-@pytest.mark.parametrize("seed", range(4))
-def test_every_token_exactly_once(seed, row_len, window):
-    draw = random.Random(seed)
-    lengths = [draw.choice([1, 2, draw.randrange(1, row_len), draw.randrange(1, 5 * row_len)]) for _ in range(300)]
-    documents = documents_of(lengths)
-    rows, stats = pack(documents, row_len, window)
-    check_law(documents, rows, stats, row_len)
-    assert all(len(row) > row_len - MIN_CUT for row in rows[:-1])  # only the last one may be short
-
-
 def test_every_token_exactly_once_whatever_the_lengths():
     hypothesis = pytest.importorskip("hypothesis", reason="needs the extra dev")
     draw = hypothesis.strategies
@@ -144,20 +132,6 @@ def test_rests_by_hand():
     assert lengths("drop") == ([10, 7, 7], 16, [1, 1, 1])  # 3 places are too few for a cut
     assert lengths("whole") == ([10, 7, 7], 16, [1, 1, 1])
     assert lengths("keep")[1:] == (0, [1, 1, 1, 1, 1])
-
-
-@pytest.mark.parametrize("length", [1, 8, 9, 31, 32, 33, 63, 64, 65, 1000])
-def test_lengths_around_the_row(length):
-    documents = documents_of([length] * 20)
-    rows, stats = pack(documents, 33)
-    check_law(documents, rows, stats, 33)
-
-
-def test_documents_that_fit_together_are_not_cut():
-    documents = documents_of([19, 11] * 100)  # 20 + 12 = 32
-    rows, stats = pack(documents, 32)
-    check_law(documents, rows, stats, 32)
-    assert stats.cuts == 0 and stats.fill == 1
 
 
 def test_one_giant_document_takes_linear_time():
@@ -282,12 +256,6 @@ def test_conversations_come_back_with_their_mask(tmp_path):
         tokens, weights = rows[i]
         assert tokens[: len(ids)].tolist() == ids.tolist() and weights[: len(ids)].tolist() == mask.tolist()
         assert not weights[len(ids) :].any() and (tokens[len(ids) :] == PAD).all()
-
-
-def test_large_vocabularies_have_wide_ids(tmp_path):
-    written = [np.array([70_000, 99_999])]
-    rows = Rows(write(tmp_path / "r", written, vocab=100_000))
-    assert rows[0][0][:2].tolist() == [70_000, 99_999] and rows.meta["dtype"] == "uint32"
 
 
 def test_no_rows_at_all(tmp_path):

@@ -21,7 +21,6 @@ from jaxchat.data.shards import (
     read_manifest,
     token_dtype,
     tokenize_unit,
-    workers_for,
 )
 from jaxchat.data.sources import Unit, document_hash, find_files
 from jaxchat.errors import DataError, UsageError
@@ -219,12 +218,6 @@ def test_damage_is_found_and_named(tokenizer, shards, damage, words):
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_another_tokenizer_is_noticed(shards):
-    other = train_tokenizer(TEXTS, 290, 10**9, 10_000)
-    with pytest.raises(DataError, match="made with another tokenizer"):
-        read(shards[0], other)
-
-
 @pytest.mark.parametrize("drop", [False, True])
 def test_what_came_before_is_counted_and_dropped_by_choice(drop):
     numbers = [7, 8, 7, 9, 7, 9, 2**64 - 1, 2**64 - 1]
@@ -281,11 +274,6 @@ def test_a_worker_that_is_killed_is_told():
         DataError, match=r"was killed \(out of memory\?\); run the same command again, --set data.workers=1"
     ):
         list(parallel_map(work, [("die", 0)], "local", 1))
-
-
-def test_workers():
-    assert workers_for(3, 100) == 3 and workers_for(8, 2) == 2 and workers_for(-1, 0) == 1
-    assert 1 <= workers_for(-1, 10**6) == len(os.sched_getaffinity(0))
 
 
 def test_without_ray_it_says_how_to_get_it(monkeypatch):

@@ -227,9 +227,12 @@ def write_rows(
     files = {name: HashedFile(aside / name) for name in ("rows.bin", targets)}
     for row in itertools.chain([] if first is None else [first], source):
         ids, mask = row if isinstance(row, tuple) else (row, None)
-        padding = row_len - len(ids)
-        files["rows.bin"].write(np.pad(ids.astype(dtype), (0, padding), constant_values=pad).tobytes())
-        target = np.array(len(ids), LENGTH) if mask is None else np.pad(mask.astype(MASK), (0, padding))
+        full = np.full(row_len, pad, dtype)
+        full[: len(ids)] = ids
+        files["rows.bin"].write(full.tobytes())
+        target = np.array(len(ids), LENGTH) if mask is None else np.zeros(row_len, MASK)
+        if mask is not None:
+            target[: len(ids)] = mask
         files[targets].write(target.tobytes())
         count += 1
     about = {"format": FORMAT, "rows": count, "row_len": row_len, "dtype": dtype.name, "targets": targets}

@@ -188,16 +188,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 def read_shard(directory: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens and document hashes of one shard, checked by size and SHA-256."""
-    arrays = []
-    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-    for suffix, kind, count, sha256 in (
-        (".bin", dtype, "tokens", "sha256"),
-        (".hash", HASH, "documents", "hashes_sha256"),
-    ):
-        path = (directory / entry["file"]).with_suffix(suffix)
-        verify_file(path, entry[count] * kind.itemsize, entry[sha256], REPAIR)
-        arrays.append(np.fromfile(path, kind))
-    return arrays[0], arrays[1]
+
+    def checked(path: Path, dtype: np.dtype, count: int, sha256: str) -> np.ndarray:
+        verify_file(path, count * dtype.itemsize, sha256, REPAIR)
+        return np.fromfile(path, dtype)
+
+    path, dtype = directory / entry["file"], np.dtype(manifest["dtype"]).newbyteorder("<")
+    hashes = checked(path.with_suffix(".hash"), HASH, entry["documents"], entry["hashes_sha256"])
+    return checked(path, dtype, entry["tokens"], entry["sha256"]), hashes
 
 
 def read_documents(directory: Path, split: str, tokenizer_digest: str) -> Iterator[tuple[np.ndarray, int]]:

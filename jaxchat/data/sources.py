@@ -47,14 +47,8 @@ COMPRESSED = (".gz", ".zst")
 COMPRESSION = 3.0  # characters of text per byte of a compressed text file, about
 TEXT_DOCUMENT_CHARS = 4_000
 LARGEST_DOCUMENT = 1_000_000  # characters; a tokenizer needs some hundred bytes of memory for each
-# byte order mark -> encoding; UTF-32's mark begins with UTF-16's
-MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # byte order marks, of which UTF-32's begins with UTF-16's
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def suffix_of(path: Path) -> str:
@@ -211,7 +205,7 @@ def _open(path: Path, encoding: str) -> IO[str]:
     if encoding == "auto":
         with _bytes(path) as file:
             start = file.read(4)
-        encoding = next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
+        encoding = "utf-32" if start.startswith(UTF32) else "utf-16" if start.startswith(UTF16) else "utf-8-sig"
     return io.TextIOWrapper(_bytes(path), encoding=encoding, newline=None)
 
 

@@ -23,29 +23,9 @@ from jaxchat.data.sources import (
 )
 from jaxchat.errors import DataError, UsageError
 from jaxchat.tasks.base import Conversation, Task, sample
+from jaxchat.tasks.identity import TEXTS
 
 MAX_TURNS = 6  # of one chitchat dialogue; a longer one is cut into several
-# What other bots say about themselves in chatterbot-corpus contradicts `tasks/identity.py`.
-OTHER_BOT_FILES = {"ai.yml", "botprofile.yml", "ia.yml", "perfilbot.yml"}
-OTHER_BOT_NAMES = re.compile(r"\b(A\.?L\.?I\.?C\.?E|(?i:aiml|chatterbot|botmaster|teknolust))\b")
-WHO_ARE_YOU = re.compile(
-    r"\b(who|what) (are|r) (you|u)\b( really| anyway)?\W*$"
-    r"|\byour (real )?(name|maker|creator|age|father|mother|purpose|function)\b"
-    r"|\b(made|created|built|programmed|trained|wrote|designed) you\b|\bmy name\b"
-    r"|\bare you (an? |the |really )?(human|person|man|woman|real|alive|(chat)?bot|robot|ai|computer|machine|program)",
-    re.I,
-)
-I_AM_A_MACHINE = re.compile(
-    r"\b(i|i'm|me|my|mine|we|our|us)\b.*\b((chat)?bots?|robots?|software|programs?|programmed|computers?|machines?"
-    r"|processor|circuits?|android|cyborg|artificial intelligence|power supply|memory banks?|database|man in a mask)\b"
-    r"|\b((chat)?bots?|robots?|software|computers?|machines?)\b.*\b(i|i'm|me|my|we|our)\b",
-    re.I | re.S,
-)
-HANGUL = re.compile("[가-힣]")
-KOREAN_BOT = re.compile(
-    r"로봇|챗봇|소프트웨어|프로그램|컴퓨터|기계|인공 ?지능|A\.?I\.?\b|메모리|RAM|2진수|누가.*(만들|개발|학습)|만든 사람"
-    r"|(너|넌|당신|네|니)(은|는|의)? ?(누구|이름)|이름이|누구(야|니|세요|예요)|사람(이야|이니|이에요|인가요)"
-)
 
 
 def chitchat_dialogues(split: str, val_fraction: float) -> Iterator[Conversation]:
@@ -83,7 +63,7 @@ def chatterbot_pairs(language: str = "english") -> Iterator[Conversation]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where it is there: ten times as fast
     seen = set()
     for file in sorted(folder.glob("*.yml")):
-        if file.name.lower() in OTHER_BOT_FILES:
+        if file.name.lower() in TEXTS["other_bots"]["files"]:
             continue
         for conversation in yaml.load(file.read_text(encoding="utf-8"), loader)["conversations"]:
             pair = tuple(str(text).strip() for text in conversation[:2])
@@ -117,11 +97,12 @@ def spoken(conversation: Conversation) -> str:
 
 
 def is_other_bot(question: str, answer: str) -> bool:
-    """Return whether a pair is about who answers, or the answer speaks as a machine."""
-    if HANGUL.search(question + answer):
-        return bool(KOREAN_BOT.search(question) or KOREAN_BOT.search(answer))
-    named = any(OTHER_BOT_NAMES.search(text) for text in (question, answer))
-    return bool(named or WHO_ARE_YOU.search(question) or WHO_ARE_YOU.search(answer) or I_AM_A_MACHINE.search(answer))
+    """Return whether a pair is about who answers, or the answer speaks as a machine: `tasks/identity.py` says who."""
+    bots, both = TEXTS["other_bots"], (question, answer)
+    if re.search("[가-힣]", question + answer):
+        return any(re.search(pattern, text) for pattern in bots["korean"] for text in both)
+    either = any(re.search(pattern, text) for pattern in bots["either"] for text in both)
+    return either or any(re.search(pattern, answer) for pattern in bots["answer"])
 
 
 class SmolTalk(Task):
