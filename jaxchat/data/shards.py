@@ -181,11 +181,6 @@ def batches_of(documents: Iterable[str], count: int = BATCH_DOCUMENTS, chars: in
         yield batch
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the manifest of a unit's folder; `DataError` if it is missing, damaged or of another format."""
-    return read_sealed(directory / "manifest.json", FORMAT, REPAIR)
-
-
 def read_shard(directory: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens and document hashes of one shard, checked by size and SHA-256."""
 
@@ -200,7 +195,7 @@ def read_shard(directory: Path, entry: dict[str, Any], manifest: dict[str, Any])
 
 def read_documents(directory: Path, split: str, tokenizer_digest: str) -> Iterator[tuple[np.ndarray, int]]:
     """Yield (tokens, hash) of a unit's documents, `<|bos|>` first. Verifies shards; `DataError` names a damaged one."""
-    manifest = read_manifest(directory)
+    manifest = read_sealed(directory / "manifest.json", FORMAT, REPAIR)
     if manifest["tokenizer"] != tokenizer_digest:
         raise DataError(f"{directory}: made with another tokenizer; choose another --run-dir, or {REPAIR}")
     for part in manifest["parts"]:
