@@ -18,7 +18,6 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from bench import machine
 from bench.decode import step_bytes
-from bench.hlo import bytes_moved, parse_hlo
 from jaxchat import model as gpt
 from jaxchat.config import Config, MeshConfig, load_config
 from jaxchat.engine.device import decode_chunk, new_slots
@@ -27,6 +26,7 @@ from jaxchat.kv_cache import serving_params
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh
 from train.compiled import Step, compile_program
+from train.hlo import Program
 from train.targets import parse_target, target_devices
 
 DECODE_STEPS = 8  # tokens per chunk, as the engine's
@@ -47,11 +47,11 @@ def compile_decode(config: Config, mesh: Mesh, slots: int) -> Step:
 
 def loop_cost(text: str) -> tuple[int, int]:
     """(kernels, bytes read and written) of one turn of the entry's first loop, in an optimized module's text."""
-    computations, entry = parse_hlo(text)
-    loop = next(i for i in computations[entry] if i.opcode == "while")
-    kernels = [i for i in computations[loop.called("body")] if i.opcode in KERNELS]
-    by_name = {i.name: i for i in computations[loop.called("body")]}
-    return len(kernels), round(sum(bytes_moved(i, by_name, computations) for i in kernels))
+    program = Program(text)
+    loop = next(i for i in program.computations[program.entry] if i.opcode == "while")
+    body = program.computations[loop.called("body")]
+    kernels, beside = [i for i in body if i.opcode in KERNELS], {i.name: i for i in body}
+    return len(kernels), round(sum(program.bytes_moved(i, beside) for i in kernels))
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -23,7 +23,8 @@ RUNS = ("h100:8=-1,1,1", "h100:64=-1,1,1", "h100:64=8,8,1", "h100:512=-1,1,1", "
 def measure(config: Config, run: str, rows: int, accumulate: int) -> dict[str, Any]:
     """What one target and mesh (`h100:64=8,8,1`) would do: bytes and seconds of a step per device."""
     from jaxchat.sharding import batch_devices, make_mesh
-    from train.compiled import collectives, compile_step
+    from train.compiled import compile_step
+    from train.hlo import Program
     from train.plan import run_figures
     from train.targets import MEMORY_FRACTION, parse_target, target_devices
 
@@ -35,7 +36,7 @@ def measure(config: Config, run: str, rows: int, accumulate: int) -> dict[str, A
     train = dataclasses.replace(config.train, batch_tokens=batch, device_batch_rows=rows)
     config = dataclasses.replace(config, mesh=axes, train=train)
     step = compile_step(config, mesh, rows, accumulate)
-    found = run_figures(config, where, rows, accumulate, collectives(step.text, mesh.size))
+    found = run_figures(config, where, rows, accumulate, Program(step.text).collectives(mesh.size))
     products, links = found["compute_seconds_estimate"], found["collective_seconds_estimate"]
     return {
         "target": target,

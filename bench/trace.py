@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData, ProfileOptions
 
-from bench.hlo import COLLECTIVES, Instruction, parse_hlo
+from train.hlo import COLLECTIVES, Instruction, Program
 
 KINDS = ("products", "attention", "scatter", "collectives", "copies", "elementwise", "unknown")
 CONTAINERS = ("while", "call", "conditional", "async-start", "async-done")  # their kernels are events of their own
@@ -83,7 +83,7 @@ class Classifier:
     """Sorts kernels into `KINDS` by the optimized program's text, and by their names where it does not help."""
 
     def __init__(self, text: str = ""):
-        self._computations, _ = parse_hlo(text)
+        self._computations = Program(text).computations
         fused = {
             i.called("calls") for c in self._computations.values() for i in c if i.opcode == "fusion"
         }  # fmt: skip

@@ -68,7 +68,7 @@ def read(function, argument):
         "flops": [found.product_flops, blind.product_flops],
         "recomputed": found.recomputed_flops,
         "buffers": found.buffers,
-        "bytes": {kind: found.bytes_moved(kind) for kind in ("products", "collectives", "other")},
+        "bytes": found.bytes,
         "unknown_loops": [found.unknown_loops, blind.unknown_loops],
     }
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.hlo import ATTENTION_SHARE, BANDWIDTH_SHARE, PRODUCT_SHARE, Program, Transfer, analyse, step_seconds
-from train.compiled import shape_bytes
+from bench.hlo import ATTENTION_SHARE, BANDWIDTH_SHARE, PRODUCT_SHARE, Totals, analyse, step_seconds
+from train.hlo import shape_bytes
 from train.targets import parse_target
 
 HERE = Path(__file__).resolve().parent
@@ -121,7 +121,7 @@ TABLE = (
 ])  # fmt: skip
 def test_bytes_of_one_instruction(lines, moved):
     """Arrays of f32[8,16] are 512 bytes."""
-    assert analyse(f"{HEAD}  {lines}\n}}\n").bytes_moved() == moved
+    assert analyse(f"{HEAD}  {lines}\n}}\n").bytes.total() == moved
 
 
 IN_PLACE = """%cut (a: f32[8,16], b: s32[]) -> bf16[1,16] {
@@ -160,10 +160,8 @@ ENTRY %main (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
 
 def test_bytes_of_slices_and_updates_inside_fusions_and_loops():
     """A row of 16 is cut out of 8 and put back: no kernel touches the other seven."""
-    program = analyse(IN_PLACE)
     cut, put = 64 + 4 + 32, 32 + 4 + 64 + 4
-    assert {(t.name, t.bytes, t.count) for t in program.transfers} == {("cut.1", cut, 6), ("put.1", put, 6)}
-    assert program.bytes_moved() == program.bytes_moved("other") == 6 * (cut + put)
+    assert +analyse(IN_PLACE).bytes == {"other": 6 * (cut + put)}
 
 
 def test_bytes_of_compiled_loops(programs):
@@ -179,14 +177,10 @@ def test_bytes_of_compiled_loops(programs):
 def test_the_time_of_a_compiled_step_follows_from_products_attention_and_bytes():
     """A second of bf16 products, as many 8-bit FLOPs in half of it, a tenth of attention, 120 GB of the rest."""
     target, product = parse_target("h100:1"), PRODUCT_SHARE * 989e12
-    program = Program(product_flops=2 * product, attention_flops=0.1 * ATTENTION_SHARE * 989e12)
-    program.product_types.update({"bf16 x bf16": int(product), "f8e4m3fn x f8e4m3fn": int(product)})
-    program.transfers = [
-        Transfer("products", 5e9, 7, "dot"),
-        Transfer("other", 1e9, 100, "copy"),
-        Transfer("other", 2e9, 10, "add"),
-    ]
-    seconds = step_seconds(target, program)
+    totals = Totals(product_flops=2 * product, attention_flops=0.1 * ATTENTION_SHARE * 989e12)
+    totals.product_types.update({"bf16 x bf16": int(product), "f8e4m3fn x f8e4m3fn": int(product)})
+    totals.bytes.update({"products": int(35e9), "other": int(120e9)})
+    seconds = step_seconds(target, totals)
     assert seconds["products"] == pytest.approx(1.5) and seconds["attention"] == pytest.approx(0.1)
     assert seconds["other"] == pytest.approx(120e9 / (BANDWIDTH_SHARE * 3.35e12))
-    assert step_seconds(parse_target("v6e:2x4"), program) == {}
+    assert step_seconds(parse_target("v6e:2x4"), totals) == {}

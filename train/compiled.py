@@ -1,4 +1,4 @@
-"""The real train step, compiled for devices that may not be here: memory and collectives.
+"""The real train step, compiled for devices that may not be here: its memory and its text.
 
 Nothing is allocated and nothing runs: state and batch are shapes with shardings. Numbers are per device.
 """
@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxchat.config import Config
@@ -127,95 +126,3 @@ def compile_program(lowered: Any, mesh: Mesh, trees: dict[str, Any]) -> Step:
     )
     peak = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temp + code
     return Step(seconds, peak, arguments, temp, parts, text)
-
-
-# Collectives. XLA's own counts leave out loops (a `while` counts once), so the program's text is walked from the entry
-# with every loop's trip count multiplied in. A line is `name = shape opcode(operands), attributes`; a shape is
-# `bf16[8,128]{1,0}`, or a tuple of such.
-
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8,
-              "u64": 8, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}  # fmt: skip
-ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z\d\-]*)\((.*)$")
-SCALAR = ("s32[]", "constant")
-CALLED = re.compile(r"(?:body|calls|to_apply|\w+_computations?)=\{?((?:%[\w.\-]+(?:, )?)+)")
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective instruction. `bytes`: the whole array it makes or takes, per device and execution."""
-
-    kind: str
-    bytes: int
-    count: int  # executions in a step
-    group: tuple[int, ...]  # devices of one group, by their place in the mesh
-
-    @property
-    def sent_bytes(self) -> float:
-        """Bytes that every device sends in one execution with the usual ring."""
-        n = len(self.group)
-        factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
-        return factor * self.bytes
-
-
-def collectives(text: str, devices: int) -> list[Collective]:
-    """Return the collectives of an optimized program for so many devices; those within one device are none."""
-    computations: dict[str, list[tuple[str, ...]]] = {}
-    entry, current = "", list[tuple[str, ...]]()
-    for line in text.splitlines():
-        if line[:1] not in (" ", "}") and (header := HEADER.match(line)):
-            current = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif instruction := INSTRUCTION.match(line):
-            current.append(instruction.groups())
-    found, waiting = [], [(entry, 1)]
-    while waiting:
-        name, times = waiting.pop()
-        shapes = {name: shape for name, shape, _, _ in computations.get(name, [])}
-        for _, _, opcode, rest in computations.get(name, []):
-            operands, _, attributes = rest.partition("), ")
-            kind = opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                group = device_group(attributes, devices)
-                size = sum(shape_bytes(shapes.get(operand, "")) for operand in re.findall(r"%([\w.\-]+)", operands))
-                size *= len(group) if kind == "all-gather" else 1
-                found += [Collective(kind, size, times, group)] if len(group) > 1 else []
-            elif opcode in ("while", "fusion", "async-start", "call", "conditional"):
-                inside = [name.strip(" %") for names in CALLED.findall(attributes) for name in names.split(",")]
-                trips = re.findall(r'known_trip_count":\{"n":"(\d+)"', attributes)
-                if opcode == "while" and not trips:  # the counter's bound (from 0, by 1: a scan)
-                    condition = computations[re.findall(r"condition=%?([\w.\-]+)", attributes)[0]]
-                    trips = [rest.split(")")[0] for _, shape, code, rest in condition if (shape, code) == SCALAR]
-                waiting += [(name, times * (int(trips[0]) if len(trips) == 1 else 1)) for name in inside if name]
-    return found
-
-
-def shape_bytes(shape: str) -> int:
-    """Return the bytes of every array in a shape's text; types that are no data (tokens) count nothing."""
-    sizes = ((dtype, math.prod(int(d) for d in dims.split(",") if d)) for dtype, dims in ARRAY.findall(shape))
-    return math.ceil(sum(ITEM_BYTES.get(t, 1 if t.startswith("f8") else 0) * count for t, count in sizes))
-
-
-def device_group(attributes: str, devices: int) -> tuple[int, ...]:
-    """Return the first group of devices of a collective, in any of the notations of XLA."""
-
-    def numbers(text: str) -> list[int]:
-        return [int(n) for n in text.split(",")]
-
-    if pair := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
-        return tuple(dict.fromkeys((int(pair[1]), int(pair[2]))))
-    text = attributes.split("replica_groups=", 1)[-1]
-    if listed := re.match(r"\{\{([\d,]+)\}", text):
-        return tuple(numbers(listed[1]))
-    if iota := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        ids = np.arange(devices).reshape(numbers(iota[3]))
-        ids = ids.transpose(numbers(iota[4])) if iota[4] else ids
-        return tuple(ids.reshape(int(iota[1]), int(iota[2]))[0].tolist())
-    if mesh := re.match(r"@?mesh\w*\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-        named = re.findall(r"'(\w+)'", mesh[2])
-        return tuple(ids[tuple(slice(None) if name in named else 0 for name in sizes)].reshape(-1).tolist())
-    return tuple(range(devices))

@@ -33,7 +33,7 @@ from jaxchat.sharding import make_mesh
 from jaxchat.sizes import activation_bytes, count_parameters, decode_bytes_per_step, flops_per_token, kv_values_per_row
 from jaxchat.tasks import parse_mixture_entry
 
-from . import compiled
+from . import compiled, hlo
 from .doctor import unused_accelerator
 from .targets import CPU, GPUS_PER_HOST, MEMORY_FRACTION, PRICES_OF, NoCompiler, Target, parse_target, target_devices
 
@@ -154,8 +154,7 @@ def estimate(config: Config, target: Target | str) -> Plan:
     temporary = 4 * count.total // target.devices + item * count.total + activations
     sent = {"all-gather": 1, "reduce-scatter": per_device // rows} if target.devices > 1 else {}
     links = [
-        compiled.Collective(kind, item * count.total, times, tuple(range(target.devices)))
-        for kind, times in sent.items()
+        hlo.Collective(kind, item * count.total, times, tuple(range(target.devices))) for kind, times in sent.items()
     ]
     return run_figures(config, target, rows, per_device // rows, links) | {
         "fits": arguments + temporary < MEMORY_FRACTION * target.chip.device_bytes,
@@ -188,7 +187,12 @@ def compile_plan(config: Config, target: Target) -> Plan:
     peak, largest = peak_of(rows), compiled.largest_rows(config, mesh, limit, peak_of)
     step = steps[rows]
     text = step.text or (steps[largest].text if largest else "")  # "": refused for its memory
-    return run_figures(config, target, rows, accumulate, compiled.collectives(text, mesh.size)) | {
+    program = hlo.Program(text)
+    moved = program.bytes_by_kind.total()
+    return run_figures(config, target, rows, accumulate, program.collectives(mesh.size)) | {
+        "bytes_per_step_per_device": moved,
+        "bytes_by_kind": dict(program.bytes_by_kind),
+        "memory_seconds": moved / target.chip.memory_rate,
         "fits": peak <= MEMORY_FRACTION * limit,
         "peak_bytes_per_device": peak,
         "argument_bytes": step.arguments,
@@ -203,7 +207,7 @@ def compile_plan(config: Config, target: Target) -> Plan:
     }
 
 
-def run_figures(config: Config, target: Target, rows: int, accumulate: int, links: list[compiled.Collective]) -> Plan:
+def run_figures(config: Config, target: Target, rows: int, accumulate: int, links: list[hlo.Collective]) -> Plan:
     """Return the part of a plan that follows from the configuration and the step's collectives: time and cost.
 
     Products take the MFU that is assumed for such devices, collectives the speed of the links, nothing overlapped.
