@@ -137,7 +137,7 @@ def routes(service: Service) -> APIRouter:
         """200 where a request would be answered, else 503."""
         state = worker.state
         response.status_code = 200 if state == "ready" else 503
-        compiling = worker.engine.programs.compiling if state == "ready" else 0
+        compiling = worker.engine.compiling if state == "ready" else 0
         progress = worker.progress if state == "loading" else None
         return schemas.Health(status=state, progress=progress, compiling=compiling or None)
 

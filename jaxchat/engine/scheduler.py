@@ -428,6 +428,11 @@ class Engine:
         return len(self.scheduler.rows)
 
     @property
+    def compiling(self) -> int:
+        """Number of programs that a background warm-up has still to compile."""
+        return self.programs.compiling
+
+    @property
     def cache_usage(self) -> float:
         """Share of all slots' cache positions that running answers use, 0 to 1."""
         handles = list(self.scheduler.rows.values())  # a copy: other threads ask too
