@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -75,30 +76,48 @@ def test_nothing_of_a_curve_is_lost_to_a_kill(rows, tmp_path, monkeypatch):  # n
         assert scalars(tmp_path / "tensorboard") == {"loss": {0: 2.5}}
 
 
-def test_training_goes_on_without_weights_and_biases(rows, tmp_path, monkeypatch, capsys):  # noqa: F811
-    wandb = pytest.importorskip("wandb")
+class FakeWandb(types.ModuleType):
+    """As much of wandb as is used; its runs keep what they are told, or fail."""
 
-    class Broken:
-        def define_metric(self, name, step_metric):
-            pass
+    def __init__(self, fails=()):
+        super().__init__("wandb")
+        self.fails, self.settings, self.logged, self.exit_codes = fails, [], [], []
 
-        def log(self, values):
-            raise wandb.errors.Error("gone")
+    def act(self, name):
+        if name in self.fails:
+            raise RuntimeError("no network\nand more")
 
-        def finish(self, exit_code):
-            raise OSError("gone")
+    def Settings(self, **options):
+        return options
 
-    on, none = "train.wandb=mine", trainer(rows, tmp_path / "plain")
-    wanted = none.run()["params_sha256"]
+    def init(self, **settings):
+        self.act("init")
+        self.settings.append(settings)
+        return self
+
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, values):
+        self.act("log")
+        self.logged.append(values)
+
+    def finish(self, exit_code):
+        self.act("finish")
+        self.exit_codes.append(exit_code)
+
+
+def test_training_is_the_same_with_and_without_weights_and_biases(rows, tmp_path, monkeypatch, capsys):  # noqa: F811
+    wanted = trainer(rows, tmp_path / "plain").run()["params_sha256"]
     assert {p.name for p in tmp_path.iterdir()} == {"plain"}, "both are off by default"
-    monkeypatch.setattr(wandb, "init", lambda **settings: Broken())
-    assert trainer(rows, tmp_path / "log", on).run()["params_sha256"] == wanted
-
-    def refuses(**settings):
-        raise RuntimeError("no network\nand more")
-
-    monkeypatch.setattr(wandb, "init", refuses)
-    assert trainer(rows, tmp_path / "start", on).run()["params_sha256"] == wanted
+    for name, fails in (("whole", ()), ("log", ("log", "finish")), ("start", ("init",))):
+        monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb(fails))
+        assert trainer(rows, tmp_path / name, "train.wandb=mine").run()["params_sha256"] == wanted
+        assert fake.logged == [] if fails else [values["step"] for values in fake.logged] == list(range(12))
+        if not fails:
+            (settings,) = fake.settings
+            assert settings["project"] == "mine" and settings["id"] == (tmp_path / "wandb" / f"{name}.id").read_text()
+            assert fake.exit_codes == [0] and all(isinstance(v, int | float) for v in fake.logged[0].values())
     said = capsys.readouterr().err
     assert said.count("the training goes on without it") == 2 and "no network;" in said
 

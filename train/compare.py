@@ -88,7 +88,7 @@ def collect(a: Side, b: Side) -> dict[str, Any]:
                     asked.setdefault(stage, {})[exam] = paired(answers(path), answers(other))
             except DataError as error:
                 not_compared[f"{stage} {exam}"] = str(error)
-    if not scores and not any(asked.values()):
+    if not scores and not asked:
         reasons = "; ".join(f"{name}: {why}" for name, why in not_compared.items())
         raise DataError(f"compare: nothing in common: {reasons}")
     sides = (a, b)
@@ -98,7 +98,7 @@ def collect(a: Side, b: Side) -> dict[str, Any]:
     return {
         "runs": [str(s.run.root) for s in sides],
         "bits_per_byte": scores,
-        "exams": {stage: exams for stage, exams in asked.items() if exams},
+        "exams": asked,
         "not_compared": not_compared,
         "config": {k: [s[k] for s in settings] for k in settings[0] if settings[0][k] != settings[1][k]},
         "speed": {stage: [speed(steps) if steps else None for steps in pair] for stage, pair in metrics.items()},
@@ -228,15 +228,9 @@ def paired(first: dict[str, bool], second: dict[str, bool]) -> dict[str, Any]:
     only_first = sum(first[key] and not second[key] for key in common)
     only_second = sum(second[key] and not first[key] for key in common)
     shares = [sum(side[key] for key in common) / len(common) for side in (first, second)]
-    return {
-        "n": len(common),
-        "values": shares,
-        "difference": shares[1] - shares[0],
-        "interval": share_interval(only_first, only_second, len(common)),
-        "only_first": only_first,
-        "only_second": only_second,
-        "p": mcnemar(only_first, only_second),
-    }
+    found = {"n": len(common), "values": shares, "difference": shares[1] - shares[0]}
+    found["interval"] = share_interval(only_first, only_second, len(common))
+    return found | {"only_first": only_first, "only_second": only_second, "p": mcnemar(only_first, only_second)}
 
 
 def share_interval(only_first: int, only_second: int, n: int) -> tuple[float, float]:

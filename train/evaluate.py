@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -21,7 +22,7 @@ from jaxchat.chat import render_prompt
 from jaxchat.checkpoint import params_sha256, trained_params
 from jaxchat.config import Config, MeshConfig
 from jaxchat.data.packing import Rows
-from jaxchat.engine import Engine, Turn
+from jaxchat.engine import Engine, Handle, Turn
 from jaxchat.engine.scoring import Scorer, rows_at_once
 from jaxchat.errors import DataError
 from jaxchat.log import progress, say
@@ -79,14 +80,8 @@ def accuracy(right: Sequence[bool], chance: float = 0.0) -> Scores:
     """Return the share of right answers with its 95 % interval, and the share that guessing gets."""
     n, count = len(right), sum(right)
     share = count / n if n else 0.0
-    return {
-        "metric": share,
-        "accuracy": share,
-        "n": n,
-        "right": count,
-        "interval": wilson(count, n),
-        "chance": chance,
-    }
+    interval = wilson(count, n)
+    return {"metric": share, "accuracy": share, "n": n, "right": count, "interval": interval, "chance": chance}
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -257,47 +252,38 @@ class Model:
         A question longer than the context counts as wrong (`too_long`). `endless` counts truncated answers.
         """
         requests = [self.engine.chat_request(e.prompt, max_tokens=task.max_tokens) for e in examples]
-        fit = [i for i, request in enumerate(requests) if len(request.tokens) <= self.engine.capacity]
         too_long = Turn(self.tokenizer)
         too_long.finish_reason = "too_long"
-        results = [too_long] * len(examples)
-        with progress(f"{self.stage} {task.name}", len(fit)) as bar:
-            for i, result in zip(
-                fit, self.engine.generate([requests[i] for i in fit], lambda _: bar.advance()), strict=True
-            ):
-                results[i] = result
-        right = task.grade_all(examples, [result.text for result in results])
-        decisions: Decisions = [
-            {
-                "prompt": e.prompt,
-                "expected": e.expected,
-                "answer": r.parts,
-                "finish_reason": r.finish_reason,
-                "right": ok,
-            }
-            for e, r, ok in zip(examples, results, right, strict=True)
-        ]
-        scores: Scores = {
-            "too_long": len(examples) - len(fit),
-            "endless": sum(result.finish_reason == "length" for result in results),
-        }
+        fits = [len(request.tokens) <= self.engine.capacity for request in requests]
+
+        def answers(count: int, temperature: float) -> tuple[list[Turn], list[bool]]:
+            """Return `count` answers to every question, one question after the other, and whether they are right."""
+            handles: list[Handle] = []
+            for request in itertools.compress(requests, fits):
+                seeds = range(ORDER_SEED + len(handles), ORDER_SEED + len(handles) + count)  # the same every time
+                handles += self.engine.submit_group(dataclasses.replace(request, temperature=temperature), seeds)
+            with progress(f"{self.stage} {task.name}", len(handles)) as bar:
+                given = iter(self.engine.finish(handles, lambda _: bar.advance()))
+            results: list[Turn] = [next(given) if fit else too_long for fit in fits for _ in range(count)]
+            right = task.grade_all([e for e in examples for _ in range(count)], [result.text for result in results])
+            return results, [ok and result is not too_long for ok, result in zip(right, results, strict=True)]
+
+        results, right = answers(1, 0.0)
+        decisions = Decisions()
+        for e, result, ok in zip(examples, results, right, strict=True):
+            decision = {"prompt": e.prompt, "expected": e.expected, "answer": result.parts}
+            decisions.append(decision | {"finish_reason": result.finish_reason, "right": ok})
+        endless = sum(result.finish_reason == "length" for result in results)
+        scores: Scores = {"too_long": fits.count(False), "endless": endless}
         readings = [task.readings(example, result.text) for example, result in zip(examples, results, strict=True)]
         if readings and readings[0]:
             scores["readings"] = {name: accuracy([r[name] for r in readings], task.chance) for name in readings[0]}
         if k := self.config.eval.samples:
-            handles = []
-            for place, i in enumerate(fit):  # the same answers every time
-                request = dataclasses.replace(requests[i], temperature=self.config.eval.temperature)
-                handles += self.engine.submit_group(request, [ORDER_SEED + place * k + j for j in range(k)])
-            with progress(f"{self.stage} {task.name}, {k} samples", len(handles)) as bar:
-                drawn = self.engine.finish(handles, lambda _: bar.advance())
-            grades = task.grade_all([examples[i] for i in fit for _ in range(k)], [result.text for result in drawn])
-            graded = [{"answer": r.parts, "right": ok} for r, ok in zip(drawn, grades, strict=True)]
-            for decision in decisions:
-                decision["draws"] = [{"answer": [], "right": False}] * k
-            for place, i in enumerate(fit):
-                decisions[i]["draws"] = graded[place * k : place * k + k]
-            scores["pass_at_k"] = passes([[draw["right"] for draw in decision["draws"]] for decision in decisions])
+            drawn, oks = answers(k, self.config.eval.temperature)
+            draws = [{"answer": r.parts, "right": ok} for r, ok in zip(drawn, oks, strict=True)]
+            for i, decision in enumerate(decisions):
+                decision["draws"] = draws[i * k : i * k + k]
+            scores["pass_at_k"] = passes(np.reshape(oks, (-1, k)))
         if facts := task.facts():
             scores["facts"] = facts
         return scores, decisions
