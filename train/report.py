@@ -298,15 +298,17 @@ def headline(card: Card) -> str:
 
 def tiles(card: Card) -> list[tuple[str, str]]:
     """Return the figures that a reader wants first: (name, value); of an exam by the last stage that took it."""
-    train, tiles = card["pretrain"], dict[str, str]()
-    if train and not card.get("imported"):
-        tiles |= {"parameters": count(train["parameters"]), "wall clock": duration(card["seconds_total"])}
-        tiles |= {"cost": money(card["cost"]["usd"])}
-        for stage in STAGES:
-            for name, task in _taken(card, stage).items():
-                if name != "core_partial" and (name != "bits_per_byte" or stage == "base"):
-                    tiles[_title(card, name)] = score_cell(task)["text"]
-    return list(tiles.items())[:TILES]
+    if not card["pretrain"] or card.get("imported"):
+        return []
+    size, time = count(card["pretrain"]["parameters"]), duration(card["seconds_total"])
+    scores: dict[str, tuple[str, str]] = {}
+    for stage in STAGES:
+        for name, task in _taken(card, stage).items():
+            if name != "core_partial" and (name != "bits_per_byte" or stage == "base"):
+                scores[name] = _title(card, name), score_cell(task)["text"]
+    first = sorted(scores, key=lambda name: name not in ("bits_per_byte", "core", "chatcore"))
+    costs = [("parameters", size), ("wall clock", time), ("cost", money(card["cost"]["usd"]))]
+    return [*costs, *(scores[name] for name in first)][:TILES]
 
 
 # Exams
@@ -323,10 +325,13 @@ def exam_tables(card: Card) -> list[Table]:
         rows += [[title + part, *_cells([p.get(part) for p in parts])] for part in _union(parts)]
         groups = [task.get("groups", {}) for task in tasks]
         own: list[Row] = [
-            [title, label.replace("_", " "), *_cells([g.get(label) for g in groups])] for label in _union(groups)
+            ["CORE" if name in CORE else title, label.replace("_", " "), *_cells([g.get(label) for g in groups])]
+            for label in _union(groups)
         ]
         if len(own) > LONG:
-            tables.append(_scores(f"{title}, all {len(own)}", ["kind"], titles, [row[1:] for row in own], folded=True))
+            tables.append(
+                _scores(f"{own[0][0]} by kind of question", ["kind"], titles, [row[1:] for row in own], folded=True)
+            )
         else:
             kinds += own
     if not rows:
