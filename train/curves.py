@@ -159,11 +159,11 @@ class WeightsAndBiases:
         self._run: Any = None
         run_dir, stage = directory.parent, directory.name
         identity = run_dir / "wandb" / f"{stage}.id"
-        if not identity.exists():
-            atomic_write(identity, secrets.token_hex(8))
         with self._tolerated():
             import wandb
 
+            if not identity.exists():
+                atomic_write(identity, secrets.token_hex(8))
             self._run = wandb.init(
                 project=config.train.wandb,
                 id=identity.read_text(encoding="utf-8"),
