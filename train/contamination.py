@@ -106,17 +106,10 @@ def search(exams: dict[str, list[np.ndarray]], documents: Iterable[str]) -> tupl
     scores = {}
     for name, questions in exams.items():
         found = [sum(gram in seen for gram in question.tolist()) for question in questions]
-        looked_up, matched = sum(len(question) > 0 for question in questions), sum(number > 0 for number in found)
-        count = sum(map(len, questions))
-        scores[name] = {
-            "questions": len(questions),
-            "looked_up": looked_up,
-            "found": matched,
-            "share": matched / max(1, looked_up),
-            "grams": count,
-            "grams_found": sum(found),
-            "gram_share": sum(found) / max(1, count),
-        }
+        n, matched = sum(len(question) > 0 for question in questions), sum(number > 0 for number in found)
+        whole = {"questions": len(questions), "looked_up": n, "found": matched, "share": matched / max(1, n)}
+        n, matched = sum(map(len, questions)), sum(found)
+        scores[name] = whole | {"grams": n, "grams_found": matched, "gram_share": matched / max(1, n)}
     return scores, read
 
 

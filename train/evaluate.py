@@ -63,11 +63,7 @@ CHAT_PROMPTS = (
     "Tom has 12 apples and buys 30 more. How many?",
     "what do you like to do on weekends?",
 )
-# Settings of `eval` that change no score
-FREE = (
-    "batch_rows", "sample_tokens", "sample_prompts", "sample_temperatures", "chat_prompts", "copied", "exams",
-    "overlap_documents",
-)  # fmt: skip
+INPUTS = ("max_per_task", "rows", "samples", "temperature")  # settings of `eval` that a score depends on
 
 Scores = dict[str, Any]
 Decisions = list[dict[str, Any]]  # one for every question
@@ -434,7 +430,7 @@ def examine(model: Model, one_batch: bool = False) -> dict[str, Any]:
     which nothing compiles, are `again_seconds`, and `questions` is how many the whole exam has.
     """
     config, stage, path = model.config, model.stage, model.run.eval(model.stage)
-    settings = {k: v for k, v in dataclasses.asdict(config.eval).items() if k not in FREE}
+    settings = {key: getattr(config.eval, key) for key in INPUTS}
     inputs = settings | {"params_sha256": params_sha256(model.params), "tokenizer": model.tokenizer.digest}
     record = read_json(path) if path.exists() else {}
     if record.get("inputs") != inputs or record.get("format", 1) != FORMAT:
