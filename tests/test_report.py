@@ -58,7 +58,7 @@ def test_part_of_core_is_not_called_core(whole, config):
     text, card = whole[2], whole[3]
     assert row(text, "Exams", PARTIAL) == ["0.0237 (-0.1900 to 0.2400)", "-", "0", "60"]
     assert not re.search(r"^\| CORE", text, re.M) and card["standing"]["base"]["core"] is None
-    assert "| CORE | boolq | 60.0% (42.3% to 75.4%, centred -0.0526) | - | 62% | 30 |" in text
+    assert "| core | boolq | 60.0% (42.3% to 75.4%, centred -0.0526) | - | 62% | 30 |" in text
     assert "| arc_easy | SFT | no file core/arc_easy.jsonl at hand |" in text
     exams = {"base": {"core": EXAMS["base"]["core_partial"] | {"title": "CORE"}}}
     text = render(card | {"exams": exams, "curves": {}})[0]

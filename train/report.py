@@ -325,7 +325,7 @@ def exam_tables(card: Card) -> list[Table]:
         rows += [[title + part, *_cells([p.get(part) for p in parts])] for part in _union(parts)]
         groups = [task.get("groups", {}) for task in tasks]
         own: list[Row] = [
-            ["CORE" if name in CORE else title, label.replace("_", " "), *_cells([g.get(label) for g in groups])]
+            ["core" if name in CORE else title, label.replace("_", " "), *_cells([g.get(label) for g in groups])]
             for label in _union(groups)
         ]
         if len(own) > LONG:
