@@ -25,12 +25,8 @@ from jaxchat.sizes import flops_per_token, padded_vocab
 from launch import prepare_plan
 from train.compiled import compile_step, rows_and_accumulation
 from train.hlo import ARRAY, ITEM_BYTES, Collective, Computation, Instruction, Program, dims
+from train.plan import ATTENTION_SHARE, BANDWIDTH_SHARE, PRODUCT_SHARE
 from train.targets import Target, parse_target, target_devices
-
-# Of the peak that matrix products and attention kernels reach on an H100 or H200 (650 and 425 of 989 TFLOP/s), and of
-# the data sheet's bandwidth that elementwise kernels do; measured on one H200: 770 to 800 TFLOP/s for one large product
-# alone, 4.3 of 4.8 TB/s for a copy. They turn what a compiled program does into seconds.
-PRODUCT_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.66, 0.43, 0.8
 
 
 @dataclass

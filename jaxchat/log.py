@@ -28,7 +28,7 @@ from rich.text import Text
 from jaxchat.run_dir import atomic_write
 
 T = TypeVar("T")
-UNIT = re.compile(r"bytes|disk|memory|seconds|hours|usd|mfu|share")
+UNIT = re.compile(r"seconds|bytes|disk|memory|hours|usd|mfu|share")
 console = Console(highlight=False, stderr=True, emoji=False)
 
 
@@ -169,7 +169,7 @@ def print_facts(facts: Mapping[str, Any], title: str | None = None) -> None:
 
 
 def value_text(name: str, value: Any, separator: str = "\n") -> str:
-    """Return a value of a JSON object as text; the name of a number tells its unit, as in `peak_bytes`."""
+    """Return a value of a JSON object as text; the end of a name tells the unit, as in `peak_bytes`."""
     if isinstance(value, Mapping):  # a number whose own name has no unit has that of the whole
         named = {str(key): (str(key) if UNIT.search(str(key)) else name, part) for key, part in value.items()}
         between = ": " if separator == "\n" else " "
@@ -179,17 +179,16 @@ def value_text(name: str, value: Any, separator: str = "\n") -> str:
         return separator.join(value_text(name, part, ", ") for part in value) or "none"
     if value is None or isinstance(value, bool | str):
         return {None: "-", "": "-", True: "yes", False: "NO"}.get(value, str(value))
-    unit = UNIT.search(name)
-    match unit and unit[0]:
-        case "bytes" | "disk" | "memory":
+    match UNIT.findall(name)[-1:]:
+        case ["bytes" | "disk" | "memory"]:
             return size_text(value)
-        case "seconds":
+        case ["seconds"]:
             return f"{value / 3600:.2f} h" if value >= 3600 else f"{value:.3g} s" if value < 100 else f"{value:.0f} s"
-        case "hours":
+        case ["hours"]:
             return f"{value:.3g} h"
-        case "usd":
+        case ["usd"]:
             return f"{value:,.2f} USD"
-        case "mfu" | "share":
+        case ["mfu" | "share"]:
             return f"{value:.1%}"
     return f"{value:,.0f}" if value < 1e13 and (value >= 1000 or float(value).is_integer()) else f"{value:.3g}"
 

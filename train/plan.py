@@ -30,7 +30,14 @@ from jaxchat.log import print_facts, say, size_text, waiting
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh
-from jaxchat.sizes import activation_bytes, count_parameters, decode_bytes_per_step, flops_per_token, kv_values_per_row
+from jaxchat.sizes import (
+    activation_bytes,
+    count_parameters,
+    decode_bytes_per_step,
+    flops_per_token,
+    kv_values_per_row,
+    matmul_parameters,
+)
 from jaxchat.tasks import parse_mixture_entry
 
 from . import compiled, hlo
@@ -40,6 +47,11 @@ from .targets import CPU, GPUS_PER_HOST, MEMORY_FRACTION, PRICES_OF, NoCompiler,
 # Share of the activations that each `train.remat` keeps in bfloat16, from the tiers compiled for H100s; in float32
 # "none" keeps all of them
 KEPT = {"none": 0.43, "names": 0.43, "dots": 0.4, "full": 0.05}
+# Of the peak that matrix products and attention kernels reach on an H100 or H200 (650 and 425 of 989 TFLOP/s), and of
+# the data sheet's bandwidth that elementwise kernels do; measured on one H200: 770 to 800 TFLOP/s for one large product
+# alone, 4.3 of 4.8 TB/s for a copy. They turn what a compiled program does into seconds.
+PRODUCT_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.66, 0.43, 0.8
+FP8_SHARE = 0.86  # of the products' FLOPs that train.matmul = "fp8" gives 8-bit operands
 DEPTHS = range(2, 49)  # that --budget and --hours try
 WRITTEN = 0.93  # bytes of a checkpoint over those of its float32 arrays: Orbax compresses (nano: 47.8 MB of 51.9)
 HUB_TEXT = 2.5  # bytes of text in a byte of a compressed hub file (nanochat: 250 M characters in 100 MB)
@@ -133,7 +145,8 @@ def show(result: Plan, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
     else:
-        print_facts(result)
+        first = ("tier", "target", "fits", "hours_estimate", "usd_estimate", "peak_bytes_per_device", "device_bytes")
+        print_facts({key: result[key] for key in first} | result)
 
 
 def with_rows(config: Config, rows: int) -> Config:
@@ -188,8 +201,11 @@ def compile_plan(config: Config, target: Target) -> Plan:
     step = steps[rows]
     text = step.text or (steps[largest].text if largest else "")  # "": refused for its memory
     program = hlo.Program(text)
-    moved = program.bytes_by_kind.total()
-    return run_figures(config, target, rows, accumulate, program.collectives(mesh.size)) | {
+    moved, compute = program.bytes_by_kind.total(), None
+    if target.chip.platform == "cuda":
+        other = program.bytes_by_kind["other"] / (BANDWIDTH_SHARE * target.chip.memory_rate)
+        compute = product_seconds(config, target) + other
+    return run_figures(config, target, rows, accumulate, program.collectives(mesh.size), compute) | {
         "bytes_per_step_per_device": moved,
         "bytes_by_kind": dict(program.bytes_by_kind),
         "memory_seconds": moved / target.chip.memory_rate,
@@ -207,10 +223,29 @@ def compile_plan(config: Config, target: Target) -> Plan:
     }
 
 
-def run_figures(config: Config, target: Target, rows: int, accumulate: int, links: list[hlo.Collective]) -> Plan:
+def product_seconds(config: Config, target: Target) -> float:
+    """Return the seconds of a step's products and attention on an NVIDIA GPU, what `train.remat` repeats included."""
+    tokens = config.train.batch_tokens / target.devices
+    products = 6 * matmul_parameters(config.model) * tokens
+    attention = flops_per_token(config.model) * tokens - products
+    if config.train.matmul == "fp8":
+        products *= 1 - FP8_SHARE / 2  # 8-bit ones run twice as fast
+    seconds = (products / PRODUCT_SHARE + attention / ATTENTION_SHARE) / target.chip.peak
+    return seconds * (4 / 3 if config.train.remat == "full" else 1)
+
+
+def run_figures(
+    config: Config,
+    target: Target,
+    rows: int,
+    accumulate: int,
+    links: list[hlo.Collective],
+    compute: float | None = None,
+) -> Plan:
     """Return the part of a plan that follows from the configuration and the step's collectives: time and cost.
 
-    Products take the MFU that is assumed for such devices, collectives the speed of the links, nothing overlapped.
+    `compute`: seconds of a compiled step; None: products take the MFU that is assumed for such devices. Collectives
+    take the speed of the links, nothing overlapped.
     """
     chip, tokens = target.chip, config.train.steps * config.train.batch_tokens
     by_kind: dict[str, dict[str, int]] = {}
@@ -226,7 +261,9 @@ def run_figures(config: Config, target: Target, rows: int, accumulate: int, link
     disk = {part.name: part.bytes for part in disk_parts(config)}
     slots, context, item = config.serve.slots, config.model.seq_len, 4 if chip.platform == "cpu" else 2
     read = decode_bytes_per_step(config.model, slots, context, item)
-    compute = flops_per_token(config.model) * config.train.batch_tokens / target.devices / (chip.peak * chip.mfu)
+    ideal = flops_per_token(config.model) * config.train.batch_tokens / target.devices / chip.peak
+    compute = compute or ideal / chip.mfu
+    mfu = ideal / compute
     hours = (compute + link_seconds) * config.train.steps / 3600
     return {
         "tier": config.tier,
@@ -248,7 +285,7 @@ def run_figures(config: Config, target: Target, rows: int, accumulate: int, link
         "step_seconds_estimate": compute + link_seconds,
         "hours_estimate": hours,
         "usd_estimate": hours * target.devices * chip.price,
-        "mfu_assumed": chip.mfu,
+        "mfu_assumed": mfu,
         "decode": {
             "slots": slots,
             "context": context,
@@ -258,7 +295,7 @@ def run_figures(config: Config, target: Target, rows: int, accumulate: int, link
         },
         "disk_bytes": sum(disk.values()),
         "disk": disk,
-        "assumptions": f"MFU {chip.mfu:.0%} of {chip.peak / 1e12:,.0f} TFLOP/s; links {chip.link_rate / 1e9:.4g} GB/s, "
+        "assumptions": f"MFU {mfu:.0%} of {chip.peak / 1e12:,.0f} TFLOP/s; links {chip.link_rate / 1e9:.4g} GB/s, "
         f"between hosts {chip.network_rate / 1e9:.4g} GB/s a device, nothing overlapped; {chip.price:g} USD per device "
         f"and hour ({PRICES_OF}); {MEMORY_FRACTION:.0%} of the memory usable; without evaluation, checkpoints and "
         "fine-tuning",
