@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -42,10 +42,40 @@ COMMANDS = {
 }
 ALIASES = {f"--{name}" for name in ("chat", "serve", "plan", "rehearse", "doctor", "compare", "tiers")}
 INTEROP = ("export", "import")  # jaxchat.interop reads their arguments
+CACHE_BYTES = 2 << 30  # of compiled programs; JAX deletes the least recently used ones
+CACHE_PROGRAMS = 4_000  # that a start leaves there: JAX reads the time of every one when it adds one
 OWN = ("jaxchat", "train", "serve")
 EPILOG = """\
 python launch.py --tier nano        then: python launch.py chat runs/nano
 --set KEY=VALUE sets any key of docs/configuration.md; COMMAND --help says more"""
+
+
+CONFIGURED = "train chat serve plan rehearse doctor"
+OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # commands, flag, what argparse knows of it
+    (CONFIGURED, "--tier", {"help": "configs/NAME.toml (default: nano)"}),
+    (CONFIGURED, "--config", {"metavar": "FILE", "help": "repeat a run from its saved config.toml"}),
+    (CONFIGURED, "--run-dir", {"metavar": "DIR", "help": "default runs/<tier>; alone, the run's own config is taken"}),
+    (CONFIGURED, "--data", {"metavar": "SOURCE", "help": "pretraining text: files:GLOB, hf:REPO, chitchat ..."}),
+    (CONFIGURED, "--cache-dir", {"metavar": "DIR", "help": "downloads and programs (default ~/.cache/jaxchat)"}),
+    (CONFIGURED, "--set", {"action": "append", "default": [], "metavar": "K=V", "help": "any config key; repeatable"}),
+    (CONFIGURED, "--seed", {"type": int, "help": "one seed; same seed, same machine, same result"}),
+    ("train rehearse", "--stages", {"metavar": "A,B", "help": "only these stages"}),
+    ("train rehearse", "--from", {"dest": "start", "metavar": "STAGE", "help": "this stage and those after it"}),
+    ("chat serve", "run", {"nargs": "?", "metavar": "RUN", "help": "run directory (default runs/<tier>)"}),
+    ("plan rehearse doctor compare", "--json", {"action": "store_true", "help": "print one JSON object"}),
+    ("serve", "--host", {"help": "address to serve on (default 127.0.0.1)"}),
+    ("serve", "--port", {"type": int, "help": "port to serve on (default 8000)"}),
+    ("plan", "--target", {"default": "auto", "help": "auto, cpu:N, h100:N, v5e:RxC and others: docs/planning.md"}),
+    ("plan", "--budget", {"metavar": "100usd", "help": "the deepest model that the money buys on --target"}),
+    ("plan", "--hours", {"type": float, "metavar": "H", "help": "the deepest model that trains in the time"}),
+    ("rehearse", "--keep", {"action": "store_true", "help": "keep what it has written"}),
+    ("compare", "runs", {"nargs": 2, "metavar": "RUN", "help": "two run directories"}),
+)
+PROCESSES = (
+    ("--coordinator", str, "JAX_COORDINATOR_ADDRESS", "HOST:PORT of process 0"),
+    ("--processes", int, "JAX_NUM_PROCESSES", "how many there are"),
+    ("--process-id", int, "JAX_PROCESS_ID", "which one this is, from 0"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +86,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands but those of `INTEROP`."""
     parser = Parser(
         prog="launch.py",
         usage="python launch.py [COMMAND] [options]",
@@ -69,38 +100,13 @@ def make_parser() -> argparse.ArgumentParser:
         name: commands.add_parser(name, help=text, description=text, usage=f"python launch.py {name} [options]")
         for name, text in COMMANDS.items()
     }
-    for name in ("train", "chat", "serve", "plan", "rehearse", "doctor"):
-        add = parsers[name].add_argument
-        add("--tier", help="configs/NAME.toml (default: nano)")
-        add("--config", metavar="FILE", help="repeat a run from its saved config.toml")
-        add("--run-dir", metavar="DIR", help="default runs/<tier>; alone, the run's own config is taken")
-        add("--data", metavar="SOURCE", help="pretraining text: files:GLOB, hf:REPO, chitchat ...")
-        add("--cache-dir", metavar="DIR", help="downloads and compiled programs (default ~/.cache/jaxchat)")
-        add("--set", action="append", default=[], metavar="K=V", help="any config key; may be repeated")
-        add("--seed", type=int, help="one seed; same seed, same machine, same result")
-    for name in ("train", "rehearse"):
-        parsers[name].add_argument("--stages", metavar="A,B", help="only these stages")
-        parsers[name].add_argument("--from", dest="start", metavar="STAGE", help="this stage and those after it")
-    for name in ("chat", "serve"):
-        parsers[name].add_argument("run", nargs="?", metavar="RUN", help="run directory (default runs/<tier>)")
-    for name in ("plan", "rehearse", "doctor", "compare"):
-        parsers[name].add_argument("--json", action="store_true", help="print one JSON object")
-    parsers["serve"].add_argument("--host", help="address to serve on (default 127.0.0.1)")
-    parsers["serve"].add_argument("--port", type=int, help="port to serve on (default 8000)")
-    targets = "auto, cpu:N, h100:N, rtx4090:N and other GPUs, v5e:RxC, v6e:RxC, v5p:AxBxC; see docs/planning.md"
-    parsers["plan"].add_argument("--target", default="auto", help=targets)
-    parsers["plan"].add_argument("--budget", metavar="100usd", help="the deepest model that the money buys on --target")
-    parsers["plan"].add_argument("--hours", type=float, metavar="H", help="the deepest model that trains in the time")
-    parsers["rehearse"].add_argument("--keep", action="store_true", help="keep what it has written")
-    parsers["compare"].add_argument("runs", nargs=2, metavar="RUN", help="two run directories")
+    for names, flag, settings in OPTIONS:
+        for name in names.split():
+            parsers[name].add_argument(flag, **settings)
     several = parsers["train"].add_argument_group(
         "several processes", "found without flags under Slurm, Open MPI, Kubernetes and on TPU pods"
     )
-    for flag, kind, variable, text in (
-        ("--coordinator", str, "JAX_COORDINATOR_ADDRESS", "HOST:PORT of process 0"),
-        ("--processes", int, "JAX_NUM_PROCESSES", "how many there are"),
-        ("--process-id", int, "JAX_PROCESS_ID", "which one this is, from 0"),
-    ):
+    for flag, kind, variable, text in PROCESSES:
         several.add_argument(flag, type=kind, default=os.environ.get(variable), help=f"{text} (or {variable})")
     several.add_argument("--connect-timeout", type=int, default=300, metavar="S", help="seconds to wait for all (300)")
     return parser
@@ -119,17 +125,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return make_parser().parse_args(words)
 
 
-def given_config(args: argparse.Namespace, default: str = "nano") -> Config:
-    """Return what the tier's file and the arguments say, nothing derived yet."""
-    from jaxchat.run_dir import RunDir
-
-    talks = args.command in ("chat", "serve")
-    own = RunDir(run_root(args, args.tier or default)).config
+def given_config(args: argparse.Namespace, default: str = "nano") -> tuple[Config, Path]:
+    """Return what the tier's file and the arguments say, nothing derived yet, and the run directory."""
+    chosen, talks = getattr(args, "run", None) or args.run_dir, args.command in ("chat", "serve")
+    own = Path(chosen or Path("runs") / (args.tier or default)) / "config.toml"
     source: str | Path = args.config or args.tier or default
     # who talks to a finished run takes its own configuration, whatever the tier's file says by now
     if not args.config and own.exists() and (talks or (args.run_dir and not args.tier)):
         source = own
     options = {
+        "tier": args.tier if args.config else None,
         "data.source": args.data,
         "data.cache_dir": args.cache_dir,
         "seed": args.seed,
@@ -139,35 +144,18 @@ def given_config(args: argparse.Namespace, default: str = "nano") -> Config:
     if args.command == "serve":  # from the environment, since everybody can see arguments
         options["serve.api_keys"] = os.environ.get("JAXCHAT_API_KEYS", "").replace(",", " ").split() or None
     named = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None]
-    if args.tier and args.config:
-        named.append(f"tier={json.dumps(args.tier)}")
-    return load_config(source, [*args.set, *named])
-
-
-def run_root(args: argparse.Namespace, tier: str) -> Path:
-    return Path(getattr(args, "run", None) or args.run_dir or Path("runs") / tier)
-
-
-def resolve_arguments(args: argparse.Namespace) -> tuple[Config, RunDir, dict[str, str]]:
-    """Return (resolved configuration, run directory, why each derived key has its value)."""
-    from jaxchat.run_dir import RunDir
-    from jaxchat.scaling import derivations, resolve
-
-    given = config = given_config(args)
-    directory = RunDir(run_root(args, given.tier))
-    if args.command not in ("chat", "serve"):  # a run that can talk has its sizes, and the service's image no `train`
-        from train.prepare import sized
-
-        config = sized(given)
-    config = resolve(config)
-    return config, directory, derivations(given, config)
+    config = load_config(source, [*args.set, *named])
+    return config, Path(chosen or Path("runs") / config.tier)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run one command; returns the exit code."""
     prepare_environment()
     if args.command == "tiers":
-        list_tiers()
+        for path in tier_files():  # each with the head comment of its file
+            lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines())
+            head = [line.lstrip("# ").rstrip() for line in lines]
+            print(f"{path.stem}\n" + "\n".join(f"    {line}" for line in head if line) + "\n")
         return 0
     if args.command in INTEROP:
         from jaxchat.interop import __main__ as interop
@@ -186,12 +174,25 @@ def run(args: argparse.Namespace) -> int:
         if args.budget or args.hours:
             from train.plan import plan_budget
 
-            plan_budget(given_config(args, "d20"), args.target, args.budget, args.hours, as_json=args.json)
+            config, _ = given_config(args, "d20")
+            plan_budget(config, args.target, args.budget, args.hours, as_json=args.json)
             return 0
-    root = run_root(args, args.tier or "nano")
-    if args.command in ("chat", "serve") and not (root / "config.toml").exists():
-        raise DataError(f"{root}: not a run directory (no config.toml); train one with launch.py first")
-    config, directory, reasons = resolve_arguments(args)
+
+    from jaxchat.run_dir import RunDir
+    from jaxchat.scaling import derivations, resolve
+
+    given, root = given_config(args)
+    config, directory = given, RunDir(root)
+    if args.command in ("chat", "serve"):  # a run that can talk has its sizes, and the service's image no `train`
+        if not directory.config.exists():
+            raise DataError(f"{root}: not a run directory (no config.toml); train one with launch.py first")
+    else:
+        from train.prepare import sized
+
+        config = sized(given)
+    config = resolve(config)
+    if args.command in ("rehearse", "chat", "serve"):
+        keep_programs(config.data.cache_dir)
     if args.command == "plan":
         from train.plan import plan
 
@@ -199,55 +200,53 @@ def run(args: argparse.Namespace) -> int:
     elif args.command == "doctor":
         from train.doctor import doctor
 
-        doctor(config, directory.root, as_json=args.json)
+        doctor(config, root, as_json=args.json)
     elif args.command == "rehearse":
         from train.rehearse import rehearse
         from train.stages import select
 
-        stages = select(args.stages, args.start)
-        keep_programs(config)
+        stages, reasons = select(args.stages, args.start), derivations(given, config)
         return 0 if rehearse(config, directory, stages, reasons, args.keep, as_json=args.json) else 1
     elif args.command == "chat":
         from serve.cli import chat
 
-        keep_programs(config)
         chat(directory, config)
     elif args.command == "serve":
         from serve.app import serve
 
-        keep_programs(config)
         serve(directory, config)
     else:
-        train(args, config, directory, reasons)
+        train(args, config, directory, derivations(given, config))
     return 0
 
 
 def train(args: argparse.Namespace, config: Config, directory: RunDir, reasons: dict[str, str]) -> None:
+    """Run the stages; of several processes the first one alone prints."""
+    import jax
+
+    from jaxchat import distributed
     from jaxchat.log import console, say
     from train.plan import before_training
     from train.report import summarize
-    from train.stages import remaining, run_stages, select, unfinished
+    from train.stages import run_stages, select, unfinished
 
     stages = select(args.stages, args.start)
     chosen = args.set or any(value is not None for value in (args.tier, args.config, args.data, args.seed))
     if args.run_dir and not chosen and not directory.config.exists():
         raise DataError(f"{directory.root}: there is no such run; give --tier to begin one")
-    join_processes(args)
-    keep_programs(config)
+    pod = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
+    flags = (args.coordinator, args.processes, args.process_id, args.connect_timeout)
+    if distributed.start(*flags, whole_host=whole_host(os.environ), indexed_pod=pod, complain=_complain):
+        signal.signal(signal.SIGTERM, _terminated)  # JAX's runtime replaces the handler
+        console.quiet = distributed.index() > 0
+        say(f"{jax.process_count()} processes, {jax.device_count()} devices")
+    keep_programs(config.data.cache_dir)
     say(f"jaxchat {config.tier} in {directory.root}")
     if not console.quiet:
-        before_training(config, directory, {stage.name for stage in remaining(config, directory, stages)})
+        before_training(config, directory, {stage.name for stage in stages} & set(unfinished(config, directory)))
     run_stages(config, directory, stages, reasons)
     if not console.quiet:
         summarize(directory, unfinished(config, directory))
-
-
-def list_tiers() -> None:
-    """Print each tier with the head comment of its file."""
-    for path in tier_files():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        head = [line.lstrip("# ").rstrip() for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")]]
-        print(f"{path.stem}\n" + "\n".join(f"    {line}" for line in head if line) + "\n")
 
 
 # The process: environment, several processes, signals, exit codes
@@ -266,32 +265,21 @@ def prefer_huge_pages() -> None:
 
 
 def prepare_environment() -> None:
-    """Set what JAX's CUDA plugins and matplotlib read when they are imported."""
+    """Set what JAX's CUDA plugins and matplotlib read when they are imported.
+
+    The LLVM in JAX's CUDA plugins 0.10.2 and 0.11.0 makes each float32 addition to memory, as in the embedding's
+    gradient, a compare-and-swap loop on GPUs before Hopper, because the instruction flushes subnormal sums to zero
+    (jax-ml/jax#38806; 0.11.1 mends it). An option of the user's own is left alone.
+    """
     import logging
     from importlib.metadata import PackageNotFoundError, version
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns at length where the home is read-only
+    option, flags = "--xla_backend_extra_options=", os.environ.get("XLA_FLAGS", "")
     for package in ("jax-cuda13-pjrt", "jax-cuda12-pjrt"):
         with contextlib.suppress(PackageNotFoundError):
-            if flags := native_atomics(os.environ.get("XLA_FLAGS", ""), version(package)):
-                os.environ["XLA_FLAGS"] = flags
-
-
-def native_atomics(flags: str, plugin: str) -> str:
-    """Return XLA_FLAGS with the option that keeps float32 additions to memory single instructions, where it is needed.
-
-    The LLVM in JAX's CUDA plugins 0.10.2 and 0.11.0 makes each a compare-and-swap loop on GPUs before Hopper, because
-    the instruction flushes subnormal sums to zero (jax-ml/jax#38806; 0.11.1 mends it). The embedding's gradient is
-    such additions. An option of the user's own is kept.
-    """
-    option, switch = "--xla_backend_extra_options=", "-nvptx-allow-ftz-atomics"
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)", plugin)
-    version = tuple(map(int, match.groups())) if match else (0, 0, 0)
-    if not (0, 10, 2) <= version < (0, 11, 1) or switch.lstrip("-") in flags:
-        return flags
-    if option in flags:
-        return flags.replace(option, f"{option}{switch},", 1)
-    return f"{flags} {option}{switch}".strip()
+            if version(package) in ("0.10.2", "0.11.0") and option not in flags:
+                os.environ["XLA_FLAGS"] = f"{flags} {option}-nvptx-allow-ftz-atomics".strip()
 
 
 def prepare_plan(target: str) -> None:
@@ -303,34 +291,58 @@ def prepare_plan(target: str) -> None:
         os.environ.update({"JAX_PLATFORMS": "cpu", **alone, **quiet, **here})
 
 
-def keep_programs(config: Config) -> None:
-    """Turn JAX's persistent compilation cache on, unless the environment says where it shall be."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        from jaxchat.xla_cache import use_cache
+def keep_programs(cache_dir: str) -> None:
+    """Keep compiled programs below `cache_dir`, unless JAX was told of a cache; a warning where that cannot be."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import warnings
 
-        use_cache(config.data.cache_dir)
-
-
-def join_processes(args: argparse.Namespace) -> None:
-    """Start JAX's runtime of several processes where flags or a cluster ask for it; only process 0 prints."""
     import jax
 
-    from jaxchat import distributed
-    from jaxchat.log import console, say
+    from jaxchat.log import say
 
-    joined = distributed.start(
-        args.coordinator,
-        args.processes,
-        args.process_id,
-        args.connect_timeout,
-        whole_host=whole_host(os.environ),
-        indexed_pod="KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ,
-        complain=_complain,
-    )
-    if joined:
-        signal.signal(signal.SIGTERM, _terminated)  # JAX's runtime replaces the handler
-        console.quiet = distributed.index() > 0
-        say(f"{jax.process_count()} processes, {jax.device_count()} devices")
+    try:
+        folder = open_cache(cache_dir)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        say(f"compiled programs cannot be kept in {cache_dir} ({reason}); every start compiles anew", style="yellow")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)  # reading a small program takes 2 ms
+    # a disk that becomes full costs the next start some seconds, and is no news for every single program
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
+
+
+def open_cache(cache_dir: str) -> Path:
+    """Return the cache's folder, made for this user and kind of CPU; `OSError` where it cannot be used.
+
+    What lies there is executed, so it must be the user's alone. What a killed process left unfinished (it has no time
+    of use) is deleted, and all but the newest `CACHE_PROGRAMS`.
+    """
+    import hashlib
+    import platform
+
+    from jaxchat.run_dir import locked
+
+    cpu = f"{platform.machine()} {platform.processor()}"  # a program that is compiled for another one may not run here
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        kinds = ("model name", "flags", "Features", "CPU part")
+        cpu += "".join(sorted({line for line in lines if line.partition("\t")[0].strip() in kinds}))
+    user = str(os.getuid()) if hasattr(os, "getuid") else "user"
+    folder = Path(cache_dir).expanduser() / "xla" / f"{user}-{hashlib.sha256(cpu.encode()).hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if hasattr(os, "getuid") and (folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022):
+        raise OSError(f"{folder} can be written by others")
+    with locked(folder / ".lockfile"):  # JAX's own lock
+        programs = {path.name.removesuffix("-cache") for path in folder.glob("*-cache")}
+        used = {path.name.removesuffix("-atime"): path.stat().st_mtime_ns for path in folder.glob("*-atime")}
+        kept = set(sorted(programs & used.keys(), key=lambda name: used[name])[-CACHE_PROGRAMS:])
+        for path in (*folder.glob("*-cache"), *folder.glob("*-atime")):
+            if path.name[: -len("-cache")] not in kept:
+                path.unlink(missing_ok=True)
+    return folder
 
 
 def whole_host(env: Mapping[str, str]) -> bool:
@@ -351,27 +363,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave()
         return code
     except (JaxchatError, InterruptedRun) as error:
-        return _fail(str(error), error.exit_code)
+        message, code = str(error), error.exit_code
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from here", InterruptedRun.exit_code)
+        message, code = "interrupted; the same command goes on from here", InterruptedRun.exit_code
     except BrokenPipeError:
         return 0
     except OSError as error:
-        return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; what was complete is kept", 3)
+        message = f"{error.filename or 'file system'}: {error.strerror or error}; what was complete is kept"
+        code = DataError.exit_code
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OWN:
-            return _fail(f"{error.name} is not installed here; run pip install -r requirements.txt", 2)
-        if "RESOURCE_EXHAUSTED" in str(error):  # training says by itself what fits: train/loop.py
-            advice = "out of device memory: lower eval.batch_rows (exams) or serve.slots (serve)"
-            return _fail(advice, OutOfMemoryError.exit_code)
         distributed = sys.modules.get("jaxchat.distributed")
-        if distributed and (lost := distributed.lost(error)):
-            return _fail(str(lost), lost.exit_code)
-        _leave("a fault, shown there", 1)
-        raise
-
-
-def _fail(message: str, code: int) -> int:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OWN:
+            message, code = f"{error.name} is not installed here; run pip install -r requirements.txt", 2
+        elif "RESOURCE_EXHAUSTED" in str(error):  # training says by itself what fits: train/loop.py
+            message = "out of device memory: lower eval.batch_rows (exams) or serve.slots (serve)"
+            code = OutOfMemoryError.exit_code
+        elif distributed and (lost := distributed.lost(error)):
+            message, code = str(lost), lost.exit_code
+        else:
+            _leave("a fault, shown there", 1)
+            raise
     _complain(message, code)
     _leave(message, code)
     return code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import time
@@ -18,13 +19,15 @@ import orbax.checkpoint as ocp
 
 from jaxchat import distributed
 from jaxchat.errors import DataError
-from jaxchat.log import quiet_libraries, say
+from jaxchat.log import say
 from jaxchat.run_dir import CHECKSUMS, RunDir, damage, require_format, write_checksums
 from jaxchat.train_state import TrainState
 
 FORMAT = 1
 TIMES = ("_CHECKPOINT_METADATA",)  # when Orbax began and ended; it is written once more at the very end
 RECORDS = {"base": "pretrain"}  # stages that `stages.json` has under another name than their folder
+RESTORE = "restore the folder from a copy, or delete it and run the stage again"
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's and Grain's: what fails raises, and we report that
 
 
 class Checkpoints:
@@ -32,20 +35,18 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep_last: int = 2, keep_every: int = 0):
         self.directory = Path(directory).resolve()
-        self._saving: int | None = None
-        self._begin = 0.0
+        self._saving, self._begin = 0, 0.0
         self.seconds: list[float] = []  # from the beginning of a save to its last byte, of every save
-        with quiet_libraries():
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep_last,
-                    keep_period=keep_every or None,
-                    enable_async_checkpointing=True,
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
-                ),
-                item_names=("params", "opt_state", "meta"),
-            )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep_last,
+                keep_period=keep_every or None,
+                enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            ),
+            item_names=("params", "opt_state", "meta"),
+        )
 
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint."""
@@ -62,17 +63,16 @@ class Checkpoints:
         }
         if state.opt_state is not None:
             items["opt_state"] = ocp.args.StandardSave(state.opt_state)  # type: ignore[call-arg]
-        with quiet_libraries(), _full_disk(self.directory):
-            self._manager.wait_until_finished()
-            self._saving, self._begin = step, time.perf_counter()
+        self.wait()
+        self._saving, self._begin = step, time.perf_counter()
+        with _readable_errors(self.directory):
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def _write_checksums(self) -> None:
         """Write a checkpoint's checksums just before it gets its name, so that they are there when it is."""
         if distributed.index() == 0:
-            for folder in self.directory.glob(f"{self._saving}*"):
-                mine = folder.name == str(self._saving) or folder.name.startswith(f"{self._saving}.")  # being written
-                if mine and folder.is_dir() and not (folder / CHECKSUMS).exists():
+            for folder in (self.directory / str(self._saving), *self.directory.glob(f"{self._saving}.*")):
+                if folder.is_dir() and not (folder / CHECKSUMS).exists():
                     write_checksums(folder, TIMES)
         self.seconds.append(time.perf_counter() - self._begin)
 
@@ -88,10 +88,9 @@ class Checkpoints:
         def abstract(tree: Any) -> Any:
             return ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))  # type: ignore[call-arg]
 
-        with quiet_libraries(), _unreadable(path):
+        with _readable_errors(path):
             self._manager.reload()
-            restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-            meta = dict(restored["meta"])
+            meta = dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
             require_format(meta, FORMAT, path)
             items = {"params": abstract(like.params)}
             if "imported" not in meta:
@@ -102,44 +101,37 @@ class Checkpoints:
 
     def _newest_whole(self, go_back: bool) -> int:
         """Return its step; what is newer and damaged gets a name that is no step."""
-        faults: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            fault = damage(self.directory / str(step))
-            if fault is None:
-                for bad, reason in faults.items():
-                    path, aside = self.directory / str(bad), self.directory / f"damaged_{bad}"
-                    say(f"  {path}: {reason}; renamed to {aside.name}, going on from {step}", style="yellow")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    os.replace(path, aside)
-                return step
-            faults[step] = fault
-            if not go_back:
-                break
-        if not faults:
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
             raise DataError(f"{self.directory}: no complete checkpoint")
-        step, fault = next(iter(faults.items()))
+        faults: dict[int, str] = {}
+        for step in steps if go_back else steps[:1]:
+            if fault := damage(self.directory / str(step)):
+                faults[step] = fault
+                continue
+            for bad, reason in faults.items():
+                path, aside = self.directory / str(bad), self.directory / f"damaged_{bad}"
+                say(f"  {path}: {reason}; renamed to {aside.name}, going on from {step}", style="yellow")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+            return step
         alone = ", and there is no whole one before it" if go_back else ""
-        raise DataError(
-            f"{self.directory / str(step)}: {fault}{alone}; restore the folder from a copy, or delete "
-            f"{self.directory} to train that stage from its start"
-        )
+        raise DataError(f"{self.directory / str(steps[0])}: {faults[steps[0]]}{alone}; {RESTORE}")
 
     def wait(self) -> None:
         """Wait until the running save is durable."""
-        with _full_disk(self.directory):
+        with _readable_errors(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        with quiet_libraries():
-            self._manager.close()
+        self._manager.close()
 
 
 def save_params(directory: str | Path, step: int, params: Any, meta: dict[str, Any]) -> None:
     """Save parameters without an optimizer, for a model from elsewhere; `meta` must hold "imported"."""
-    checkpoints = Checkpoints(directory)
-    checkpoints.save(step, TrainState(params, None, jnp.int32(step)), meta)
-    checkpoints.wait()
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(directory)) as checkpoints:
+        checkpoints.save(step, TrainState(params, None, jnp.int32(step)), meta)
+        checkpoints.wait()
 
 
 def restore_params(directory: str | Path, verify: bool = True) -> tuple[Any, dict[str, Any]]:
@@ -153,9 +145,9 @@ def restore_params(directory: str | Path, verify: bool = True) -> tuple[Any, dic
         raise DataError(f"{directory}: no checkpoint; train it first")
     path = directory / str(step)
     if verify and (fault := damage(path, ("params/", "meta/"))):
-        raise DataError(f"{path}: {fault}; restore the folder from a copy, or delete it and run the stage again")
+        raise DataError(f"{path}: {fault}; {RESTORE}")
     alone = this_process()
-    with quiet_libraries(), _unreadable(path):
+    with _readable_errors(path):
         with contextlib.closing(ocp.StandardCheckpointer(multiprocessing_options=alone)) as reader:
             tree = dict(reader.metadata(path / "params").item_metadata.tree)
             params = reader.restore(path / "params", jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), tree))
@@ -183,11 +175,11 @@ def trained_params(run: RunDir, stage: str) -> Any:
 def check_recorded(run: RunDir, stage: str, params: Any) -> None:
     """Raise `DataError` where `params` are not those that the finished stage recorded. All processes must call it."""
     record = recorded(run, stage)
-    known = record.get("params_sha256", "") if record.get("status") == "done" else ""
+    known = record.get("params_sha256") if record.get("status") == "done" else None
     if known and known != params_sha256(params):
         raise DataError(
             f"{run.stage(stage)}: its newest checkpoint is damaged (the SHA-256 of its parameters is not the recorded "
-            "one); restore the folder from a copy, or delete it and run the stage again"
+            f"one); {RESTORE}"
         )
 
 
@@ -212,28 +204,17 @@ def params_sha256(params: Any) -> str:
 
 
 @contextlib.contextmanager
-def _full_disk(directory: Path) -> Iterator[None]:
-    """Turn a save's lack of room, whatever Orbax raises for it, into a `DataError`."""
+def _readable_errors(path: Path) -> Iterator[None]:
+    """Turn what Orbax and TensorStore raise for a checkpoint or for a full disk into a `DataError`."""
     try:
         yield
-    except Exception as error:
-        if not any(sign in str(error) for sign in ("No space left", "ENOSPC", "Disk quota exceeded")):
-            raise
-        raise DataError(
-            f"{directory}: no room on the disk for a checkpoint; the one before is whole. Make room and give the same "
-            "command again"
-        ) from error
-
-
-@contextlib.contextmanager
-def _unreadable(path: Path) -> Iterator[None]:
-    """Turn whatever Orbax and TensorStore raise for a checkpoint into a `DataError`."""
-    try:
-        yield
-    except DataError:
+    except (DataError, jax.errors.JaxRuntimeError):  # the latter: of a device, the checkpoint is not to blame
         raise
     except Exception as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-            raise  # the device is full, the checkpoint is not to blame
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{path}: cannot be read ({reason})") from error
+        text = str(error).strip()
+        if any(sign in text for sign in ("No space left", "ENOSPC", "Disk quota exceeded")):
+            raise DataError(
+                f"{path}: no room on the disk for a checkpoint; the one before is whole. Make room and give the same "
+                "command again"
+            ) from error
+        raise DataError(f"{path}: Orbax failed ({(text.splitlines() or [type(error).__name__])[0][:200]})") from error

@@ -400,3 +400,9 @@ def load_config(tier: str | Path = "nano", overrides: Sequence[str] = ()) -> Con
 def tier_files() -> list[Path]:
     """Return the files of the tiers, smallest tier first."""
     return sorted(CONFIG_DIR.glob("*.toml"), key=lambda p: (p.stem != "nano", len(p.stem), p.stem))
+
+
+def replaced(config: Config, section: str, **values: Any) -> Config:
+    """Return the configuration with other values of one section."""
+    changed: dict[str, Any] = {section: dataclasses.replace(getattr(config, section), **values)}
+    return dataclasses.replace(config, **changed)

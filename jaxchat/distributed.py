@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import json
 import os
 import re
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -28,10 +26,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxchat.errors import InterruptedRun, JaxchatError, UsageError
 
 T = TypeVar("T")
-WAIT_SECONDS = 48 * 3600  # for process 0 to prepare or examine; a dead one is noticed by JAX's heartbeats long before
 GRACE_SECONDS = 10.0  # for a process to end by itself after another one's failure
 STOP_SECONDS = 25.0  # for all processes to meet at the end
-POLL_MS = 1000  # between looks for a signal while waiting
+POLL_MS = 1000  # between looks for a failure while waiting
 FAILED = "jaxchat/failed"
 REQUIRED = "give --coordinator HOST:PORT, --processes N and --process-id I together, the same but for the last"
 
@@ -49,7 +46,7 @@ def index() -> int:
 
 
 def several() -> bool:
-    """Whether the run has several processes."""
+    """Return whether the run has several processes."""
     return jax.distributed.is_initialized()
 
 
@@ -75,18 +72,19 @@ def start(
       whole_host: the only process of its host takes all devices there (JAX gives a Slurm task just one).
       complain: shows the message and the exit code of a failure that ends the process from a thread of ours.
     """
+    global _watch
     flags = (coordinator, processes, process_id)
     if processes == 1 or (flags == (None, None, None) and _detected(indexed_pod) < 2):
         return False
-    if coordinator is not None and not re.fullmatch(r".+:[1-9]\d{0,4}", coordinator):
-        raise UsageError(f"--coordinator {coordinator}: must be HOST:PORT, for example node1:12355")
-    if processes is not None and processes < 1:
-        raise UsageError(f"--processes {processes}: must be at least 1")
-    if process_id is not None and processes is not None and not 0 <= process_id < processes:
-        raise UsageError(f"--process-id {process_id}: must be from 0 to {processes - 1} of {processes} processes")
+    if (
+        not re.fullmatch(r".+:[1-9]\d{0,4}", coordinator or "cluster:1")
+        or (processes is not None and processes < 1)
+        or not 0 <= (process_id or 0) < (processes or 1 << 30)
+    ):
+        raise UsageError(f"--coordinator {coordinator} --processes {processes} --process-id {process_id}: {REQUIRED}")
     place = coordinator or "the coordinator that the cluster names"
     late = f"not all processes met at {place} within {timeout} s; check its host, its port and that every process runs"
-    timer = _exit_after(timeout, UsageError.exit_code, lambda code: complain(late, code))
+    timer = _exit_after(timeout, UsageError.exit_code, lambda: complain(late, UsageError.exit_code))
     try:
         jax.distributed.initialize(
             coordinator,
@@ -97,16 +95,28 @@ def start(
             initialization_timeout=timeout + 60,
         )
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        reason = _first_line(error).rstrip(".")
-        raise UsageError(f"starting several processes at {place}: {reason}; {REQUIRED}") from error
+        raise UsageError(f"starting several processes at {place}: {_first_line(error)}; {REQUIRED}") from error
     finally:
         timer.cancel()
-    _start_watch(complain)
+    _watch = threading.Thread(target=_watch_others, args=(complain,), daemon=True)
+    _watch.start()
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         text = ", ".join(f"{count} on process {process}" for process, count in sorted(counts.items()))
         raise UsageError(f"processes must have equally many devices, not {text}; restart those that differ")
     return True
+
+
+def _watch_others(complain: Callable[[str, int], None]) -> None:
+    """Wait for another process's failure; end this process where it hangs on a device that waits for that one."""
+    while not _failed.is_set() and not _ended.is_set():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # nothing yet
+            _failure.update(json.loads(_store().blocking_key_value_get(FAILED, POLL_MS)))
+            _failed.set()
+    if not _ended.wait(GRACE_SECONDS):
+        complain(str(_its_error()), _failure["code"])
+        stop(_failure["code"])
+        os._exit(_failure["code"])
 
 
 def stop(code: int = 0) -> None:
@@ -144,35 +154,17 @@ def lost(error: Exception) -> JaxchatError | InterruptedRun | None:
 
 def _its_error() -> JaxchatError | InterruptedRun:
     """Return the other process's failure as an error of this one, with the same exit code."""
-    message = f"process {_failure['process']} ended: {_failure['message']}"
-    error = InterruptedRun(message) if _failure["code"] == InterruptedRun.exit_code else JaxchatError(message)
+    kind = InterruptedRun if _failure["code"] == InterruptedRun.exit_code else JaxchatError
+    error = kind(f"process {_failure['process']} ended: {_failure['message']}")
     error.exit_code = _failure["code"]
     return error
 
 
-def _start_watch(complain: Callable[[str, int], None]) -> None:
-    """Watch for another process's failure; a process that waits for it on a device cannot end by itself."""
-    global _watch
-
-    def watch() -> None:
-        while not _failed.is_set() and not _ended.is_set():
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # nothing yet
-                _failure.update(json.loads(_store().blocking_key_value_get(FAILED, POLL_MS)))
-                _failed.set()
-        if not _ended.wait(GRACE_SECONDS):
-            complain(str(_its_error()), _failure["code"])
-            stop(_failure["code"])
-            os._exit(_failure["code"])
-
-    _watch = threading.Thread(target=watch, daemon=True)
-    _watch.start()
-
-
-def _exit_after(seconds: float, code: int, before: Callable[[int], None] = lambda code: None) -> threading.Timer:
+def _exit_after(seconds: float, code: int, before: Callable[[], None] = lambda: None) -> threading.Timer:
     """Return a running timer that ends the process, wherever that hangs."""
 
     def leave() -> None:
-        before(code)
+        before()
         os._exit(code)
 
     timer = threading.Timer(seconds, leave)
@@ -182,7 +174,7 @@ def _exit_after(seconds: float, code: int, before: Callable[[int], None] = lambd
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 
 # The only two uses of private parts of JAX. How many processes a cluster has must be known before `initialize`, which
@@ -200,9 +192,7 @@ def _detected(indexed_pod: bool) -> int:
             if not cluster.opt_in_only_method and (indexed_pod or not pods) and cluster.is_env_present():
                 return cluster.get_process_count()
     if indexed_pod:
-        raise UsageError(
-            f"a pod of an indexed Job, but JAX cannot ask Kubernetes: pip install kubernetes, or {REQUIRED}"
-        )
+        raise UsageError(f"a pod of an indexed Job without Kubernetes' client: pip install kubernetes, or {REQUIRED}")
     return 1
 
 
@@ -215,55 +205,36 @@ def _store() -> Any:
 # Messages and agreement
 
 
-def broadcast(value: Any) -> None:
-    """Send a JSON value from process 0 to all others, which `receive` it."""
+def broadcast(value: Any) -> Any:
+    """Send a JSON value from process 0 to all others, which `receive` it; returns it as they see it."""
     global _messages
+    text = json.dumps(value)
     if several():
-        _store().key_value_set(f"jaxchat/message/{_messages}", json.dumps(value))
+        _store().key_value_set(f"jaxchat/message/{_messages}", text)
         _messages += 1
+    return json.loads(text)
 
 
 def receive() -> Any:
-    """Wait for the next broadcast of process 0; raises what ended another process meanwhile."""
+    """Wait for the next broadcast of process 0, for hours if need be; raises what ended another process meanwhile."""
     global _messages
-    end = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < end:
-        if _failed.is_set():
-            raise _its_error()
+    while not _failed.is_set():
         try:
             value = _store().blocking_key_value_get(f"jaxchat/message/{_messages}", POLL_MS)
         except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
+            if "DEADLINE_EXCEEDED" not in str(error):  # a dead process 0 is noticed by JAX's heartbeats
                 raise
             continue
         _messages += 1
         return json.loads(value)
-    raise UsageError(f"no message from process 0 for {WAIT_SECONDS // 3600} hours")
+    raise _its_error()
 
 
 def on_first(work: Callable[[], T]) -> T:
     """Run `work()` on process 0 alone; all return its value (JSON) when it is done."""
     if not several():
         return work()
-    if index() > 0:
-        return receive()
-    value = work()
-    broadcast(value)
-    return json.loads(json.dumps(value))
-
-
-def check_same(value: Any) -> None:
-    """Raise `UsageError` where a process was started with other settings than process 0."""
-    mine = json.loads(json.dumps(value))
-    if index() == 0:
-        broadcast(mine)
-    elif receive() != mine:
-        raise UsageError(f"process {index()} was started with other settings than process 0; give all the same command")
-
-
-def agree(number: int) -> int:
-    """Return the largest number of all processes; each waits for all."""
-    return int(_largest(number)) if several() else number
+    return receive() if index() > 0 else broadcast(work())
 
 
 class Ballot:
@@ -271,27 +242,19 @@ class Ballot:
 
     def __init__(self) -> None:
         self._before: Any = 0
+        if several():
+            mesh = Mesh(np.array(jax.devices()), ("all",))
+            self._split, result = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("all",), ()))
+            self._largest = jax.jit(jnp.max, out_shardings=result)
 
     def cast(self, number: int) -> int:
         """Return that of this call with one process; of the call before with several, reduced meanwhile."""
         if not several():
             return number
-        before, self._before = self._before, _largest(number)
+        value = np.full(1, number, np.int32)
+        numbers = jax.make_array_from_callback((jax.device_count(),), self._split, lambda _: value)
+        before, self._before = self._before, self._largest(numbers)
         return int(before)
-
-
-@functools.cache
-def _reduction() -> tuple[NamedSharding, Any]:
-    mesh = Mesh(np.array(jax.devices()), ("all",))
-    return NamedSharding(mesh, PartitionSpec("all")), jax.jit(
-        jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec())
-    )
-
-
-def _largest(number: int) -> jax.Array:
-    sharding, largest = _reduction()
-    value = np.full(1, number, np.int32)
-    return largest(jax.make_array_from_callback((jax.device_count(),), sharding, lambda _: value))
 
 
 def gathered(array: Any) -> np.ndarray:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +15,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -87,27 +84,10 @@ def progress(description: str, total: float | None, done: int = 0) -> Iterator[T
 
 @contextlib.contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """Print a line for work of unknown length; a terminal shows the seconds."""
+    """Print a line for work of unknown length; a terminal shows that it goes on."""
     say(text)
-    with Progress(
-        SpinnerColumn(), TimeElapsedColumn(), console=console, transient=True, disable=not animated()
-    ) as bars:
-        bars.add_task("", total=None)
+    with console.status(""):
         yield
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence the loggers of Orbax and Grain (absl) and asyncio: failures raise, and we report those."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
 
 
 class MetricsFile:
@@ -121,15 +101,9 @@ class MetricsFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, record: dict[str, Any]) -> None:
-        if not self.write:
-            return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def last(self) -> dict[str, Any] | None:
-        """Return the newest whole record."""
-        records = read_metrics(self.path)
-        return records[-1] if records else None
+        if self.write:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def amend(self, scores: dict[str, Any]) -> None:
         """Add evaluation results to the newest record."""
@@ -149,22 +123,19 @@ class MetricsFile:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Return all whole records of a metrics file, none if it does not exist."""
-    if not os.path.exists(path):
-        return []
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # torn by a kill
+                records.append(json.loads(line))
     return records
 
 
 def print_facts(facts: Mapping[str, Any], title: str | None = None) -> None:
     """Print names and values as a table on standard output; see `value_text`."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
     for name, value in facts.items():
-        table.add_row(Text(name.replace("_", " ")), Text(value_text(name, value)))
+        table.add_row(Text(name.replace("_", " "), style="bold", no_wrap=True), Text(value_text(name, value)))
     Console(highlight=False).print(table)
 
 

@@ -17,6 +17,7 @@ from jaxchat.errors import DataError, UsageError
 
 RECORD_FORMAT = 1  # of an entry of `stages.json`
 RECORD_FIELDS = {"status": str, "start": str, "inputs": dict, "facts": dict, "seconds": int | float}
+RESTORE = "put it back from a copy, or choose another --run-dir"
 CHECKSUMS = "SHA256SUMS"
 
 
@@ -34,7 +35,7 @@ class RunDir:
         self.export = self.root / "export"
 
     def stage(self, name: str) -> Path:
-        """Directory of a trained stage: `base`, `sft`, `rl`."""
+        """Return the directory of a trained stage: `base`, `sft`, `rl`."""
         return self.root / name
 
     def eval(self, name: str) -> Path:
@@ -42,69 +43,43 @@ class RunDir:
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Return the entries of `stages.json`, {} for a new run. `DataError` if it is damaged or of another version."""
-        advice = "put it back from a copy, or choose another --run-dir"
-        try:
-            records = json.loads(self.stages.read_bytes()) if self.stages.exists() else {}
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.stages}: damaged ({error}); {advice}") from None
+        records = read_json(self.stages) if self.stages.exists() else {}
         if not isinstance(records, dict):
-            raise DataError(f"{self.stages}: damaged; {advice}")
+            raise DataError(f"{self.stages}: damaged; {RESTORE}")
         for name, record in records.items():
             require_format(record, RECORD_FORMAT, f"{self.stages}, {name}")
             fields = record if isinstance(record, dict) else {}
             wrong = [key for key, kind in RECORD_FIELDS.items() if not isinstance(fields.get(key), kind)]
-            if not wrong and record["status"] == "done" and not isinstance(record["facts"].get("digest"), str):
-                wrong = ["facts.digest"]
-            if wrong:
-                raise DataError(f"{self.stages}: damaged, {name} has no valid {', '.join(wrong)}; {advice}")
+            if wrong or (record["status"] == "done" and not isinstance(record["facts"].get("digest"), str)):
+                raise DataError(f"{self.stages}: damaged, {name} lacks {', '.join(wrong) or 'facts.digest'}; {RESTORE}")
         return records
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run directory for this process; `UsageError` names the process that already has it.
 
-        An advisory lock of the operating system, so it vanishes with the process however that ends.
+        The lock is the operating system's, so it vanishes with the process however that ends.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / ".lock", "a+") as file:
-            if not _try_lock(file):
-                file.seek(0)
-                owner = file.read().strip() or "unknown"
-                raise UsageError(
-                    f"{self.root}: in use by process {owner}; wait for it, stop it, or choose another --run-dir"
-                )
-            file.seek(0)
-            file.truncate()
-            file.write(str(os.getpid()))
-            file.flush()
+        owner = self.root / ".owner"
+        try:
+            lock = filelock.FileLock(self.root / ".lock", blocking=False).acquire()
+        except filelock.Timeout:
+            name = owner.read_text() if owner.exists() else "unknown"
+            advice = "wait for it, stop it, or choose another --run-dir"
+            raise UsageError(f"{self.root}: in use by process {name}; {advice}") from None
+        with lock:
             try:
+                owner.write_text(str(os.getpid()))
                 yield
-            finally:  # another process may get this number later
-                file.truncate(0)
+            finally:
+                owner.unlink(missing_ok=True)
 
 
 def locked(path: str | Path) -> filelock.BaseFileLock:
     """Return a lock to enter, which waits for other processes: one downloads and the others find it done."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(path)
-
-
-def _try_lock(file: Any) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def atomic_write(path: str | Path, content: bytes | str) -> None:

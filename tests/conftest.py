@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-from jaxchat.xla_cache import LARGEST, open_cache
+from launch import CACHE_BYTES, open_cache
 
 # What a process has compiled, the others and the next session read. Set before jax is imported.
 if not {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"} & os.environ.keys():
@@ -15,7 +15,7 @@ if not {"PYTEST_XDIST_WORKER", "JAX_COMPILATION_CACHE_DIR"} & os.environ.keys():
     except OSError:
         _compiled = tempfile.TemporaryDirectory(prefix="jaxchat-tests-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(LARGEST)
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(CACHE_BYTES)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax

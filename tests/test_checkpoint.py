@@ -63,15 +63,6 @@ def test_an_unfinished_save_does_not_count(tmp_path, state):
     assert restore_params(tmp_path / "base")[1]["step"] == 3
 
 
-def test_nothing_there_is_said(tmp_path, state):
-    with pytest.raises(DataError, match="no checkpoint"):
-        restore_params(tmp_path / "base")
-    checkpoints = Checkpoints(tmp_path / "base")
-    with pytest.raises(DataError, match="no complete checkpoint"):
-        checkpoints.restore(state)
-    checkpoints.close()
-
-
 def saved(folder, state, *steps):
     checkpoints = Checkpoints(folder, keep_last=9)
     for step in steps:
@@ -160,7 +151,7 @@ def test_missing_files_are_named(tmp_path, state):
     with pytest.raises(DataError, match="is gone"):
         restore_params(folder)
     (folder / "3" / "SHA256SUMS").unlink()  # as older versions left it
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="Orbax failed"):
         restore_params(folder)
 
 

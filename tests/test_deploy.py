@@ -128,8 +128,8 @@ def test_keys_come_from_a_secret_and_reach_the_service(monkeypatch):
     assert variable["name"] in documents("compose.yaml")[0]["x-service"]["environment"]
     assert "secretKeyRef" in variable["valueFrom"]
     monkeypatch.setenv(variable["name"], "one, two")
-    assert launch.given_config(launch.parse(["--serve"])).serve.api_keys == ("one", "two")
-    assert launch.given_config(launch.parse(["--chat"])).serve.api_keys == ()
+    assert launch.given_config(launch.parse(["--serve"]))[0].serve.api_keys == ("one", "two")
+    assert launch.given_config(launch.parse(["--chat"]))[0].serve.api_keys == ()
 
 
 def test_what_the_service_imports_is_copied():

@@ -21,6 +21,7 @@ from jaxchat.interop import __main__ as interop
 from jaxchat.scaling import resolve
 from jaxchat.sizes import count_parameters, flops_per_token, parameters
 from train.plan import parse_target
+from train.prepare import sized
 from train.stages import select
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ def test_every_command_parses_and_its_keys_exist(path, tmp_path, monkeypatch):
         if args.command in ("compare", "tiers", *launch.INTEROP):
             continue
         args.config = args.run_dir = args.run = None  # a run that may not exist here
-        config, _, _ = launch.resolve_arguments(args)
+        config = resolve(sized(launch.given_config(args)[0]))
         assert config.tier == (args.tier or "nano")
         if args.command == "train":
             select(args.stages, args.start)

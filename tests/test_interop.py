@@ -511,8 +511,8 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path, format):
 def test_an_export_is_swapped_whole_and_leftovers_go(tmp_path, monkeypatch):
     run = random_run(tmp_path / "run", "classic")
     settings = load_config("nano", [])
-    for left in (".orbax.new", "..hf.new.abc", ".hf.old"):
-        (run.export / left).mkdir(parents=True)
+    for left in (run.root / ".export.new" / "hf", run.export / ".hf.old"):
+        left.mkdir(parents=True)
     assert stage_run(settings, run)["stage"] == "sft"
     assert {p.name for p in run.export.iterdir()} == {"orbax", "hf"}
     before = digests(run.export / "hf")
@@ -521,7 +521,7 @@ def test_an_export_is_swapped_whole_and_leftovers_go(tmp_path, monkeypatch):
         stage_run(settings, run)
     assert digests(run.export / "hf") == before, "the old one stays until the new one is whole"
     stage_run(load_config("nano", ['export.formats=["orbax"]']), run)
-    assert {p.name for p in run.export.iterdir()} == {"orbax"}
+    assert {p.name for p in run.export.iterdir()} == {"orbax"} and not (run.root / ".export.new").exists()
 
 
 def test_bad_arguments(exported, tmp_path, capsys):

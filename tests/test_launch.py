@@ -16,10 +16,9 @@ from whole_run import ROOT, STEPS, arguments, finish, records, start
 
 import jaxchat
 import launch
-from jaxchat.config import REMOVED, load_config
+from jaxchat.config import REMOVED
 from jaxchat.log import read_metrics
-from train import stages
-from train.stages import NAMES, stage_inputs
+from train.stages import NAMES
 
 
 def test_the_whole_way(finished):
@@ -126,8 +125,8 @@ def test_flags_of_older_versions_are_commands(line, command):
 
 def test_a_run_can_be_named_after_the_command(finished):
     args = launch.parse(["chat", str(finished)])
-    config, directory, _ = launch.resolve_arguments(args)
-    assert directory.root == finished and config.model.depth == 2
+    config, root = launch.given_config(args)
+    assert root == finished and config.model.depth == 2
 
 
 @pytest.mark.parametrize("name", sorted(launch.COMMANDS))
@@ -268,15 +267,15 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("plugin", "flags", "expected"), [
-    ("0.10.1", "", ""), ("0.11.1", "", ""), ("0.11.2", "--xla_a=1", "--xla_a=1"),
-    ("0.10.2", "", "--xla_backend_extra_options=-nvptx-allow-ftz-atomics"),
+    ("0.11.1", "--xla_a=1", "--xla_a=1"),
     ("0.11.0", "--xla_a=1", "--xla_a=1 --xla_backend_extra_options=-nvptx-allow-ftz-atomics"),
-    ("0.11.0", "--xla_backend_extra_options=x=1", "--xla_backend_extra_options=-nvptx-allow-ftz-atomics,x=1"),
-    ("0.10.2", "--xla_backend_extra_options=-nvptx-allow-ftz-atomics=false",
-     "--xla_backend_extra_options=-nvptx-allow-ftz-atomics=false"),
+    ("0.10.2", "--xla_backend_extra_options=x=1", "--xla_backend_extra_options=x=1"),
 ])  # fmt: skip
-def test_the_flag_for_atomics_goes_to_the_plugins_that_need_it(plugin, flags, expected):
-    assert launch.native_atomics(flags, plugin) == expected
+def test_the_flag_for_atomics_goes_to_the_plugins_that_need_it(plugin, flags, expected, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda package: plugin)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    launch.prepare_environment()
+    assert os.environ["XLA_FLAGS"] == expected
 
 
 @pytest.mark.parametrize(("given", "expected"), [
@@ -291,43 +290,8 @@ def test_the_share_of_memory_is_the_users_where_there_is_one(given, expected):
     assert done.stdout.strip() == str(expected)
 
 
-def test_selection_of_stages():
-    assert [s.name for s in stages.select(None, None)] == list(NAMES)
-    assert [s.name for s in stages.select("prepare, tokenizer", None)] == ["tokenizer", "prepare"]
-    assert [s.name for s in stages.select("pretrain", None)] == [
-        "tokenizer",
-        "prepare",
-        "pretrain",
-    ]  # with what it needs
-    assert [s.name for s in stages.select("eval", None)] == ["tokenizer", "prepare", "pretrain", "eval"]
-    assert [s.name for s in stages.select(None, "sft")] == list(NAMES)
-
-
-def test_inputs_leave_out_what_may_change(finished):
-    from jaxchat.config import load_config
-    from jaxchat.scaling import resolve
-
-    config = resolve(load_config(finished / "config.toml"))
-    inputs = stage_inputs(stages.select("pretrain", None)[-1], config, records(finished))
-    assert inputs["model.depth"] == 2 and "prepare.digest" in inputs
-    assert "train.checkpoint_every" not in inputs and not any(k.startswith("mesh.") for k in inputs)
-
-
 def test_tiers_are_listed(capsys):
     assert launch.main(["--tiers"]) == 0
     out = capsys.readouterr().out
     for word in ("nano", "d20", "Hardware", "Cost"):
         assert word in out
-
-
-def test_programs_are_kept_in_the_cache_folder_unless_jax_was_told_otherwise(monkeypatch):
-    kept = []
-    monkeypatch.setattr("jaxchat.xla_cache.use_cache", kept.append)
-    config = load_config("nano", ["data.cache_dir=/somewhere"])
-    for told in ("/elsewhere", ""):
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", told)
-        launch.keep_programs(config)
-    assert not kept
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    launch.keep_programs(config)
-    assert kept == ["/somewhere"]

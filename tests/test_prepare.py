@@ -222,15 +222,6 @@ def test_damage_is_repaired_where_it_can_be(run):
         list(read_documents(shard.parent, "train", Tokenizer.load(run.tokenizer).digest))
 
 
-def test_new_text_is_noticed(run, book):
-    config, run = run
-    facts = prepared(config, run)
-    copy = run.root / "copy.txt"
-    copy.write_text(book.read_text(encoding="utf-8") + "\n\n" + "One more line. " * 99, encoding="utf-8")
-    more = prepared(with_data(config, source=f"files:{copy}"), run)
-    assert more["train"]["bytes"] + more["val"]["bytes"] > facts["train"]["bytes"] + facts["val"]["bytes"] + 1000
-
-
 def test_shards_of_another_tokenizer_are_not_used(run):
     config, run = run
     facts = prepared(config, run)
@@ -373,15 +364,3 @@ def test_a_held_out_source_that_cannot_be_used_is_named(shelf, source, error, wo
     (run.root / "shelf" / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(error, match=words):
         prepared(with_data(config, val_source=source.format(shelf=run.root / "shelf")), run)
-
-
-def test_too_few_held_out_rows_are_said(shelf, capsys):
-    config, run = shelf
-    prepared(with_data(config, val_source=f"files:{run.root / 'shelf' / '4.jsonl'}"), run)
-    assert "fewer than eval.rows" in capsys.readouterr().err
-
-
-def test_the_tokenizer_stage_must_have_run(tmp_path):
-    with pytest.raises(DataError, match=r"tokenizer\.json: cannot be read|tokenizer: cannot be read"):
-        prepared(Config(), RunDir(tmp_path / "new"))
-    assert not (tmp_path / "new").exists()

@@ -36,12 +36,9 @@ from train.rl import (
     build,
     kl_per_token,
     micro_batches,
-    on_mesh,
-    rewards,
-    row_lengths,
+    question_order,
     sample_seed,
 )
-from train.stages import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSIC = ["model.recipe=classic", "model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16",
@@ -153,7 +150,7 @@ def reference_gradient(answers, bonus=0.0):
 
 
 def batch_of(answers, bonus=0.0, shape=(6, 2)):
-    return build(answers, advantages(rewards(answers, bonus)), shape, 16)
+    return build(answers, advantages(answers.correct + bonus * answers.formatted), shape, 16)
 
 
 def close(found, expected):
@@ -164,7 +161,6 @@ def close(found, expected):
 def test_the_updates_gradient_is_the_float64_reference():
     answers = answers_of([[1, 0, 0], [1, 1, 1], [0, 1, 1], [0, 0, 0]])
     answers.formatted[2] = [1, 1, 0]  # the format bonus is part of the reward
-    np.testing.assert_allclose(rewards(answers, 0.2)[2], [0.2, 1.2, 1.0])
     value, expected = reference_gradient(answers, 0.2)
     for shape in ((1, 6), (6, 2)):  # in one piece, and accumulated over micro-batches of which the last are padding
         grads, metrics = update_of(batch_of(answers, 0.2, shape=shape))
@@ -205,9 +201,6 @@ def test_the_stop_id_carries_gradient_and_forced_ids_carry_none():
 
 
 def test_rows_have_few_shapes():
-    assert [row_lengths(n) for n in (1, 40, 64, 96, 128, 512, 2048)] == [
-        [1], [40], [64], [64, 96], [64, 128], [256, 512], [1024, 2048]
-    ]  # fmt: skip
     for rows in (1, 7, 128, 256):
         for devices in (1, 2, 8):
             for device_rows in (1, 3, 8, 500):
@@ -302,7 +295,7 @@ def test_a_run_leaves_what_the_contract_says(undisturbed):
     assert facts["start"].keys() == {"pass@1", "pass@2", "pass@3", "kl"}
     made = np.diff([0, *(r["tokens"] for r in records)])
     assert made.tolist() == [round(r["length"] * 24) for r in records] and records[-1]["tokens"] == facts["tokens"]
-    assert facts["digest"] == facts["params_sha256"] == params_sha256(restore_params(run.stage("rl"))[0])
+    assert facts["params_sha256"] == params_sha256(restore_params(run.stage("rl"))[0])
     for name in ("loss.png", "reward.png", "rollouts.md", "6/opt_state"):
         assert (run.stage("rl") / name).exists(), name
     text = (run.stage("rl") / "rollouts.md").read_text()
@@ -386,7 +379,7 @@ def test_schedules_go_on_over_a_step_without_update():
     ]
     assert changed and all(re.search(r"\.count$", name) for name in changed)
     assert not any("mu" in name or "nu" in name for name in changed)
-    batch = on_mesh(batch_of(answers_of([[1, 0], [0, 1]])), batch_sharding(mesh))
+    batch = jax.device_put(batch_of(answers_of([[1, 0], [0, 1]])), batch_sharding(mesh))
     moved = [jax.device_get(step(init_state(cfg, optimizer, mesh), b)[0].params["unembedding"]) for b in [batch]]
     second = jax.device_get(step(state, batch)[0].params["unembedding"])
     first_change = np.abs(moved[0] - before[0]["unembedding"]).max()
@@ -419,13 +412,9 @@ def test_samples_depend_on_seed_step_question_and_sample():
     assert sample_seed(1, 0, 0, 0) == 3_268_961_429  # the same on every machine
 
 
-def test_every_epoch_has_every_question_once(brevity, tmp_path):
-    run = write_run(tmp_path)
-    worker = rl.RolloutWorker(run_config(run), run, Brevity(), None, one_device(), 64, range(20))
-    epochs = [[worker._question(20 * epoch + i) for i in range(20)] for epoch in range(3)]
+def test_every_epoch_has_every_question_once():
+    epochs = [question_order(20, 1, epoch) for epoch in range(3)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
-    worker._order = -1, []
-    assert worker._question(25) == epochs[1][5]
 
 
 def test_steps_and_rates():
@@ -451,21 +440,3 @@ def test_steps_and_rates():
 def test_settings_that_cannot_work_are_refused_before_any_work(overrides, error, message):
     with pytest.raises(error, match=re.escape(message)):
         rl.check(resolve(load_config("nano", ["rl.environment=word_problems", *overrides])))
-
-
-@pytest.mark.parametrize("key", ["rl.samples=1", "rl.prompts=0", "rl.temperature=0", "rl.format_bonus=2", "rl.slots=0"])
-def test_numbers_that_make_no_sense_are_refused(key):
-    with pytest.raises(UsageError, match=key.partition("=")[0]):
-        resolve(load_config("nano", [key]))
-
-
-def test_without_an_environment_there_is_no_rl():
-    (stage,) = [stage for stage in STAGES if stage.name == "rl"]
-    assert not stage.wanted(load_config("nano", ["rl.environment="])) and stage.wanted(load_config("nano"))
-
-
-def test_a_context_too_short_for_any_question_is_said(brevity, tmp_path, monkeypatch):
-    monkeypatch.setattr(Brevity, "train_examples", lambda self, seed: [Example([user("long " * 100)], None)])
-    run = write_run(tmp_path)
-    with pytest.raises(DataError, match="no question fits into the context of 128 tokens"):
-        rl.run(run_config(run), run)

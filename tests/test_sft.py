@@ -50,10 +50,6 @@ def test_held_out_conversations_are_not_trained():
     assert not {json.dumps(c) for c in train["chitchat:300"]} & {json.dumps(c) for c in val["chitchat:300"]}
 
 
-def test_same_seed_same_mixture():
-    assert split_of(config_of("identity:50")) == split_of(config_of("identity:50"))
-
-
 def test_unknown_or_empty_mixtures_are_refused():
     with pytest.raises(UsageError, match="identty"):
         split_of(config_of("identty:5"))
@@ -64,29 +60,25 @@ def test_unknown_or_empty_mixtures_are_refused():
         sft.check(config_of("identity:5", "identity*2"))
 
 
-def test_an_exam_on_the_way_that_does_not_exist_is_refused_before_any_work():
-    config = config_of("identity:5", exam_cases=3)
-    wrong = dataclasses.replace(config, eval=dataclasses.replace(config.eval, exams=("nosuch",)))
-    with pytest.raises(UsageError, match="nosuch"):
-        sft.check(wrong)
-    sft.check(dataclasses.replace(wrong, sft=dataclasses.replace(wrong.sft, exam_cases=0)))
-
-
 def prepared(config, run, tokenizer):
     tokenizer.save(run.tokenizer)
     return sft.prepare_rows(config, run, tokenizer)
 
 
-def test_other_conversations_do_not_go_on_with_a_run(tmp_path, tokenizer):
+def test_a_training_goes_on_with_the_rows_that_it_began_with(tmp_path, tokenizer):
     run, one, other = RunDir(tmp_path), config_of("identity:50"), config_of("identity:51")
-    tokenizer.save(run.tokenizer)
-    sft.checked_rows(one, run, tokenizer)
-    sft.checked_rows(other, run, tokenizer)  # nothing is trained yet
+    prepared(one, run, tokenizer)
+    facts = sft.prepare_rows(other, run, tokenizer)  # nothing is trained yet
     (run.stage("sft") / "2").mkdir(parents=True)
-    sft.checked_rows(other, run, tokenizer)
-    for _ in range(2):
-        with pytest.raises(DataError, match="not those that this SFT began with"):
-            sft.checked_rows(one, run, tokenizer)
+    before = sums(run)
+    assert sft.prepare_rows(one, run, tokenizer) == facts and sums(run) == before
+    for config in (other, one):
+        (run.data / "sft" / "train" / "rows.bin").write_bytes(b"x")
+        if config is one:
+            with pytest.raises(DataError, match="not those that this SFT began with"):
+                sft.prepare_rows(one, run, tokenizer)
+        else:
+            assert sft.prepare_rows(other, run, tokenizer) == facts and sums(run) == before
 
 
 @pytest.mark.parametrize(("rows", "epochs", "steps"), [(1, 1.0, 1), (16, 1.0, 2), (800, 1.0, 100), (800, 0.5, 50)])
@@ -166,34 +158,6 @@ def test_many_conversations_are_rendered_by_other_processes_and_the_rows_are_the
     two = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
     assert prepared(two, runs[1], tokenizer) == first and calls
     assert sums(runs[0]) == sums(runs[1])
-
-
-def test_rows_are_rendered_again_only_where_their_inputs_changed(tmp_path, tokenizer, monkeypatch):
-    run, path = RunDir(tmp_path / "run"), tmp_path / "talks.jsonl"
-    config = config_of(talks(path, 60), "identity:30", "chatterbot")
-    facts, rendered = prepared(config, run, tokenizer), []
-    render_all = sft.render_all
-    monkeypatch.setattr(sft, "render_all", lambda *args: rendered.append(1) or render_all(*args))
-
-    def again(config, tokenizer=tokenizer):
-        rendered.clear()
-        return prepared(config, run, tokenizer), bool(rendered)
-
-    def other(**changes):
-        return dataclasses.replace(config, **changes)
-
-    assert again(config) == (facts, False)
-    assert again(other(serve=dataclasses.replace(config.serve, slots=1))) == (facts, False)
-    assert again(other(seed=7))[1]
-    assert again(other(model=dataclasses.replace(config.model, seq_len=200)))[1]
-    assert again(config)[1] and again(config) == (facts, False)
-    talks(path, 61)
-    assert again(config)[1] and not again(config)[1]
-    assert again(config, train_tokenizer(["another text"] * 9, 270, 10**6, 10**4))[1]
-    assert again(config)[1]
-    with open(run.data / "sft" / "val" / "rows.bin", "r+b") as file:
-        file.write(b"xx")
-    assert again(config)[1] and not again(config)[1]
 
 
 def identical(config, tokenizer, piece):

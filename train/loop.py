@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import math
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +22,7 @@ from jax.sharding import Mesh
 
 from jaxchat import distributed
 from jaxchat.checkpoint import Checkpoints, check_recorded, params_sha256
-from jaxchat.config import Config
+from jaxchat.config import Config, replaced
 from jaxchat.data.loader import Batches, own_columns, val_batches
 from jaxchat.data.packing import Rows
 from jaxchat.errors import DivergedError, InterruptedRun, JaxchatError, OutOfMemoryError
@@ -49,8 +47,8 @@ from .doctor import available_memory
 
 Z95 = 1.959963984540054  # standard deviations on each side of a 95 % interval
 SAY_SECONDS = 30.0  # between lines of progress where there is no terminal to draw on
-GIB = 2**30
 Evaluator = Callable[[TrainState, int], Iterable[tuple[str, float]]]
+Step = Callable[[TrainState, Batch | None], tuple[TrainState, dict[str, Any]]]
 
 
 @dataclass
@@ -65,14 +63,6 @@ class StepBatch:
     tokens: int
     trained: int
     facts: dict[str, float] = field(default_factory=dict)
-
-
-class NotFinite(DivergedError):
-    """Too many `steps` in a row had a loss or gradient that was not finite."""
-
-    def __init__(self, message: str, steps: range):
-        super().__init__(message)
-        self.steps = steps
 
 
 @dataclass
@@ -101,6 +91,7 @@ class Trainer:
         self.last = min(steps, self.limit or steps)
         self.timings: dict[str, list[float]] = {}  # seconds of every start, save, validate, evaluate, sample
         self.facts: dict[str, Any] = {}
+        self.bad = range(0)  # the newest steps, if their loss or gradient was not finite
         self.stop_signal = 0
 
     def run(self) -> dict[str, Any]:
@@ -134,8 +125,7 @@ class Trainer:
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak_flops = peak * jax.device_count() if peak else None
         self.checkpoints = Checkpoints(self.directory, config.train.keep_last, config.train.keep_every)
-        bad: Sequence[int] = ()
-        try:
+        with contextlib.closing(self.checkpoints):
             while True:
                 with self._timed("start"):
                     if self.checkpoints.latest() is None:
@@ -144,56 +134,55 @@ class Trainer:
                         state, facts = self.checkpoints.restore(abstract_state(config, optimizer, mesh))
                         say(f"  resumed from step {facts['step']} of {config.train.steps}")
                 done = facts.pop("step", 0)
-                left_out = facts.get("left_out") or [number for number in bad if number >= done]
+                left_out = facts.get("left_out") or [number for number in self.bad if number >= done]
                 self.facts = {"tokens": done * config.train.batch_tokens, "seconds": 0.0, "bad_steps": 0} | facts
                 self.facts.pop("format", None)
                 self.facts |= {"left_out": left_out} if left_out else {}
-                next_batch = self.next_batch
+                batches: Iterator[Batch] = iter(())
                 if self.rows is not None:
-                    next_batch = row_batches(config, self.rows, shape, done, mesh, left_out)
-                assert next_batch, "a trainer has rows, or next_batch"
+                    batches = Batches(self.rows, *shape, config.seed).iterate(done, batch_sharding(mesh), left_out)
                 try:
-                    state = self._loop(state, done, step, next_batch)
+                    state = self._loop(state, done, step, batches)
                     break
-                except NotFinite as fault:
+                except DivergedError:
                     if left_out or self.rows is None:
                         raise
-                    bad = fault.steps
-                    say(f"  steps {bad[0]} to {bad[-1]}: going back, their batches are left out", style="yellow")
+                    first, last = self.bad[0], self.bad[-1]
+                    say(f"  steps {first} to {last}: going back, their batches are left out", style="yellow")
                     self.checkpoints.wait()
             self.checkpoints.wait()
-        finally:
-            self.checkpoints.close()
         if distributed.index() == 0:
             plot(self.metrics.path, "loss", self.directory / "loss.png", self.title)
         if self.limit:
             self.facts |= {"timings": self.timings | {"written": self.checkpoints.seconds}}
         return self.facts | {"params_sha256": params_sha256(state.params)}
 
-    def _loop(
-        self, state: TrainState, done: int, step: Step, next_batch: Callable[[TrainState, int], StepBatch]
-    ) -> TrainState:
-        """Steps `done` to the last one, with evaluations, samples and checkpoints between them."""
+    def _loop(self, state: TrainState, done: int, step: Step, batches: Iterator[Batch]) -> TrainState:
+        """Run steps `done` to the last one, with evaluations, samples and checkpoints between them."""
         train = self.config.train
+
+        def evaluation_due(count: int) -> bool:
+            return count == self.last or (train.eval_every > 0 and count > 0 and count % train.eval_every == 0)
+
         self.metrics.truncate_to(done)
-        self.bad_in_a_row, self.said = 0, time.perf_counter()
+        self.bad, self.said = range(0), time.perf_counter()
         curves = trackers(self.config, self.directory, done, write=self.metrics.write)
-        with signals(self._stop), curves as self.track, progress(self.title, self.last, done) as bar:
-            if done == 0 and self.score_start:
-                self.facts["start"] = self._scores(state, 0)
-            if self._evaluation_due(done):
-                self._evaluate(state, done)  # the checkpoint was saved before its evaluation
-                self._leave_if_stopped(done)
+        with self._signals(), curves as self.track, progress(self.title, self.last, done) as bar:
+            if (done == 0 and self.score_start) or evaluation_due(done):  # a checkpoint is saved before its evaluation
+                self._evaluate(state, done)
             self.clock = time.perf_counter()
             pending, ballot = None, distributed.Ballot()
             for index in range(done, self.last):
-                batch = next_batch(state, index)
+                if self.next_batch:
+                    batch = self.next_batch(state, index)
+                else:
+                    batch = StepBatch(next(batches), train.batch_tokens, train.batch_tokens)
                 state, metrics = step(state, batch.arrays)
                 # read the step before while this one runs, so that logging never stalls the device
                 if pending:
                     self._record(*pending, bar)
                 pending, count = (index, metrics, batch), index + 1
-                evaluate = self._evaluation_due(count)
+                evaluate = evaluation_due(count)
                 sample = self.sampler is not None and train.sample_every > 0 and count % train.sample_every == 0
                 stop = ballot.cast(self.stop_signal)  # a signal to one process stops all of them after the same step
                 if evaluate or sample or stop or count % train.checkpoint_every == 0:
@@ -201,18 +190,20 @@ class Trainer:
                     pending = None
                     with self._timed("save"):
                         self.checkpoints.save(count, state, self.facts)  # before the evaluation, which could fail
-                    self._leave_if_stopped(count)
-                    if evaluate:
+                    if evaluate and not stop:
                         self._evaluate(state, count)
-                    if sample and self.sampler:
+                    if sample and self.sampler and not stop:
                         with self._timed("sample"):
                             self.sampler(state, count)
-                    self._leave_if_stopped(count)
+                    if stop or (self.stop_signal and not distributed.several()):
+                        self._leave(stop or self.stop_signal, count)
                     self.clock = time.perf_counter()
+            if self.stop_signal:
+                self._leave(self.stop_signal, self.last)
         return state
 
     def _record(self, index: int, arrays: dict[str, Any], batch: StepBatch, bar: Task) -> None:
-        """Write one finished step's metrics; `NotFinite` after too many in a row that were not."""
+        """Write one finished step's metrics; `DivergedError` after too many in a row that were not finite."""
         values = {k: float(v) for k, v in jax.device_get(arrays).items()}
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
@@ -233,7 +224,15 @@ class Trainer:
         } | batch.facts
         self.metrics.append(record)
         self.track(index, record)
-        self._count_bad(index, bool(values["ok"]), bool(values["overflowed"]))
+        self.facts["bad_steps"] += not values["ok"] or bool(values["overflowed"])  # the latter: float16's loss scale
+        self.bad = range(0) if values["ok"] else range(self.bad.start if self.bad else index, index + 1)
+        if self.bad:
+            say(f"  step {index}: loss or gradient not finite, update skipped", style="yellow")
+        if self.bad and len(self.bad) >= self.config.train.max_bad_steps:
+            raise DivergedError(
+                f"{self.title}: {len(self.bad)} steps in a row were not finite (step {index}); "
+                "start again with a lower optim.lr_scale in another --run-dir"
+            )
         shown = [f"{key} {record[key]:.3f}" for key in ("loss", "reward") if record.get(key) is not None]
         if "val_bpb" in self.facts:
             shown.insert(1, f"bpb {with_error(self.facts['val_bpb'], self.facts.get('val_bpb_se'), 3)}")
@@ -244,57 +243,53 @@ class Trainer:
         bar.advance()
         bar.update(status)
 
-    def _count_bad(self, index: int, ok: bool, overflowed: bool) -> None:
-        """Count skipped updates. float16 overflows now and then; its loss scale then becomes smaller."""
-        self.bad_in_a_row = 0 if ok else self.bad_in_a_row + 1
-        self.facts["bad_steps"] += not ok or overflowed
-        if not ok:
-            say(f"  step {index}: loss or gradient not finite, update skipped", style="yellow")
-        if not ok and self.bad_in_a_row >= self.config.train.max_bad_steps:
-            raise NotFinite(
-                f"{self.title}: {self.bad_in_a_row} steps in a row were not finite (step {index}); "
-                "start again with a lower optim.lr_scale in another --run-dir",
-                range(index + 1 - self.bad_in_a_row, index + 1),
-            )
-
-    def _evaluation_due(self, count: int) -> bool:
-        every = self.config.train.eval_every
-        return count == self.last or (every > 0 and count > 0 and count % every == 0)
-
     def _evaluate(self, state: TrainState, count: int) -> None:
-        """Put the scores into the facts and the newest record."""
-        if scores := self._scores(state, count):
-            self.facts |= scores
-            self.metrics.amend(scores)
-            self.track(count - 1, scores)  # of the step whose record has them
-
-    def _scores(self, state: TrainState, count: int) -> dict[str, float]:
-        """Held-out bits per byte and the stage's own evaluators; not counted as training time."""
+        """Put held-out bits per byte and the evaluators' scores into the facts and the newest record."""
         begin, scores = time.perf_counter(), dict[str, float]()
         if self.val_rows is not None:
             with self._timed("validate"):
-                found = self.validate(state.params, self.val_rows, self.byte_lengths)
-            scores |= {"val_bpb": found["bits_per_byte"], "val_loss": found["loss"]}
-            scores |= {} if found["se"] is None else {"val_bpb_se": found["se"]}
+                result = self.validate(state.params, self.val_rows, self.byte_lengths)
+            scores |= {"val_bpb": result["bits_per_byte"], "val_loss": result["loss"]}
+            scores |= {} if result["se"] is None else {"val_bpb_se": result["se"]}
         for evaluator in self.evaluators:
             with self._timed("evaluate"):
                 scores |= dict(evaluator(state, count))
         self.facts["eval_seconds"] = self.facts.get("eval_seconds", 0.0) + time.perf_counter() - begin
-        if scores:
-            errors = {"val_bpb": scores.get("val_bpb_se")}
-            shown = (f"{n} {with_error(v, errors.get(n))}" for n, v in scores.items() if n != "val_bpb_se")
-            say(f"  step {count:>6,} of {self.config.train.steps:,}  {'  '.join(shown)}")
-        return scores
+        if not scores:
+            return
+        errors = {"val_bpb": scores.get("val_bpb_se")}
+        shown = (f"{n} {with_error(v, errors.get(n))}" for n, v in scores.items() if n != "val_bpb_se")
+        say(f"  step {count:>6,} of {self.config.train.steps:,}  {'  '.join(shown)}")
+        if count == 0:
+            self.facts["start"] = scores
+        else:
+            self.facts |= scores
+            self.metrics.amend(scores)
+            self.track(count - 1, scores)  # of the step whose record has them
 
-    def _stop(self, number: int) -> None:
-        self.stop_signal = number
-
-    def _leave_if_stopped(self, count: int) -> None:
+    def _leave(self, number: int, count: int) -> None:
         """End the run after a signal to any process; the checkpoint of step `count` is being written."""
-        if number := distributed.agree(self.stop_signal):
-            self.checkpoints.wait()
-            name = signal.Signals(number).name
-            raise InterruptedRun(f"{self.title}: stopped by {name} after step {count}, saved; the same command resumes")
+        self.checkpoints.wait()
+        name = signal.Signals(number).name
+        raise InterruptedRun(f"{self.title}: stopped by {name} after step {count}, saved; the same command resumes")
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note SIGTERM, SIGINT and SIGHUP (the terminal is gone); a second SIGINT interrupts at once."""
+
+        def handler(number: int, frame: Any) -> None:
+            self.stop_signal = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's is left alone
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, handler) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, previous in before.items():
+                signal.signal(number, previous)
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -303,16 +298,12 @@ class Trainer:
         self.timings.setdefault(name, []).append(time.perf_counter() - begin)
 
 
-Step = Callable[[TrainState, Batch | None], tuple[TrainState, dict[str, Any]]]
-
-
 def train_step(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> Step:
-    """The update for a batch of rows of any length (layers choose their attention by it), or for none at all."""
+    """Return the update for a batch of rows of any length (layers choose their attention by it), or for none at all."""
 
     @functools.cache
     def compiled(length: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-        model = dataclasses.replace(config.model, seq_len=length)
-        return make_train_step(dataclasses.replace(config, model=model), optimizer, mesh)
+        return make_train_step(replaced(config, "model", seq_len=length), optimizer, mesh)
 
     def step(state: TrainState, batch: Batch | None) -> tuple[TrainState, dict[str, Any]]:
         if batch is None:
@@ -323,61 +314,21 @@ def train_step(config: Config, optimizer: optax.GradientTransformation, mesh: Me
     return step
 
 
-def row_batches(
-    config: Config, rows: Rows, shape: tuple[int, int], done: int, mesh: Mesh, left_out: Sequence[int] = ()
-) -> Callable[[TrainState, int], StepBatch]:
-    """Batches of `rows`, read ahead from step `done` on, without those of the numbers `left_out`.
-
-    `shape`: rows of a micro-batch, micro-batches.
-    """
-    batches = Batches(rows, *shape, config.seed).iterate(done, batch_sharding(mesh), left_out)
-    tokens = config.train.batch_tokens
-    return lambda state, step: StepBatch(next(batches), tokens, tokens)
-
-
 def continued(run: RunDir, stage: str, state: TrainState) -> TrainState:
-    """`state` with the parameters and optimizer moments that `stage` ended with; its schedules stay at step 0.
+    """Return `state` with the parameters and optimizer moments that `stage` ended with; its schedules stay at step 0.
 
     `DataError` where the newest checkpoint is damaged or is not what the stage recorded.
     """
-    checkpoints = Checkpoints(run.stage(stage))
-    try:
+    with contextlib.closing(Checkpoints(run.stage(stage))) as checkpoints:
         before, _ = checkpoints.restore(state, go_back=False)
-    finally:
-        checkpoints.close()
     check_recorded(run, stage, before.params)
     return TrainState(before.params, carry_moments(before.opt_state, state.opt_state), state.step)
-
-
-@contextlib.contextmanager
-def signals(stop: Callable[[int], None]) -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGHUP (the terminal is gone) call `stop`; a second SIGINT interrupts at once.
-
-    Main thread only; elsewhere nothing happens.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handler(number: int, frame: Any) -> None:
-        stop(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's is left alone
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 def bits_per_byte(
     eval_step: Any, params: Any, rows: Rows, byte_lengths: np.ndarray, batch_rows: int, max_rows: int, mesh: Mesh
 ) -> dict[str, Any]:
-    """Bits per byte of held-out rows, with standard error `se` and 95 % `interval`.
+    """Return bits per byte of held-out rows, with standard error `se` and 95 % `interval`.
 
     Also mean `loss` (nats per target), `perplexity`, and the `targets` and `bytes` behind them. The error takes rows as
     drawn at random (variance of a ratio by linearization; None for a single row). Special tokens count neither way in
@@ -389,17 +340,22 @@ def bits_per_byte(
     columns = own_columns(sharding, shape)
     for batch in val_batches(rows, batch_rows, max_rows, columns):
         global_batch = jax.make_array_from_process_local_data(sharding, batch, shape)
-        found = jax.device_get(eval_step(params, global_batch, lengths))
-        sums = {name: total + float(found[name]) for name, total in sums.items()}
-        by_row.append(np.stack([found["nats"], found["bytes"]]).astype(np.float64))
+        result = jax.device_get(eval_step(params, global_batch, lengths))
+        sums = {name: total + float(result[name]) for name, total in sums.items()}
+        by_row.append(np.stack([result["nats"], result["bytes"]]).astype(np.float64))
     nats, sizes = np.concatenate(by_row, axis=1)
     score = nats.sum() / math.log(2) / max(sizes.sum(), 1.0)
-    error = standard_error(nats / math.log(2), sizes)
+    bits, real = nats[sizes > 0] / math.log(2), sizes[sizes > 0]  # without the padding of the last batch
+    n, error, interval = len(real), None, None
+    if n > 1:
+        residuals = np.square(bits - bits.sum() / real.sum() * real).sum()
+        error = float(math.sqrt(n / (n - 1) * residuals) / real.sum())
+        interval = (float(score - Z95 * error), float(score + Z95 * error))
     loss = sums["all_nats"] / max(sums["targets"], 1.0)
     return {
         "bits_per_byte": float(score),
         "se": error,
-        "interval": None if error is None else (float(score - Z95 * error), float(score + Z95 * error)),
+        "interval": interval,
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "targets": int(sums["targets"]),
@@ -407,25 +363,15 @@ def bits_per_byte(
     }
 
 
-def standard_error(amounts: np.ndarray, sizes: np.ndarray) -> float | None:
-    """Of sum(amounts) / sum(sizes); rows without size (padding of the last batch) do not count."""
-    amounts, sizes = amounts[sizes > 0], sizes[sizes > 0]
-    n = len(sizes)
-    if n < 2:
-        return None
-    ratio = amounts.sum() / sizes.sum()
-    return float(math.sqrt(n / (n - 1) * np.square(amounts - ratio * sizes).sum()) / sizes.sum())
-
-
 def with_error(value: float, error: float | None, digits: int = 4) -> str:
-    """A value and its standard error as text: 1.5740 ± 0.0100."""
+    """Return a value and its standard error as text: 1.5740 ± 0.0100."""
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def memory_advice(config: Config) -> str:
     """Say what did not fit and which `train.device_batch_rows` does, found by compiling the step with fewer rows.
 
-    Several processes cannot compile one by one: they get the next smaller value, and the command that finds the best.
+    Where that cannot be found (several processes cannot compile one by one) it is the next smaller divisor.
     """
     from .compiled import largest_rows, rows_and_accumulation  # loaded only for this failure
     from .targets import MEMORY_FRACTION
@@ -436,20 +382,15 @@ def memory_advice(config: Config) -> str:
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None and (free := available_memory()) is not None:
         limit = int(MEMORY_FRACTION * free) // jax.local_device_count()
-    size = f" ({limit / GIB:.1f} GiB)" if limit else ""
-    begin = f"out of device memory{size} with train.device_batch_rows={rows}"
-    fits = None
+    fits = rows  # unknown
     if limit and smaller and not distributed.several():
         say("  out of device memory; compiling smaller batches to find the largest that fits")
-        try:
+        with contextlib.suppress(JaxchatError, jax.errors.JaxRuntimeError):  # the next smaller one is better than none
             fits = largest_rows(config, mesh, int(limit / MEMORY_FRACTION))
-        except (JaxchatError, jax.errors.JaxRuntimeError) as error:  # the advice below is better than none
-            say(f"  which fits could not be found: {(str(error).splitlines() or [''])[0][:200]}", style="yellow")
+    size = f" ({limit / 2**30:.1f} GiB)" if limit else ""
+    begin = f"out of device memory{size} with train.device_batch_rows={rows}"
     if fits == 0 or not smaller:
-        return (
-            f"{begin}; no smaller batch fits: shard with mesh.fsdp, recompute with train.remat=full, or a smaller model"
-        )
-    if fits is None or fits >= rows:
-        other = "by the compiled step it fits, so something else takes memory; " if fits else ""
-        return f"{begin}; {other}take --set train.device_batch_rows={smaller}, or see what fits: python launch.py plan"
-    return f"{begin}; {fits} is the most that fits: the same command with --set train.device_batch_rows={fits} goes on"
+        return f"{begin}; no smaller batch fits: set mesh.fsdp or train.remat=full, or take a smaller model"
+    if fits < rows:
+        return f"{begin}; {fits} is the most that fits: add --set train.device_batch_rows={fits} to the same command"
+    return f"{begin}; add --set train.device_batch_rows={smaller}, or see what takes it: python launch.py plan"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from jaxchat.config import Config
+from jaxchat.config import Config, replaced
 from jaxchat.data.packing import PackStats, finished_rows, pack_documents, write_rows
 from jaxchat.data.shards import (
     SPLITS,
@@ -66,7 +66,7 @@ OTHERS = {
 
 def run_tokenizer(config: Config, run: RunDir) -> dict[str, Any]:
     """Write `tokenizer/`; facts: vocabulary, bytes per token on held-out text, digest."""
-    data, options = config.data, config.tokenizer
+    options = config.tokenizer
     if options.path:
         if options.normalize != "none":
             raise UsageError("tokenizer.normalize: is for a tokenizer that is trained; set none with tokenizer.path")
@@ -77,8 +77,8 @@ def run_tokenizer(config: Config, run: RunDir) -> dict[str, Any]:
                 f"set model.vocab_size={tokenizer.vocab_size}"
             )
     else:
-        parts = open_corpus(data)
-        documents = interleaved(parts, "train", training_limit(parts, data))
+        parts = open_corpus(config.data)
+        documents = interleaved(parts, "train", training_limit(parts, config.data))
         with progress("tokenizer", None) as bar:
             tokenizer = train_tokenizer(bar.track(documents), config.model.vocab_size, normalize=options.normalize)
     tokenizer.save(run.tokenizer)
@@ -96,7 +96,7 @@ def run_tokenizer(config: Config, run: RunDir) -> dict[str, Any]:
 
 
 def sample_documents(config: Config) -> list[str]:
-    """The first held-out documents; at least one, if there is any."""
+    """Return the first held-out documents; at least one, if there is any."""
     sample, size = [], 0
     for document in itertools.islice(iterate_documents(config.data, "val"), SAMPLE_DOCUMENTS):
         sample.append(document)
@@ -115,37 +115,29 @@ def byte_count(texts: Iterable[str]) -> int:
 
 
 def other_tokenizers(config: Config, run: RunDir, cache: Path = HUB_CACHE) -> list[dict[str, Any]]:
-    """GPT-2's and GPT-4's tokenizers on the same held-out text, where their files are at hand.
+    """Return how GPT-2's and GPT-4's tokenizers do on the same held-out text, where their files are at hand.
 
     Of each: vocabulary, bytes per token, and how many of our tokens one of its takes on average.
     """
-    paths: dict[str, Path] = {}
+    paths: list[tuple[str, Path]] = []
     for name, (file, repos) in OTHERS.items():
         places = [Path(config.tasks.data_dir).expanduser() / file] if config.tasks.data_dir else []
         for repo in repos:
             snapshots = cache.expanduser() / f"models--{repo.replace('/', '--')}"
             places += sorted(snapshots.glob("snapshots/*/tokenizer.json"))
-        if path := next((path for path in places if path.is_file()), None):
-            paths[name] = path
+        paths += [(name, path) for path in places if path.is_file()][:1]
     results: list[dict[str, Any]] = []
-    if not paths:
-        return results
     try:
-        texts = sample_documents(config)
-    except DataError as error:
-        say(f"  other tokenizers: {error}", style="yellow")
-        return results
-    ours, size = count_tokens(Tokenizer.load(run.tokenizer), texts), byte_count(texts)
-    clean = [text.encode("utf-8", "replace").decode() for text in texts]
-    for name, path in paths.items():
-        try:
+        texts = sample_documents(config) if paths else []
+        ours, size = count_tokens(Tokenizer.load(run.tokenizer), texts), byte_count(texts)
+        clean = [text.encode("utf-8", "replace").decode() for text in texts]
+        for name, path in paths:
             other = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            say(f"  {path}: not a tokenizer ({error}); left out", style="yellow")
-            continue
-        tokens = max(1, sum(len(e.ids) for e in other.encode_batch_fast(clean, add_special_tokens=False)))
-        sizes = {"bytes_per_token": size / tokens, "ours_per_token": ours / tokens}
-        results.append({"name": name, "vocab_size": other.get_vocab_size()} | sizes)
+            tokens = max(1, sum(len(e.ids) for e in other.encode_batch_fast(clean, add_special_tokens=False)))
+            sizes = {"bytes_per_token": size / tokens, "ours_per_token": ours / tokens}
+            results.append({"name": name, "vocab_size": other.get_vocab_size()} | sizes)
+    except Exception as error:  # of the text, or of a damaged file: the library raises plain Exception
+        say(f"  no comparison with other tokenizers: {error}", style="yellow")
     return results
 
 
@@ -176,9 +168,6 @@ def sized(config: Config) -> Config:
             "data.size_model: how much of the hub's text? Set data.text_bytes, as --set data.text_bytes=20000000"
         )
 
-    def fitted(value: int, fit: int) -> int:
-        return fit if value == -1 else value
-
     size, chars, sample = 0, 0, list[str]()
     for text in iterate_documents(config.data):
         size += byte_count([text])
@@ -187,8 +176,10 @@ def sized(config: Config) -> Config:
             chars += len(text)
     tokenizer = Tokenizer.load(Path(options.path).expanduser()) if options.path else None
     low, high = VOCABULARIES
-    by_size = min(high, max(low, 1 << (max(1, size // 1000).bit_length() - 1)))
-    vocabulary = fitted(model.vocab_size, tokenizer.vocab_size if tokenizer else by_size)
+    vocabulary = model.vocab_size
+    if vocabulary == -1:
+        by_size = min(high, max(low, 1 << (max(1, size // 1000).bit_length() - 1)))
+        vocabulary = tokenizer.vocab_size if tokenizer else by_size
     bytes_per_token = BYTES_PER_TOKEN
     try:
         tokenizer = tokenizer or train_tokenizer(sample, vocabulary, normalize=options.normalize)
@@ -197,24 +188,18 @@ def sized(config: Config) -> Config:
         say("  too little text for a tokenizer", style="yellow")
     tokens = size / bytes_per_token * (1 - config.data.val_fraction)
     _, depth, width, heads = next(shape for shape in reversed(SHAPES) if tokens >= shape[0])
-    if model.depth != -1:  # the depth decides the rest, as everywhere
-        width = heads = -1
-    model = dataclasses.replace(
-        model,
-        depth=fitted(model.depth, depth),
-        width=fitted(model.width, width),
-        n_heads=fitted(model.n_heads, heads),
-        vocab_size=vocabulary,
-        seq_len=fitted(model.seq_len, SEQ_LEN),
-    )
-    batch = fitted(train.batch_tokens, max(BATCH_TOKENS, model.seq_len))
+    fits = {"depth": depth, "vocab_size": vocabulary, "seq_len": SEQ_LEN}
+    if model.depth == -1:  # else the depth decides the rest, as everywhere
+        fits |= {"width": width, "n_heads": heads}
+    model = replaced(config, "model", **{k: v for k, v in fits.items() if getattr(model, k) == -1}).model
+    batch = max(BATCH_TOKENS, model.seq_len) if train.batch_tokens == -1 else train.batch_tokens
     seen = max(tokens, min(EPOCHS * tokens, SMALL_RUN))
-    train = dataclasses.replace(train, batch_tokens=batch, steps=fitted(train.steps, max(1, round(seen / batch))))
+    steps = max(1, round(seen / batch)) if train.steps == -1 else train.steps
     say(
         f"{size:,} bytes of text in UTF-8: {model.depth} layers, a vocabulary of {model.vocab_size:,} tokens, "
-        f"{train.steps:,} step{'s' * (train.steps > 1)} (the text about {train.steps * batch / tokens:.1f} times)"
+        f"{steps:,} step{'s' * (steps > 1)} (the text about {steps * batch / tokens:.1f} times)"
     )
-    return dataclasses.replace(config, model=model, train=train)
+    return replaced(dataclasses.replace(config, model=model), "train", batch_tokens=batch, steps=steps)
 
 
 # Shards and rows
@@ -225,89 +210,69 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
 
     What an interrupted run has finished, of the same source and with the same settings, is kept.
     """
-    tokenizer = Tokenizer.load(run.tokenizer)
-    parts, held_out = open_corpus(config.data), open_val(config.data)
-    jobs = _jobs(config, run, parts, training_limit(parts, config.data), tokenizer)
-    val_jobs = _jobs(config, run, [held_out], 1.0, tokenizer, len(jobs)) if held_out else []
-    begin = time.perf_counter()
-    manifests = _tokenize(config, run, [*jobs, *val_jobs])
-    tokenized = time.perf_counter()
-    facts: dict[str, Any] = {"train": _pack(config, run, parts, jobs, manifests[: len(jobs)], tokenizer, "train")}
-    if held_out:
-        val = _pack(config, run, [held_out], val_jobs, manifests[len(jobs) :], tokenizer, "val")
-        source = f"data.val_source: {config.data.val_source}"
-        if not val["rows"]:
-            raise DataError(f"{source} gives no rows of held-out text; name other files")
-        if val["rows"] < config.eval.rows:
-            few = f"{val['rows']:,} rows, fewer than eval.rows {config.eval.rows:,}: all of them will be read"
-            say(f"  data.val_source: {few}", style="yellow")
-        facts["val"] = val
-    else:
-        facts["val"] = _pack(config, run, parts, jobs, manifests, tokenizer, "val")
-    checksums = json.dumps([facts[split]["sha256"] for split in SPLITS], sort_keys=True)
-    seconds = {"tokenize_seconds": tokenized - begin, "pack_seconds": time.perf_counter() - tokenized}
-    return facts | seconds | {"digest": hashlib.sha256(checksums.encode()).hexdigest()}
-
-
-def _jobs(
-    config: Config, run: RunDir, parts: Sequence[Part], limit: float, tokenizer: Tokenizer, first: int = 0
-) -> list[Job]:
-    """One job for every unit of every part, in order; `first`: the number of the first one's folder."""
-    jobs: list[Job] = []
-    for unit in (unit for part in parts for unit in part.units):
-        origin = _digest([unit.content(), limit, SHARD_TOKENS, tokenizer.digest])
-        folder = (run.data / "tokens" / f"{first + len(jobs):05d}").resolve()
-        jobs.append(Job(unit, limit, str(run.tokenizer.resolve()), str(folder), SHARD_TOKENS, origin))
-    return jobs
-
-
-def _tokenize(config: Config, run: RunDir, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """The manifests of all units, tokenized now or by an interrupted run."""
-    folder, names = run.data / "tokens", {Path(job.directory).name for job in jobs}
-    for stale in folder.iterdir() if folder.is_dir() else ():
-        if stale.name not in names:
-            shutil.rmtree(stale, ignore_errors=True)
-    workers = workers_for(config.data.workers, len(jobs))
-    manifests = []
+    data, tokenizer, begin = config.data, Tokenizer.load(run.tokenizer), time.perf_counter()
+    parts, held_out = open_corpus(data), open_val(data)
+    limit, jobs = training_limit(parts, data), list[Job]()
+    units = [(unit, limit) for part in parts for unit in part.units]
+    count = len(units)
+    for unit, below in [*units, *((unit, 1.0) for unit in (held_out.units if held_out else ()))]:
+        origin = _digest([unit.content(), below, SHARD_TOKENS, tokenizer.digest])
+        folder = (run.data / "tokens" / f"{len(jobs):05d}").resolve()
+        jobs.append(Job(unit, below, str(run.tokenizer.resolve()), str(folder), SHARD_TOKENS, origin))
+    for folder in (run.data / "tokens").glob("*"):
+        if folder.name not in {Path(job.directory).name for job in jobs}:
+            shutil.rmtree(folder, ignore_errors=True)
+    workers, local, manifests = workers_for(data.workers, len(jobs)), data.engine == "local", list[dict[str, Any]]()
     with progress("tokenize", len(jobs) if workers > 1 else None) as bar:
-        if workers == 1 and config.data.engine == "local":
+        if workers == 1 and local:
             done = 0
             for job in jobs:
                 manifests.append(tokenize_unit(job, True, lambda count: bar.update(f"{done + count:,} tokens")))  # noqa: B023
                 done += manifests[-1]["splits"]["train"]["tokens"]
         else:
-            alone = config.data.engine == "local" and 2 * workers <= cores()  # few files: each is encoded by several
+            alone = local and 2 * workers <= cores()  # few files: each is encoded by several cores
             work = functools.partial(tokenize_unit, alone=alone)
-            for manifest in parallel_map(work, jobs, config.data.engine, workers):
-                manifests.append(manifest)
-                bar.advance()
-    for kind, count in sum((Counter(manifest["left_out"]) for manifest in manifests), Counter[str]()).items():
-        say(f"  {count:,} {LEFT_OUT[kind]}", style="yellow")
-    return manifests
+            manifests = list(bar.track(parallel_map(work, jobs, data.engine, workers)))
+    for kind, number in sum((Counter(manifest["left_out"]) for manifest in manifests), Counter[str]()).items():
+        say(f"  {number:,} {LEFT_OUT[kind]}", style="yellow")
+    tokenized = time.perf_counter()
+    train = parts, jobs[:count], manifests[:count]
+    val = ([held_out], jobs[count:], manifests[count:]) if held_out else train
+    facts = {split: _pack(config, run, tokenizer, split, *of) for split, of in (("train", train), ("val", val))}
+    if held_out and not facts["val"]["rows"]:
+        raise DataError(f"data.val_source: {data.val_source} gives no rows of held-out text; add to it")
+    seconds = {"tokenize_seconds": tokenized - begin, "pack_seconds": time.perf_counter() - tokenized}
+    return facts | seconds | {"digest": _digest([facts[split]["sha256"] for split in SPLITS])}
 
 
 def _pack(
     config: Config,
     run: RunDir,
+    tokenizer: Tokenizer,
+    split: str,
     parts: Sequence[Part],
     jobs: Sequence[Job],
     manifests: Sequence[dict[str, Any]],
-    tokenizer: Tokenizer,
-    split: str,
 ) -> dict[str, Any]:
-    """Pack the rows of one split, source after source; facts."""
-    data, row_len = config.data, config.model.seq_len + 1
+    """Pack the rows of one split, source after source; facts.
+
+    Rests of documents: "auto" drops those of web-scale text and keeps all others. Held-out rows hold documents whole,
+    or their beginnings, so that each begins at a true document start (see `pack_documents`).
+    """
+    data, row_len, target = config.data, config.model.seq_len + 1, run.data / "rows" / split
     tokens, size, chars = (sum(m["splits"][split][key] for m in manifests) for key in ("tokens", "bytes", "chars"))
     if split == "train" and tokens < row_len:
         raise DataError(
             f"{data.source}: {tokens} tokens to train on are too few for one row of {row_len}; "
             "add text, or lower model.seq_len"
         )
-    target, modes = run.data / "rows" / split, _remainders(config, parts, split)
+    auto = ["drop" if part.web_scale else "keep" for part in parts]
+    modes = auto if data.remainder == "auto" else [data.remainder] * len(parts)
+    modes = ["whole"] * len(parts) if split == "val" else modes
     how = [] if set(modes) == {"keep"} else [modes]
     origin = _digest([[job.origin for job in jobs], split, data.dedup, row_len, WINDOW, *how])
     meta = finished_rows(target, origin)
-    done = meta is not None
+    done = " (done before)" if meta else ""
     if meta is None:
         stats, distinct, sources = PackStats(), Distinct(data.dedup), list[dict[str, Any]]()
 
@@ -345,28 +310,15 @@ def _pack(
     if meta["duplicates"]:
         what = "left out" if data.dedup else "kept (data.dedup=true leaves them out)"
         say(f"  {split}: {meta['duplicates']:,} documents had come before, letter for letter; {what}")
+    lost = f", {meta['lost'] / max(1, meta['tokens']):.1%} of the tokens left out" if meta.get("lost") else ""
     say(
         f"  {split}: {meta['documents']:,} documents, {meta['tokens']:,} tokens, {meta['rows']:,} rows of {row_len}, "
-        f"{meta['fill']:.2%} filled, {meta['cuts']:,} cuts, {meta['documents_per_row']:.3g} documents a row"
-        + (f", {meta['lost'] / max(1, meta['tokens']):.1%} of the tokens left out" if meta.get("lost") else "")
-        + (" (done before)" if done else "")
+        f"{meta['fill']:.2%} filled{lost}{done}"
     )
     for source in meta["sources"] if len(parts) > 1 else ():
         say(f"    {source['weight']:.1%} of the tokens from {source['source']}: {source['rows']:,} rows")
     return {key: meta.get(key, 0) for key in FACTS}  # older rows have no `lost`: they lost nothing
 
 
-def _remainders(config: Config, parts: Sequence[Part], split: str) -> list[str]:
-    """How the rests of each part's documents are packed; see `pack_documents`.
-
-    "auto" drops rests of web-scale text and keeps those of everything else. Held-out rows hold documents whole, or
-    their beginnings, so that each begins at a true document start.
-    """
-    if split == "val":
-        return ["whole"] * len(parts)
-    chosen = config.data.remainder
-    return [chosen if chosen != "auto" else "drop" if part.web_scale else "keep" for part in parts]
-
-
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()

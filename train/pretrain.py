@@ -59,7 +59,6 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
     trainer = Trainer(config, run.stage("base"), lengths, rows, val_rows, sampler=sample, title="pretrain", limit=limit)
     facts = trainer.run()
     return facts | {
-        "digest": facts["params_sha256"],
         "parameters": count.total,
         "scaling_parameters": count.scaling,
         "tokens": tokens,

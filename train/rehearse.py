@@ -24,7 +24,7 @@ from rich.console import Console
 
 from jaxchat.attention import trusted_backend
 from jaxchat.chat import render
-from jaxchat.config import Config
+from jaxchat.config import Config, replaced
 from jaxchat.data.loader import THREADS, Batches
 from jaxchat.data.packing import Rows
 from jaxchat.data.shards import cores
@@ -500,12 +500,6 @@ def smaller(config: Config, batch_rows: int, exam_rows: int) -> Config:
     config = replaced(config, "sft", exam_cases=min(config.sft.exam_cases, exam_rows))
     config = replaced(config, "rl", eval_every=1, eval_prompts=questions)
     return replaced(config, "eval", batch_rows=exam_rows, rows=min(exam.rows, 2 * exam_rows))
-
-
-def replaced(config: Config, section: str, **values: Any) -> Config:
-    """Return the configuration with other values of one section."""
-    changed: dict[str, Any] = {section: dataclasses.replace(getattr(config, section), **values)}
-    return dataclasses.replace(config, **changed)
 
 
 def made_up_documents(vocabulary: int, words: int = 250) -> Iterator[str]:

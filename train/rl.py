@@ -15,7 +15,7 @@ import functools
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh
 
 from jaxchat import distributed
 from jaxchat.chat import render_prompt
 from jaxchat.checkpoint import restore_params
-from jaxchat.config import Config, MeshConfig
-from jaxchat.engine import Engine, Turn
+from jaxchat.config import Config, MeshConfig, replaced
+from jaxchat.engine import Engine
 from jaxchat.errors import DataError, UsageError
 from jaxchat.kv_cache import serving_params
 from jaxchat.log import say
@@ -60,16 +60,26 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
     `limit`: see `Trainer`; with it every other answer gets a reward, so that there is something to learn from.
     """
     tokenizer, task, mesh = Tokenizer.load(run.tokenizer), environment(config), make_mesh(config.mesh)
-    questions, longest_question = _fitting(task.train_examples(config.seed), config, tokenizer)
-    exam, longest_exam = _fitting(task.examples(), config, tokenizer, config.rl.eval_prompts)
-    room = max(longest_question, longest_exam) + config.rl.max_tokens
+
+    def fitting(examples: Sequence[Example], count: int | None = None) -> tuple[list[Example], int]:
+        """Return the first `count` questions with room for an answer, and the tokens of the longest."""
+        lengths = [len(render_prompt(tokenizer, example.prompt)) for example in examples]
+        kept = [(example, n) for example, n in zip(examples, lengths, strict=True) if n < config.model.seq_len]
+        if not kept:
+            raise DataError(f"rl.environment: no question fits into the context of {config.model.seq_len} tokens")
+        if len(kept) < len(examples):
+            say(f"  {len(examples) - len(kept):,} questions are longer than the context and left out", style="yellow")
+        return [example for example, _ in kept[:count]], max(n for _, n in kept[:count])
+
+    questions, longest = fitting(task.train_examples(config.seed))
+    exam, longest_exam = fitting(task.examples(), config.rl.eval_prompts)
+    room = max(longest, longest_exam) + config.rl.max_tokens
     capacity = min(config.model.seq_len, -(-room // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
     settings = rl_config(config, len(questions), batch_devices(mesh))
     worker = RolloutWorker(settings, run, task, tokenizer, mesh, capacity, questions, exam, made_up_rewards=limit > 0)
-    say(
-        f"  {task.name}: {len(questions):,} questions, {settings.train.steps:,} steps of {config.rl.prompts} x "
-        f"{config.rl.samples} answers"
-    )
+    about = {"environment": task.name, "questions": len(questions), "steps": settings.train.steps}
+    batch = f"{config.rl.prompts} x {config.rl.samples} answers"
+    say(f"  {task.name}: {len(questions):,} questions, {settings.train.steps:,} steps of {batch}")
     trainer = Trainer(
         settings,
         run.stage("rl"),
@@ -84,8 +94,7 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
     facts = trainer.run()
     if distributed.index() == 0:
         plot(run.stage("rl") / "metrics.jsonl", "rl", run.stage("rl") / "reward.png", "RL")
-    about = {"environment": task.name, "questions": len(questions), "steps": settings.train.steps}
-    return about | facts | {"digest": facts["params_sha256"]}
+    return about | facts
 
 
 def check(config: Config) -> None:
@@ -98,7 +107,7 @@ def check(config: Config) -> None:
 
 
 def environment(config: Config) -> WrittenTask:
-    """The task to learn from. `UsageError` if it has no questions for training, `DataError` if they are missing."""
+    """Return the task to learn from. `UsageError` if it has no questions for training, `DataError` without its data."""
     task = get_task(config.rl.environment, TaskFiles.of(config, download=True))
     if not isinstance(task, WrittenTask) or not task.train_examples(config.seed):
         raise UsageError(f"rl.environment: {task.name} has no questions for training; take one that has, as gsm8k")
@@ -106,40 +115,18 @@ def environment(config: Config) -> WrittenTask:
 
 
 def rl_config(config: Config, questions: int, devices: int) -> Config:
-    """The configuration the loop trains with: steps from the questions, and the rates of `rl`."""
-    rl = config.rl
+    """Return the configuration the loop trains with: steps from the questions, and the rates of `rl`."""
+    rl, optim = config.rl, config.optim
     steps = rl.steps if rl.steps > 0 else max(1, round(questions / rl.prompts))
-    rows = -(-rl.prompts * rl.samples // devices) * devices
-    return dataclasses.replace(
-        config,
-        train=dataclasses.replace(
-            config.train,
-            steps=steps,
-            batch_tokens=rows * config.model.seq_len,
-            eval_every=rl.eval_every,
-            checkpoint_every=rl.checkpoint_every,
-        ),
-        optim=dataclasses.replace(
-            fine_tuning_optim(config, rl.lr_ratio),
-            embedding_lr=min(config.optim.embedding_lr, EMBEDDING_LR),
-            unembedding_lr=min(config.optim.unembedding_lr, UNEMBEDDING_LR),
-            warmdown_ratio=1.0,
-            momentum=MOMENTUM,
-        ),
-    )
-
-
-def _fitting(
-    examples: Sequence[Example], config: Config, tokenizer: Tokenizer, count: int | None = None
-) -> tuple[list[Example], int]:
-    """The first `count` examples with room for an answer, and the tokens of the longest; `DataError` without one."""
-    lengths = [len(render_prompt(tokenizer, example.prompt)) for example in examples]
-    kept = [(example, n) for example, n in zip(examples, lengths, strict=True) if n < config.model.seq_len]
-    if not kept:
-        raise DataError(f"rl.environment: no question fits into the context of {config.model.seq_len} tokens")
-    if len(kept) < len(examples):
-        say(f"  {len(examples) - len(kept):,} questions are longer than the context and left out", style="yellow")
-    return [example for example, _ in kept[:count]], max(n for _, n in kept[:count])
+    batch_tokens = -(-rl.prompts * rl.samples // devices) * devices * config.model.seq_len
+    own = {"steps": steps, "eval_every": rl.eval_every, "checkpoint_every": rl.checkpoint_every}
+    tables = {
+        "embedding_lr": min(optim.embedding_lr, EMBEDDING_LR),
+        "unembedding_lr": min(optim.unembedding_lr, UNEMBEDDING_LR),
+    }
+    config = dataclasses.replace(config, optim=fine_tuning_optim(config, rl.lr_ratio))
+    config = replaced(config, "optim", warmdown_ratio=1.0, momentum=MOMENTUM, **tables)
+    return replaced(config, "train", batch_tokens=batch_tokens, **own)
 
 
 @dataclass
@@ -153,65 +140,63 @@ class Answers:
     formatted: np.ndarray  # (P, S) bool: in the form that the task asks for
     stopped: np.ndarray  # (P, S) bool: not truncated
 
-    def first(self, count: int) -> Answers:
-        """The answers to the first questions."""
-        return Answers(**{name: array[:count] for name, array in vars(self).items()})
 
-
-def sample_seed(seed: int, *place: object) -> int:
-    """Seed of one answer, 32 bits."""
-    text = " ".join(map(str, ("rl", seed, *place)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
-
-
+@dataclass
 class RolloutWorker:
     """Samples and grades answers with the newest weights, as batches for the training loop and as scores.
 
     All questions of a step go to one engine at once, whose slots lie on all devices of the process; each question is
     prefilled once for its group. Several processes each answer their own questions, on their own devices of `mesh`.
     What is sampled is a function of (seed, step, question, sample) and the weights alone.
-    `capacity`: tokens of question and answer together, at most.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        run: RunDir,
-        task: WrittenTask,
-        tokenizer: Tokenizer,
-        mesh: Mesh,
-        capacity: int,
-        questions: Sequence[Example] = (),
-        exam: Sequence[Example] = (),
-        made_up_rewards: bool = False,
-    ):
-        self.config, self.run, self.task, self.tokenizer, self.mesh = config, run, task, tokenizer, mesh
-        self.capacity, self.questions, self.exam, self.made_up_rewards = capacity, questions, exam, made_up_rewards
-        self._devices = make_mesh(
-            MeshConfig(), [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-        )
+    config: Config
+    run: RunDir
+    task: WrittenTask
+    tokenizer: Tokenizer
+    mesh: Mesh
+    capacity: int  # tokens of question and answer together, at most
+    questions: Sequence[Example] = ()
+    exam: Sequence[Example] = ()
+    made_up_rewards: bool = False
+
+    def __post_init__(self) -> None:
+        own = [d for d in self.mesh.devices.flat if d.process_index == jax.process_index()]
+        self._own_mesh = make_mesh(MeshConfig(), own)
         self._engine: Engine | None = None
-        self._serve = jax.jit(serving_params, static_argnums=(0, 2), out_shardings=replicated(mesh))
-        self._nll_steps = functools.cache(self._nll_step)  # by the rows' length
+        self._serving = jax.jit(serving_params, static_argnums=(0, 2), out_shardings=replicated(self.mesh))
         self._start: Any = None  # first weights, on the host
-        self._order: tuple[int, list[int]] = -1, []  # epoch, its order of the questions
+        self._texts: dict[int, list[str]] = {}  # of this process's newest answers, by question
+
+        @functools.cache
+        def nll_step(length: int) -> Any:
+            return make_nll_step(decided(replaced(self.config, "model", seq_len=length), self.mesh), self.mesh)
+
+        self._nll_step = nll_step
 
     def load(self, params: Any) -> None:
         """Take the weights of the training state, wherever they lie."""
         if self.mesh.size > 1:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-            sharding = replicated(self._devices)
-            params = jax.tree.map(lambda a: _local(a, sharding), self._serve(self.config.model, params, dtype))
+            sharding = replicated(self._own_mesh)
+
+            def local(array: jax.Array) -> jax.Array:
+                """Return a replicated array as one on this process's devices alone; nothing is copied."""
+                shards = {shard.device: shard.data for shard in array.addressable_shards}
+                parts = [shards[device] for device in self._own_mesh.devices.flat]
+                return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+            params = jax.tree.map(local, self._serving(self.config.model, params, dtype))
         if self._engine:
             self._engine.load(params)
         else:
-            slots = self.config.rl.slots * self._devices.size
+            slots = self.config.rl.slots * self._own_mesh.size
             self._engine = Engine(
-                self.config.model, params, self.tokenizer, slots=slots, capacity=self.capacity, mesh=self._devices
+                self.config.model, params, self.tokenizer, slots=slots, capacity=self.capacity, mesh=self._own_mesh
             )
 
     def sample(self, examples: Sequence[Example], seeds: Sequence[Sequence[int]]) -> Answers:
-        """As many graded answers to every question as it has seeds (the same number for all)."""
+        """Return as many graded answers to every question as it has seeds (the same number for all)."""
         P, S, L, rl, engine = len(examples), len(seeds[0]), self.capacity + 1, self.config.rl, self._engine
         assert engine, "weights are loaded before answers are sampled"
         groups = {}
@@ -227,7 +212,9 @@ class RolloutWorker:
             sampled=np.zeros((P, S, L), bool),
             **{name: np.zeros((P, S), bool) for name in ("correct", "formatted", "stopped")},
         )
+        self._texts = {}
         for p, (prompt, handles) in groups.items():
+            self._texts[p] = [shown(handle) for handle in handles[:2]]
             answers.correct[p] = self.task.grade_all([examples[p]] * S, [handle.text for handle in handles])
             for s, result in enumerate(handles):
                 stop = [] if result.stop_id is None else [result.stop_id]
@@ -250,10 +237,11 @@ class RolloutWorker:
         rl, weights = self.config.rl, jax.block_until_ready(state.params)  # the update before is not a rollout's time
         begin = time.perf_counter()
         self.load(weights)
-        chosen = [self._question(step * rl.prompts + i) for i in range(rl.prompts)]
+        places = (divmod(step * rl.prompts + i, len(self.questions)) for i in range(rl.prompts))
+        chosen = [question_order(len(self.questions), self.config.seed, epoch)[i] for epoch, i in places]
         seeds = [[sample_seed(self.config.seed, step, q, s) for s in range(rl.samples)] for q in chosen]
         answers = self.sample([self.questions[q] for q in chosen], seeds)
-        reward = rewards(answers, rl.format_bonus)
+        reward = answers.correct + rl.format_bonus * answers.formatted
         if self.made_up_rewards:  # a model of a few steps is never right, and would learn nothing
             reward = np.indices(reward.shape)[1] % 2.0
         advantage = advantages(reward)
@@ -266,42 +254,37 @@ class RolloutWorker:
             "live": int(live.sum()),
             "rollout_seconds": time.perf_counter() - begin,
         }
-        tokens = int(answers.sampled.sum())
-        if not live.any():
-            return StepBatch(None, tokens, 0, facts)
-        trained = int((answers.length[live] - 1).sum())
-        return StepBatch(self._batch(answers, advantage), tokens, trained, facts)
+        arrays = self._batch(answers, advantage) if live.any() else None
+        return StepBatch(arrays, int(answers.sampled.sum()), int((answers.length[live] - 1).sum()), facts)
 
     def scores(self, state: TrainState, step: int) -> Iterator[tuple[str, float]]:
-        """pass@k on the exam's questions, always with the same seeds, and the KL divergence from the first weights."""
-        rl = self.config.rl
+        """Yield pass@k on the exam's questions, with the same seeds every time, and the KL from the first weights."""
+        rl, seed = self.config.rl, self.config.seed
         self.load(state.params)
-        seeds = [
-            [sample_seed(self.config.seed, "exam", q, s) for s in range(rl.eval_samples)] for q in range(len(self.exam))
-        ]
+        seeds = [[sample_seed(seed, "exam", q, s) for s in range(rl.eval_samples)] for q in range(len(self.exam))]
         answers = self.sample(self.exam, seeds)
         yield from ((name, scores["metric"]) for name, scores in passes(answers.correct).items())
-        yield "kl", self._kl(state.params, answers.first(max(1, rl.prompts * rl.samples // rl.eval_samples)), step)
+        count = max(1, rl.prompts * rl.samples // rl.eval_samples)
+        yield "kl", self._kl(state.params, Answers(**{k: array[:count] for k, array in vars(answers).items()}), step)
         if distributed.index() == 0:
-            self._write_rollouts(answers, step)
+            lines = [f"# Rollouts after {step} steps", "", "Tool calls in brackets.", ""]
+            for p, texts in list(self._texts.items())[:SHOWN]:
+                lines += [f"> {code(self.exam[p].prompt[-1]['content'])}", ""]
+                for text, correct in zip(texts, answers.correct[p], strict=False):
+                    verdict = "right" if correct else f"wrong, {self.exam[p].expected}"
+                    lines.append(f"- **{verdict}**: {code(text) or '(nothing)'}")
+                lines.append("")
+            atomic_write(self.run.stage("rl") / "rollouts.md", "\n".join(lines))
 
-    def _question(self, position: int) -> int:
-        """The question at a position; every epoch has all questions once, in an order of its own."""
-        epoch, place = divmod(position, len(self.questions))
-        if self._order[0] != epoch:
-            order = list(range(len(self.questions)))
-            random.Random(f"rl order {self.config.seed} {epoch}").shuffle(order)
-            self._order = epoch, order
-        return self._order[1][place]
-
-    def _batch(self, answers: Answers, advantage: np.ndarray) -> dict[str, jax.Array]:
-        """Rows of the live groups on the mesh, in one of two lengths."""
-        rl = self.config.rl
-        rows = max(advantage.size, rl.prompts * rl.samples)
-        shape = micro_batches(rows, batch_devices(self.mesh), self.config.train.device_batch_rows)
+    def _batch(self, answers: Answers, advantage: np.ndarray) -> Batch:
+        """Return rows of the live groups on the mesh, in one of two lengths: every length is compiled."""
+        rows, devices = max(advantage.size, self.config.rl.prompts * self.config.rl.samples), batch_devices(self.mesh)
         needed = int(answers.length[advantage.any(axis=1)].max()) - 1
-        length = next(n for n in row_lengths(self.capacity) if n >= needed)
-        return on_mesh(build(answers, advantage, shape, length), batch_sharding(self.mesh))
+        shorter = 1 << ((self.capacity - 1).bit_length() - 1)  # the largest power of two below the capacity
+        length = shorter if max(needed, SHORTEST) <= shorter else self.capacity
+        shape = micro_batches(rows, devices, self.config.train.device_batch_rows)
+        batch = build(answers, advantage, shape, length)  # every process has all of it and gives its own part
+        return jax.make_array_from_process_local_data(batch_sharding(self.mesh), batch, (*shape, length))
 
     def _kl(self, params: Any, answers: Answers, step: int) -> float:
         if step == 0:
@@ -309,67 +292,42 @@ class RolloutWorker:
         if self._start is None:
             self._start, _ = restore_params(self.run.stage("sft"))
         batch = self._batch(answers, np.ones(answers.length.shape, np.float32))
-        nll = self._nll_steps(batch["inputs"].shape[-1])
+        nll = self._nll_step(batch["inputs"].shape[-1])
         now = np.asarray(nll(params, batch))
         start = jax.device_put(self._start, jax.tree.map(lambda array: array.sharding, params))
         counts = distributed.gathered(batch["counts"]).reshape(now.shape)
         return kl_per_token(now, np.asarray(nll(start, batch)), counts)
 
-    def _nll_step(self, length: int) -> Callable[[Any, Batch], jax.Array]:
-        config = dataclasses.replace(self.config, model=dataclasses.replace(self.config.model, seq_len=length))
-        return make_nll_step(decided(config, self.mesh), self.mesh)
 
-    def _write_rollouts(self, answers: Answers, step: int) -> None:
-        """Write `rollouts.md`: some of the exam's questions with the model's answers and their grades."""
-        lines = [f"# Rollouts after {step} steps", "", "Tool calls in brackets.", ""]
-        for p, example in enumerate(self.exam[:SHOWN]):
-            prompt = len(render_prompt(self.tokenizer, example.prompt))
-            lines += [f"> {code(example.prompt[-1]['content'])}", ""]
-            for s in range(min(2, answers.length.shape[1])):
-                turn = Turn(self.tokenizer)
-                for token in answers.tokens[p, s, prompt : answers.length[p, s]].tolist():
-                    turn.add(token)
-                turn.flush()
-                text = shown(turn)
-                verdict = "right" if answers.correct[p, s] else f"wrong, {example.expected}"
-                lines.append(f"- **{verdict}**: {code(text) or '(nothing)'}")
-            lines.append("")
-        atomic_write(self.run.stage("rl") / "rollouts.md", "\n".join(lines))
+@functools.lru_cache(2)
+def question_order(count: int, seed: int, epoch: int) -> list[int]:
+    """Return the numbers of all questions in the order of one epoch; every epoch has another."""
+    order = list(range(count))
+    random.Random(f"rl order {seed} {epoch}").shuffle(order)
+    return order
 
 
-def _local(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """A replicated array as one on this process's devices alone; nothing is copied."""
-    shards = {shard.device: shard.data for shard in array.addressable_shards}
-    parts = [shards[device] for device in sharding.mesh.devices.flat]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
-
-
-def rewards(answers: Answers, format_bonus: float) -> np.ndarray:
-    """(P, S) float64: 1 for a correct answer, and the bonus for one in the task's form."""
-    return answers.correct.astype(np.float64) + format_bonus * answers.formatted
+def sample_seed(seed: int, *place: object) -> int:
+    """Return the seed of one answer, 32 bits."""
+    text = " ".join(map(str, ("rl", seed, *place)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
 
 
 def advantages(reward: np.ndarray) -> np.ndarray:
-    """(P, S) float32 of rewards (P, S): reward minus the group's mean, exactly 0 in a group of equal rewards."""
+    """Return (P, S) float32 of rewards (P, S): reward minus the group's mean, exactly 0 where all rewards are equal."""
     live = reward.max(axis=1, keepdims=True) > reward.min(axis=1, keepdims=True)
     return np.where(live, reward - reward.mean(axis=1, keepdims=True), 0.0).astype(np.float32)
 
 
-def row_lengths(capacity: int) -> list[int]:
-    """Positions of a row: the capacity, and the largest power of two below it."""
-    shorter = 1 << ((capacity - 1).bit_length() - 1) if capacity > 1 else 1
-    return [shorter, capacity] if SHORTEST <= shorter < capacity else [capacity]
-
-
 def micro_batches(rows: int, devices: int, device_rows: int) -> tuple[int, int]:
-    """(A, B) that hold `rows` rows with at most `device_rows` on a device at once."""
+    """Return (A, B) that hold `rows` rows with at most `device_rows` on a device at once."""
     per_device = -(-rows // devices)
     grad_accum = -(-per_device // device_rows)
     return grad_accum, -(-per_device // grad_accum) * devices
 
 
 def build(answers: Answers, advantage: np.ndarray, shape: tuple[int, int], length: int) -> dict[str, np.ndarray]:
-    """Rows of the live groups (not all advantages 0), padded to `shape` rows of `length` positions.
+    """Return rows of the live groups (not all advantages 0), padded to `shape` rows of `length` positions.
 
     The shape is the same for any number of live groups, and micro-batches of padding alone are skipped. Returns inputs,
     targets (A, B, T) int32; weights float32, the advantage where a target was sampled, else 0; counts float32, 1 where
@@ -379,24 +337,13 @@ def build(answers: Answers, advantage: np.ndarray, shape: tuple[int, int], lengt
     tokens, sampled = (a[live].reshape(-1, a.shape[-1])[:, : length + 1] for a in (answers.tokens, answers.sampled))
     padding = (0, shape[0] * shape[1] - len(tokens)), (0, max(length + 1 - tokens.shape[1], 0))
     tokens, sampled = np.pad(tokens, padding), np.pad(sampled, padding)
-    by_row = np.pad(advantage[live].ravel(), padding[0])
-    counts = sampled[:, 1:].astype(np.float32)
-    arrays = {
-        "inputs": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "weights": counts * by_row[:, None],
-        "counts": counts,
-    }
+    by_row, counts = np.pad(advantage[live].ravel(), padding[0]), sampled[:, 1:].astype(np.float32)
+    arrays = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": counts * by_row[:, None], "counts": counts}
     return {name: array.reshape(*shape, length) for name, array in arrays.items()}
 
 
-def on_mesh(batch: dict[str, np.ndarray], sharding: Sharding) -> dict[str, jax.Array]:
-    """The batch with its rows split over the devices; every process has all of it and gives its own part."""
-    return jax.make_array_from_process_local_data(sharding, batch, batch["inputs"].shape)
-
-
 def kl_per_token(now: np.ndarray, start: np.ndarray, counts: np.ndarray) -> float:
-    """KL divergence of the policy from its start in nats per sampled token, from one sample of each.
+    """Return the KL divergence of the policy from its start, nats per sampled token, from one sample of each.
 
     Args: negative log-likelihoods under the present and the first weights, and 1 where a token was sampled, all of one
     shape. The estimator exp(d) - 1 - d, d = log p_start - log p_now, is never negative and unbiased (up to what top-k

@@ -5,47 +5,43 @@ Mid-training, a stage of its own in older chat recipes, is part of this mixture.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import hashlib
-import importlib.metadata
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-import jaxchat
 from jaxchat import distributed
 from jaxchat.chat import Message
-from jaxchat.config import Config
-from jaxchat.data.packing import PackStats, Rows, finished_rows, pack_conversations, render_all, write_rows
+from jaxchat.config import Config, replaced
+from jaxchat.data.packing import PackStats, Rows, pack_conversations, render_all, write_rows
 from jaxchat.data.shards import parallel_map, workers_for
-from jaxchat.data.sources import Unit, document_hash, find_files, limit_of_hashes
+from jaxchat.data.sources import document_hash, find_files, limit_of_hashes
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, read_json, write_json
 from jaxchat.scaling import fine_tuning_optim
 from jaxchat.tasks import get_task, parse_mixture_entry
-from jaxchat.tasks.base import Task, TaskFiles, identity_digest
+from jaxchat.tasks.base import Task, TaskFiles
 from jaxchat.tasks.conversations import chatterbot_pairs, chitchat_dialogues, file_conversations, spoken
 from jaxchat.tokenizer import ASSISTANT_END, Tokenizer
 
 from . import evaluate
 from .loop import Trainer, continued
 
-T = TypeVar("T")
 Conversation = list[Message]
 Rendering = tuple[np.ndarray, np.ndarray]  # ids and mask of one conversation
+SPLITS = ("train", "val")
 FACTS = ("rows", "conversations", "cut", "fill")
 CHATTERBOT = {"chatterbot": "english", "chatterbot_korean": "korean"}
 NO_TASKS = ("chitchat", *CHATTERBOT)  # conversations of packages; everything else is a task, or files
 MOMENTUM, MOMENTUM_STEPS = (0.85, 0.95, 0.95), 300  # Muon's, as in nanochat's SFT
 CHITCHAT_VAL = 200  # dialogues held out of chitchat, at most
-WARMDOWN_RATIO = 0.5  # share of the steps in which the rate falls to 0
 CHUNK = 256  # conversations rendered at once
 FEW = 10_000  # conversations rendered in this process: about two seconds, which starting others takes too
 
@@ -56,9 +52,9 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
     `limit`: see `Trainer`.
     """
     begin, tokenizer = time.perf_counter(), Tokenizer.load(run.tokenizer)
-    facts = distributed.on_first(lambda: checked_rows(config, run, tokenizer))
+    facts = distributed.on_first(lambda: prepare_rows(config, run, tokenizer))
     facts["rows_seconds"] = time.perf_counter() - begin
-    rows, val_rows = (Rows(run.data / "sft" / split, tokenizer.digest, verify=False) for split in ("train", "val"))
+    rows, val_rows = (Rows(run.data / "sft" / split, tokenizer.digest, verify=False) for split in SPLITS)
     settings = sft_config(config, len(rows))
     steps, tokens = settings.train.steps, settings.train.steps * settings.train.batch_tokens
     say(f"  {sum(facts['conversations'].values()):,} conversations, {tokens:,} tokens in {steps:,} steps")
@@ -73,8 +69,7 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
         title="sft",
         limit=limit,
     )
-    facts |= trainer.run()
-    return facts | {"digest": facts["params_sha256"], "tokens": tokens, "steps": steps}
+    return facts | trainer.run() | {"tokens": tokens, "steps": steps}
 
 
 def check(config: Config) -> None:
@@ -99,24 +94,16 @@ def check(config: Config) -> None:
 
 
 def sft_config(config: Config, rows: int) -> Config:
-    """The configuration the loop trains with: steps from the rows, and the rates of `sft`."""
+    """Return the configuration the loop trains with: steps from the rows, and the rates of `sft`."""
     sft = config.sft
-    batch_rows = max(1, sft.batch_tokens // config.model.seq_len)
-    steps = max(1, round(rows * sft.epochs / batch_rows))
-    return dataclasses.replace(
-        config,
-        train=dataclasses.replace(config.train, steps=steps, batch_tokens=sft.batch_tokens, eval_every=sft.eval_every),
-        optim=dataclasses.replace(
-            fine_tuning_optim(config, sft.lr_ratio),
-            warmdown_ratio=WARMDOWN_RATIO,
-            momentum=MOMENTUM,
-            momentum_warmup_steps=MOMENTUM_STEPS,
-        ),
-    )
+    steps = max(1, round(rows * sft.epochs / max(1, sft.batch_tokens // config.model.seq_len)))
+    config = dataclasses.replace(config, optim=fine_tuning_optim(config, sft.lr_ratio))
+    config = replaced(config, "optim", warmdown_ratio=0.5, momentum=MOMENTUM, momentum_warmup_steps=MOMENTUM_STEPS)
+    return replaced(config, "train", steps=steps, batch_tokens=sft.batch_tokens, eval_every=sft.eval_every)
 
 
 def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
-    """(entry of the mixture, held out, conversation), one at a time: a data set need not fit into memory as text.
+    """Yield (entry of the mixture, held out, conversation): a data set need not fit into memory as text.
 
     A conversation is held out by a hash of its text, as documents are; chitchat's are those of its held-out documents,
     and those of files are held out where pretraining on the same files holds them out.
@@ -127,103 +114,70 @@ def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
         name, count, _ = parse_mixture_entry(entry)
         conversations: Iterable[Conversation]
         if name == "chitchat":
-            for split, limit in (("train", count), ("val", CHITCHAT_VAL)):
-                for conversation in itertools.islice(chitchat_dialogues(split, fraction), limit):
+            for split, most in (("train", count), ("val", CHITCHAT_VAL)):
+                for conversation in itertools.islice(chitchat_dialogues(split, fraction), most):
                     yield entry, split == "val", conversation
             continue
+        text: Callable[[Any], str] = json.dumps
+        limit = fraction
         if name.startswith("files:"):
-            hashes = (
-                document_hash(spoken(c))
-                for c in itertools.islice(file_conversations(name, config.data.encoding), count)
-            )
-            try:
-                limit_hash = limit_of_hashes(hashes, fraction)  # reads no further than needed
-            except ValueError:  # fewer than two different ones
-                limit_hash = fraction
-            for conversation in itertools.islice(file_conversations(name, config.data.encoding), count):
-                yield entry, document_hash(spoken(conversation)) < limit_hash, conversation
-            continue
-        if name in CHATTERBOT:
+            text, read = spoken, functools.partial(file_conversations, name, config.data.encoding)
+            conversations = itertools.islice(read(), count)
+            hashes = (document_hash(spoken(conversation)) for conversation in itertools.islice(read(), count))
+            with contextlib.suppress(ValueError):  # fewer than two different ones
+                limit = limit_of_hashes(hashes, fraction)  # reads no further than needed
+        elif name in CHATTERBOT:
             conversations = itertools.islice(chatterbot_pairs(CHATTERBOT[name]), count)
         else:
             task = get_task(name, TaskFiles.of(config, download=True))
             conversations = task.train_conversations(count, config.seed)
         for conversation in conversations:
-            yield entry, document_hash(json.dumps(conversation)) < fraction, conversation
-
-
-def checked_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write the rows; `DataError` where they are not those that a training under way began with."""
-    facts, path = prepare_rows(config, run, tokenizer), run.stage("sft") / "rows.json"
-    digests = Rows(run.data / "sft" / "train", verify=False).meta["sha256"]
-    if not any(p.name.isdigit() for p in path.parent.glob("*")):
-        write_json(path, digests)
-    elif path.exists() and read_json(path) != digests:
-        raise DataError(
-            f"{run.root}: the conversations are not those that this SFT began with (did tasks.data_dir change?); "
-            f"bring them back, or remove {path.parent} to begin again"
-        )
-    return facts
+            yield entry, document_hash(text(conversation)) < limit, conversation
 
 
 def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write `data/sft`, unless it holds the rows of the same inputs.
+    """Write `data/sft`. A training that has begun goes on with the rows that it began with, if they are undamaged.
 
-    Facts: conversations by entry, rows and fill of each split.
+    Facts: conversations by entry, rows and fill of each split. `DataError` where those rows cannot be had again.
     """
-    origin = _origin(config, tokenizer)
-    train, val = (finished_rows(run.data / "sft" / split, origin) for split in ("train", "val"))
-    done = train is not None and val is not None
-    if train is None or val is None:
+    path, metas = run.stage("sft") / "rows.json", list[dict[str, Any]]()
+    begun = any(p.name.isdigit() for p in path.parent.glob("*"))
+    if begun:
+        with contextlib.suppress(DataError):
+            metas = [Rows(run.data / "sft" / split, tokenizer.digest).meta for split in SPLITS]
+    if not metas:
         rendered = _render(config, run, tokenizer)
-        wanted = {entry: parse_mixture_entry(entry)[2] for entry in config.sft.mixture}
+        repeats = {entry: parse_mixture_entry(entry)[2] for entry in config.sft.mixture}
         epochs = [  # each epoch is packed for itself, so that no row holds a conversation twice
-            [one for entry, times in wanted.items() if times > epoch for one in rendered[entry, False]]
-            for epoch in range(max(wanted.values()))
+            [one for entry, times in repeats.items() if times > epoch for one in rendered[entry, False]]
+            for epoch in range(max(repeats.values()))
         ]
-        about = [{"origin": origin, "entries": {e: len(rendered[e, held]) for e in wanted}} for held in (False, True)]
-        train = write_split(config, run, tokenizer, "train", epochs, about[0])
-        val = write_split(config, run, tokenizer, "val", [[o for e in wanted for o in rendered[e, True]]], about[1])
-    say(
-        f"  {train['conversations']:,} conversations in {train['rows']:,} rows, {train['fill']:.2%} filled, "
-        f"{train['cut']:,} cut" + (" (done before)" if done else "")
-    )
-    facts = {split: {key: meta[key] for key in FACTS} for split, meta in (("train", train), ("val", val))}
+        held_out = [[one for entry in repeats for one in rendered[entry, True]]]
+        counts = [{entry: len(rendered[entry, held]) for entry in repeats} for held in (False, True)]
+        metas = [
+            write_split(config, run, tokenizer, split, pieces, {"entries": entries})
+            for split, pieces, entries in zip(SPLITS, (epochs, held_out), counts, strict=True)
+        ]
+    train = metas[0]
+    if not begun:
+        write_json(path, train["sha256"])
+    elif path.exists() and read_json(path) != train["sha256"]:
+        raise DataError(
+            f"{run.root}: the conversations are not those that this SFT began with (did their files change?); "
+            f"bring them back, or remove {path.parent} to begin again"
+        )
+    counted = f"{train['conversations']:,} conversations in {train['rows']:,} rows"
+    say(f"  {counted}, {train['fill']:.2%} filled, {train['cut']:,} cut")
+    facts = {split: {key: meta[key] for key in FACTS} for split, meta in zip(SPLITS, metas, strict=True)}
     return {"conversations": train["entries"]} | facts
 
 
-def _origin(config: Config, tokenizer: Tokenizer) -> str:
-    """SHA-256 of all that decides the rows: settings, data, and the code of generators and rendering."""
-    package = Path(jaxchat.__file__).parent
-    code = [package / "chat.py", package / "tasks" / "texts.toml"]
-    code += [path for part in ("data", "tasks") for path in sorted((package / part).glob("*.py"))]
-    content = [
-        [config.seed, config.model.seq_len, config.data.val_fraction, config.data.encoding],
-        [tokenizer.digest, identity_digest(config)],
-        [[entry, _content(parse_mixture_entry(entry)[0], config)] for entry in config.sft.mixture],
-        [hashlib.sha256(path.read_bytes()).hexdigest() for path in code],
-    ]
-    return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _content(name: str, config: Config) -> list[Any]:
-    """Describe the data behind a mixture entry; changed data is described differently."""
-    if name == "chitchat":
-        return Unit(name).content()
-    if name in CHATTERBOT:
-        return [p.version for p in importlib.metadata.distributions(name="chatterbot-corpus")]
-    if name.startswith("files:"):
-        paths: Iterable[Path | str] = find_files(name)
-    else:
-        paths = get_task(name, TaskFiles.of(config, download=True)).fetch()
-    return [Unit(name, str(path)).content() for path in paths]
-
-
 def _render(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[tuple[str, bool], list[Rendering]]:
-    """The conversations of the mixture as tokens, by (entry, held out): few here, many in other processes."""
+    """Return the conversations of the mixture as tokens, by (entry, held out): few here, many in other processes."""
     conversations = mixture(config)
     few = list(itertools.islice(conversations, FEW))
-    chunks = _chunks(itertools.chain(few, conversations))
+    source = itertools.chain(few, conversations)
+    chunks = iter(lambda: list(itertools.islice(source, CHUNK)), [])
     workers = workers_for(config.data.workers, FEW)
     work = functools.partial(render_all, (str(run.tokenizer.resolve()), tokenizer.digest))
     here = len(few) < FEW or (workers == 1 and config.data.engine == "local")
@@ -239,12 +193,6 @@ def _render(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[tuple[str
     return rendered
 
 
-def _chunks(conversations: Iterable[T]) -> Iterator[list[T]]:
-    source = iter(conversations)
-    while chunk := list(itertools.islice(source, CHUNK)):
-        yield chunk
-
-
 def write_split(
     config: Config,
     run: RunDir,
@@ -253,15 +201,15 @@ def write_split(
     epochs: Sequence[Sequence[Rendering]],
     about: dict[str, Any],
 ) -> dict[str, Any]:
-    """Pack and write the rows of one split, epoch after epoch; their meta, with `about` in it."""
+    """Pack and write the rows of one split, epoch after epoch; returns their meta, with `about` in it."""
     row_len, stats = config.model.seq_len + 1, PackStats()
     turn_end = tokenizer.special[ASSISTANT_END]
     packed = (row for epoch in epochs for row in pack_conversations(epoch, row_len, turn_end, stats))
     directory = run.data / "sft" / split
     directory.parent.mkdir(parents=True, exist_ok=True)
 
-    def facts() -> dict[str, Any]:
-        meta = {"tokenizer": tokenizer.digest, "conversations": stats.documents, "cut": stats.cuts, "fill": stats.fill}
-        return meta | about
+    def meta() -> dict[str, Any]:
+        counts = {"conversations": stats.documents, "cut": stats.cuts, "fill": stats.fill}
+        return {"tokenizer": tokenizer.digest} | counts | about
 
-    return write_rows(directory, packed, row_len, tokenizer.bos, tokenizer.vocab_size, facts)
+    return write_rows(directory, packed, row_len, tokenizer.bos, tokenizer.vocab_size, meta)

@@ -24,7 +24,7 @@ from jaxchat.errors import UsageError
 from jaxchat.interop.huggingface import write_hf
 from jaxchat.interop.trained import Trained, load_trained, write_orbax
 from jaxchat.log import say
-from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, sync_directory, write_json
+from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, write_json
 from jaxchat.sharding import make_mesh
 from jaxchat.tasks.base import identity_digest
 from jaxchat.train_state import check_attention
@@ -35,41 +35,47 @@ from .doctor import commit, hardware, peak_rss, versions
 
 SHARED_SECONDS = 60.0  # until the other processes must see what process 0 wrote
 FORMATS: dict[str, Callable[[Trained, Path], dict[str, Any]]] = {"orbax": write_orbax, "hf": write_hf}
+Record = dict[str, Any]  # of one stage in `stages.json`
 
 
 def run_export(config: Config, run: RunDir) -> dict[str, Any]:
     """Export the furthest trained model to `export/<format>/`; facts: what each holds, digest."""
     model, facts = load_trained(run, dtype=config.export.dtype), {}
-    unwanted = [run.export / name for name in FORMATS if name not in config.export.formats]
-    for path in [*run.export.glob(".*"), *unwanted]:  # the former were killed half way
-        shutil.rmtree(path, ignore_errors=True)
+    new = run.root / ".export.new"  # the old ones stay until these are whole
+    shutil.rmtree(new, ignore_errors=True)
     for name in config.export.formats:
-        folder, new, old = (run.export / part for part in (name, f".{name}.new", f".{name}.old"))
-        facts[name] = FORMATS[name](model, new)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-        sync_directory(run.export)
-        shutil.rmtree(old, ignore_errors=True)
-        say(f"  {folder}: {facts[name]['bytes'] / 1e6:,.0f} MB of {facts[name]['dtype']}")
+        facts[name] = FORMATS[name](model, new / name)
+        say(f"  {run.export / name}: {facts[name]['bytes'] / 1e6:,.0f} MB of {facts[name]['dtype']}")
+    shutil.rmtree(run.export, ignore_errors=True)
+    os.replace(new, run.export)
     return facts | {"stage": model.stage, "digest": hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`run(config, run_dir)` returns facts for the record, `digest` among them; `outputs` must exist when done."""
+    """`run(config, run_dir)` returns facts for the record, `digest` or `params_sha256` among them."""
 
     name: str
     run: Callable[[Config, RunDir], dict[str, Any]]
     reads: tuple[str, ...]  # configuration keys, or sections that end in a dot
     needs: tuple[str, ...]  # stages whose digests are inputs
-    outputs: tuple[str, ...]  # paths inside the run directory; <step> stands for a complete checkpoint
+    outputs: tuple[str, ...]  # paths inside the run directory that must exist when done; <step>: a complete checkpoint
     trained: bool = False  # refuses changed inputs instead of running again
     uses: tuple[str, ...] = ()  # stages whose digests are inputs where they are done, but which need not be
     check: Callable[[Config], None] = lambda config: None  # of settings, before anything runs
     wanted: Callable[[Config], bool] = lambda config: True  # False: this configuration goes without it
     external_inputs: Callable[[Config], str] = lambda config: ""  # what it reads outside the run
     joint: bool = False  # by all processes together; the others by process 0, while the rest waits
+
+    def missing(self, run: RunDir) -> list[str]:
+        """Return the outputs that are not there."""
+
+        def exists(path: str) -> bool:
+            if not path.endswith("/<step>"):
+                return (run.root / path).exists()
+            return any(p.name.isdigit() for p in (run.root / path).parent.glob("*"))
+
+        return [path for path in self.outputs if not exists(path)]
 
 
 # fmt: off
@@ -93,7 +99,7 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 
 def select(only: str | None, start: str | None) -> list[Stage]:
-    """The stages of `--stages a,b` or `--from a` with those they need; all of them without either.
+    """Return the stages of `--stages a,b` or `--from a` with those they need; all of them without either.
 
     Needed stages that are done already are only checked for changed settings. `UsageError` names an unknown stage.
     """
@@ -112,13 +118,13 @@ def select(only: str | None, start: str | None) -> list[Stage]:
 
 
 def reads(names: Sequence[str], key: str) -> bool:
-    """Whether a key that decides results is one of the names or in one of the sections."""
+    """Return whether a key that decides results is one of the names or in one of the sections."""
     named = any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)
     return named and not (key in KEYS and KEYS[key].free)
 
 
-def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[str, Any]:
-    """Configuration keys and digests that decide what the stage produces."""
+def stage_inputs(stage: Stage, config: Config, records: dict[str, Record]) -> dict[str, Any]:
+    """Return the configuration keys and digests that decide what the stage produces."""
     inputs = {key: value for key, value in flatten(config).items() if reads(stage.reads, key)}
     if external := stage.external_inputs(config):
         inputs[f"{stage.name}.files"] = external
@@ -127,11 +133,14 @@ def stage_inputs(stage: Stage, config: Config, records: dict[str, Any]) -> dict[
             inputs[f"{need}.digest"] = records[need]["facts"]["digest"]
         elif need in stage.needs:
             raise UsageError(f"stage {stage.name}: needs stage {need} first; run --stages {need},{stage.name}")
+    record = records.get(stage.name, {})
+    if "imported" in record:  # its weights came from elsewhere: only what they are must agree
+        inputs = {key: inputs.get(key) for key in record["inputs"]}
     return json.loads(json.dumps(inputs))
 
 
-def changed_inputs(record: dict[str, Any], inputs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """(value then, value now) of the inputs that differ from a record's.
+def changed_inputs(record: Record, inputs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return (value then, value now) of the inputs that differ from a record's.
 
     A key that is newer than the record had its default then. A key that does not exist any more is ignored where the
     record has the only behaviour that there is now.
@@ -146,22 +155,12 @@ def changed_inputs(record: dict[str, Any], inputs: dict[str, Any]) -> dict[str, 
     return {key: (before.get(key), inputs.get(key)) for key in keys if before.get(key) != inputs.get(key)}
 
 
-def missing_outputs(stage: Stage, run: RunDir) -> list[str]:
-    """Outputs of a stage that are not there."""
-    missing = []
-    for path in stage.outputs:
-        folder = run.root / path.removesuffix("/<step>")
-        there = any(p.name.isdigit() for p in folder.glob("*")) if path.endswith("/<step>") else folder.exists()
-        missing += [] if there else [path]
-    return missing
-
-
 def unfinished(config: Config, run: RunDir) -> list[str]:
-    """Names of the stages of this configuration that are not done, or no longer fit their inputs, in order."""
+    """Return the stages of this configuration that are not done, or no longer fit their inputs, in order."""
     records, names = run.records(), list[str]()
     for stage in STAGES:
         record = records.get(stage.name, {})
-        done = record.get("status") == "done" and not missing_outputs(stage, run)
+        done = record.get("status") == "done" and not stage.missing(run)
         if done and not stage.trained:
             stale = {*stage.needs, *stage.uses} & set(names)
             done = not stale and not changed_inputs(record, stage_inputs(stage, config, records))
@@ -170,66 +169,55 @@ def unfinished(config: Config, run: RunDir) -> list[str]:
     return names
 
 
-def remaining(config: Config, run: RunDir, stages: Sequence[Stage]) -> list[Stage]:
-    """Those of the stages that would run, in order."""
-    names = unfinished(config, run)
-    return [stage for stage in stages if stage.name in names]
-
-
 # Running
 
 
 def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: dict[str, str]) -> None:
     """Run what is not done yet, in order. Of several processes the first decides and keeps the records."""
     stages = [stage for stage in stages if stage.wanted(config)]
-    distributed.check_same([flatten(config), [stage.name for stage in stages]])
+    settings = json.loads(json.dumps([flatten(config), [stage.name for stage in stages]]))
     if distributed.index() > 0:
-        _follow(config, run)
+        _follow(config, run, settings)
         return
+    distributed.broadcast(settings)
     with run.lock():
         records = run.records()
         for stage in stages:
             stage.check(config)
             if "imported" in records.get(stage.name, {}):
                 _refuse_training(stage, config, run)
-        finished = {name for name, record in records.items() if record["status"] == "done"}
-        if any(s.joint and (s.name not in finished or missing_outputs(s, run)) for s in stages):
+        if any(s.joint and (records.get(s.name, {}).get("status") != "done" or s.missing(run)) for s in stages):
             check_trackers(config)
             check_attention(config, make_mesh(config.mesh))
         for stage in stages:
-            inputs, record = stage_inputs(stage, config, records), records.get(stage.name)
-            if record and "imported" in record:  # its weights came from elsewhere: only what they are must agree
-                inputs = {key: inputs.get(key) for key in record["inputs"]}
-            changed, missing = changed_inputs(record, inputs) if record else {}, missing_outputs(stage, run)
-            done = record is not None and record["status"] == "done"
-            if record and stage.trained and (done or len(missing) < len(stage.outputs)):
-                if text := ", ".join(f"{key} ({before!r} -> {now!r})" for key, (before, now) in changed.items()):
-                    raise UsageError(
-                        f"stage {stage.name}: {run.root} was made with other settings: {text}; take them back, or "
-                        "choose another --run-dir"
-                    )
-                inputs = record["inputs"]  # a setting that is new since then stays absent
-            if record and done and not changed and not missing:
-                say(f"{stage.name:<10} done ({record['seconds']:.0f} s), nothing to do")
-                continue
-            if done and missing:
-                say(f"{stage.name:<10} recorded as done, but {', '.join(missing)} is missing: running it again")
-            if not run.config.exists() or load_config(run.config) != config:  # else the file keeps its reasons
-                atomic_write(run.config, to_toml(config, reasons))
-            _run_stage(stage, config, run, records, inputs, resumed=bool(record) and not done and not changed)
+            _run_stage(stage, config, run, records, reasons)
     distributed.broadcast(None)
 
 
-def _run_stage(
-    stage: Stage, config: Config, run: RunDir, records: dict[str, Any], inputs: dict[str, Any], resumed: bool
-) -> None:
-    """Run one stage with its record in `stages.json` from the start on; `resumed`: its times go on."""
-    begin, previous = time.perf_counter(), records.get(stage.name, {}) if resumed else {}
-    spent = previous.get("seconds", 0.0)
+def _run_stage(stage: Stage, config: Config, run: RunDir, records: dict[str, Record], reasons: dict[str, str]) -> None:
+    """Run one stage, unless it is done, with its record in `stages.json` from the start on."""
+    inputs, previous, missing = stage_inputs(stage, config, records), records.get(stage.name), stage.missing(run)
+    changed = changed_inputs(previous, inputs) if previous else {}
+    done = previous is not None and previous["status"] == "done"
+    if previous and stage.trained and (done or len(missing) < len(stage.outputs)):
+        if changed:
+            text = ", ".join(f"{key} ({before!r} -> {now!r})" for key, (before, now) in changed.items())
+            advice = "take them back, or choose another --run-dir"
+            raise UsageError(f"stage {stage.name}: {run.root} was made with other settings: {text}; {advice}")
+        inputs = previous["inputs"]  # a setting that is new since then stays absent
+    if previous and done and not changed and not missing:
+        say(f"{stage.name:<10} done ({previous['seconds']:.0f} s), nothing to do")
+        return
+    if done and missing:
+        say(f"{stage.name:<10} recorded as done, but {', '.join(missing)} is missing: running it again")
+    if not run.config.exists() or load_config(run.config) != config:  # else the file keeps its reasons
+        atomic_write(run.config, to_toml(config, reasons))
+    resumed = previous if previous and not done and not changed else {}  # its times go on
+    begin, spent = time.perf_counter(), resumed.get("seconds", 0.0)
     records[stage.name] = record = {
         "format": RECORD_FORMAT,
         "status": "running",
-        "start": previous.get("start") or _now(),
+        "start": resumed.get("start") or _now(),
         "end": None,
         "seconds": spent,
         "version": __version__,
@@ -247,7 +235,7 @@ def _run_stage(
         facts = stage.run(config, run)
     except BaseException:
         record["seconds"] = spent + time.perf_counter() - begin
-        if len(missing_outputs(stage, run)) == len(stage.outputs):
+        if len(stage.missing(run)) == len(stage.outputs):
             del records[stage.name]  # it made nothing, so a mended command is not refused
         if records:
             write_json(run.stages, records)
@@ -258,13 +246,13 @@ def _run_stage(
     seconds = spent + time.perf_counter() - begin
     record |= {"status": "done", "end": _now(), "seconds": seconds, "peak_rss_bytes": peak_rss(), "facts": facts}
     if "params_sha256" in facts:
-        record["params_sha256"] = facts["params_sha256"]
+        record["params_sha256"] = facts["digest"] = facts["params_sha256"]
     write_json(run.stages, records)
     say(f"{stage.name:<10} done in {seconds:.0f} s")
 
 
 def _refuse_training(stage: Stage, config: Config, run: RunDir) -> None:
-    """`UsageError` for changed settings that an imported stage would have been trained with: they have no effect."""
+    """Raise `UsageError` for changed settings that an imported stage would have been trained with: without effect."""
     before, now = flatten(load_config(run.config)), flatten(config)
     own = ("train.steps", "train.token_ratio") if stage.name == "pretrain" else (f"{stage.name}.",)
     if changed := [key for key in now if reads(own, key) and before.get(key) != now[key]]:
@@ -274,20 +262,23 @@ def _refuse_training(stage: Stage, config: Config, run: RunDir) -> None:
         )
 
 
-def _follow(config: Config, run: RunDir) -> None:
+def _follow(config: Config, run: RunDir, settings: Any) -> None:
     """Run the stages on a process other than 0: train with it, wait for it in everything else."""
+    if distributed.receive() != settings:
+        raise UsageError(
+            f"process {distributed.index()} was started with other settings than process 0; give all the same command"
+        )
     while message := distributed.receive():
         name, start = message
-        stage = STAGES[NAMES.index(name)]
+        stage, end = STAGES[NAMES.index(name)], time.monotonic() + SHARED_SECONDS
+        while stage.joint and run.records().get(name, {}).get("start") != start:  # network file systems are late
+            if time.monotonic() > end:
+                raise UsageError(
+                    f"{run.root}: process {distributed.index()} does not see there what process 0 writes; "
+                    "--run-dir must be on a file system that all share"
+                )
+            time.sleep(0.5)
         if stage.joint:
-            end = time.monotonic() + SHARED_SECONDS
-            while run.records().get(name, {}).get("start") != start:  # network file systems show a file late
-                if time.monotonic() > end:
-                    raise UsageError(
-                        f"{run.root}: process {distributed.index()} does not see there what process 0 writes; "
-                        "--run-dir must be on a file system that all share"
-                    )
-                time.sleep(0.5)
             stage.run(config, run)
 
 

@@ -32,7 +32,6 @@ from jaxchat.config import Config, ModelConfig, RlConfig, ServeConfig, to_toml
 from jaxchat.engine import load_run, trained_stages
 from jaxchat.engine.scheduler import STAGES as FURTHEST_FIRST
 from jaxchat.errors import DataError, UsageError
-from jaxchat.log import quiet_libraries
 from jaxchat.model import Params, hidden, layer_params, logits
 from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, read_json, sync_directory, write_checksums, write_json
 from jaxchat.scaling import resolve
@@ -307,18 +306,17 @@ def write_orbax(model: Trained, out: Path) -> dict[str, Any]:
 def _write_params(path: Path, params: Params) -> None:
     """Write what `StandardCheckpointer` would, in chunks and without its copies: half the time and memory or less."""
     alone, chunks = this_process(), jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
-    with quiet_libraries():
-        numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy))
-        handler = ocp.PyTreeCheckpointHandler(
-            type_handler_registry=registry, save_concurrent_gb=1, use_ocdbt=False, multiprocessing_options=alone
-        )
-        with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as writer:
-            try:
-                writer.save(path, args=ocp.args.PyTreeSave(params, save_args=chunks))  # type: ignore[call-arg]
-            except Exception as error:  # Orbax and TensorStore raise all kinds
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                raise DataError(f"{path}: could not be written ({first}); make room and try again") from error
+    numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy))
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, save_concurrent_gb=1, use_ocdbt=False, multiprocessing_options=alone
+    )
+    with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as writer:
+        try:
+            writer.save(path, args=ocp.args.PyTreeSave(params, save_args=chunks))  # type: ignore[call-arg]
+        except Exception as error:  # Orbax and TensorStore raise all kinds
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise DataError(f"{path}: could not be written ({first}); make room and try again") from error
 
 
 def golden_logits(config: ModelConfig, params: Params, ids: np.ndarray, last: int) -> np.ndarray:

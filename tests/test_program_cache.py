@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from jaxchat import xla_cache
-from jaxchat.xla_cache import open_cache
+import launch
+from launch import open_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp
-from jaxchat.xla_cache import use_cache
-use_cache(sys.argv[1])
+from launch import keep_programs
+keep_programs(sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
@@ -63,12 +63,12 @@ def test_the_oldest_go_first(tmp_path, monkeypatch):
             path = folder / f"{age}-{kind}"
             path.write_bytes(b"12345678")
             os.utime(path, (1e9 - age, 1e9 - age))
-    monkeypatch.setattr(xla_cache, "MOST", 2)
+    monkeypatch.setattr(launch, "CACHE_PROGRAMS", 2)
     open_cache(str(tmp_path))
     assert {path.name for path in folder.glob("*-cache")} == {"0-cache", "1-cache"}
 
 
-@pytest.mark.parametrize("fault", ["file", "others", "full"])
+@pytest.mark.parametrize("fault", ["file", "others"])
 def test_a_folder_that_cannot_be_used_costs_one_line(tmp_path, monkeypatch, fault, capsys):
     import jax
 
@@ -76,11 +76,13 @@ def test_a_folder_that_cannot_be_used_costs_one_line(tmp_path, monkeypatch, faul
     cache = tmp_path / "cache"
     if fault == "file":
         cache.write_text("no folder")
-    elif fault == "others":
-        open_cache(str(cache)).chmod(0o777)
     else:
-        monkeypatch.setattr(xla_cache, "LEAST_FREE", 1 << 60)
-    xla_cache.use_cache(str(cache))
+        open_cache(str(cache)).chmod(0o777)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    launch.keep_programs(str(cache))
+    assert not capsys.readouterr().err, "JAX was told of a cache"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    launch.keep_programs(str(cache))
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and str(cache) in err
     assert jax.config.jax_compilation_cache_dir == before
