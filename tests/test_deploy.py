@@ -134,7 +134,7 @@ def test_keys_come_from_a_secret_and_reach_the_service(monkeypatch):
 
 def test_what_the_service_imports_is_copied():
     """Neither `train` nor tests nor benchmarks: the image has none."""
-    code = "import sys, serve.app, serve.page, launch; launch.resolve_arguments(launch.parse(['serve', 'runs/none']))"
+    code = "import sys, serve.app, serve.page, launch; launch.main(['serve', 'runs/none'])"
     code += "; print(*{m.split('.')[0] for m in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     ours = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
