@@ -23,6 +23,7 @@ from jaxchat.checkpoint import params_sha256, restore_params
 from jaxchat.config import MeshConfig, load_config
 from jaxchat.errors import DataError, InterruptedRun, UsageError
 from jaxchat.log import read_metrics
+from jaxchat.low_precision import dynamic_loss_scale
 from jaxchat.optimizer import make_optimizer
 from jaxchat.scaling import resolve
 from jaxchat.sharding import batch_sharding, make_mesh
@@ -63,11 +64,12 @@ def answers_of(rewarded, seed=0, length=17):
 
 
 def gradient_keeper():
-    """An optimizer that changes nothing and whose state is the gradient itself."""
-    return optax.GradientTransformation(
+    """An optimizer that changes nothing and whose state is the loss scale and the gradient itself."""
+    keeper = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params),
         lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads),
     )
+    return optax.chain(dynamic_loss_scale(), keeper)
 
 
 @functools.cache
@@ -94,7 +96,7 @@ def update_of(batch):
     """(gradient, metrics) of the jitted update."""
     state = TrainState(jax.tree.map(jnp.array, params()), gradient_keeper().init(params()), jnp.int32(0))
     state, metrics = step()(state, batch)
-    return jax.device_get(state.opt_state), jax.device_get(metrics)
+    return jax.device_get(state.opt_state[1]), jax.device_get(metrics)
 
 
 def reference_logits(model, p, tokens):
