@@ -5,7 +5,8 @@ Kernels are (in, out), stacked over the layers; `sizes.parameters` declares them
 Papers: rotary 2104.09864, relu squared 2109.08668, QK-norm 2010.04245, value residual 2410.17897.
 
 `forward` is the only pass through the layers. Training, prefill, decoding and scoring differ in the positions, the
-attention and the layout of the parameters that they give to it.
+attention and the layout of the parameters that they give to it. `interop.bundle` writes an export's `model.py` out of
+the functions here.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from jaxchat.sizes import (
 
 Params = dict[str, Any]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]  # layer, q (B, T, H, N), k, v (B, T, K, N) -> y
+Layer = Callable[..., jax.Array]  # i, params, x (B, T, D), x0 (B, T, D) -> x; see `forward`
 
 # Parameters
 
@@ -113,109 +115,7 @@ def layer_params(config: ModelConfig, params: Params, i: int) -> Params:
     return layer
 
 
-def grouped_layers(config: ModelConfig, params: Params) -> Params:
-    """Return what the scan runs over: stacks (groups, layers of a group, ...) of the layers in whole groups.
-
-    One group looks like the parameters of a model of its depth, so `layer_params` slices it.
-    """
-    groups, period = scan_groups(config)
-
-    def split(stack: jax.Array) -> jax.Array:
-        n = period if len(stack) == config.depth else period // 2  # every second layer has a value embedding
-        return stack[: groups * n].reshape(groups, n, *stack.shape[1:])
-
-    return jax.tree.map(split, {name: params[name] for name in ("blocks", "value_embedding") if name in params})
-
-
 # The forward pass
-
-# What the backward pass may keep of a layer beside its input, `train.remat`; each saves less and recomputes more.
-REMAT = ("none", "names", "dots", "full")
-SAVED_NAMES = ("attention_in", "q", "k", "v", "middle", "mlp_in", "mlp", "scale", "splash")  # and attention
-
-
-class LayerOptions(NamedTuple):
-    """Options of the layers in training; beyond rounding none changes the result."""
-
-    unroll: int = 1  # groups of layers per iteration of the scan; all of them: a plain loop
-    backend: str = "xla"  # of the attention
-    remat: str = "none"
-    dot: Callable[[jax.Array, Any], jax.Array] = operator.matmul  # of the layers' kernels
-    merge: bool = False  # gradients of the products for q, k and v together; never where heads are split
-    mesh: Mesh | None = None
-    place: Callable[[str, jax.Array], jax.Array] = lambda name, weight: weight  # gathers a weight where it is used
-
-
-DEFAULT = LayerOptions()
-
-
-def hidden(config: ModelConfig, params: Params, tokens: jax.Array, options: LayerOptions = DEFAULT) -> jax.Array:
-    """Return the final normed activations (B, T, D) of whole texts, tokens (B, T) int; dtype of the embedding."""
-
-    def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention(q, k, v, windows(config)[i], options.backend, score_bound(config), options.mesh)
-
-    by_layer = ("blocks", "value_embedding", "layers")  # placed layer by layer
-    params = {name: p if name in by_layer else options.place(name, p) for name, p in params.items()}
-    x, _ = embed(config, params, tokens)
-    return forward(config, params, x, tokens, jnp.arange(tokens.shape[1])[None, :], attend, options)
-
-
-def forward(
-    config: ModelConfig,
-    params: Params,
-    x: jax.Array,
-    tokens: jax.Array,
-    positions: jax.Array,
-    attend: Attend,
-    options: LayerOptions = DEFAULT,
-) -> jax.Array:
-    """Run embedded tokens through all layers and the last norm; (B, T, D).
-
-    Stacked parameters are scanned in groups of layers (training); with a list `params["layers"]`, or with
-    `options.unroll` of all groups, the layers run in a plain loop.
-
-    Args:
-      x: (B, T, D) from `embed`; tokens, positions: (B, T) int, or (1, T) for equal positions.
-      attend: computes layer i's attention. In a scan i counts within the group, whose windows are the same.
-    """
-    groups, period = scan_groups(config)
-    cos_sin = rotary(config, positions, x.dtype)
-
-    def run(stacked: Params, i: int, x: jax.Array, x0: jax.Array, scanned: bool = False) -> jax.Array:
-        def body(stacked: Params, x: jax.Array, x0: jax.Array) -> jax.Array:
-            # cut here, inside what is rematerialized: a slice made outside would be saved, a copy of every weight
-            layer = {name: options.place(name, w) for name, w in layer_params(config, stacked, i).items()}
-            x = block(config, layer, x, x0, tokens, cos_sin, functools.partial(attend, i), options)
-            if options.mesh is None or options.mesh.size == 1:
-                return x
-            # activations and their gradient stay split by rows alone
-            return jax.lax.with_sharding_constraint(x, NamedSharding(options.mesh, PartitionSpec(BATCH_AXES)))
-
-        return rematerialized(body, options, scanned)(stacked, x, x0)
-
-    x0 = middle = x
-    start = 0
-    if "layers" not in params and groups > max(options.unroll, 1):
-
-        def group(carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, Params]) -> tuple[Any, None]:
-            (x, middle), (index, stacked) = carry, scanned
-            for j in range(period):
-                x = run(stacked, j, x, x0, scanned=True)
-                if config.backout and j == config.depth // 2 % period:
-                    middle = jnp.where(index == config.depth // 2 // period, x, middle)
-            return (x, middle), None
-
-        scanned = jnp.arange(groups), grouped_layers(config, params)
-        (x, middle), _ = jax.lax.scan(group, (x, middle), scanned, unroll=options.unroll)
-        start = groups * period
-    for i in range(start, config.depth):
-        x = run(params, i, x, x0)
-        middle = x if i == config.depth // 2 else middle
-    if config.backout:  # subtract what the middle layer knew already
-        mixed = x.astype(jnp.float32) - params["backout_scale"] * middle.astype(jnp.float32)
-        return norm(mixed, config.norm_eps).astype(x.dtype)
-    return norm(x, config.norm_eps)
 
 
 def block(
@@ -226,16 +126,20 @@ def block(
     tokens: jax.Array,
     cos_sin: tuple[jax.Array, jax.Array],
     attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    options: LayerOptions = DEFAULT,
+    dot: Callable[[jax.Array, Any], jax.Array] = operator.matmul,
+    dot_qkv: Callable[..., tuple[jax.Array, ...]] | None = None,
 ) -> jax.Array:
-    """Run one layer with its own parameters `p` on x (B, T, D); x0 is the input of the first layer."""
+    """Run one layer with its own parameters `p` on x (B, T, D); x0 is the input of the first layer.
+
+    Training may bring its own product `dot`, and another one for q, k and v at once.
+    """
     B, T, _ = x.shape
-    c, N, dtype, dot = config, config.head_width, x.dtype, options.dot
+    c, N, dtype = config, config.head_width, x.dtype
     if c.residual_scalars:
         x = (p["residual_scale"] * x.astype(jnp.float32) + p["x0_scale"] * x0.astype(jnp.float32)).astype(dtype)
     h = norm(x, c.norm_eps, "attention_in")
     kernels = tuple(p[name] for name in "qkv")
-    products = merged_dot(h, kernels) if options.merge else [dot(h, kernel) for kernel in kernels]
+    products = dot_qkv(h, kernels) if dot_qkv else [dot(h, kernel) for kernel in kernels]
     q, k, v = (y.reshape(B, T, -1, N) for y in products)
     if "value_embedding" in p:
         gate = 3 * jax.nn.sigmoid(h[..., :VE_GATE_CHANNELS] @ p["ve_gate"])  # (B, T, K), near 1.5 at the start
@@ -251,26 +155,43 @@ def block(
     return x + dot(relu_squared(h, "mlp"), p["proj"])
 
 
-def rematerialized(
-    function: Callable[..., jax.Array], options: LayerOptions, scanned: bool
-) -> Callable[..., jax.Array]:
-    """Return `function` with a backward pass that recomputes what the policy of `REMAT` does not save.
+def loop_layers(config: ModelConfig, params: Params, x: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
+    """Return what the last layer and the middle one make of embedded tokens x (B, T, D), one layer after another."""
+    x0 = middle = x
+    for i in range(config.depth):
+        x = layer(i, params, x, x0)
+        middle = x if i == config.depth // 2 else middle
+    return x, middle
 
-    Weights gathered over fsdp are never saved, or the backward pass would hold all layers' at once.
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    x: jax.Array,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    run_layers: Callable[..., tuple[jax.Array, jax.Array]] = loop_layers,
+) -> jax.Array:
+    """Run embedded tokens through all layers and the last norm; (B, T, D).
+
+    Args:
+      x: (B, T, D) from `embed`; tokens, positions: (B, T) int, or (1, T) for equal positions.
+      attend: computes layer i's attention. In a scan i counts within the group, whose windows are the same.
+      run_layers: `loop_layers`, or a scan over them (training).
     """
-    policies = jax.checkpoint_policies
-    if options.remat == "none" and (options.mesh is None or options.mesh.shape["fsdp"] == 1):
-        return function
-    if options.remat == "none":
-        save = policies.save_anything_except_these_names("gathered")
-    elif options.remat == "names":
-        own = options.backend in ("cudnn", "splash")  # what their backward kernels need is saved by itself
-        save = policies.save_only_these_names(*SAVED_NAMES, *(() if own else ("attention",)))
-        # cuDNN's kernel leaves, beside its result, softmax statistics without a name; to lose them is to run it again
-        save = policies.save_from_both_policies(save, lambda primitive, *_, **__: "attention_fwd" in primitive.name)
-    else:
-        save = policies.dots_with_no_batch_dims_saveable if options.remat == "dots" else policies.nothing_saveable
-    return jax.checkpoint(function, policy=save, prevent_cse=not scanned)  # a scan's body is not merged anyway
+    cos_sin = rotary(config, positions, x.dtype)
+
+    def layer(i: int, stacks: Params, x: jax.Array, x0: jax.Array, run: Callable[..., jax.Array] = block) -> jax.Array:
+        # cut here, inside what is rematerialized: a slice made outside would be saved, a copy of every weight
+        p = layer_params(config, stacks, i)
+        return run(config, p, x, x0, tokens, cos_sin, functools.partial(attend, i))
+
+    x, middle = run_layers(config, params, x, layer)
+    if config.backout:  # subtract what the middle layer knew already
+        mixed = x.astype(jnp.float32) - params["backout_scale"] * middle.astype(jnp.float32)
+        return norm(mixed, config.norm_eps).astype(x.dtype)
+    return norm(x, config.norm_eps)
 
 
 def embed(
@@ -301,8 +222,9 @@ def logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     return config.softcap * jnp.tanh(z / config.softcap)
 
 
-# Parts of a layer. Several have a backward pass of their own. In bfloat16 those of norm, activation and QK-norm need
-# their results alone, so that less is kept in memory; the names say what rematerialization may keep.
+# Parts of a layer. Several have, for training, a twin with a backward pass of its own. In bfloat16 those of norm,
+# activation and QK-norm need their results alone, so that less is kept in memory; the names say what rematerialization
+# may keep.
 
 
 def _differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -310,6 +232,232 @@ def _differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -
     function = jax.custom_vjp(lambda *args: forward(*args)[0])
     function.defvjp(forward, backward)
     return function
+
+
+def own_gradient(twin: Any, dtype: DTypeLike | None = jnp.bfloat16) -> Callable[[Any], Any]:
+    """Decorate a function with a twin that takes its place in `dtype`, None: in all; values are equal but for rounding.
+
+    Exports go without the twins.
+    """
+
+    def decorate(plain: Any) -> Any:
+        @functools.wraps(plain)
+        def function(x: jax.Array, *args: Any) -> jax.Array:
+            return (twin if dtype is None or x.dtype == dtype else plain)(x, *args)
+
+        return function
+
+    return decorate
+
+
+def _lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Look up with a gradient that adds up in float32.
+
+    A frequent token has thousands of rows to add, which bfloat16's 8 bits would swallow.
+    """
+
+    def backward(tokens: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+        zeros = jnp.zeros(table.shape, jnp.float32)
+        return zeros.at[tokens].add(g.astype(jnp.float32)).astype(table.dtype), None
+
+    return _differentiable(lambda table, tokens: (table[tokens], tokens), backward)(table, tokens)
+
+
+@own_gradient(_lookup, dtype=None)
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Return rows (..., D) of table (V, D) at tokens (...)."""
+    return table[tokens]
+
+
+def _norm(x: jax.Array, eps: float, name: str = "normed") -> jax.Array:
+    def forward(x: jax.Array) -> tuple[jax.Array, Any]:
+        y = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+        h, scale = checkpoint_name((y * scale).astype(x.dtype), name), checkpoint_name(scale, "scale")
+        return h, (h, scale)
+
+    def backward(residuals: Any, g: jax.Array) -> tuple[jax.Array]:
+        h, scale, wide = (a.astype(jnp.float32) for a in (*residuals, g))
+        return ((scale * (wide - h * jnp.mean(h * wide, axis=-1, keepdims=True))).astype(g.dtype),)
+
+    return _differentiable(forward, backward)(x)
+
+
+@own_gradient(_norm)
+def norm(x: jax.Array, eps: float, name: str = "normed") -> jax.Array:
+    """Return RMSNorm over the last axis without weights, computed in float32."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def _relu_squared(x: jax.Array, name: str) -> jax.Array:
+    def forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = checkpoint_name(jnp.square(jax.nn.relu(x)), name)
+        return y, y
+
+    def backward(y: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+        return ((2 * jnp.sqrt(y.astype(jnp.float32)) * g.astype(jnp.float32)).astype(g.dtype),)
+
+    return _differentiable(forward, backward)(x)
+
+
+@own_gradient(_relu_squared)
+def relu_squared(x: jax.Array, name: str) -> jax.Array:
+    """Return max(x, 0)^2."""
+    return jnp.square(jax.nn.relu(checkpoint_name(x, name)))
+
+
+def _qk_norm(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], eps: float, scale: float, name: str) -> jax.Array:
+    def forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, Any]:
+        # a rotation keeps the length, so the norm needs only x: one pass reads it, the next rotates and scales it
+        wide = x.astype(jnp.float32)
+        length = scale * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+        y = checkpoint_name((rotate(wide, (cos, sin)) * length).astype(x.dtype), name)
+        return y, (y, checkpoint_name(length, "scale"), cos, sin)
+
+    def backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
+        y, length, cos, sin, wide = (a.astype(jnp.float32) for a in (*residuals, g))
+        inner = jnp.mean(y * wide, axis=-1, keepdims=True) / scale**2
+        return rotate(length * (wide - y * inner), (cos, -sin)).astype(g.dtype), None, None
+
+    return _differentiable(forward, backward)(x, *cos_sin)
+
+
+@own_gradient(_qk_norm)
+def qk_norm(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], eps: float, scale: float, name: str) -> jax.Array:
+    """Return x (B, T, heads, N) rotated, normed and multiplied by `scale`."""
+    return (norm(rotate(checkpoint_name(x, name), cos_sin), eps) * scale).astype(x.dtype)
+
+
+def rotary(config: ModelConfig, positions: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Return cos and sin (B, T, 1, N/2) of positions (B, T); float32 for bfloat16, whose rounding changes lengths."""
+    dtype = jnp.float32 if dtype == jnp.bfloat16 else dtype
+    frequency = config.rotary_base ** (-jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+
+
+def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate (B, T, heads, N) by minus theta, halves split: as karpathy's and Hugging Face's weights expect."""
+    cos, sin = cos_sin
+    x1, x2 = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
+
+
+# The layers in training: a scan, rematerialization, split arrays
+
+# What the backward pass may keep of a layer beside its input, `train.remat`; each saves less and recomputes more.
+REMAT = ("none", "names", "dots", "full")
+SAVED_NAMES = ("attention_in", "q", "k", "v", "middle", "mlp_in", "mlp", "scale", "splash")  # and attention
+
+
+class LayerOptions(NamedTuple):
+    """Options of the layers in training; beyond rounding none changes the result."""
+
+    unroll: int = 1  # groups of layers per iteration of the scan; all of them: a plain loop
+    backend: str = "xla"  # of the attention
+    remat: str = "none"
+    dot: Callable[[jax.Array, Any], jax.Array] = operator.matmul  # of the layers' kernels
+    merge: bool = False  # gradients of the products for q, k and v together; never where heads are split
+    mesh: Mesh | None = None
+    place: Callable[[str, jax.Array], jax.Array] = lambda name, weight: weight  # gathers a weight where it is used
+
+
+DEFAULT = LayerOptions()
+
+
+def hidden(config: ModelConfig, params: Params, tokens: jax.Array, options: LayerOptions = DEFAULT) -> jax.Array:
+    """Return the final normed activations (B, T, D) of whole texts, tokens (B, T) int; dtype of the embedding."""
+
+    def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, windows(config)[i], options.backend, score_bound(config), options.mesh)
+
+    by_layer = ("blocks", "value_embedding", "layers")  # placed layer by layer
+    params = {name: p if name in by_layer else options.place(name, p) for name, p in params.items()}
+    x, _ = embed(config, params, tokens)
+    positions = jnp.arange(tokens.shape[1])[None, :]
+    return forward(config, params, x, tokens, positions, attend, functools.partial(scan_layers, options))
+
+
+def scan_layers(
+    options: LayerOptions, config: ModelConfig, params: Params, x: jax.Array, layer: Layer
+) -> tuple[jax.Array, jax.Array]:
+    """Do what `loop_layers` does with the options of training, stacked layers in a scan over groups of them.
+
+    With a list `params["layers"]`, or with `options.unroll` of all groups, they run in a plain loop too.
+    """
+    groups, period = scan_groups(config)
+
+    def run(stacked: Params, i: int, x: jax.Array, x0: jax.Array, scanned: bool = False) -> jax.Array:
+        body = functools.partial(layer, i, run=functools.partial(placed_block, options))
+        return rematerialized(body, options, scanned)(stacked, x, x0)
+
+    x0 = middle = x
+    start = 0
+    if "layers" not in params and groups > max(options.unroll, 1):
+
+        def group(carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, Params]) -> tuple[Any, None]:
+            (x, middle), (index, stacked) = carry, scanned
+            for j in range(period):
+                x = run(stacked, j, x, x0, scanned=True)
+                if config.backout and j == config.depth // 2 % period:
+                    middle = jnp.where(index == config.depth // 2 // period, x, middle)
+            return (x, middle), None
+
+        scanned = jnp.arange(groups), grouped_layers(config, params)
+        (x, middle), _ = jax.lax.scan(group, (x, middle), scanned, unroll=options.unroll)
+        start = groups * period
+    for i in range(start, config.depth):
+        x = run(params, i, x, x0)
+        middle = x if i == config.depth // 2 else middle
+    return x, middle
+
+
+def placed_block(options: LayerOptions, config: ModelConfig, p: Params, *inputs: Any) -> jax.Array:
+    """Run `block` with weights gathered and activations split as the options say."""
+    p = {name: options.place(name, w) for name, w in p.items()}
+    run: Any = functools.partial(block, dot=options.dot, dot_qkv=merged_dot if options.merge else None)
+    x = run(config, p, *inputs)
+    if options.mesh is None or options.mesh.size == 1:
+        return x
+    # activations and their gradient stay split by rows alone
+    return jax.lax.with_sharding_constraint(x, NamedSharding(options.mesh, PartitionSpec(BATCH_AXES)))
+
+
+def grouped_layers(config: ModelConfig, params: Params) -> Params:
+    """Return what the scan runs over: stacks (groups, layers of a group, ...) of the layers in whole groups.
+
+    One group looks like the parameters of a model of its depth, so `layer_params` slices it.
+    """
+    groups, period = scan_groups(config)
+
+    def split(stack: jax.Array) -> jax.Array:
+        n = period if len(stack) == config.depth else period // 2  # every second layer has a value embedding
+        return stack[: groups * n].reshape(groups, n, *stack.shape[1:])
+
+    return jax.tree.map(split, {name: params[name] for name in ("blocks", "value_embedding") if name in params})
+
+
+def rematerialized(
+    function: Callable[..., jax.Array], options: LayerOptions, scanned: bool
+) -> Callable[..., jax.Array]:
+    """Return `function` with a backward pass that recomputes what the policy of `REMAT` does not save.
+
+    Weights gathered over fsdp are never saved, or the backward pass would hold all layers' at once.
+    """
+    policies = jax.checkpoint_policies
+    if options.remat == "none" and (options.mesh is None or options.mesh.shape["fsdp"] == 1):
+        return function
+    if options.remat == "none":
+        save = policies.save_anything_except_these_names("gathered")
+    elif options.remat == "names":
+        own = options.backend in ("cudnn", "splash")  # what their backward kernels need is saved by itself
+        save = policies.save_only_these_names(*SAVED_NAMES, *(() if own else ("attention",)))
+        # cuDNN's kernel leaves, beside its result, softmax statistics without a name; to lose them is to run it again
+        save = policies.save_from_both_policies(save, lambda primitive, *_, **__: "attention_fwd" in primitive.name)
+    else:
+        save = policies.dots_with_no_batch_dims_saveable if options.remat == "dots" else policies.nothing_saveable
+    return jax.checkpoint(function, policy=save, prevent_cse=not scanned)  # a scan's body is not merged anyway
 
 
 def merged_dot(h: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -328,86 +476,3 @@ def merged_dot(h: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array,
         return jnp.einsum("btf,df->btd", g, kernel), tuple(jnp.split(of_kernel, splits, axis=-1))
 
     return _differentiable(lambda h, kernels: (tuple(h @ w for w in kernels), (h, kernels)), backward)(h, kernels)
-
-
-def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Return rows (..., D) of table (V, D) at tokens (...); the gradient adds up in float32.
-
-    A frequent token has thousands of rows to add, which bfloat16's 8 bits would swallow.
-    """
-
-    def backward(tokens: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
-        zeros = jnp.zeros(table.shape, jnp.float32)
-        return zeros.at[tokens].add(g.astype(jnp.float32)).astype(table.dtype), None
-
-    return _differentiable(lambda table, tokens: (table[tokens], tokens), backward)(table, tokens)
-
-
-def norm(x: jax.Array, eps: float, name: str = "normed") -> jax.Array:
-    """Return RMSNorm over the last axis without weights, computed in float32."""
-
-    def plain(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-        return (y * scale).astype(x.dtype), scale
-
-    def forward(x: jax.Array) -> tuple[jax.Array, Any]:
-        h, scale = plain(x)
-        h, scale = checkpoint_name(h, name), checkpoint_name(scale, "scale")
-        return h, (h, scale)
-
-    def backward(residuals: Any, g: jax.Array) -> tuple[jax.Array]:
-        h, scale, wide = (a.astype(jnp.float32) for a in (*residuals, g))
-        return ((scale * (wide - h * jnp.mean(h * wide, axis=-1, keepdims=True))).astype(g.dtype),)
-
-    return _differentiable(forward, backward)(x) if x.dtype == jnp.bfloat16 else plain(x)[0]
-
-
-def relu_squared(x: jax.Array, name: str) -> jax.Array:
-    """Return max(x, 0)^2."""
-
-    def forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y = checkpoint_name(jnp.square(jax.nn.relu(x)), name)
-        return y, y
-
-    def backward(y: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-        return ((2 * jnp.sqrt(y.astype(jnp.float32)) * g.astype(jnp.float32)).astype(g.dtype),)
-
-    if x.dtype == jnp.bfloat16:
-        return _differentiable(forward, backward)(x)
-    return jnp.square(jax.nn.relu(checkpoint_name(x, name)))
-
-
-def qk_norm(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], eps: float, scale: float, name: str) -> jax.Array:
-    """Return x (B, T, heads, N) rotated, normed and multiplied by `scale`."""
-
-    def forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, Any]:
-        # a rotation keeps the length, so the norm needs only x: one pass reads it, the next rotates and scales it
-        wide = x.astype(jnp.float32)
-        length = scale * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-        y = checkpoint_name((rotate(wide, (cos, sin)) * length).astype(x.dtype), name)
-        return y, (y, checkpoint_name(length, "scale"), cos, sin)
-
-    def backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
-        y, length, cos, sin, wide = (a.astype(jnp.float32) for a in (*residuals, g))
-        inner = jnp.mean(y * wide, axis=-1, keepdims=True) / scale**2
-        return rotate(length * (wide - y * inner), (cos, -sin)).astype(g.dtype), None, None
-
-    if x.dtype == jnp.bfloat16:
-        return _differentiable(forward, backward)(x, *cos_sin)
-    return norm(rotate(checkpoint_name(x, name), cos_sin), eps) * scale
-
-
-def rotary(config: ModelConfig, positions: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """Return cos and sin (B, T, 1, N/2) of positions (B, T); float32 for bfloat16, whose rounding changes lengths."""
-    dtype = jnp.float32 if dtype == jnp.bfloat16 else dtype
-    frequency = config.rotary_base ** (-jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
-
-
-def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate (B, T, heads, N) by minus theta, halves split: as karpathy's and Hugging Face's weights expect."""
-    cos, sin = cos_sin
-    x1, x2 = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)

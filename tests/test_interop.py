@@ -5,12 +5,15 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jinja2.sandbox
 import ml_dtypes
 import numpy as np
@@ -29,7 +32,7 @@ from jaxchat.engine import Engine
 from jaxchat.errors import DataError, UsageError
 from jaxchat.interop import huggingface
 from jaxchat.interop.__main__ import main, make_parser
-from jaxchat.interop.exported.model import GPT
+from jaxchat.interop.bundle import bundle
 from jaxchat.interop.huggingface import (
     architecture_of,
     assemble,
@@ -41,6 +44,7 @@ from jaxchat.interop.huggingface import (
     write_hf,
 )
 from jaxchat.interop.trained import (
+    CODE,
     HOW,
     MARK,
     load_trained,
@@ -53,7 +57,7 @@ from jaxchat.interop.trained import (
 from jaxchat.model import abstract_params
 from jaxchat.run_dir import RunDir, read_json
 from jaxchat.scaling import resolve
-from jaxchat.sizes import count_parameters, value_layers, windows
+from jaxchat.sizes import count_parameters, windows
 from jaxchat.tokenizer import Tokenizer
 from train.stages import FORMATS
 from train.stages import run_export as stage_run
@@ -394,13 +398,31 @@ def test_checksums_cover_every_file_and_the_golden_logits_are_ours(tmp_path):
     assert read_json(tmp_path / "out" / "config.json")["format"] == 1
 
 
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    """The names of the `model.py` that an export gets."""
+    file = tmp_path_factory.mktemp("generated") / "model.py"
+    file.write_text(bundle(CODE), encoding="utf-8")
+    return runpy.run_path(str(file))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_printed_model_is_ours(kind):
+def test_the_generated_model_is_ours(generated, kind):
     shape = config(kind)
     params, ids = random_params(shape), np.random.default_rng(2).integers(0, 293, (2, 100))
-    facts = {"model": dataclasses.asdict(shape), "windows": windows(shape), "value_layers": value_layers(shape)}
-    found = np.asarray(GPT(params, facts | {"end_tokens": []})(ids))
-    assert np.abs(found - logits_of(shape, params, ids)).max() < 1e-4
+    facts = {"model": dataclasses.asdict(shape), "windows": windows(shape), "end_tokens": []}
+    ours = logits_of(shape, params, ids)
+    for dtype, tolerance in ((jnp.float32, 1e-4), (jnp.bfloat16, 1.0)):
+        theirs = np.asarray(generated["GPT"](params, facts, dtype)(ids))
+        assert theirs.dtype == np.float32 and np.abs(theirs - ours).max() < tolerance, dtype
+
+
+def test_the_generated_file_is_whole_and_has_nothing_of_training(generated):
+    functions = {name: f for name, f in generated.items() if getattr(f, "__module__", "") == generated["__name__"]}
+    assert {"GPT", "run", "forward", "block", "norm", "masked_attention"} < functions.keys()
+    for function in functions.values():
+        typing.get_type_hints(getattr(function, "__wrapped__", function), generated)  # every name is defined
+    assert not re.findall(r"(from|import) jaxchat|lax\.scan|jax\.checkpoint\(|custom_vjp|Mesh", bundle(CODE))
 
 
 def test_the_export_stage_leaves_both_formats(finished):

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat.attention import attention, choose_backend, masked_attention, trusted_backend, with_attention
 from jaxchat.config import ModelConfig
-from jaxchat.model import LayerOptions, Params, cast_params, embed, forward, logits
+from jaxchat.model import LayerOptions, Params, cast_params, embed, forward, logits, scan_layers
 from jaxchat.sharding import BATCH_AXES, batch_devices, replicated
 from jaxchat.sizes import exam_rows, scan_groups, score_bound, windows
 
@@ -179,7 +179,7 @@ def score_targets(
         return jnp.concatenate([y, tails], axis=1)
 
     options = LayerOptions(unroll=groups if groups * period <= UNROLLED else 1, backend=backend)
-    x = forward(config, params, x, tokens, positions, attend, options)
+    x = forward(config, params, x, tokens, positions, attend, functools.partial(scan_layers, options))
     x = x.reshape(-1, x.shape[-1])
     chunk = min(M, QUESTION_CHUNK.get(jax.default_backend(), ACCELERATOR_CHUNK))
     spare = -M % chunk

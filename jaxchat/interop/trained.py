@@ -32,6 +32,7 @@ from jaxchat.config import Config, ModelConfig, RlConfig, ServeConfig, to_toml
 from jaxchat.engine import load_run, trained_stages
 from jaxchat.engine.scheduler import STAGES as FURTHEST_FIRST
 from jaxchat.errors import DataError, UsageError
+from jaxchat.interop.bundle import bundle
 from jaxchat.model import Params, hidden, layer_params, logits
 from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, read_json, sync_directory, write_checksums, write_json
 from jaxchat.scaling import resolve
@@ -296,7 +297,7 @@ def write_orbax(model: Trained, out: Path) -> dict[str, Any]:
         write_json(folder / "config.json", facts)
         for name in ("tokenizer.json", "chat_template.jinja"):
             atomic_write(folder / name, tokenizer_files(model)[name])
-        atomic_write(folder / CODE.name, CODE.read_text(encoding="utf-8"))
+        atomic_write(folder / CODE.name, bundle(CODE))
         atomic_write(folder / "README.md", model_card(dataclasses.replace(model, card=None), HOW, "jax"))
         np.savez(folder / "golden.npz", ids=ids, logits=golden_logits(config, params, ids, GOLDEN_TOKENS))
         write_checksums(folder)
