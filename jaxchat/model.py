@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from jaxchat.sizes import (
 Params = dict[str, Any]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]  # layer, q (B, T, H, N), k, v (B, T, K, N) -> y
 Layer = Callable[..., jax.Array]  # i, params, x (B, T, D), x0 (B, T, D) -> x; see `forward`
+F = TypeVar("F", bound=Callable[..., jax.Array])
 
 # Parameters
 
@@ -222,9 +223,9 @@ def logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     return config.softcap * jnp.tanh(z / config.softcap)
 
 
-# Parts of a layer. Several have, for training, a twin with a backward pass of its own. In bfloat16 those of norm,
-# activation and QK-norm need their results alone, so that less is kept in memory; the names say what rematerialization
-# may keep.
+# Parts of a layer. Several have a twin with a backward pass of its own; an export goes without the twins. In bfloat16
+# those of norm, activation and QK-norm need their results alone, so that less is kept in memory; the names say what
+# rematerialization may keep.
 
 
 def _differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -234,18 +235,14 @@ def _differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -
     return function
 
 
-def own_gradient(twin: Any, dtype: DTypeLike | None = jnp.bfloat16) -> Callable[[Any], Any]:
-    """Decorate a function with a twin that takes its place in `dtype`, None: in all; values are equal but for rounding.
+def own_gradient(twin: F, dtype: DTypeLike | None = jnp.bfloat16) -> Callable[[F], F]:
+    """Decorate a function of x with its twin of equal values, which takes its place for x in `dtype`, None: in any."""
 
-    Exports go without the twins.
-    """
-
-    def decorate(plain: Any) -> Any:
-        @functools.wraps(plain)
+    def decorate(plain: F) -> F:
         def function(x: jax.Array, *args: Any) -> jax.Array:
             return (twin if dtype is None or x.dtype == dtype else plain)(x, *args)
 
-        return function
+        return cast(F, functools.wraps(plain)(function))
 
     return decorate
 
@@ -387,10 +384,17 @@ def scan_layers(
     With a list `params["layers"]`, or with `options.unroll` of all groups, they run in a plain loop too.
     """
     groups, period = scan_groups(config)
+    run_block: Any = functools.partial(block, dot=options.dot, dot_qkv=merged_dot if options.merge else None)
+
+    def placed(config: ModelConfig, p: Params, *inputs: Any) -> jax.Array:
+        x = run_block(config, {name: options.place(name, w) for name, w in p.items()}, *inputs)
+        if options.mesh is None or options.mesh.size == 1:
+            return x
+        # activations and their gradient stay split by rows alone
+        return jax.lax.with_sharding_constraint(x, NamedSharding(options.mesh, PartitionSpec(BATCH_AXES)))
 
     def run(stacked: Params, i: int, x: jax.Array, x0: jax.Array, scanned: bool = False) -> jax.Array:
-        body = functools.partial(layer, i, run=functools.partial(placed_block, options))
-        return rematerialized(body, options, scanned)(stacked, x, x0)
+        return rematerialized(functools.partial(layer, i, run=placed), options, scanned)(stacked, x, x0)
 
     x0 = middle = x
     start = 0
@@ -411,17 +415,6 @@ def scan_layers(
         x = run(params, i, x, x0)
         middle = x if i == config.depth // 2 else middle
     return x, middle
-
-
-def placed_block(options: LayerOptions, config: ModelConfig, p: Params, *inputs: Any) -> jax.Array:
-    """Run `block` with weights gathered and activations split as the options say."""
-    p = {name: options.place(name, w) for name, w in p.items()}
-    run: Any = functools.partial(block, dot=options.dot, dot_qkv=merged_dot if options.merge else None)
-    x = run(config, p, *inputs)
-    if options.mesh is None or options.mesh.size == 1:
-        return x
-    # activations and their gradient stay split by rows alone
-    return jax.lax.with_sharding_constraint(x, NamedSharding(options.mesh, PartitionSpec(BATCH_AXES)))
 
 
 def grouped_layers(config: ModelConfig, params: Params) -> Params:
