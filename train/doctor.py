@@ -145,7 +145,7 @@ def accelerators(root: Path = Path("/")) -> list[tuple[str, str, tuple[str, ...]
 
 
 def _nvidia_smi(root: Path) -> tuple[str, int, float] | None:
-    """(name, driver's major version, compute capability) of the first card that nvidia-smi lists."""
+    """Return (name, driver's major version, compute capability) of the first card that nvidia-smi lists."""
     places = [root / "usr/bin/nvidia-smi", root / "usr/lib/wsl/lib/nvidia-smi"]
     if root == Path("/") and (elsewhere := shutil.which("nvidia-smi")):
         places.append(Path(elsewhere))

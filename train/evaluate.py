@@ -533,7 +533,9 @@ def examine(model: Model, one_batch: bool = False) -> dict[str, Any]:
 
 
 def spot_checks(config: Config, run: RunDir, tokenizer: Tokenizer, stage: str, cases: int) -> list[Evaluator]:
-    """An evaluator that asks `cases` questions of every exam while a model trains: a curve, not a score to report.
+    """Return an evaluator that asks `cases` questions of every exam while a model trains.
+
+    Its figures make a curve; they are no scores to report.
 
     It yields `exam/NAME` for the exams of `eval.exams` whose data is at hand, and `chatcore` where its five are among
     them. An exam without data is reported once. None for 0 cases.

@@ -297,7 +297,7 @@ class Rehearsal:
         return found | self.measure(facts, seconds, self.text_ratio)
 
     def measure_report(self, facts: dict[str, Any], seconds: float) -> Measured:
-        """The search for the exams' text in the training text reads `eval.overlap_documents` documents; a bound."""
+        """Measure the report: it searches `eval.overlap_documents` documents for the exams' text."""
         limit, documents = self.config.eval.overlap_documents, self.measured["prepare"]["documents"]
         whole = documents * self.text_ratio
         return self.measure(facts, seconds, max(1.0, (whole if limit < 0 else min(limit, whole)) / max(1, documents)))
@@ -381,7 +381,7 @@ class Rehearsal:
         return loop | {"answers": answers, "rollout_seconds": rollout, "tokens_per_second": rate}
 
     def measure_eval(self, facts: dict[str, Any], seconds: float) -> Measured:
-        """Every exam's batches take as long as its second; what the first took longer is compiling and loading."""
+        """Measure the exams: every batch takes as long as the second; the first also compiles and loads."""
         found: Measured = {"exams": {}, "fixed": seconds, "compile": 0.0, "work": {}}
         for stage in evaluate.STAGES:
             if not self.run.eval(stage).exists():

@@ -534,7 +534,7 @@ class Programs:
         yield swap, (slots, np.stack([slot, slot], axis=1)), {}
 
     def _is_first(self, function: Any, arguments: tuple[Any, ...], static: dict[str, int]) -> bool:
-        """Whether a short request of a single client needs this program."""
+        """Return whether a short request of a single client needs this program."""
         if function is decode_chunk:
             return static["rows"] == self.least_rows and static["bucket"] == self.cache_buckets[0]
         return function is start or (

@@ -46,7 +46,7 @@ def calculate(expression: str) -> str | None:
 
 
 def format_number(value: Fraction) -> str | None:
-    """The one way numbers are written in tool outputs; None outside of the range that is worth writing."""
+    """Return a number as tool outputs write it; None outside of the range that is worth writing."""
     if abs(value) >= MAX_WHOLE or 0 < abs(value) < MIN_FRACTION:
         return None
     if value.denominator == 1:
@@ -73,7 +73,7 @@ def _value(node: ast.expr, source: bytes) -> Fraction:
 
 
 def _text(node: ast.expr) -> str:
-    """A string that is not empty; `ValueError` for anything else."""
+    """Return a string that is not empty; `ValueError` for anything else."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value:
         return node.value
     raise ValueError("not a string")

@@ -169,7 +169,7 @@ class Trunk(nn.Module):
 
     @staticmethod
     def mask(real: Tensor, T: int, S: int, window: int) -> Tensor:
-        """(B, 1, T, S): what a token sees, itself and `window` tokens before it; padding sees itself, not nothing."""
+        """Return (B, 1, T, S): a token sees itself and `window` tokens before it; padding sees itself, not nothing."""
         i = torch.arange(S - T, S, device=real.device)[:, None]
         j = torch.arange(S, device=real.device)[None, :]
         return (real[:, None, None, :] & (j <= i) & (i - j <= window)) | (i == j)
