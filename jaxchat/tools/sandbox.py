@@ -15,6 +15,7 @@ import secrets
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -162,14 +163,15 @@ class Process:
                 stack.callback(remove_scratch, self.scratch)
                 # output goes to files without a name: they need no thread that reads, and have the size limit of a file
                 given, self.out, self.err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
-                ready, said = _pipe(stack)
+                # a socket: another process of this user cannot open it through /proc, as it could a pipe
+                ready, said = (stack.enter_context(end) for end in socket.socketpair())
                 own = {
                     "role": role,
                     "level": level,
                     "policy": asdict(policy),
                     "parent": os.getpid() if level < 3 else 0,
                 }
-                descriptors = {name: end.fileno() for name, end in {**ends, "ready": said}.items()}
+                descriptors = {name: end.fileno() for name, end in ends.items()} | {"ready": said.fileno()}
                 given.write(json.dumps({**job, **own, **descriptors}).encode("ascii"))
                 given.seek(0)
                 # -X utf8: the environment is empty, so no locale says so; -B: byte code could not be written anyway
@@ -187,10 +189,11 @@ class Process:
             except OSError as error:
                 raise SandboxError(f"cannot start a process: {error}") from None
             stack.callback(self._kill)
-            for file in (given, said, *ends.values()):
+            said.close()
+            for file in (given, *ends.values()):
                 file.close()
             readable, _, _ = select.select([ready], [], [], SETUP_SECONDS)
-            if (text := ready.read(500) if readable else b"no answer") != READY:
+            if (text := ready.recv(500) if readable else b"no answer") != READY:
                 self.wait(1)
                 why = text.decode("utf-8", "replace") or self._text(self.err) or f"it ended with {self.exit_code()}"
                 raise SandboxError(f"the process did not confine itself: {why.strip()[:400]}")
