@@ -275,6 +275,8 @@ def prepare_environment() -> None:
     from importlib.metadata import PackageNotFoundError, version
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns at length where the home is read-only
+    for name in ("asyncio", "concurrent.futures"):  # Orbax's threads, when a signal ends its event loop
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     option, flags = "--xla_backend_extra_options=", os.environ.get("XLA_FLAGS", "")
     for package in ("jax-cuda13-pjrt", "jax-cuda12-pjrt"):
         with contextlib.suppress(PackageNotFoundError):
