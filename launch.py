@@ -222,6 +222,8 @@ def run(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace, config: Config, directory: RunDir, reasons: dict[str, str]) -> None:
     """Run the stages; of several processes the first one alone prints."""
+    import logging
+
     import jax
 
     from jaxchat import distributed
@@ -230,6 +232,8 @@ def train(args: argparse.Namespace, config: Config, directory: RunDir, reasons: 
     from train.report import summarize
     from train.stages import run_stages, select, unfinished
 
+    for name in ("asyncio", "concurrent.futures"):  # Orbax's threads, when a signal ends its event loop
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     stages = select(args.stages, args.start)
     chosen = args.set or any(value is not None for value in (args.tier, args.config, args.data, args.seed))
     if args.run_dir and not chosen and not directory.config.exists():
@@ -275,8 +279,6 @@ def prepare_environment() -> None:
     from importlib.metadata import PackageNotFoundError, version
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns at length where the home is read-only
-    for name in ("asyncio", "concurrent.futures"):  # Orbax's threads, when a signal ends its event loop
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     option, flags = "--xla_backend_extra_options=", os.environ.get("XLA_FLAGS", "")
     for package in ("jax-cuda13-pjrt", "jax-cuda12-pjrt"):
         with contextlib.suppress(PackageNotFoundError):
