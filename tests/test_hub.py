@@ -96,7 +96,7 @@ def test_lasting_faults_are_named_with_what_to_do(server, tmp_path, monkeypatch,
     with pytest.raises(DataError) as caught:
         hub_files(SOURCE, 0, tmp_path, endpoint=server.url)
     text = str(caught.value)
-    assert "data/002.parquet cannot be had" in text and "data.mirror" in text and COMMIT[:8] in text
+    assert "data/002.parquet could not be downloaded" in text and "data.mirror" in text and COMMIT[:8] in text
     assert "\n" not in text
     kept = [path.name for path in tmp_path.rglob("*.verified.json")]
     assert kept and not any("002" in name for name in kept)
@@ -107,10 +107,10 @@ def test_lasting_faults_are_named_with_what_to_do(server, tmp_path, monkeypatch,
 
 def test_missing_things_are_named_at_once(server, tmp_path):
     server.faults["data/001.parquet"] = ["404"] * 9
-    with pytest.raises(DataError, match=r"data/001\.parquet cannot be had \(.*404"):
+    with pytest.raises(DataError, match=r"data/001\.parquet could not be downloaded \(.*404"):
         hub_files(SOURCE, 0, tmp_path, endpoint=server.url)
     assert len(server.gets("001.parquet")) == 1
-    with pytest.raises(DataError, match=r"hf:no/where: no/where cannot be had \(.*404"):
+    with pytest.raises(DataError, match=r"hf:no/where: no/where could not be downloaded \(.*404"):
         hub_files("hf:no/where", 0, tmp_path, endpoint=server.url)
     with pytest.raises(DataError, match="404"):
         hub_files("hf:someone/texts@v9", 0, tmp_path, endpoint=server.url)
@@ -119,7 +119,7 @@ def test_missing_things_are_named_at_once(server, tmp_path):
 def test_an_unreachable_hub_is_named(server, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "TRIES", 1)
     server.close()
-    with pytest.raises(DataError, match="someone/other cannot be had"):
+    with pytest.raises(DataError, match="someone/other could not be downloaded"):
         hub_files("hf:someone/other", 0, tmp_path, endpoint=server.url)
 
 
@@ -168,6 +168,15 @@ def test_files_without_text_are_named_after_the_first(server, tmp_path):
     pq.write_table(pa.table({"content": ["text"] * 50}), sink)
     server.files["data/000.parquet"] = sink.getvalue()
     with pytest.raises(DataError, match=r"000\.parquet: no column `text` \(it has content\)"):
+        hub_files(SOURCE, 10_000, tmp_path, endpoint=server.url)
+    assert not server.gets("001.parquet")
+
+
+def test_a_first_file_without_text_does_not_fetch_all_others(server, tmp_path):
+    sink = io.BytesIO()
+    pq.ParquetWriter(sink, pa.schema({"text": pa.string()})).close()
+    server.files["data/000.parquet"] = sink.getvalue()
+    with pytest.raises(DataError, match=r"000\.parquet: no text"):
         hub_files(SOURCE, 10_000, tmp_path, endpoint=server.url)
     assert not server.gets("001.parquet")
 

@@ -92,7 +92,7 @@ class Hub:
         return path.is_file() and mark.is_file() and path.stat().st_size == read_json(mark)["size"]
 
     def get(self, names: Sequence[str]) -> list[Path]:
-        """Download what is missing, several files at once; `DataError` if a file cannot be had or stays damaged."""
+        """Download what is missing, several files at once; `DataError` if a file stays missing or damaged."""
         if not all(map(self.has, names)):
             files = self.listing()
             if unknown := [name for name in names if name not in files]:
@@ -166,9 +166,9 @@ class Hub:
                 say(f"  {what}: {why}; again in {wait:.0f} s", style="yellow")
                 time.sleep(wait)
         raise DataError(
-            f"hf:{self.repo}: {what} cannot be had ({why}). Run the same command again; or download {self.repo} "
-            f"({self.commit[:8]}) elsewhere and give its folder, --set data.mirror=FOLDER; or train on text of your "
-            "own, --data 'files:*.txt'"
+            f"hf:{self.repo}: {what} could not be downloaded ({why}). Run the same command again; or download "
+            f"{self.repo} ({self.commit[:8]}) elsewhere and give its folder, --set data.mirror=FOLDER; or train on "
+            "text of your own, --data 'files:*.txt'"
         )
 
 

@@ -95,9 +95,9 @@ def read_file(path: Path, encoding: str = "auto", counts: Counter[str] | None = 
 
 
 def read_records(path: Path, encoding: str = "auto", columns: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield (FILE:NUMBER, record) of every non-empty line of jsonl, or of every row of parquet; `DataError` as above.
+    """Yield (FILE:NUMBER, record) of every non-empty line of jsonl, or of every row of parquet.
 
-    `columns`: the only ones to read of a parquet file.
+    `columns`: the only ones to read of a parquet file. `DataError` names the file, and the line that is not JSON.
     """
     with _named_errors(path, encoding):
         if suffix_of(path) == ".parquet":
@@ -297,7 +297,7 @@ def hub_files(source: str, text_bytes: int, cache: Path, mirror: str = "", endpo
     """Return the first files, by name, that together hold `text_bytes` of text (0: all files).
 
     They come from `mirror`, a folder that holds `OWNER/NAME/` or is itself called NAME, or from the hub into `cache`.
-    `DataError` says what is missing or cannot be had, and where to put it by hand.
+    `DataError` says what is missing or could not be downloaded, and where to put it by hand.
     """
     repo, revision, pattern = parse_hub(source)
     if mirror:
@@ -314,7 +314,9 @@ def hub_files(source: str, text_bytes: int, cache: Path, mirror: str = "", endpo
     names = everything = _readable(sizes, repo, pattern)
     if text_bytes:  # how much text a file holds is measured at the first
         (first,) = hub.get(names[:1])
-        ratio = text_size(first) / max(1, sizes[names[0]])
+        if not (first_text := text_size(first)):
+            raise DataError(f"{first}: no text in it; name files with text, hf:{repo}:PATTERN")
+        ratio = first_text / sizes[names[0]]
         names = names[: _enough((sizes[name] * ratio for name in names), text_bytes)]
     if missing := [sizes[name] for name in names if not hub.has(name)]:
         left = f"{len(missing):,} to download, {sum(missing) / 1e9:.3g} GB"
@@ -394,7 +396,7 @@ def parse(source: str) -> list[tuple[str, float]]:
         if len(terms) > 1 and (match is None or not float(match[1])):
             raise UsageError(f"data.source: {term!r} in a mixture; write 0.7 SOURCE + 0.3 SOURCE")
         name, weight = (match[2], float(match[1])) if match else (term, 1.0)
-        generator_of(name)
+        generator_of(name)  # raises for an unknown source
         parts.append((name, weight))
     total = sum(weight for _, weight in parts)
     return [(name, weight / total) for name, weight in parts]
@@ -404,7 +406,7 @@ def open_corpus(data: DataConfig) -> list[Part]:
     """Return the parts of `data.source` without the files of `data.val_source`.
 
     Files of the hub are downloaded, as many as `data.text_bytes` needs.
-    Raises `DataError` that names what is missing or cannot be had, `UsageError` for a malformed source.
+    `DataError` names what is missing or could not be downloaded; `UsageError` names a malformed source.
     """
     try:
         "".encode("utf-8" if data.encoding == "auto" else data.encoding)  # unlike codecs.lookup, refuses rot13
