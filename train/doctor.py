@@ -21,6 +21,7 @@ import jax
 
 from jaxchat.attention import TOLERANCE, choose_backend, disagreement
 from jaxchat.config import Config, MeshConfig
+from jaxchat.data.shards import cores
 from jaxchat.log import print_facts, waiting
 from jaxchat.sharding import make_mesh
 from jaxchat.sizes import peak_flops
@@ -68,7 +69,7 @@ def hardware() -> dict[str, Any]:
         "device": device.device_kind if device.platform != "cpu" else (platform.processor() or platform.machine()),
         "devices": jax.device_count(),
         "hosts": jax.process_count(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
     }
 

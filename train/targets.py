@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxchat.data.shards import cores
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.sizes import NO_PEAK, peak_flops
 
@@ -98,9 +99,8 @@ def parse_target(target: str) -> Target:
 
 def cpu_chip(devices: int) -> Chip:
     """Return the figures of one of N simulated devices, which share this machine's cores and memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else CPU.device_bytes
-    return replace(CPU, device_bytes=memory // devices, peak=CPU.peak * cores / devices)
+    return replace(CPU, device_bytes=memory // devices, peak=CPU.peak * cores() / devices)
 
 
 def chip_of(device_kind: str) -> Chip | None:

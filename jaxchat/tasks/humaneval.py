@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import re
 import textwrap
 from collections import Counter
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.data.hub import HubFiles
+from jaxchat.data.shards import cores
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import say
 from jaxchat.tasks.base import Example, MissingData, WrittenTask, parse_rows, user
@@ -92,7 +92,7 @@ class HumanEval(WrittenTask):
     def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
         """Grade each answer in its own pair of processes, as many at once as there are processors."""
         box = self.sandbox
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             outcomes = list(
                 pool.map(lambda example, answer: run_tests(box, example.expected, answer), examples, answers)
             )
