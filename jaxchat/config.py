@@ -19,8 +19,6 @@ from typing import Any
 from jaxchat.errors import UsageError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-
-
 TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a string"}
 
 

@@ -270,9 +270,8 @@ class Rows:
         def mapped(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
             path, size = self.directory / name, int(np.prod(shape)) * dtype.itemsize
             verify_file(path, size, self.meta["sha256"].get(name, "") if verify else None, repair)
-            return (
-                np.memmap(path, dtype, mode="r", shape=shape) if size else np.zeros(shape, dtype)
-            )  # cannot map nothing
+            # an empty file cannot be mapped
+            return np.memmap(path, dtype, mode="r", shape=shape) if size else np.zeros(shape, dtype)
 
         self._ids = mapped("rows.bin", np.dtype(self.meta["dtype"]).newbyteorder("<"), shape)
         self._has_lengths = targets == "lengths.bin"

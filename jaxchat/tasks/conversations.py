@@ -97,7 +97,7 @@ def spoken(conversation: Conversation) -> str:
 
 
 def is_other_bot(question: str, answer: str) -> bool:
-    """Return whether a pair is about who answers, or the answer speaks as a machine: `tasks/identity.py` says who."""
+    """Return whether a pair is about who answers, or the answer speaks as a machine (`other_bots` in `texts.toml`)."""
     bots, both = TEXTS["other_bots"], (question, answer)
     if re.search("[가-힣]", question + answer):
         return any(re.search(pattern, text) for pattern in bots["korean"] for text in both)

@@ -113,7 +113,7 @@ def word_problem(rng: random.Random, held_out: bool) -> tuple[str, str, str, str
 
 
 class Arithmetic(GeneratedTask):
-    """Sums, differences and products without the calculator, exact match; pairs are held out as above."""
+    """Sums, differences and products without the calculator; the exam's pairs of numbers are never trained."""
 
     name, title = "arithmetic", "arithmetic"
     max_tokens = 16
