@@ -48,7 +48,6 @@ class DecayState(NamedTuple):
 def muon(
     momentum: Schedule = 0.95,
     weight_decay: Schedule = 0.0,
-    beta2: float = 0.9,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
@@ -56,7 +55,6 @@ def muon(
 
     Args:
       momentum, weight_decay: a number, or a function of the step count.
-      beta2: decay of the second moment per neuron.
       dtype: of the orthogonalization's products (bfloat16 on accelerators); None keeps the update's.
       mesh: devices that share the orthogonalization, each whole matrices.
     """
@@ -64,7 +62,7 @@ def muon(
         nesterov_momentum(momentum),
         equilibrate_rows(),
         orthogonalize(POLAR_EXPRESS, dtype, mesh=mesh),
-        normalize_neurons(beta2),
+        normalize_neurons(beta2=0.9),
         add_cautious_decay(weight_decay),
         scale_by_shape(),
     )
@@ -154,7 +152,10 @@ def orthogonalize(
 
 
 def normalize_neurons(beta2: float) -> optax.GradientTransformation:
-    """Divide by a running root mean square per output (per input where in > out), keeping the norm."""
+    """Divide by a running root mean square per output (per input where in > out), keeping the norm.
+
+    `beta2`: decay of the second moment.
+    """
 
     def axis_of(u):
         return -2 if u.shape[-1] >= u.shape[-2] else -1

@@ -74,9 +74,8 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     state = TrainState(params, jax.eval_shape(optimizer.init, params), step)
 
     def placed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        name = keystr(
-            path, simple=True, separator="."
-        )  # ends with that of a parameter: params.blocks.q, ....mu.blocks.q
+        # ends with the path of a parameter: params.blocks.q, opt_state.1.0.mu.blocks.q
+        name = keystr(path, simple=True, separator=".")
         declared = next((p for known, p in table.items() if name.endswith(f".{known}") and p.shape == leaf.shape), None)
         place = master_sharding(mesh, declared) if declared else replicated(mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)

@@ -167,14 +167,14 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
-def batches_of(documents: Iterable[str], count: int = BATCH_DOCUMENTS, chars: int = BATCH_CHARS) -> Iterator[list[str]]:
-    """Yield lists of at most `count` documents that end when `chars` characters are reached."""
+def batches_of(documents: Iterable[str], chars: int = BATCH_CHARS) -> Iterator[list[str]]:
+    """Yield lists of at most `BATCH_DOCUMENTS` documents that end when `chars` characters are reached."""
     batch: list[str] = []
     size = 0
     for document in documents:
         batch.append(document)
         size += len(document)
-        if len(batch) == count or size >= chars:
+        if len(batch) == BATCH_DOCUMENTS or size >= chars:
             yield batch
             batch, size = [], 0
     if batch:

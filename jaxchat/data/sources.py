@@ -101,10 +101,7 @@ def read_records(path: Path, encoding: str = "auto", columns: Sequence[str] | No
     """
     with _named_errors(path, encoding):
         if suffix_of(path) == ".parquet":
-            with _parquet(path) as file:
-                names = file.schema_arrow.names
-                if missing := [name for name in columns or () if name not in names]:
-                    raise DataError(f"{path}: no column `{'`, `'.join(missing)}` (it has {', '.join(names)})")
+            with _parquet(path, columns or ()) as file:
                 batches = file.iter_batches(1024, columns=columns)
                 rows = (row for batch in batches for row in batch.to_pylist())
                 yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
@@ -129,10 +126,7 @@ def text_size(path: Path) -> int:
     """Return about how many bytes of text a file holds."""
     if suffix_of(path) != ".parquet":
         return round(path.stat().st_size * (COMPRESSION if path.suffix.lower() in COMPRESSED else 1))
-    with _parquet(path) as file:
-        names = file.schema_arrow.names
-        if "text" not in names:
-            raise DataError(f"{path}: no column `text` (it has {', '.join(names)})")
+    with _parquet(path, ["text"]) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         columns = [group.column(i) for group in groups for i in range(group.num_columns)]
         return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
@@ -179,12 +173,17 @@ def _paragraphs(lines: Iterable[str], goal: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
+def _parquet(path: Path, columns: Sequence[str] = ()) -> Iterator[Any]:
+    """Open a parquet file; `DataError` if it is damaged or lacks one of the columns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        yield pq.ParquetFile(path)
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        if missing := [name for name in columns if name not in names]:
+            raise DataError(f"{path}: no column `{'`, `'.join(missing)}` (it has {', '.join(names)})")
+        yield file
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
 
