@@ -22,7 +22,7 @@ from jaxchat.tokenizer import ASSISTANT_END, BOS
 from . import schemas
 from .completions import ChatCall, Completion, TextCall, check_ids, token_name
 from .schemas import ERRORS, ApiError, ChatRequest, CompletionRequest
-from .service import Service, as_api_error, check_length
+from .service import Service, as_api_error, check_length, run_until_one_ends
 
 log = logging.getLogger("jaxchat.serve")
 MAX_WAITING = 8  # messages on a WebSocket that may come while an answer is generated
@@ -175,13 +175,7 @@ class Conversation:
 
     async def run(self) -> None:
         """Receive and answer until the client leaves, which also cancels the answer under way."""
-        tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._answer())]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            refusal, _ = await asyncio.gather(*tasks, return_exceptions=True)
+        refusal = await run_until_one_ends(self._receive(), self._answer())
         if isinstance(refusal, ApiError):
             await self._socket.send_json(refusal.body().model_dump() | {"done": True})
             await self._socket.close(1008, refusal.detail)

@@ -36,15 +36,15 @@ from jaxchat.run_dir import RunDir
 
 from . import api
 from .schemas import ApiError
-from .service import Clients, Service, as_api_error
+from .service import Clients, Service, as_api_error, run_until_one_ends
 from .worker import Worker
 
 log = logging.getLogger("jaxchat.serve")
-HEAD_BYTES = 64 << 10  # of request line and headers; a proxy in front also ends requests that come too slowly
-CLOSE_SECONDS = 1  # for connections to end after the answers have; an open page keeps one for good
+HEAD_BYTES = 64 << 10  # of request line and headers
+CLOSE_SECONDS = 1  # for connections to end after the answers have; an open page never closes its own
 KEEP_ALIVE = 65  # seconds; longer than the minute after which clients and proxies drop an idle connection
-DRAIN_SECONDS = 10.0  # that the rest of a body that is too large is read and thrown away
-DEAD_SECONDS = 30.0  # that a service without its engine still answers 503
+DRAIN_SECONDS = 10.0  # to read and discard the rest of a body that is too large
+DEAD_SECONDS = 30.0  # the service answers 503 after its engine failed, then it ends
 GONE = 499  # nginx's number for a request whose client has gone
 API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics")
 # while the page or the model loads; it reloads itself
@@ -70,7 +70,8 @@ class JsonLines(logging.Formatter):
 def log_to_standard_error() -> None:
     """Log our own records from INFO on, those of uvicorn and asyncio from WARNING on."""
 
-    def is_news(record: logging.LogRecord) -> bool:  # or uvicorn's account of a logged error, or of a page left open
+    def is_news(record: logging.LogRecord) -> bool:
+        # uvicorn repeats errors that we log ourselves, and warns of pages that are open at the end
         message = record.getMessage()
         return "Exception in ASGI application" not in message and "timeout graceful shutdown" not in message
 
@@ -87,9 +88,9 @@ def log_to_standard_error() -> None:
 class Requests:
     """Middleware around HTTP requests: a limit on bodies, an end for clients that leave, and lines in the log.
 
-    A request is cancelled when its client disconnects after its body has come; that message is awaited, nothing is
-    polled. Each POST and each error of the API has a log line. Routes add fields in `request.state.log`, and may leave
-    a `request.state.call` to be closed. `service.answering` counts these POSTs under way.
+    A request is cancelled when its client disconnects after sending its body. Each POST and each error of the API has a
+    log line. Routes add fields in `request.state.log`, and may leave a `request.state.call` to be closed.
+    `service.answering` counts the POSTs under way.
     """
 
     def __init__(self, app: ASGIApp, service: Service):
@@ -145,23 +146,20 @@ class Requests:
                 pass
 
         service.answering += posted
-        tasks = [asyncio.create_task(respond()), asyncio.create_task(leave())]
+        error = None
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            error = await run_until_one_ends(respond(), leave())
         finally:
-            for task in tasks:
-                task.cancel()
-            error, _ = await asyncio.gather(*tasks, return_exceptions=True)
             if call := state.get("call"):
                 call.close()
             service.answering -= posted
-            fields["status"] = fields["status"] or (500 if isinstance(error, Exception) else GONE)
+            fields["status"] = fields["status"] or (500 if error else GONE)
             failed = ours and fields["status"] >= 400 and scope["path"] != "/health"
             if failed:
                 service.metrics.error(fields["status"])
             if posted or failed:
                 log.info("request", extra={"fields": fields | {"seconds": round(time.perf_counter() - begin, 4)}})
-        if isinstance(error, Exception):
+        if error:
             raise error
 
 

@@ -19,7 +19,7 @@ from . import schemas
 from .schemas import ApiError, ChatRequest, CompletionRequest, Sampling, bad_request
 from .service import Call, Service, as_api_error, check_fits, check_length
 
-MAX_SCORING = 64  # requests whose texts wait to be scored
+MAX_SCORING = 64  # requests that are scored or wait for it
 SCORED_AT_ONCE = 8  # prompts; running answers go on between two such batches
 DONE = b"data: [DONE]\n\n"
 
@@ -39,7 +39,7 @@ class Completion(Call):
         raise NotImplementedError
 
     def choice(self, number: int, events: Sequence[Event], whole: bool) -> BaseModel | None:
-        """Return an answer or, unless `whole`, the part of its stream for these events; none of them: its opening."""
+        """Return a whole answer, or the part of its stream for these events; without events the first part."""
         raise NotImplementedError
 
     def settings(self, max_tokens: int | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The chat page, in Gradio: streamed, in English and Korean, nothing leaves the machine.
 
 A conversation is a list of messages as the engine takes them. A part of an answer may also carry `html`: its text as
-token spans, made while it came, so that what the browser has shown stays as it is.
+token spans, made once when it arrives, so that the browser's copy does not change.
 """
 
 from __future__ import annotations
@@ -51,13 +51,11 @@ ALTERNATIVES = 5  # shown for each token
 BREAK = "\u2060"  # word joiner: no width, no meaning
 VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 TITLES = {name: task.title for name, task in TASKS.items() if task.title} | {"chatcore": "ChatCORE"}
-LABELS = json.dumps({name: [words[key] for key in ("send", "stop", "log", "copy")] for name, words in TEXTS.items()})
 # the browser itself refuses anything from elsewhere
-HEAD = (
-    '<meta http-equiv="Content-Security-Policy" '
-    "content=\"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:\">"
-    f"<script>const LABELS = {LABELS};\n{SCRIPT}</script>"
-)
+HEAD = """<meta http-equiv="Content-Security-Policy"
+content="default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:">
+<script>const LABELS = %s;
+%s</script>"""
 # the machine's own fonts: nothing is fetched
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Apple SD Gothic Neo", "Noto Sans KR", "sans-serif"]
 MONO = ["ui-monospace", "SF Mono", "Cascadia Mono", "Noto Sans Mono", "monospace"]
@@ -329,6 +327,9 @@ def mounted_page(run: RunDir, service: Service) -> FastAPI:
         chatbot.undo(undo, conversation, seen, **quiet)
         new.click(lambda: view([], "", True), None, seen, **quiet)
     page.queue(max_size=limits.queue_length + limits.slots)
+    # in the browser's language, or in that of `serve.language`
+    texts = {name: TEXTS.get(limits.language, words) for name, words in TEXTS.items()}
+    labels = {name: [words[key] for key in ("send", "stop", "log", "copy")] for name, words in texts.items()}
 
     def markup(words: dict[str, str]) -> dict[str, str]:  # a component's text is one translation, so HTML is one too
         return words | {
@@ -344,11 +345,10 @@ def mounted_page(run: RunDir, service: Service) -> FastAPI:
         path="",
         server_name=limits.host,
         server_port=limits.port,
-        # in the browser's language, or in that of `serve.language`
-        i18n=gr.I18n(**{name: markup(TEXTS.get(limits.language, words)) for name, words in TEXTS.items()}),
+        i18n=gr.I18n(**{name: markup(words) for name, words in texts.items()}),
         theme=THEME,
         css=CSS,
-        head=HEAD,
+        head=HEAD % (json.dumps(labels), SCRIPT),
         ssr_mode=False,
         run_history=False,
         footer_links=[],

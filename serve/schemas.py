@@ -6,6 +6,7 @@ refused; other unknown fields are ignored.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -38,22 +39,22 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 FinishReason = Literal["stop", "length"]
 
 
-class Asked(BaseModel):
-    """What clients send: numbers are no strings, and finite."""
+class Input(BaseModel):
+    """Base of what clients send. Strings are not converted to numbers, and numbers must be finite."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class TextPart(Asked):
+class TextPart(Input):
     """Part of a message: text, or (an assistant's) a calculator call or its output."""
 
     type: Literal["text", "python", "python_output"]
     text: str
 
 
-class ChatMessage(Asked):
+class ChatMessage(Input):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = Field(description="null, an empty text, is for the assistant alone")
+    content: str | list[TextPart] | None = Field(description="null means an empty text; only for the assistant")
 
     @model_validator(mode="after")
     def _has_content(self) -> ChatMessage:
@@ -67,11 +68,11 @@ class ChatMessage(Asked):
         return [{"type": "text", "text": self.content or ""}]
 
 
-class StreamOptions(Asked):
+class StreamOptions(Input):
     include_usage: bool = False
 
 
-class Sampling(Asked):
+class Sampling(Input):
     """Fields that chat and completions share."""
 
     model: str | None = None
@@ -134,7 +135,7 @@ class CompletionRequest(Sampling):
         return self
 
 
-class TokenizeRequest(Asked):
+class TokenizeRequest(Input):
     """A text, or a conversation as the model sees it."""
 
     model: str | None = None
@@ -151,7 +152,7 @@ class TokenizeRequest(Asked):
         return self
 
 
-class DetokenizeRequest(Asked):
+class DetokenizeRequest(Input):
     model: str | None = None
     tokens: list[TokenId]
 
@@ -321,7 +322,7 @@ class ApiError(HTTPException):
         retry_seconds: float | None = None, headers: dict[str, str] | None = None,
     ):  # fmt: skip
         if retry_seconds is not None:
-            headers = {"Retry-After": str(max(1, round(retry_seconds + 0.5)))}
+            headers = {"Retry-After": str(math.ceil(retry_seconds))}
         super().__init__(status, message, headers)
         self.param, self.code = param, code or ERROR_CODES.get(status)
 

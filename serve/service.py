@@ -1,4 +1,4 @@
-"""What the routes and the page share: who may ask, the metrics, and a request for answers."""
+"""What the routes and the page share: clients and their limits, the metrics, and a request for answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import prometheus_client as prometheus
@@ -161,7 +161,7 @@ class Service:
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model:
             shown = name[:100].encode("utf-8", "replace").decode()  # no lone surrogates
-            raise ApiError(404, f"the model {shown!r} is not here; {self.model!r} is", "model", "model_not_found")
+            raise ApiError(404, f"no model {shown!r}; the model here is {self.model!r}", "model", "model_not_found")
 
     def conversation(self, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
         """Return messages as `jaxchat.chat` takes them: user and assistant in turn, system only at the start.
@@ -226,6 +226,18 @@ class Call:
             "finish": [handle.finish_reason or "cancelled" for handle in handles],
             "first_token_seconds": round(first - handles[0].submitted, 4) if first else None,
         }
+
+
+async def run_until_one_ends(main: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None]) -> Exception | None:
+    """Run both until one of them ends, then cancel the other one; return what `main` raised."""
+    tasks = [asyncio.create_task(main), asyncio.create_task(other)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        error, _ = await asyncio.gather(*tasks, return_exceptions=True)
+    return error if isinstance(error, Exception) else None
 
 
 def check_length(limit: int, param: str, chars: int) -> None:

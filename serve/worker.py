@@ -15,7 +15,7 @@ from jaxchat.engine import Engine, Event, Handle, Request
 from jaxchat.errors import JaxchatError, UsageError
 
 T = TypeVar("T")
-ANSWER_ROOM = 32  # tokens of the context kept for the answer where the conversation would fill it
+ANSWER_ROOM = 32  # tokens of the context that are kept free for the answer
 REASONS = {
     "loading": "the model is still loading",
     "draining": "the service is shutting down",
@@ -27,7 +27,7 @@ Events = list[tuple[int, Event]]  # (number of the answer, event)
 
 
 class Unavailable(JaxchatError):
-    """No request is taken now, or no answer will come. `state` is "loading", "draining" or "dead"."""
+    """The service takes no requests now, or will send no answer. `state` is "loading", "draining" or "dead"."""
 
     exit_code = 1
 
@@ -90,8 +90,11 @@ class Worker:
 
     @property
     def engine(self) -> Engine:
+        """The engine, also after it has stopped. `Unavailable` while it is loading, and where that failed."""
         if not self.loaded.done():
             raise Unavailable("loading")
+        if self.loaded.exception():  # for the log alone: it may name paths
+            raise Unavailable("dead")
         return self.loaded.result()
 
     @property
@@ -112,7 +115,7 @@ class Worker:
             raise Unavailable(self.state)
 
     async def submit(self, groups: Sequence[Group]) -> Answers:
-        """Queue the answers to these prompts, numbered through; all or none. Raises what the engine raises."""
+        """Queue the answers to all of these prompts, or none of them. Raises what the engine raises."""
         self.check()
         self._loop, answers = asyncio.get_running_loop(), Answers()
 
@@ -149,7 +152,7 @@ class Worker:
         self._thread.join(wait)
 
     def _put(self, work: Callable[[Engine], T]) -> Future[T]:
-        """Have the engine's thread run `work`. The future fails with `Unavailable` where the thread ends before."""
+        """Queue `work` for the engine's thread. The future fails with `Unavailable` where the thread has ended."""
         result: Future[T] = Future()
 
         def run() -> None:
@@ -192,29 +195,29 @@ class Worker:
                 wait = False
 
     def _publish(self, events: Sequence[tuple[Handle, Event]]) -> None:
-        """Send the clients the events of one chunk, those of one kind merged."""
-        letters: dict[Answers, Events] = {}
+        """Send each client the events of one chunk; neighbours of one kind are merged."""
+        by_client: dict[Answers, Events] = {}
         for handle, event in events:
             if handle not in self._listeners:
                 continue
             answers, number = self._listeners[handle]
-            own = letters.setdefault(answers, [])
+            own = by_client.setdefault(answers, [])
             if own and own[-1][0] == number and own[-1][1].kind == event.kind:
                 before = own.pop()[1]
                 event = Event(event.kind, before.text + event.text, None, before.tokens + event.tokens)
             own.append((number, event))
             if event.kind == "done":
                 del self._listeners[handle]
-        self._deliver(letters)
+        self._deliver(by_client)
 
-    def _deliver(self, letters: Mapping[Answers, Events | Exception]) -> None:
+    def _deliver(self, items: Mapping[Answers, Events | Exception]) -> None:
         """Wake the clients, all by one call into their event loop."""
 
         def deliver() -> None:
-            for answers, item in letters.items():
+            for answers, item in items.items():
                 answers.inbox.put_nowait(item)
 
-        if letters and self._loop:
+        if items and self._loop:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and the clients with it
                 self._loop.call_soon_threadsafe(deliver)
 

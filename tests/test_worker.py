@@ -74,6 +74,17 @@ def test_errors_reach_the_client_that_caused_them(worker):
     assert text_of(asyncio.run(collect(worker, GREETING))) == "Hi 🙂 안녕!"
 
 
+def test_clients_are_not_told_why_loading_failed():
+    def fail(worker):
+        raise UsageError("/a/path of ours")
+
+    worker = Worker(fail)
+    assert str(worker.loaded.exception(20)) == "/a/path of ours" and worker.state == "dead"
+    with pytest.raises(Unavailable):
+        _ = worker.engine
+    worker.close()
+
+
 def test_clients_that_come_while_the_engine_ends_are_told():
     """The last look into the inbox comes after the last moment to put something there."""
     worker = start()
