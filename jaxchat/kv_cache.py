@@ -64,7 +64,7 @@ def serving_params(config: ModelConfig, params: Params, dtype: jnp.dtype | type,
 def append(
     config: ModelConfig, params: Params, tokens: jax.Array, count: jax.Array, cache: Cache, empty: bool = False
 ) -> tuple[jax.Array, Cache]:
-    """Run tokens behind what each row holds.
+    """Append tokens to the sequence of each row, and run them.
 
     Args:
       params: from `serving_params`.

@@ -486,7 +486,7 @@ BROKEN = {
     "truncated": (cut, "damaged or no safetensors"),
     "a pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no safetensors there"),
     "depth beyond its tensors": (lambda f: edit(f, num_hidden_layers=20_000_000), "at most 10000"),
-    "width beyond floats": (lambda f: edit(f, intermediate_size=10**400), "values that cannot be"),
+    "width beyond floats": (lambda f: edit(f, intermediate_size=10**400), "invalid values"),
     "base not a number": (lambda f: edit(f, rope_parameters={"rope_theta": float("nan")}), "rotary_base"),
     "deep json": (lambda f: (f / "config.json").write_text("[" * 100_000), "not valid JSON"),
     "deep tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"a": ' * 100_000), "not valid JSON"),

@@ -1,9 +1,9 @@
 """The engine's compiled programs and the state of its slots, on one device or on several that share the slots.
 
 On several devices each one owns a part of the slots and runs the same program on it, with whole weights of its own, so
-nothing moves between them. Slots are numbered through, the first device's first. Every array of the state has one entry
-for each slot on its first axis, and every argument from the host one for each device (or a multiple). A slot number
-that is no slot changes nothing.
+nothing moves between them. Slots are numbered across devices, the first device's slots first. Every array of the state
+has one entry for each slot on its first axis, every argument from the host one for each device (or a multiple). An
+update of a slot number out of range is dropped.
 
 What differs between requests is data: no new setting compiles anything. Only ids pass here; text is `request.py`'s.
 
@@ -110,7 +110,7 @@ def start(slots: Slots, cache: Cache, slot: jax.Array, rows: Rows) -> Slots:
     """Start slots (P,) with the keys and values of all of their prompts but the last token, and with `rows`."""
 
     def put(into: jax.Array, new: jax.Array) -> jax.Array:
-        # a cache may hold fewer positions; a ring of its that is shorter has not come round
+        # the cache may have fewer positions than a slot; a shorter ring has not wrapped around yet
         return into.at[(slot, *(slice(size) for size in new.shape[1:]))].set(new, mode="drop")
 
     return jax.tree.map(put, slots, Slots(cache, rows))
@@ -168,7 +168,7 @@ def decode_chunk(
 
     Args:
       bucket: cache positions to keep at hand, at least every running row's length after the chunk (or `capacity`).
-        A ring that is longer has not come round yet, so its first positions are all it holds.
+        A longer ring has not wrapped around yet, so its first positions are all that it holds.
       capacity: tokens a cache row can hold; the token that would not fit any more is still made.
 
     Returns: the slots, and for each row its tokens (R, steps), NO_TOKEN where it made none; its status (R,); and where
@@ -178,7 +178,7 @@ def decode_chunk(
 
     def going(state: Any) -> jax.Array:
         i, part, _ = state
-        # to ask costs a GPU a pause at every step
+        # this condition would stall a GPU at every step
         any_runs = jax.lax.platform_dependent(
             part.rows["status"], cpu=lambda status: jnp.any(status == RUNNING), default=lambda status: jnp.bool_(True)
         )
@@ -301,7 +301,7 @@ def sample(logits: jax.Array, rows: Rows, position: jax.Array) -> jax.Array:
         return jnp.where(temperature > 0, _draw(p, jax.vmap(jax.random.uniform)(keys), greedy), greedy)
 
     need = jnp.where(jnp.any(top_p < 1.0), 3, jnp.where(jnp.any(top_k > 0), 2, 1))
-    return jax.lax.switch(  # one question: each costs a GPU a pause
+    return jax.lax.switch(  # one branch for all rows, since every branch stalls a GPU
         jnp.where(jnp.any(temperature > 0), need, 0),
         [
             lambda: greedy,
@@ -369,7 +369,7 @@ def _threshold(p: jax.Array, weight: jax.Array, goal: jax.Array) -> jax.Array:
             low += sum((a >= goal).astype(jnp.int32) for a in amounts) << shift
         return low
 
-    # a CPU gains by ending early, a GPU pauses at every turn of a loop
+    # ending early pays on a CPU; a GPU stalls at every iteration of a loop
     bits = jax.lax.platform_dependent(cpu=until_exact, default=all_bits)
     return jnp.minimum(jax.lax.bitcast_convert_type(bits, jnp.float32), 1.0)
 
@@ -450,7 +450,7 @@ class Programs:
         """
         if self._compiling:
             future = self._compiling.pop(_key(function, arguments, static), None)
-            if future and not future.cancel():  # it compiles just now; one that waits its turn is left to this call
+            if future and not future.cancel():  # it is compiling; one that was still queued compiles in this call
                 future.result()
         run, arguments, static = self._ready(function, arguments, static)
         return run(*arguments, **static)
@@ -482,8 +482,8 @@ class Programs:
         """Compile every program that a request can need, several at once; nothing runs.
 
         `progress` gets (programs ready, programs in all). With `background` this returns as soon as a short request of
-        a single client can be answered. The other programs go on compiling in threads; whoever needs one that is not
-        there yet waits for that one alone.
+        a single client can be answered. The other programs go on compiling in threads; a call that needs one of
+        them waits for that one alone.
         """
         calls, threads = list(self._calls()), min(COMPILERS, os.cpu_count() or 1)
         later = [call for call in calls if background and not self._is_first(*call)]
@@ -542,7 +542,7 @@ class Programs:
         )
 
     def _compile(self, calls: Sequence[_Call], threads: int) -> dict[Any, Future[None]]:
-        """Begin to compile programs in threads; return by key what ends when each is there."""
+        """Begin to compile programs in threads; return a future for each, by its key."""
 
         def compile_one(call: _Call) -> None:
             if threading.main_thread().is_alive():  # else the process is about to end
@@ -567,7 +567,7 @@ class Programs:
 
 
 def _key(function: Any, arguments: tuple[Any, ...], static: dict[str, int]) -> Any:
-    """Return what tells a program from the others: the shapes of what comes from the host differ."""
+    """Return a key of a program: its function, static arguments and the shapes of its host arrays."""
     shapes = [a.shape for a in jax.tree.leaves(arguments) if isinstance(a, np.ndarray)]
     return function, tuple(static.items()), tuple(shapes)
 

@@ -188,7 +188,7 @@ class Handle(Turn):
         self.slot = -1  # -1: none yet
         self.reused = 0  # prompt tokens from the prefix cache
         self.made = 0  # tokens generated, the stop id among them
-        self.advanced = 0  # tokens that its slot has generated, also behind a stop text
+        self.advanced = 0  # tokens that its slot has generated, also after a stop text
         self.in_flight = 0  # decoding steps dispatched whose tokens are not read yet
         self.stop_id: int | None = None  # at which the model stopped
         self.submitted = time.perf_counter()

@@ -7,7 +7,6 @@ drives `submit`, `step` and `cancel` itself (a server).
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import secrets
 import time
 from collections import deque
@@ -162,7 +161,7 @@ class Scheduler:
     def leave(self, handle: Handle, ended: bool = False) -> None:
         """Free what a request has, whether it waits, is being prefilled or decodes.
 
-        `ended`: its slot decodes no more. Then it has advanced no further than the tokens that were read.
+        `ended`: its slot has stopped decoding, so it has advanced no further than the tokens that were read.
         """
         prompt: Prompt | None = handle.prompt
         if handle.slot < 0 and prompt:
@@ -212,8 +211,8 @@ class Scheduler:
         best, best_slot = 0, 0
         for slot, (tokens, reach) in self.prefix_cache.items() if prompt else ():
             n = common_prefix([tokens, prompt[:-1]])  # the last token always runs
-            # A ring that came round has lost its oldest positions, so all that it has seen must belong to the prompt,
-            # but for the one position behind the window.
+            # A ring that wrapped around has lost its oldest positions. So all that it has seen must belong to the
+            # prompt, except the one position outside of the window.
             complete = reach <= self._ring or reach <= n + 1
             if complete and n >= LEAST_REUSE and 2 * n >= len(prompt) and n > best:
                 best, best_slot = n, slot
@@ -295,7 +294,7 @@ class Engine:
       config: resolved (`scaling.resolve_model`); params: see `load`.
       slots: sequences decoded at once at most, a power of two (on each device, where there are several).
       capacity: tokens of context, `config.seq_len` by default.
-      chunk: tokens a row decodes between two looks of the host; new requests start at these points.
+      chunk: tokens that a row decodes in one call; new requests start between two calls.
       queue_limit: requests that may wait for a slot; None: any number.
       mesh: devices that share the slots, each with whole weights of its own; None: one device.
       weights: "float32", "bfloat16", "int8" or "auto": float32 on a CPU, bfloat16 elsewhere.
@@ -336,7 +335,7 @@ class Engine:
         self.load(params)
         # chunks that are being computed, and whose rows they are
         self._dispatched = deque[tuple[tuple[jax.Array, ...], dict[int, Handle]]]()
-        self.least_rows = 1  # of a chunk: a batch job would rather waste rows than compile for fewer
+        self.least_rows = 1  # of a chunk; a batch job raises it, since idle rows cost less than compiling for fewer
 
     @classmethod
     def from_pretrained(cls, run_dir: str | Path, stage: str | None = None, **options: Any) -> Engine:
@@ -393,7 +392,7 @@ class Engine:
         prompt, handles = Prompt(request.tokens[:-1], len(seeds)), []
         for seed in seeds:
             number = secrets.randbits(32) if seed is None else seed % 2**32
-            handles.append(Handle(dataclasses.replace(request, seed=seed), number, limit, self.tokenizer, prompt))
+            handles.append(Handle(request, number, limit, self.tokenizer, prompt))
             self.scheduler.enqueue(handles[-1])
         return handles
 
@@ -452,7 +451,7 @@ class Engine:
                 handle.in_flight += self.chunk
             handles = {h.slot // per * rows + h.slot % per: h for h in decoding}
             self._dispatched.append((self.programs.decode(rows, bucket), handles))
-        if self._dispatched and (len(self._dispatched) > 1 or not unfinished):  # one runs while its forerunner is read
+        if self._dispatched and (len(self._dispatched) > 1 or not unfinished):  # the next chunk runs meanwhile
             return self._read(*self._dispatched.popleft())
         return []
 
@@ -473,7 +472,7 @@ class Engine:
             for i, token in enumerate(own[:-1] if status == STOPPED else own):
                 handle.made += 1
                 new += handle.add(token, None if count is None else device.report(token, count, i, report))
-                if handle.stopped:  # what the slot made behind a stop text does not count
+                if handle.stopped:  # tokens after a stop text do not count
                     break
             else:
                 if status == STOPPED:
@@ -481,7 +480,7 @@ class Engine:
                     handle.stop_id = own[-1]
                 if ended:
                     new += handle.flush()
-            if handle.stopped or ended:  # the device goes on behind a stop text
+            if handle.stopped or ended:  # the device knows nothing of stop texts, so it has not ended there
                 self.scheduler.leave(handle, ended)
                 handle.finish("length" if status == FULL and not handle.stopped else "stop")
                 new.append(Event("done", finish_reason=handle.finish_reason, tokens=handle.rest()))

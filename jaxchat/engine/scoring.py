@@ -198,7 +198,7 @@ def score_targets(
     return jnp.where(meant, nll[:M], 0.0), best[:M] & meant
 
 
-@functools.cache  # a spot check makes a new scorer every time, and compiles nothing
+@functools.cache  # so that a new scorer of the same model compiles nothing
 def _cast(place: NamedSharding | None) -> Any:
     return jax.jit(scoring_params, static_argnums=1, out_shardings=place)
 
@@ -242,9 +242,10 @@ class Scorer:
         dtype = dtype or (jnp.float32 if on_cpu else jnp.bfloat16)
         self.config = with_attention(config, dtype)
         self._params = _cast(replicated(mesh) if mesh else None)(params, dtype)
-        self._sharding = NamedSharding(mesh, P(BATCH_AXES)) if mesh and self._devices > 1 else None
-        split = mesh and self._sharding
-        self._run: Any = _sharded(self.config, mesh) if split else functools.partial(score_targets, self.config)
+        self._sharding: NamedSharding | None = None
+        self._run: Any = functools.partial(score_targets, self.config)
+        if mesh and self._devices > 1:
+            self._sharding, self._run = NamedSharding(mesh, P(BATCH_AXES)), _sharded(self.config, mesh)
         self.shapes: set[tuple[int, int, int]] = set()  # rows, prefix, room for continuations
 
     def spans(

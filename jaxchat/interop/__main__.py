@@ -31,7 +31,7 @@ def make_parser(program: str = "python -m jaxchat.interop") -> argparse.Argument
         "--architecture",
         default="auto",
         choices=("auto", "nanochat", "jaxchat"),
-        help="of hf: the stock NanoChat, or our own with its code; auto: stock where it can hold the model",
+        help="with hf: the stock NanoChat, or our own with its code; auto: stock where it can hold the model",
     )
     other = commands.add_parser("import", help="a model from elsewhere as a run directory")
     other.set_defaults(run=import_model)
@@ -39,8 +39,8 @@ def make_parser(program: str = "python -m jaxchat.interop") -> argparse.Argument
     other.add_argument("--from", required=True, dest="source", metavar="DIR")
     other.add_argument("--out", required=True, metavar="RUN_DIR", help="a folder that does not exist yet")
     other.add_argument("--stage", choices=("base", "sft", "rl"), help="what the weights are; default: as files say")
-    other.add_argument("--tokenizer", metavar="FILE", help="of nanochat: tokenizer.pkl or tokenizer.json")
-    other.add_argument("--allow-pickle", action="store_true", help="of nanochat: its files are pickles, I trust them")
+    other.add_argument("--tokenizer", metavar="FILE", help="with nanochat: tokenizer.pkl or tokenizer.json")
+    other.add_argument("--allow-pickle", action="store_true", help="with nanochat: read its files, which are pickles")
     return parser
 
 
@@ -51,7 +51,7 @@ def export_model(args: argparse.Namespace) -> None:
     from jaxchat.run_dir import RunDir
 
     if args.format == "orbax" and args.architecture != "auto":
-        raise UsageError("--architecture: is of --format hf")
+        raise UsageError("--architecture: only with --format hf")
     model, out = load_trained(RunDir(args.run_dir), args.stage, args.dtype), Path(args.out)
     facts = write_hf(model, out, args.architecture) if args.format == "hf" else write_orbax(model, out)
     kind = f" as {facts['architecture']}" if "architecture" in facts else ""
@@ -66,7 +66,7 @@ def import_model(args: argparse.Namespace) -> None:
 
     source, tokenizer = Path(args.source), Path(args.tokenizer) if args.tokenizer else None
     if args.format == "hf" and (tokenizer or args.allow_pickle):
-        raise UsageError("--tokenizer and --allow-pickle: are of --format nanochat")
+        raise UsageError("--tokenizer and --allow-pickle: only with --format nanochat")
     if args.format == "hf":
         model = read_hf(source, args.stage)
     else:

@@ -1,7 +1,7 @@
 """Write a module and all that it needs of jaxchat as one file, which imports nothing of jaxchat.
 
-Names are followed from the module through imports, functions and constants, whose source is copied as it is. Only
-decorators are left out: jaxchat's bring the gradients of training (`model.own_gradient`).
+Names are followed from the module through imports, functions and constants, and their source is copied. Decorators are
+left out: jaxchat's add the gradients of training (`model.own_gradient`).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def bundle(path: Path) -> str:
             there[name] = source.statements[name]
             for other in global_names(source.text(there[name])):
                 follow(file, other)
-        elif name in source.imports and name not in own.statements:  # its own take the place of imports
+        elif name in source.imports and name not in own.statements:  # its own definitions replace imports
             module, alias = source.imports[name]
             if module.startswith("jaxchat."):
                 follow(JAXCHAT.joinpath(*module.split(".")[1:]).with_suffix(".py"), alias.name)

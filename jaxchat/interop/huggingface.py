@@ -179,7 +179,7 @@ def config_from_hf(content: Any, source: object) -> ModelConfig:
     """Return the resolved model of a `config.json`; `DataError` names `source` and what cannot be run here."""
     kind = content.get("model_type") if isinstance(content, dict) else None
     if kind not in ("nanochat", "jaxchat"):
-        raise DataError(f"{source}: is of the architecture {kind!r}; only nanochat and jaxchat can be read")
+        raise DataError(f"{source}: has the architecture {kind!r}; only nanochat and jaxchat can be read")
     if lacking := [SHARED[n] for n in ("depth", "vocab_size", "width", "n_heads") if content.get(SHARED[n]) is None]:
         raise DataError(f"{source}: lacks {', '.join(lacking)}")
     values = {ours: content[theirs] for ours, theirs in SHARED.items() if content.get(theirs) is not None}
@@ -196,7 +196,7 @@ def config_from_hf(content: Any, source: object) -> ModelConfig:
         config = resolve_model(build({"model": values}).model)
         expected = config_to_hf(config, kind) | {"rope_type": "default"}
     except (UsageError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise DataError(f"{source}: holds values that cannot be ({error})") from None
+        raise DataError(f"{source}: has invalid values ({error})") from None
     # whatever has no place in our config must be as in all our models
     for key, value in expected.items():
         given = {"rope_type": rope_type, **content}.get(key)

@@ -30,7 +30,6 @@ from jaxchat import __version__
 from jaxchat.checkpoint import RECORDS, params_sha256, recorded, save_params, this_process
 from jaxchat.config import Config, ModelConfig, RlConfig, ServeConfig, to_toml
 from jaxchat.engine import load_run, trained_stages
-from jaxchat.engine.scheduler import STAGES as FURTHEST_FIRST
 from jaxchat.errors import DataError, UsageError
 from jaxchat.interop.bundle import bundle
 from jaxchat.model import Params, hidden, layer_params, logits
@@ -39,8 +38,8 @@ from jaxchat.scaling import resolve
 from jaxchat.sizes import count_parameters, value_layers, windows
 from jaxchat.tokenizer import ASSISTANT_END, BOS, Tokenizer
 
-STAGES = tuple(reversed(FURTHEST_FIRST))
 CARD = "card.md"  # the model card that an imported model came with
+# by stage, in their order
 KINDS = {"base": "a base model that continues text", "sft": "a chat model", "rl": "a chat model after RL"}
 
 
@@ -150,7 +149,7 @@ def write_run(model: Trained, out: Path) -> None:
         if model.card is not None:
             atomic_write(folder / CARD, model.card)
         save_params(run.stage("base"), model.step, model.params, {"imported": model.imported, "tokens": 0})
-        for stage in STAGES[: STAGES.index(model.stage) + 1]:
+        for stage in list(KINDS)[: list(KINDS).index(model.stage) + 1]:
             facts = {"digest": digest, "params_sha256": digest}
             records[RECORDS.get(stage, stage)] = record | {"facts": facts, "params_sha256": digest}
             if stage != "base":
@@ -292,11 +291,12 @@ def write_orbax(model: Trained, out: Path) -> dict[str, Any]:
     # long enough for every short window to end somewhere
     length = min(min(windows(config)) + GOLDEN_TOKENS, config.seq_len)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, length), np.int32)
+    tokenizer = tokenizer_files(model)
     with atomic_directory(out) as folder:
         _write_params(folder.resolve() / "params", params)
         write_json(folder / "config.json", facts)
         for name in ("tokenizer.json", "chat_template.jinja"):
-            atomic_write(folder / name, tokenizer_files(model)[name])
+            atomic_write(folder / name, tokenizer[name])
         atomic_write(folder / CODE.name, bundle(CODE))
         atomic_write(folder / "README.md", model_card(dataclasses.replace(model, card=None), HOW, "jax"))
         np.savez(folder / "golden.npz", ids=ids, logits=golden_logits(config, params, ids, GOLDEN_TOKENS))

@@ -26,7 +26,7 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 def calculate(expression: str) -> str | None:
-    """Value of an expression as text, or None where it is not allowed, not valid or not finite.
+    """Return the value of an expression as text; None where it is not allowed, not valid or not finite.
 
     Whole numbers are written without ".0", others rounded to at most 10 significant digits ("0.3333333333"), never
     with an exponent. Commas between thousands ("1,000*3") are understood.

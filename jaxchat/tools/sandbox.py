@@ -36,7 +36,7 @@ LEVELS = (
 STRICT = 2  # the level that "strict" asks for
 SETUP_SECONDS = 30.0  # until a process must have confined itself, on a busy machine
 MAX_ENTRIES = 1000  # files and folders in a scratch folder
-_TICK = 0.05  # seconds between looks at the scratch folder
+_TICK = 0.05  # seconds between checks of the limits
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 
 

@@ -4,8 +4,8 @@
     model = GPT(params)
 
 Axes: B batch, T time, H query heads, K kv heads, S keys, N head width, D width, V vocabulary. Kernels are (in, out),
-stacked over the layers. `config.json` beside this file says which parts the model has. What training may replace or
-recompute keeps its names here: `dot`, `run`, `checkpoint_name`. It has no effect.
+stacked over the layers. `config.json` beside this file says which parts the model has. Training replaces
+`dot` and `run`, and uses `checkpoint_name`; none of them has an effect here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class GPT(nnx.Module):
         return logits(config, params, forward(config, params, x, tokens, positions[None], attend))
 
     def generate(self, tokens: list[int], count: int, temperature: float = 0.0, seed: int = 0) -> list[int]:
-        """Return up to `count` tokens more, until one that ends an answer; the whole text is read anew for each."""
+        """Return up to `count` tokens more, until one that ends an answer. Every step runs the whole text."""
         key, ends, start = jax.random.key(seed), self.config["end_tokens"], len(tokens)
         text = np.zeros((1, start + count), np.int32)  # one shape, so that it is compiled once
         text[0, :start] = tokens

@@ -54,7 +54,7 @@ class JaxchatConfig(PreTrainedConfig):
 
 
 def norm(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last axis without weights, computed in float32."""
+    """Return RMSNorm over the last axis without weights, computed in float32."""
     y = x.float()
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -76,7 +76,10 @@ class Attention(nn.Module):
             self.ve_gate = nn.Linear(VE_GATE_CHANNELS, K, bias=False)
 
     def forward(self, h: Tensor, value: Tensor | None, cos_sin: Any, mask: Tensor, cache: Cache | None) -> Tensor:
-        """h (B, T, D) normed; value (B, T, K*N) the tokens' value embeddings; mask (B, 1, T, S), true where seen."""
+        """Return the attention's output (B, T, D).
+
+        h: (B, T, D) normed; value: (B, T, K*N) the tokens' value embeddings; mask: (B, 1, T, S), true where seen.
+        """
         c, (B, T, _) = self.config, h.shape
         q, k, v = (p(h).view(B, T, -1, c.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         if value is not None:
@@ -125,7 +128,7 @@ class Trunk(nn.Module):
             self.backout_scale = nn.Parameter(torch.zeros(1))
 
     def forward(self, ids: Tensor, real: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
-        """Last normed activations (B, T, D) of ids (B, T); real (B, S), false on padding; positions (B, T)."""
+        """Return last normed activations (B, T, D) of ids (B, T); real (B, S): false on padding; positions (B, T)."""
         c, T, S = self.config, ids.shape[1], real.shape[1]
         x = norm(self.embed_tokens(ids), c.rms_norm_eps)
         if c.smear:
@@ -145,8 +148,11 @@ class Trunk(nn.Module):
         return norm(x, c.rms_norm_eps)
 
     def smeared(self, e: Tensor, real: Tensor, cache: Cache | None) -> Tensor:
-        """Embeddings with the token before mixed in. It is kept as one more layer of the cache, so that whatever
-        cuts, repeats or reorders a cache does the same to it."""
+        """Return embeddings (B, T, D) with the token before mixed in.
+
+        Embeddings are kept as one more layer of the cache, so that whatever cuts, repeats or reorders a cache does the
+        same to them.
+        """
         before = torch.zeros_like(e[:, :1])
         if cache is not None:
             L = self.config.num_hidden_layers
@@ -162,7 +168,7 @@ class Trunk(nn.Module):
         return (e.float() + gate * before.float()).to(e.dtype)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, 1, T, N/2); made here, since loading wipes tables that are not in the checkpoint."""
+        """Return cos and sin (B, 1, T, N/2); made here, since loading wipes tables that are not in the checkpoint."""
         half = torch.arange(0, self.config.head_dim, 2, device=positions.device, dtype=torch.float32)
         angle = positions[:, None, :, None].float() * self.rope_theta ** (-half / self.config.head_dim)
         return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -204,7 +210,7 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V) float32, capped; with `labels` (B, T) the mean loss of every next token, -100 left out.
+        """Return logits (B, T, V) float32, capped; with `labels` (B, T) the mean loss of every next token but -100.
 
         `logits_to_keep`: of the last so many positions (0: all), or of those positions. `cache`: another name of
         `past_key_values`, since transformers 5.24. Hidden states and attention weights are not returned.
