@@ -344,7 +344,7 @@ def open_cache(cache_dir: str) -> Path:
         used = {path.name.removesuffix("-atime"): path.stat().st_mtime_ns for path in folder.glob("*-atime")}
         kept = set(sorted(programs & used.keys(), key=lambda name: used[name])[-CACHE_PROGRAMS:])
         for path in (*folder.glob("*-cache"), *folder.glob("*-atime")):
-            if path.name[: -len("-cache")] not in kept:
+            if path.name.rpartition("-")[0] not in kept:
                 path.unlink(missing_ok=True)
     return folder
 

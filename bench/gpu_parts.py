@@ -24,6 +24,7 @@ from bench.train_step import measure, random_trainer
 from jaxchat.attention import attention, choose_backend, disagreement, has_fp8
 from jaxchat.config import Config, load_config
 from jaxchat.engine import Engine
+from jaxchat.errors import first_line
 from jaxchat.low_precision import E4M3, fp8_dot
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh
@@ -249,8 +250,7 @@ def _attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return run()
     except Exception as error:  # also what a kernel's library throws
-        words = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        return {"error": words, "out_of_memory": machine.out_of_memory(error)}
+        return {"error": first_line(error, 300), "out_of_memory": machine.out_of_memory(error)}
 
 
 def _tera(rate: float | None) -> float | None:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxchat.config import ModelConfig
+from jaxchat.errors import first_line
 from jaxchat.sharding import BATCH_AXES
 
 BLOCK = 128  # queries per block of the blocked backend
@@ -223,8 +224,7 @@ def trusted_backend(config: ModelConfig, dtype: DTypeLike, distrust: str = "") -
             right = difference <= TOLERANCE[jnp.dtype(dtype).itemsize]  # NaN is not
             _faults[key] = "" if right else f"{backend} attention differs from XLA's by {difference:.2g} of its maximum"
         except Exception as error:  # a kernel may fail in any way, here or in the driver
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            _faults[key] = f"{backend} attention cannot run here ({reason})"
+            _faults[key] = f"{backend} attention cannot run here ({first_line(error)})"
     _faults[key] = distrust or _faults[key]
     return ("xla", _faults[key]) if _faults[key] else (backend, "")
 

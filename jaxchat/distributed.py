@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxchat.errors import InterruptedRun, JaxchatError, UsageError
+from jaxchat.errors import InterruptedRun, JaxchatError, UsageError, first_line
 
 T = TypeVar("T")
 GRACE_SECONDS = 10.0  # for a process to end by itself after another one's failure
@@ -95,7 +95,7 @@ def start(
             initialization_timeout=timeout + 60,
         )
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        raise UsageError(f"starting several processes at {place}: {_first_line(error)}; {REQUIRED}") from error
+        raise UsageError(f"starting several processes at {place}: {first_line(error)}; {REQUIRED}") from error
     finally:
         timer.cancel()
     _watch = threading.Thread(target=_watch_others, args=(complain,), daemon=True)
@@ -148,7 +148,7 @@ def lost(error: Exception) -> JaxchatError | InterruptedRun | None:
     if _failed.wait(3 * POLL_MS / 1000):
         return _its_error()
     if re.search("gloo|nccl|connection|socket|peer|unavailable|coordination|heartbeat", str(error), re.IGNORECASE):
-        return InterruptedRun(f"another process is gone ({_first_line(error)}); the same command goes on from here")
+        return InterruptedRun(f"another process is gone ({first_line(error)}); the same command goes on from here")
     return None
 
 
@@ -171,10 +171,6 @@ def _exit_after(seconds: float, code: int, before: Callable[[], None] = lambda: 
     timer.daemon = True
     timer.start()
     return timer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 
 # The only two uses of private parts of JAX. How many processes a cluster has must be known before `initialize`, which

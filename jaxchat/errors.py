@@ -39,3 +39,8 @@ class InterruptedRun(BaseException):
     """Stopped by a signal; the same command resumes. Not an `Exception`, so that no handler takes it for a fault."""
 
     exit_code = 75
+
+
+def first_line(error: object, most: int = 200) -> str:
+    """Return the first line of an error's text without its full stop, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most].rstrip(".")

@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from jaxchat.config import Config, flatten
-from jaxchat.errors import UsageError
+from jaxchat.errors import UsageError, first_line
 from jaxchat.log import read_metrics, say
 from jaxchat.run_dir import atomic_write
 
@@ -183,8 +183,7 @@ class WeightsAndBiases:
             yield
         except Exception as error:  # of its service, its helper process, the network: it has many kinds
             self._run = None
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            say(f"  Weights & Biases: {reason}; the training goes on without it", style="yellow")
+            say(f"  Weights & Biases: {first_line(error)}; the training goes on without it", style="yellow")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self._run is not None:

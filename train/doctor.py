@@ -22,6 +22,7 @@ import jax
 from jaxchat.attention import TOLERANCE, choose_backend, disagreement
 from jaxchat.config import Config, MeshConfig
 from jaxchat.data.shards import cores
+from jaxchat.errors import first_line
 from jaxchat.log import print_facts, waiting
 from jaxchat.sharding import make_mesh
 from jaxchat.sizes import peak_flops
@@ -29,7 +30,7 @@ from jaxchat.tools.sandbox import LEVELS, probe
 from jaxchat.tools.sandbox_child import abi
 from jaxchat.train_state import compute_dtype
 
-from .targets import install_command, is_installed, other_versions
+from .targets import host_memory, install_command, is_installed, other_versions
 
 NEW_DRIVER = 580  # from which on CUDA 13 runs; older ones need CUDA 12
 NEW_CAPABILITY = 7.5  # the least that CUDA 13 compiles for
@@ -70,7 +71,7 @@ def hardware() -> dict[str, Any]:
         "devices": jax.device_count(),
         "hosts": jax.process_count(),
         "cpu_cores": cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
+        "memory_bytes": host_memory(),
     }
 
 
@@ -103,6 +104,11 @@ def available_memory() -> int | None:
         if limit != resource.RLIM_INFINITY:
             found.append(limit - used * resource.getpagesize())
     return max(0, min(found)) if found else None
+
+
+def existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that is there."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def commit() -> str | None:
@@ -208,8 +214,8 @@ def examine(config: Config, place: Path) -> dict[str, Any]:
             try:
                 found[name], lines = check()
             except Exception as error:  # a broken driver raises anything; this command is there to show it
-                found[name] = {"error": _first_line(error)}
-                lines = [f"{name}: {_first_line(error)}"]
+                found[name] = {"error": named(error)}
+                lines = [f"{name}: {named(error)}"]
             advice += lines
     if "error" in found["devices"] and (asked := getattr(jax.config, "jax_platforms", None)):
         advice.append(f"JAX_PLATFORMS={asked}: unset it to take what is here")
@@ -233,6 +239,11 @@ def jax_warnings() -> Iterator[list[logging.LogRecord]]:
         yield records
     finally:
         logger.handlers, logger.propagate = handlers, propagate
+
+
+def named(error: Exception) -> str:
+    """Return an error's class and the first line of its text."""
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def check_devices(config: Config) -> Finding:
@@ -270,7 +281,7 @@ def check_attention(config: Config) -> Finding:
             difference = disagreement(backend, config.model, dtype)
             check: dict[str, Any] = {"ok": difference <= allowed, "difference": difference}
         except Exception as error:  # a kernel may fail in any way, here or in the driver
-            check = {"ok": False, "error": _first_line(error)}
+            check = {"ok": False, "error": named(error)}
         checks[backend] = check | {"seconds": time.perf_counter() - begin}
         if not check["ok"]:
             advice.append(f"{backend} attention fails its check; training falls back: {check.get('error', check)}")
@@ -281,7 +292,7 @@ def check_attention(config: Config) -> Finding:
 
 def check_disk(place: Path) -> Finding:
     """Look up the free room at the run directory, or where it would be."""
-    there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+    there = existing(place)
     writable = os.access(there, os.W_OK)
     values = {"path": str(there), "free_bytes": shutil.disk_usage(there).free, "writable": writable}
     return values, [] if writable else [f"{there} cannot be written: give another --run-dir"]
@@ -318,7 +329,3 @@ def check_network() -> Finding:
         loopback = accepted.recv(1) == b"x"
     advice = [] if loopback else ["no loopback socket: serve cannot work here; chat does"]
     return {"loopback": loopback, "outside": "not tested"}, advice
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

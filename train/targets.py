@@ -99,8 +99,13 @@ def parse_target(target: str) -> Target:
 
 def cpu_chip(devices: int) -> Chip:
     """Return the figures of one of N simulated devices, which share this machine's cores and memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else CPU.device_bytes
+    memory = host_memory() or CPU.device_bytes
     return replace(CPU, device_bytes=memory // devices, peak=CPU.peak * cores() / devices)
+
+
+def host_memory() -> int | None:
+    """Return the bytes of this machine's memory; None on Windows."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
 def chip_of(device_kind: str) -> Chip | None:
