@@ -18,14 +18,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxchat import distributed
-from jaxchat.errors import DataError
+from jaxchat.errors import DataError, first_line
 from jaxchat.log import say
-from jaxchat.run_dir import CHECKSUMS, RunDir, damage, require_format, write_checksums
+from jaxchat.run_dir import CHECKSUMS, TRAINED, RunDir, damage, require_format, saved_steps, write_checksums
 from jaxchat.train_state import TrainState
 
 FORMAT = 1
 TIMES = ("_CHECKPOINT_METADATA",)  # when Orbax began and ended; it is written once more at the very end
-RECORDS = {"base": "pretrain"}  # stages that `stages.json` has under another name than their folder
 RESTORE = "restore the folder from a copy, or delete it and run the stage again"
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's and Grain's: what fails raises, and we report that
 
@@ -140,10 +139,10 @@ def restore_params(directory: str | Path, verify: bool = True) -> tuple[Any, dic
     `verify`: check its files by their checksums first; off where the caller checks the parameters themselves.
     """
     directory = Path(directory).resolve()
-    step = max((int(p.name) for p in directory.glob("*") if p.name.isdigit()), default=None)
-    if step is None:
+    steps = saved_steps(directory)
+    if not steps:
         raise DataError(f"{directory}: no checkpoint; train it first")
-    path = directory / str(step)
+    path = directory / str(steps[-1])
     if verify and (fault := damage(path, ("params/", "meta/"))):
         raise DataError(f"{path}: {fault}; {RESTORE}")
     alone = this_process()
@@ -185,7 +184,7 @@ def check_recorded(run: RunDir, stage: str, params: Any) -> None:
 
 def recorded(run: RunDir, stage: str) -> dict[str, Any]:
     """Return the record of a trained stage in `stages.json`; empty where there is none."""
-    return run.records().get(RECORDS.get(stage, stage), {})
+    return run.records().get(TRAINED[stage], {})
 
 
 def params_sha256(params: Any) -> str:
@@ -211,10 +210,9 @@ def _readable_errors(path: Path) -> Iterator[None]:
     except (DataError, jax.errors.JaxRuntimeError):  # the latter: of a device, the checkpoint is not to blame
         raise
     except Exception as error:
-        text = str(error).strip()
-        if any(sign in text for sign in ("No space left", "ENOSPC", "Disk quota exceeded")):
+        if any(sign in str(error) for sign in ("No space left", "ENOSPC", "Disk quota exceeded")):
             raise DataError(
                 f"{path}: no room on the disk for a checkpoint; the one before is whole. Make room and give the same "
                 "command again"
             ) from error
-        raise DataError(f"{path}: Orbax failed ({(text.splitlines() or [type(error).__name__])[0][:200]})") from error
+        raise DataError(f"{path}: Orbax failed ({first_line(error)})") from error

@@ -19,6 +19,7 @@ RECORD_FORMAT = 1  # of an entry of `stages.json`
 RECORD_FIELDS = {"status": str, "start": str, "inputs": dict, "facts": dict, "seconds": int | float}
 RESTORE = "put it back from a copy, or choose another --run-dir"
 CHECKSUMS = "SHA256SUMS"
+TRAINED = {"base": "pretrain", "sft": "sft", "rl": "rl"}  # folder of a trained stage -> its name in `stages.json`
 
 
 class RunDir:
@@ -74,6 +75,11 @@ class RunDir:
                 yield
             finally:
                 owner.unlink(missing_ok=True)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps of the complete checkpoints in a stage's folder, the newest last."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
 def locked(path: str | Path) -> filelock.BaseFileLock:

@@ -119,14 +119,23 @@ def test_days_on_a_cpu_stop_before_anything_is_downloaded(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_small_tiers_finished_stages_and_whoever_wants_to_go_on():
-    d20 = resolve(load_config("d20"))
+def test_small_tiers_finished_stages_and_whoever_wants_to_go_on(tmp_path):
+    d20, run = resolve(load_config("d20")), RunDir(tmp_path)
     with pytest.raises(UsageError):
-        check_time(d20, {"sft"})
-    check_time(d20, ALL - {"pretrain", "sft", "rl"})
-    check_time(dataclasses.replace(d20, train=dataclasses.replace(d20.train, allow_slow=True)), ALL)
+        check_time(d20, run, {"sft"})
+    check_time(d20, run, ALL - {"pretrain", "sft", "rl"})
+    check_time(dataclasses.replace(d20, train=dataclasses.replace(d20.train, allow_slow=True)), run, ALL)
     for tier in ("nano", "lotto", "ko-nano"):
-        check_time(resolve(load_config(tier)), ALL)
+        check_time(resolve(load_config(tier)), run, ALL)
+
+
+def test_steps_before_the_newest_checkpoint_take_no_time(tmp_path):
+    d20, run = resolve(load_config("d20")), RunDir(tmp_path)
+    (run.stage("base") / "10").mkdir(parents=True)
+    with pytest.raises(UsageError):
+        check_time(d20, run, {"pretrain"})
+    (run.stage("base") / str(d20.train.steps)).mkdir()
+    check_time(d20, run, {"pretrain"})
 
 
 def test_a_finished_run_has_nothing_left(finished):
@@ -202,4 +211,4 @@ def test_selected_stages_alone_count(corpus, tmp_path):
     d20 = resolve(load_config("d20"))
     names = {stage.name for stage in select("tokenizer,prepare", None)} & set(unfinished(d20, RunDir(tmp_path)))
     assert names == {"tokenizer", "prepare"}
-    check_time(d20, names)
+    check_time(d20, RunDir(tmp_path), names)

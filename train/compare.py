@@ -21,7 +21,7 @@ from jaxchat.engine import load_run
 from jaxchat.engine.scoring import Scorer, Span
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, read_metrics, say
-from jaxchat.run_dir import RunDir
+from jaxchat.run_dir import RunDir, saved_steps
 from jaxchat.scaling import resolve
 from jaxchat.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ def side(path: str) -> Side:
     if not run.config.is_file():
         what = "not a run directory (no config.toml)" if run.root.is_dir() else "no such directory"
         raise DataError(f"compare: {path}: {what}; name the directories of two runs, such as runs/nano")
-    trained = tuple(s for s in STAGES if any(p.name.isdigit() for p in run.stage(s).glob("*")))
+    trained = tuple(s for s in STAGES if saved_steps(run.stage(s)))
     if not trained and not any(run.eval(stage).is_file() for stage in STAGES):
         raise DataError(f"compare: {path}: neither checkpoints nor exams; train it first: launch.py --run-dir {path}")
     done = {name: record for name, record in run.records().items() if record["status"] == "done"}

@@ -26,7 +26,7 @@ from jaxchat.engine import Engine, Handle, Turn
 from jaxchat.engine.scoring import Scorer, rows_at_once
 from jaxchat.errors import DataError
 from jaxchat.log import progress, say
-from jaxchat.run_dir import RunDir, atomic_write, read_json, write_json
+from jaxchat.run_dir import RunDir, atomic_write, read_json, saved_steps, write_json
 from jaxchat.sharding import batch_devices, make_mesh, replicated
 from jaxchat.tasks import TASKS, core, get_task
 from jaxchat.tasks.base import (
@@ -377,7 +377,7 @@ def run(config: Config, run: RunDir, one_batch: bool = False) -> dict[str, Any]:
     tokenizer, before = Tokenizer.load(run.tokenizer), gpt.init_params(config.model, config.seed)
     records: dict[str, dict[str, Any]] = {}
     for stage in STAGES:
-        if any(path.name.isdigit() for path in run.stage(stage).glob("*")):
+        if saved_steps(run.stage(stage)):
             model = Model(config, run, stage, trained_params(run, stage), tokenizer)
             records[stage] = examine(model, one_batch)
             write_samples(model, before)

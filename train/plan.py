@@ -1,8 +1,8 @@
 """What a run needs: memory and time on a target (command `plan`), disk, and the checks before training starts.
 
-The train step is compiled for the target, and memory and collectives read from the program.
-Without the target's compiler arithmetic on the configuration answers (`"method": "analytic"`). Seconds are arithmetic
-in both cases; every assumption is part of the result.
+The train step is compiled for the target; memory, collectives and bytes moved are read from the compiled program.
+Without the target's compiler the plan is arithmetic on the configuration (`"method": "analytic"`). Seconds are
+arithmetic in both cases. Every assumption is part of the result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxchat.data.shards import token_dtype
 from jaxchat.data.sources import MARGIN, find_files, generator_of, parse, parse_hub, text_size
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import print_facts, say, size_text, waiting
-from jaxchat.run_dir import RunDir
+from jaxchat.run_dir import TRAINED, RunDir, saved_steps
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh
 from jaxchat.sizes import (
@@ -41,7 +41,7 @@ from jaxchat.sizes import (
 from jaxchat.tasks import parse_mixture_entry
 
 from . import compiled, hlo
-from .doctor import unused_accelerator
+from .doctor import existing, unused_accelerator
 from .targets import CPU, GPUS_PER_HOST, MEMORY_FRACTION, PRICES_OF, NoCompiler, Target, parse_target, target_devices
 
 # Share of the activations that each `train.remat` keeps in bfloat16, from the tiers compiled for H100s; in float32
@@ -146,7 +146,8 @@ def show(result: Plan, as_json: bool) -> None:
         print(json.dumps(result))
     else:
         first = ("tier", "target", "fits", "hours_estimate", "usd_estimate", "peak_bytes_per_device", "device_bytes")
-        print_facts({key: result[key] for key in first} | result)
+        names = dict.fromkeys([*first, *(name for name in result if name != "assumptions"), "assumptions"])
+        print_facts({name: result[name] for name in names})
 
 
 def with_rows(config: Config, rows: int) -> Config:
@@ -295,7 +296,7 @@ def run_figures(
         },
         "disk_bytes": sum(disk.values()),
         "disk": disk,
-        "assumptions": f"MFU {mfu:.0%} of {chip.peak / 1e12:,.0f} TFLOP/s; links {chip.link_rate / 1e9:.4g} GB/s, "
+        "assumptions": f"MFU {mfu:.0%} of {chip.peak / 1e12:,.4g} TFLOP/s; links {chip.link_rate / 1e9:.4g} GB/s, "
         f"between hosts {chip.network_rate / 1e9:.4g} GB/s a device, nothing overlapped; {chip.price:g} USD per device "
         f"and hour ({PRICES_OF}); {MEMORY_FRACTION:.0%} of the memory usable; without evaluation, checkpoints and "
         "fine-tuning",
@@ -324,12 +325,8 @@ def disk_parts(config: Config) -> list[Part]:
     download = 0 if config.data.mirror else max(0, config.data.text_bytes) * MARGIN / HUB_TEXT
     folder = f"data/{hub[0][0].replace('/', '--')}" if len(hub) == 1 else "data"
     one, more, checkpoints = checkpoint_bytes(config), False, {}
-    steps = {
-        "pretrain": (train.steps, train.checkpoint_every),
-        "sft": (-(-round(sft_tokens(config) * config.sft.epochs) // config.sft.batch_tokens), train.checkpoint_every),
-        "rl": (rl_steps(config), config.rl.checkpoint_every),
-    }
-    for stage, (last, every) in steps.items():
+    for stage, last in stage_steps(config).items():
+        every = config.rl.checkpoint_every if stage == "rl" else train.checkpoint_every
         saves = [*range(every, last, every), last] if last else []
         older, newest = saves[: -train.keep_last], saves[-train.keep_last :]
         kept = len(newest) + sum(train.keep_every > 0 and step % train.keep_every == 0 for step in older)
@@ -411,6 +408,12 @@ def rl_steps(config: Config) -> int:
     return config.rl.steps if config.rl.steps > 0 else max(1, round(questions / config.rl.prompts))
 
 
+def stage_steps(config: Config) -> dict[str, int]:
+    """Return the optimizer steps of every trained stage, about: SFT's and RL's follow from their data."""
+    sft_steps = -(-round(sft_tokens(config) * config.sft.epochs) // config.sft.batch_tokens)
+    return {"pretrain": config.train.steps, "sft": sft_steps, "rl": rl_steps(config)}
+
+
 def used(folder: Path) -> int:
     """Return the bytes of all files below a folder; 0 where there is none."""
     total = 0
@@ -433,16 +436,12 @@ def before_training(config: Config, run: RunDir, left: Collection[str]) -> None:
         return
     if line := unused_accelerator():
         say(f"  {line}", style="yellow")
-    check_time(config, left, line)
+    check_time(config, run, left, line)
     check_room(config, run, left)
 
 
 def check_room(config: Config, run: RunDir, left: Collection[str]) -> None:
     """Raise `DataError` where a file system has less room than the stages `left` have still to write."""
-
-    def existing(path: Path) -> Path:
-        return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-
     places = {"run": run.root, "cache": Path(config.data.cache_dir).expanduser()}
     needs: dict[int, list[tuple[Part, int]]] = {}  # by file system
     for part in disk_parts(config):
@@ -464,16 +463,24 @@ def check_room(config: Config, run: RunDir, left: Collection[str]) -> None:
             )
 
 
-def check_time(config: Config, left: Collection[str], line: str | None = None) -> None:
-    """Raise `UsageError` where the stages `left` would train for more than two days on this CPU."""
+def check_time(config: Config, run: RunDir, left: Collection[str], line: str | None = None) -> None:
+    """Raise `UsageError` where the stages `left` would train for more than two days on this CPU.
+
+    The steps before a stage's newest checkpoint are done and do not count.
+    """
     if config.train.allow_slow or jax.default_backend() != "cpu":
         return
-    tokens = {
-        "pretrain": config.train.steps * config.train.batch_tokens,
-        "sft": sft_tokens(config) * config.sft.epochs,  # sampling for RL takes a third of the FLOPs of training
-        "rl": rl_steps(config) * config.rl.prompts * config.rl.samples * config.rl.max_tokens * 4 / 3,
+    step_tokens = {
+        "pretrain": config.train.batch_tokens,
+        "sft": config.sft.batch_tokens,  # sampling for RL takes a third of the FLOPs of training
+        "rl": config.rl.prompts * config.rl.samples * config.rl.max_tokens * 4 / 3,
     }
-    flops = flops_per_token(config.model) * sum(tokens[stage] for stage in left if stage in tokens)
+    tokens = 0.0
+    for folder, stage in TRAINED.items():
+        if stage in left:
+            done = max(saved_steps(run.stage(folder)), default=0)
+            tokens += max(0, stage_steps(config)[stage] - done) * step_tokens[stage]
+    flops = flops_per_token(config.model) * tokens
     if flops / SLOWEST_RATE <= LONGEST_HOURS * 3600:
         return
     rate = product_rate() * jax.process_count()

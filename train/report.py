@@ -24,7 +24,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jaxchat.config import Config, flatten
 from jaxchat.log import read_metrics, say
-from jaxchat.run_dir import RunDir, atomic_write, read_json, write_json
+from jaxchat.run_dir import TRAINED, RunDir, atomic_write, read_json, write_json
 from jaxchat.tasks.core import CORE_TASKS
 
 from .contamination import LONG_PASSAGE, exam_contamination
@@ -35,8 +35,7 @@ from .targets import run_cost, wall_clock
 
 FORMAT = 1  # of `report.json`
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("base", "sft", "rl")  # names of folders and, in capitals, of columns
-FOLDERS = {"pretrain": "base"}  # of the stages whose folder has another name
+STAGES = tuple(TRAINED)  # names of folders and, in capitals, of columns
 MODEL_KEYS = ("recipe", "depth", "width", "n_heads", "n_kv_heads", "head_width", "seq_len", "vocab_size")
 PRIVATE = ("serve.",)  # a card is published; these keys hold addresses and API keys
 CORE = ("core", "core_partial")
@@ -470,9 +469,10 @@ def _rl(card: Card) -> Table:
 def _stages(card: Card) -> Table:
     """Return time, cost and speed of every stage."""
     cost, rows = card["cost"], list[Row]()
+    speeds = {TRAINED[folder]: speed for folder, speed in card["speed"].items()}
     for name, seconds in (card["seconds"] | {"total": card["seconds_total"]}).items():
         usd = money(cost["usd"] if name == "total" else cost["stages"].get(name))
-        pace, facts = card["speed"].get(FOLDERS.get(name, name)), card.get(name, {})
+        pace, facts = speeds.get(name), card.get(name, {})
         figures = ["-"] * 6
         if pace and "tokens" in facts:
             median = "-" if pace["tokens_per_second"] is None else f"{pace['tokens_per_second']:,.0f}"

@@ -24,7 +24,7 @@ from jaxchat.data.shards import parallel_map, workers_for
 from jaxchat.data.sources import document_hash, find_files, limit_of_hashes
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
-from jaxchat.run_dir import RunDir, read_json, write_json
+from jaxchat.run_dir import RunDir, read_json, saved_steps, write_json
 from jaxchat.scaling import fine_tuning_optim
 from jaxchat.tasks import get_task, parse_mixture_entry
 from jaxchat.tasks.base import Task, TaskFiles
@@ -141,7 +141,7 @@ def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str,
     Facts: conversations by entry, rows and fill of each split. `DataError` where those rows cannot be had again.
     """
     path, metas = run.stage("sft") / "rows.json", list[dict[str, Any]]()
-    begun = any(p.name.isdigit() for p in path.parent.glob("*"))
+    begun = bool(saved_steps(path.parent))
     if begun:
         with contextlib.suppress(DataError):
             metas = [Rows(run.data / "sft" / split, tokenizer.digest).meta for split in SPLITS]

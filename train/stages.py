@@ -24,7 +24,7 @@ from jaxchat.errors import UsageError
 from jaxchat.interop.huggingface import write_hf
 from jaxchat.interop.trained import Trained, load_trained, write_orbax
 from jaxchat.log import say
-from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, write_json
+from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, saved_steps, write_json
 from jaxchat.sharding import make_mesh
 from jaxchat.tasks.base import identity_digest
 from jaxchat.train_state import check_attention
@@ -73,7 +73,7 @@ class Stage:
         def exists(path: str) -> bool:
             if not path.endswith("/<step>"):
                 return (run.root / path).exists()
-            return any(p.name.isdigit() for p in (run.root / path).parent.glob("*"))
+            return bool(saved_steps((run.root / path).parent))
 
         return [path for path in self.outputs if not exists(path)]
 

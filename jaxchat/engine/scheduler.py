@@ -29,12 +29,11 @@ from jaxchat.engine.request import NO_TOKEN, Event, Handle, QueueFull, Request, 
 from jaxchat.engine.scoring import common_prefix
 from jaxchat.errors import DataError, UsageError
 from jaxchat.kv_cache import Cache, layer_capacity
-from jaxchat.run_dir import RunDir
+from jaxchat.run_dir import TRAINED, RunDir, saved_steps
 from jaxchat.scaling import resolve_model
 from jaxchat.sharding import make_mesh
 from jaxchat.tokenizer import ASSISTANT_END, BOS, PYTHON_END, USER_START, Tokenizer
 
-STAGES = ("rl", "sft", "base")  # furthest trained first
 WEIGHTS = ("auto", "float32", "bfloat16", "int8")  # `serve.weights`
 LEAST_REUSE = 32  # tokens; a shorter prefix is sooner computed again
 COPY_COST = 4  # of copying a prompt's keys and values into a slot, in prompt tokens
@@ -46,7 +45,7 @@ def trained_stages(run: RunDir) -> list[str]:
     """Return the stages with a checkpoint, the furthest first; `DataError` where there is none."""
     if not run.config.is_file():
         raise DataError(f"{run.root}: not a run directory (no config.toml); train one with launch.py first")
-    stages = [s for s in STAGES if any(p.name.isdigit() for p in run.stage(s).glob("*"))]
+    stages = [s for s in reversed(TRAINED) if saved_steps(run.stage(s))]
     if not stages:
         raise DataError(f"{run.root}: no trained stage yet; finish the run first: launch.py --run-dir {run.root}")
     return stages

@@ -27,13 +27,22 @@ import orbax.checkpoint as ocp
 from tokenizers import Tokenizer as Backend
 
 from jaxchat import __version__
-from jaxchat.checkpoint import RECORDS, params_sha256, recorded, save_params, this_process
+from jaxchat.checkpoint import params_sha256, recorded, save_params, this_process
 from jaxchat.config import Config, ModelConfig, RlConfig, ServeConfig, to_toml
 from jaxchat.engine import load_run, trained_stages
-from jaxchat.errors import DataError, UsageError
+from jaxchat.errors import DataError, UsageError, first_line
 from jaxchat.interop.bundle import bundle
 from jaxchat.model import Params, hidden, layer_params, logits
-from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, read_json, sync_directory, write_checksums, write_json
+from jaxchat.run_dir import (
+    RECORD_FORMAT,
+    TRAINED,
+    RunDir,
+    atomic_write,
+    read_json,
+    sync_directory,
+    write_checksums,
+    write_json,
+)
 from jaxchat.scaling import resolve
 from jaxchat.sizes import count_parameters, value_layers, windows
 from jaxchat.tokenizer import ASSISTANT_END, BOS, Tokenizer
@@ -149,13 +158,13 @@ def write_run(model: Trained, out: Path) -> None:
         if model.card is not None:
             atomic_write(folder / CARD, model.card)
         save_params(run.stage("base"), model.step, model.params, {"imported": model.imported, "tokens": 0})
-        for stage in list(KINDS)[: list(KINDS).index(model.stage) + 1]:
+        for stage, name in list(TRAINED.items())[: list(TRAINED).index(model.stage) + 1]:
             facts = {"digest": digest, "params_sha256": digest}
-            records[RECORDS.get(stage, stage)] = record | {"facts": facts, "params_sha256": digest}
+            records[name] = record | {"facts": facts, "params_sha256": digest}
             if stage != "base":
                 shutil.copytree(run.stage("base"), run.stage(stage), copy_function=_link)
         shape = {f"model.{k}": v for k, v in dataclasses.asdict(model.config).items() if k != "attention"}
-        records[RECORDS["base"]]["inputs"] = shape
+        records["pretrain"]["inputs"] = shape
         write_json(run.stages, records)
 
 
@@ -316,8 +325,7 @@ def _write_params(path: Path, params: Params) -> None:
         try:
             writer.save(path, args=ocp.args.PyTreeSave(params, save_args=chunks))  # type: ignore[call-arg]
         except Exception as error:  # Orbax and TensorStore raise all kinds
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise DataError(f"{path}: could not be written ({first}); make room and try again") from error
+            raise DataError(f"{path}: could not be written ({first_line(error)}); make room and try again") from error
 
 
 def golden_logits(config: ModelConfig, params: Params, ids: np.ndarray, last: int) -> np.ndarray:
