@@ -10,10 +10,13 @@ from whole_run import arguments, finish, start
 
 import launch
 from jaxchat.config import load_config
+from jaxchat.errors import UsageError
 from jaxchat.log import read_metrics
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
+from jaxchat.sharding import make_mesh
 from jaxchat.tokenizer import train_tokenizer
+from jaxchat.train_state import check_attention
 from train import rehearse
 from train.plan import disk_parts
 
@@ -115,6 +118,16 @@ def test_made_up_text_fills_a_vocabulary_and_is_the_same_every_time():
 
 def config(*overrides):
     return resolve(load_config("nano", ["train.steps=1000", "train.checkpoint_every=200", *overrides]))
+
+
+def test_slow_attention_does_not_stop_a_rehearsal(monkeypatch):
+    """It is listed as a problem, and what else would go wrong is found in the same rehearsal."""
+    large = resolve(load_config("d20"))
+    monkeypatch.setattr("jaxchat.train_state.trusted_backend", lambda *_: ("xla", "it cannot run"))
+    monkeypatch.setattr("jaxchat.train_state.platform", lambda _: "gpu")
+    with pytest.raises(UsageError):
+        check_attention(large, make_mesh(large.mesh))
+    assert check_attention(rehearse.smaller(large, 1, 1), make_mesh(large.mesh)) == "it cannot run"
 
 
 def test_time_of_a_stage():
