@@ -4,6 +4,7 @@ import itertools
 import json
 import signal
 import time
+import types
 
 import pytest
 from whole_run import arguments, finish, start
@@ -59,12 +60,13 @@ def test_every_stage_is_rehearsed_and_nothing_is_left(corpus, tmp_path):
 
 
 def test_what_is_missing_is_replaced_listed_and_ends_with_1(corpus, tmp_path, monkeypatch, capsys):
-    """No hub, no data of RL's environment and of an exam: made-up text and questions, every stage still runs."""
+    """No hub, no room, no data of RL and of an exam: every stage still runs, on made-up text and questions."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # says so at once instead of trying again
     monkeypatch.setattr(rehearse, "SAMPLE_BYTES", 200_000)
     monkeypatch.setattr(rehearse, "MOST_CONVERSATIONS", 100)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=0))
     overrides = ['rl.environment="gsm8k"', 'sft.mixture=["gsm8k","mmlu","identity:60"]', 'eval.exams=["gsm8k"]']
     overrides += ['data.source="hf:nobody/nothing"', f'data.cache_dir="{tmp_path}/cache"']
     args = rehearsal(corpus, tmp_path / "tiny", "--keep", "--json", overrides=overrides)
@@ -73,7 +75,8 @@ def test_what_is_missing_is_replaced_listed_and_ends_with_1(corpus, tmp_path, mo
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not found["ok"] and list(found["stages"]) == STAGES and len(found["made_up"]) == 4
     kinds = {(problem["kind"], problem["stage"]) for problem in found["problems"]}
-    assert {("hub", "prepare"), ("data", "sft"), ("data", "rl"), ("data", "eval")} <= kinds
+    assert {("disk", "pretrain"), ("hub", "prepare"), ("data", "sft"), ("data", "rl"), ("data", "eval")} <= kinds
+    assert any(str(tmp_path / "tiny") + " " in problem["text"] for problem in found["problems"])  # the real run's place
     kept = [path for path in tmp_path.iterdir() if path.name != "cache"]
     assert [str(path) for path in kept] == [found["directory"]]
     assert (kept[0] / "report.md").exists() and (kept[0] / "export" / "hf").is_dir()

@@ -77,6 +77,10 @@ def rehearse(
     folder = Path(tempfile.mkdtemp(prefix=f"{place.name}-rehearsal-", dir=place.parent))
     try:
         rehearsal = Rehearsal(config, RunDir(folder), reasons)
+        try:  # beside what the real run has written already
+            check_room(config, directory, {stage.name for stage in stages})
+        except DataError as error:
+            rehearsal.problem("disk", "pretrain", error)
         rehearsal.run_all(stages)
         result = rehearsal.result() | {"directory": str(folder) if keep else None}
     except (KeyboardInterrupt, InterruptedRun):
@@ -126,10 +130,6 @@ class Rehearsal:
         say("attention is compared with its reference")
         backend, why = trusted_backend(self.config.model, compute_dtype(self.config, self.mesh))
         self.measured["attention"] = {"backend": backend, "fallback": why}
-        try:
-            check_room(self.config, self.run, {stage.name for stage in stages})
-        except DataError as error:
-            self.problem("disk", "pretrain", error)
         self.choose_text()
         failed: set[str] = set()
         for stage in stages:
