@@ -59,7 +59,8 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
 
     `limit`: see `Trainer`; with it every other answer gets a reward, so that there is something to learn from.
     """
-    tokenizer, task, mesh = Tokenizer.load(run.tokenizer), environment(config), make_mesh(config.mesh)
+    tokenizer, mesh = Tokenizer.load(run.tokenizer), make_mesh(config.mesh)
+    task, train_questions = environment(config)
 
     def fitting(examples: Sequence[Example], count: int | None = None) -> tuple[list[Example], int]:
         """Return the first `count` questions with room for an answer, and the tokens of the longest."""
@@ -71,7 +72,7 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
             say(f"  {len(examples) - len(kept):,} questions are longer than the context and left out", style="yellow")
         return [example for example, _ in kept[:count]], max(n for _, n in kept[:count])
 
-    questions, longest = fitting(task.train_examples(config.seed))
+    questions, longest = fitting(train_questions)
     exam, longest_exam = fitting(task.examples(), config.rl.eval_prompts)
     room = max(longest, longest_exam) + config.rl.max_tokens
     capacity = min(config.model.seq_len, -(-room // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
@@ -99,19 +100,23 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Refuse, before any work, an environment without questions or with data that is not at hand."""
-    task, rl = environment(config), config.rl
+    (task, questions), rl = environment(config), config.rl
     if rl.slots & (rl.slots - 1):
         raise UsageError(f"rl.slots: must be a power of two, not {rl.slots}")
-    if rl.format_bonus and "format" not in task.readings(task.train_examples(config.seed)[0], ""):
+    if rl.format_bonus and "format" not in task.readings(questions[0], ""):
         raise UsageError(f"rl.format_bonus: {task.name} asks for no form; set it to 0")
 
 
-def environment(config: Config) -> WrittenTask:
-    """Return the task to learn from. `UsageError` if it has no questions for training, `DataError` without its data."""
+def environment(config: Config) -> tuple[WrittenTask, Sequence[Example]]:
+    """Return the task to learn from and its training questions.
+
+    `UsageError` if it has none, `DataError` without its data.
+    """
     task = get_task(config.rl.environment, TaskFiles.of(config, download=True))
-    if not isinstance(task, WrittenTask) or not task.train_examples(config.seed):
+    questions = task.train_examples(config.seed) if isinstance(task, WrittenTask) else ()
+    if not isinstance(task, WrittenTask) or not questions:
         raise UsageError(f"rl.environment: {task.name} has no questions for training; take one that has, as gsm8k")
-    return task
+    return task, questions
 
 
 def rl_config(config: Config, questions: int, devices: int) -> Config:

@@ -172,11 +172,17 @@ class SpellingBee(GeneratedTask):
 
 
 @functools.cache
-def words(held_out: bool) -> tuple[str, ...]:
-    """Return the exam's words, or the others, sorted."""
+def frequent_words() -> tuple[str, ...]:
+    """Return the words of chitchat with `LEAST_USES` or more, sorted."""
     texts = (text for turns in chitchat_conversations() for turn in turns for text in turn)
     uses = collections.Counter(word for text in texts for word in re.findall(r"\b[a-z]{3,12}\b", text.lower()))
-    return tuple(sorted(word for word, n in uses.items() if n >= LEAST_USES and is_held_out(word) == held_out))
+    return tuple(sorted(word for word, n in uses.items() if n >= LEAST_USES))
+
+
+@functools.cache
+def words(held_out: bool) -> tuple[str, ...]:
+    """Return the exam's words, or the others, sorted."""
+    return tuple(word for word in frequent_words() if is_held_out(word) == held_out)
 
 
 def spelling_solution(word: str, letter: str) -> Message:
