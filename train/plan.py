@@ -202,10 +202,7 @@ def compile_plan(config: Config, target: Target) -> Plan:
     step = steps[rows]
     text = step.text or (steps[largest].text if largest else "")  # "": refused for its memory
     program = hlo.Program(text)
-    moved, compute = program.bytes_by_kind.total(), None
-    if target.chip.platform == "cuda":
-        other = program.bytes_by_kind["other"] / (BANDWIDTH_SHARE * target.chip.memory_rate)
-        compute = product_seconds(config, target) + other
+    moved, compute = program.bytes_by_kind.total(), compute_seconds(config, target, program)
     return run_figures(config, target, rows, accumulate, program.collectives(mesh.size), compute) | {
         "bytes_per_step_per_device": moved,
         "bytes_by_kind": dict(program.bytes_by_kind),
@@ -224,15 +221,22 @@ def compile_plan(config: Config, target: Target) -> Plan:
     }
 
 
-def product_seconds(config: Config, target: Target) -> float:
-    """Return the seconds of a step's products and attention on an NVIDIA GPU, what `train.remat` repeats included."""
+def compute_seconds(config: Config, target: Target, program: hlo.Program) -> float | None:
+    """Return the seconds of a compiled step without its collectives on an NVIDIA GPU; None elsewhere.
+
+    Products and attention, with what `train.remat` repeats, and the bytes of everything else come one after the other.
+    A TPU keeps arrays on the chip that the text does not tell apart, a CPU in its caches.
+    """
+    if target.chip.platform != "cuda":
+        return None
     tokens = config.train.batch_tokens / target.devices
     products = 6 * matmul_parameters(config.model) * tokens
     attention = flops_per_token(config.model) * tokens - products
     if config.train.matmul == "fp8":
         products *= 1 - FP8_SHARE / 2  # 8-bit ones run twice as fast
     seconds = (products / PRODUCT_SHARE + attention / ATTENTION_SHARE) / target.chip.peak
-    return seconds * (4 / 3 if config.train.remat == "full" else 1)
+    seconds *= 4 / 3 if config.train.remat == "full" else 1
+    return seconds + program.bytes_by_kind["other"] / (BANDWIDTH_SHARE * target.chip.memory_rate)
 
 
 def run_figures(
