@@ -194,7 +194,7 @@ LINES = [json.dumps(line) for line in ({"text": "one"}, SPOKEN)]
 
 
 @fuzz
-@hypothesis.given(st.data(), st.sampled_from([".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".md", ".parquet"]))
+@hypothesis.given(st.data(), st.sampled_from([".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".txt", ".md", ".parquet"]))
 def test_any_file_of_text_is_read_or_refused(tmp_path, data, suffix):
     path, draw = tmp_path / f"text{suffix}", data.draw
     if draw(st.booleans()):

@@ -1,14 +1,14 @@
 """Sources of pretraining text: how files are read, what a mixture is, and which documents are held out.
 
     chitchat                        the conversations of the chitchat-dataset package
-    files:GLOB                      files at hand: txt, md and jsonl (also as .gz and .zst), parquet
+    files:GLOB                      files at hand: txt, md, jsonl, ndjson and json (also as .gz and .zst), parquet
     hf:OWNER/NAME[@REV][:PATTERN]   the same kinds of files of a data set on the Hugging Face hub, or of a mirror
     synthetic:lottery[:COUNT]       generated sessions of a lottery machine (`data/lottery.py`)
     0.7 SOURCE + 0.3 SOURCE         a mixture: so large a share of the training tokens from each
 
 A source consists of units, files or one generator, each of which can be read, tokenized and restarted by itself. Its
-documents are the lines of jsonl, the rows of parquet, and parts of about `TEXT_DOCUMENT_CHARS` characters of a text
-file, so that part of a single book can be held out.
+documents are the records of jsonl and json, the rows of parquet, and parts of about `TEXT_DOCUMENT_CHARS` characters
+of a text file, so that part of a single book can be held out.
 """
 
 from __future__ import annotations
@@ -42,10 +42,13 @@ from jaxchat.log import say
 # Files
 
 
-SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")  # of two forms of the same text the first is read
+SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".txt", ".md")  # of two forms of the same text the first is read
 COMPRESSED = (".gz", ".zst")
 COMPRESSION = 3.0  # characters of text per byte of a compressed text file, about
 TEXT_DOCUMENT_CHARS = 4_000
+JSON_CHARS = 1 << 20  # of a .json file that are read at once
+JSON_GAP = re.compile(r"[\s,\ufeff]*")  # between values
+BOM = "\ufeff"  # byte order mark: at the start of a line it is left over from a file that was appended
 LARGEST_DOCUMENT = 1_000_000  # characters; a tokenizer needs some hundred bytes of memory for each
 UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # byte order marks, of which UTF-32's begins with UTF-16's
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -95,8 +98,10 @@ def read_file(path: Path, encoding: str = "auto", counts: Counter[str] | None = 
 
 
 def read_records(path: Path, encoding: str = "auto", columns: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield (FILE:NUMBER, record) of every non-empty line of jsonl, or of every row of parquet.
+    """Yield (FILE:NUMBER, record) of every non-empty line of jsonl, row of parquet, or record of json.
 
+    A json file is an array of records, an object with one list of them, or objects one after the other. Only an object
+    around a list is held in memory as a whole.
     `columns`: the only ones to read of a parquet file. `DataError` names the file, and the line that is not JSON.
     """
     with _named_errors(path, encoding):
@@ -107,13 +112,57 @@ def read_records(path: Path, encoding: str = "auto", columns: Sequence[str] | No
                 yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
             return
         with _open(path, encoding) as file:
+            if suffix_of(path) == ".json":
+                records = _json_records(path, file, columns or ())
+                yield from ((f"{path}:{number}", record) for number, record in enumerate(records, 1))
+                return
             for number, line in enumerate(file, 1):
-                if line.strip():
+                if (line := line.lstrip(BOM)).strip():
                     try:
                         record = json.loads(line)
                     except (ValueError, RecursionError) as error:  # also numbers of too many digits
                         raise DataError(f"{path}:{number}: not JSON ({error})") from None
                     yield f"{path}:{number}", record
+
+
+def _json_records(path: Path, file: IO[str], columns: Sequence[str]) -> Iterator[Any]:
+    """Yield the records of an open json file; see `read_records`."""
+    values = _json_values(path, file)
+    head = list(itertools.islice(values, 2))
+    own = {"text", "messages", "conversations", *columns}  # of a record, so not of an object around records
+    if len(head) == 1 and isinstance(head[0], dict) and not own & head[0].keys():
+        lists = [value for value in head[0].values() if isinstance(value, list) and value]
+        if len(lists) == 1 and isinstance(lists[0][0], dict | str):
+            head = lists[0]
+    yield from itertools.chain(head, values)
+
+
+def _json_values(path: Path, file: IO[str]) -> Iterator[Any]:
+    """Yield the items of an array, or values one after the other; memory holds the largest of them."""
+    decoder, text, at, line, inside = json.JSONDecoder(), "", 0, 1, False
+    while True:
+        at = JSON_GAP.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+        if text[at : at + 1] == ("]" if inside else "["):
+            inside, at = not inside, at + 1
+            continue
+        error: Exception | None = None
+        try:
+            value, end = decoder.raw_decode(text, at)
+            cut = end + 4 > len(text)  # a number may go on
+        except (ValueError, RecursionError) as caught:  # also numbers of too many digits
+            error, end = caught, getattr(caught, "pos", at)
+            cut = end + 16 > len(text) or "Unterminated string" in str(error)
+        if cut and (more := file.read(max(JSON_CHARS, len(text) - at))):
+            line += text.count("\n", 0, at)
+            text, at = text[at:] + more, 0
+        elif at == len(text) and not inside:
+            return
+        elif error:
+            line += text.count("\n", 0, end)
+            raise DataError(f"{path}:{line}: not JSON ({getattr(error, 'msg', error)})")
+        else:
+            yield value
+            at = end
 
 
 def count_rows(path: Path) -> int:

@@ -79,8 +79,8 @@ def file_conversations(source: str, encoding: str = "auto") -> Iterator[Conversa
     `DataError` names the file and line of a conversation that is not in the form of `chat.py`.
     """
     for path in find_files(source):
-        if suffix_of(path) not in (".jsonl", ".parquet"):
-            raise DataError(f"sft.mixture: {path}: conversations are read from jsonl and parquet files")
+        if suffix_of(path) in (".txt", ".md"):
+            raise DataError(f"sft.mixture: {path}: conversations are read from jsonl, json and parquet files")
         for where, record in read_records(path, encoding):
             messages: Any = record.get("messages") if isinstance(record, dict) else None
             try:
