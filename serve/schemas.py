@@ -53,19 +53,14 @@ class TextPart(Input):
 
 
 class ChatMessage(Input):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = Field(description="null means an empty text; only for the assistant")
+    """A message; `jaxchat.chat.normalize` says what becomes of it."""
 
-    @model_validator(mode="after")
-    def _has_content(self) -> ChatMessage:
-        if self.content is None and self.role != "assistant":
-            raise ValueError("content: must be text")
-        return self
-
-    def parts(self) -> list[dict[str, str]]:
-        if isinstance(self.content, list):
-            return [part.model_dump() for part in self.content]
-        return [{"type": "text", "text": self.content or ""}]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[dict[str, Any]] | None = Field(
+        None, description="text, or parts of type text (an assistant's also python and python_output)"
+    )
+    tool_calls: list[dict[str, Any]] | None = None
+    function_call: dict[str, Any] | None = None
 
 
 class StreamOptions(Input):

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
+from jaxchat.chat import normalize
 from jaxchat.config import Config, ServeConfig
 from jaxchat.engine import Engine, Handle, QueueFull
 from jaxchat.errors import JaxchatError, UsageError
@@ -164,27 +165,23 @@ class Service:
             raise ApiError(404, f"no model {shown!r}; the model here is {self.model!r}", "model", "model_not_found")
 
     def conversation(self, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-        """Return messages as `jaxchat.chat` takes them: user and assistant in turn, system only at the start.
+        """Return messages in the form of `jaxchat.chat.normalize`.
 
-        Neighbours of one role become one message with an empty line between; a later system message becomes the
-        user's. `ApiError` 400 names the first limit that the conversation exceeds.
+        `ApiError` 400 names the message that cannot be used, or the first limit that the conversation exceeds.
         """
-        merged: list[dict[str, Any]] = []
+        sent = [message.model_dump(exclude_none=True) for message in messages]
         total = 0
-        for i, message in enumerate(messages):
-            parts = message.parts()
-            size = sum(len(part["text"]) for part in parts)
-            total += size
+        for i, message in enumerate(sent):
+            parts = message.get("content", "")
+            size = len(parts) if isinstance(parts, str) else sum(len(str(part.get("text", ""))) for part in parts)
+            size += sum(len(str(message[key])) for key in ("tool_calls", "function_call") if key in message)
             check_length(self.limits.message_chars, f"messages[{i}].content", size)
-            role = "system" if message.role == "developer" else message.role
-            if role == "system" and any(before["role"] != "system" for before in merged):
-                role = "user"
-            if merged and merged[-1]["role"] == role:
-                merged[-1]["content"] += [{"type": "text", "text": "\n\n"}, *parts]
-            else:
-                merged.append({"role": role, "content": parts})
+            total += size
         check_length(self.limits.total_chars, "messages", total)
-        return merged
+        try:
+            return normalize(sent)
+        except UsageError as error:
+            raise ApiError(400, str(error), "messages") from None
 
 
 class Call:

@@ -170,8 +170,8 @@ def test_the_clients_errors(client):
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-4", messages=GREETING)
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="user and assistant in turn"):
-        client.chat.completions.create(model="nano", messages=[{"role": "assistant", "content": "x"}, *GREETING])
+    with pytest.raises(openai.BadRequestError, match="continue_final_message"):
+        client.chat.completions.create(model="nano", messages=[*GREETING, {"role": "assistant", "content": "x"}])
     with pytest.raises(openai.BadRequestError, match="tools: not supported"):
         client.chat.completions.create(
             model="nano", messages=GREETING, tools=[{"type": "function", "function": {"name": "f"}}]

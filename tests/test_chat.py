@@ -95,6 +95,94 @@ def test_messages_are_not_changed(tokenizer):
     assert messages == before
 
 
+def tool(name, arguments):
+    return {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def result(text, role="tool"):
+    return {"role": role, "content": text}
+
+
+def said(role, text):
+    return {"role": role, "content": text if role == "user" else [{"type": "text", "text": text}]}
+
+
+def calls(*tools, content=None):
+    return {"role": "assistant", "content": content, "tool_calls": list(tools)}
+
+
+S = {"role": "system", "content": "s"}
+CALCULATED = [{"type": "python", "text": "2*(3+4)"}, {"type": "python_output", "text": "14"}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "turns"),
+    [
+        ([S, user("u")], [said("user", "s\n\nu")]),
+        ([{"role": "developer", "content": "s"}, user("u")], [said("user", "s\n\nu")]),
+        ([S], [said("user", "s")]),
+        ([S, {"role": "system", "content": ""}, user("u")], [said("user", "s\n\nu")]),
+        ([user("a"), user(""), user("b")], [said("user", "a\n\nb")]),
+        ([user("a"), assistant("x"), assistant("y")], [said("user", "a"), said("assistant", "x\n\ny")]),
+        ([user("a"), assistant("x"), S, user("b")],
+         [said("user", "a"), said("assistant", "x"), said("user", "s\n\nb")]),
+        ([assistant("hi"), user("a")], [said("user", ""), said("assistant", "hi"), said("user", "a")]),
+        ([S, assistant("hi")], [said("user", "s"), said("assistant", "hi")]),
+        ([user("a"), {"role": "assistant"}], [said("user", "a"), said("assistant", "")]),
+        ([user("a"), calls(tool("w", '{"x": 1}')), result("r")],
+         [said("user", "a"), said("assistant", '{"name": "w", "arguments": {"x": 1}}'), said("user", "r")]),
+        ([user("a"), calls({"name": "w", "arguments": {"x": "é"}}, content="See:")],
+         [said("user", "a"), said("assistant", 'See:\n\n{"name": "w", "arguments": {"x": "é"}}')]),
+        ([user("a"), {"role": "assistant", "function_call": {"name": "w"}}, result("r", "function"), assistant("z")],
+         [said("user", "a"), said("assistant", '{"name": "w", "arguments": {}}'), said("user", "r"),
+          said("assistant", "z")]),
+        ([user("a"), calls(tool("calculator", "{}"))],
+         [said("user", "a"), said("assistant", '{"name": "calculator", "arguments": {}}')]),
+    ],
+)  # fmt: skip
+def test_what_becomes_of_messages(messages, turns):
+    before = copy.deepcopy(messages)
+    assert normalize(messages) == turns == normalize(turns) and messages == before
+
+
+@pytest.mark.parametrize("arguments", ['{"expression": "2*(3+4)"}', {"code": "2*(3+4)"}])
+@pytest.mark.parametrize("name", ["calculator", "python"])
+def test_a_call_of_a_calculator_is_our_calculators(name, arguments):
+    """With its result and the text behind it, it is one turn; two calls go with two results."""
+    whole = normalize([user("a"), calls(tool(name, arguments), content="See: "), result("14"), assistant("It is 14.")])
+    assert whole[1:] == [assistant([{"type": "text", "text": t} if t else c for t, c in zip(
+        ("See: ", "", "", "It is 14."), (0, *CALCULATED, 0), strict=True)])]  # fmt: skip
+    two = normalize([user("a"), calls(tool("w", "{}"), tool(name, arguments)), result("r"), result("14")])
+    assert two[1]["content"][1:] == CALCULATED and two[2] == said("user", "r")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"code": "import os"}, {"a": "1", "b": "2"}, {"x": 5}, {}, "no JSON", "2+2", None]
+)
+def test_other_calls_of_a_calculator_are_text(arguments):
+    turns = normalize([user("a"), calls(tool("python", arguments)), result("14")])
+    assert [part["type"] for part in turns[1]["content"]] == ["text"] and turns[2] == said("user", "14")
+
+
+def test_a_message_of_weight_0_is_not_learned(tokenizer):
+    first, second = assistant("x") | {"weight": 0}, assistant("y") | {"weight": 1}
+    end = "<|assistant_end|>"
+    assert learned(tokenizer, [user("a"), first, user("b"), second]) == f"y{end}"
+    assert learned(tokenizer, [user("a"), first, second]) == f"\n\ny{end}"
+    assert learned(tokenizer, [user("a"), second, first]) == "y"
+    assert learned(tokenizer, [user("a"), assistant(CALL) | {"weight": 0}]) == ""
+    messages = [user("a"), first, second]
+    assert learned(tokenizer, normalize(messages)) == learned(tokenizer, messages)
+
+
+def test_a_last_message_of_the_assistant_stays_open(tokenizer):
+    messages = [user("x"), assistant("I am")]
+    ids = render_prompt(tokenizer, messages, continue_final=True)
+    assert show(tokenizer, ids) == "<|bos|><|user_start|>x<|user_end|><|assistant_start|>I am"
+    with pytest.raises(UsageError, match=r"messages\[0\]"):
+        render_prompt(tokenizer, messages[:1], continue_final=True)
+
+
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
@@ -103,20 +191,19 @@ def test_messages_are_not_changed(tokenizer):
         (None, "must be a list"),
         ({"role": "user"}, "must be a list"),
         (["hello"], r"messages\[0\]: role None"),
-        ([{"role": "system", "content": "x"}], "only a system message"),
-        ([assistant("x")], r"messages\[0\]: role 'assistant' where 'user'"),
-        ([user("x"), user("y")], r"messages\[1\]: role 'user' where 'assistant'"),
-        ([{"role": "system", "content": "s"}, user("x"), user("y")], r"messages\[2\]: role 'user'"),
-        ([user("x"), {"role": "system", "content": "y"}], r"messages\[1\]: role 'system'"),
+        ([user("x"), {"role": "king", "content": "y"}], r"messages\[1\]: role 'king'"),
         ([{"role": ["user"], "content": "y"}], r"messages\[0\]: role"),
         ([{"role": "user"}], r"messages\[0\]: content must be text .*not NoneType"),
         ([user(3)], "not int"),
-        ([user([{"type": "image"}])], r"messages\[0\]: a part needs"),
-        ([user([{"type": "text", "text": None}])], r"messages\[0\]: a part needs"),
+        ([user([{"type": "image_url"}])], r"messages\[0\]: .*text only, .*'image_url'"),
+        ([user([{"type": "text", "text": None}])], r"messages\[0\]: a part of type text needs"),
         ([user([{"type": "python", "text": "1+1"}])], r"messages\[0\]: only an assistant"),
-        ([user("x"), assistant(None)], r"messages\[1\]: content must be text or a list of parts"),
-        ([user("x"), assistant(["a"])], r"messages\[1\]: a part needs a type of text, python, python_output"),
-        ([user("x"), assistant([{"type": [], "text": "a"}])], r"messages\[1\]: a part needs"),
+        ([user("x"), assistant(["a"])], r"messages\[1\]: "),
+        ([user("x"), assistant([{"type": [], "text": "a"}])], r"messages\[1\]: "),
+        ([user("x"), assistant("") | {"tool_calls": 5}], r"messages\[1\]: tool_calls"),
+        ([user("x"), calls("f")], r"messages\[1\]: a tool call"),
+        ([user("x"), calls({"function": {"name": 5}})], r"messages\[1\]: a tool call"),
+        ([user("x"), calls(tool("python", {"x": "1+1"})), result(5)], r"messages\[2\]: content"),
     ],
 )
 def test_malformed_conversations_are_refused_by_number(tokenizer, messages, words):

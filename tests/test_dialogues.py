@@ -110,7 +110,7 @@ def test_conversations_of_ones_own(tmp_path):
     assert list(file_conversations(f"files:{tmp_path}")) == talks
     bad = {
         '{"text": "no conversation"}': "messages: must be a list",
-        '{"messages": [{"role": "assistant", "content": "first"}]}': "role 'assistant' where 'user' is due",
+        '{"messages": [{"role": "king", "content": "first"}]}': "role 'king'",
         "[]": "messages: must be a list",
         "{": "not JSON",
     }

@@ -358,11 +358,16 @@ class Engine:
         self.programs.load(params, self.weights)
         self.scheduler.prefix_cache.clear()
 
-    def chat_request(self, messages: Sequence[dict[str, Any]], **settings: Any) -> Request:
-        """Answer a conversation that ends with a user message; `settings` are fields of `Request`."""
+    def chat_request(
+        self, messages: Sequence[dict[str, Any]], *, continue_final: bool = False, **settings: Any
+    ) -> Request:
+        """Answer a conversation that ends with a user message; `settings` are fields of `Request`.
+
+        continue_final: go on behind its last message, an assistant's.
+        """
         if not self.chats:
             return self.text_request(continued(messages), **settings)
-        return Request(render_prompt(self.tokenizer, list(messages)), **{"stop": self.ends} | settings)
+        return Request(render_prompt(self.tokenizer, messages, continue_final), **{"stop": self.ends} | settings)
 
     def text_request(self, text: str, **settings: Any) -> Request:
         """Continue a text as a document, to its end (a chat model ends it as an answer)."""
