@@ -51,7 +51,7 @@ class Completion(Call):
             "max_tokens": limits.max_tokens if max_tokens is None else max_tokens,
             "temperature": limits.temperature if body.temperature is None else body.temperature,
             "top_k": limits.top_k if body.top_k is None else max(body.top_k, 0),
-            "top_p": body.top_p or 1.0,
+            "top_p": 1.0 if body.top_p is None else body.top_p,
             "min_p": body.min_p or 0.0,
             "repetition_penalty": body.repetition_penalty or 1.0,
             "seed": body.seed,

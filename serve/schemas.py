@@ -18,23 +18,62 @@ MAX_ANSWERS = 128  # to one prompt
 MAX_MESSAGES = 500  # of one conversation
 MAX_PROMPTS = 256  # in one request
 MAX_STOPS = 16
-# unsupported fields, each with the values that ask for nothing and are therefore accepted
+MAX_STOP_TOKENS = 12
+MAX_BIASES = 300
+# Fields of OpenAI, vLLM and llama.cpp that would change the answer and are refused, each with the values that ask for
+# nothing. `NOTHING` asks for nothing in all of them.
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "functions": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "suffix": (None, ""),
-    "best_of": (None, 1),
+    "tools": (),
+    "functions": (),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "moderation": (),
+    "verbosity": ("medium",),
+    "suffix": (),
+    "best_of": (1,),
+    "use_beam_search": (),
+    "prompt_logprobs": (),
+    "prompt_embeds": (),
+    "truncate_prompt_tokens": (),
+    "allowed_token_ids": (),
+    "bad_words": (),
+    "logits_processors": (),
+    "include_stop_str_in_output": (),
+    "return_tokens_as_token_ids": (),
+    "return_token_ids": (),
+    "repetition_detection": (),
+    "vllm_xargs": (),
+    "documents": (),
+    "chat_template": (),
+    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
+    "grammar": (),
+    "typical_p": (1,),
+    "mirostat": (0,),
+    "xtc_probability": (0,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "n_predict": (-1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": (),
+    "min_tokens": (0,),
+    "stop_token_ids": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
 }
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 FinishReason = Literal["stop", "length"]
 
@@ -67,15 +106,57 @@ class StreamOptions(Input):
     include_usage: bool = False
 
 
+class JsonSchema(Input):
+    name: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Input):
+    """`text` constrains nothing, `json_object` asks for any JSON object."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ResponseFormat:
+        if self.type == "json_schema" and not self.json_schema:
+            raise ValueError("response_format: json_schema is missing")
+        return self
+
+
+class StructuredOutputs(Input):
+    """What an answer must be, in vLLM's form: exactly one of these."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: dict[str, Any] | bool | str | None = Field(None, alias="json", description="a JSON Schema")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = Field(None, min_length=1)
+
+
 class Sampling(Input):
     """Fields that chat and completions share."""
 
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=10, description="0: the likeliest token each time")
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="0: the likeliest token each time")
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="0 or -1: among all tokens")
     min_p: float | None = Field(None, ge=0, le=1, description="least probability, as a share of the likeliest token's")
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, gt=0, le=10, description="of tokens in prompt and answer")
+    frequency_penalty: Penalty | None = Field(None, description="taken from a token's logit each time it was generated")
+    presence_penalty: Penalty | None = Field(None, description="taken from the logit of each token generated before")
+    logit_bias: dict[str, Bias] | None = Field(
+        None, max_length=MAX_BIASES, description="added to the logits of token ids; -100 bans a token"
+    )
+    min_tokens: int | None = Field(None, ge=0, description="no end and no stop before")
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKENS)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = Field(None, description="older name of structured_outputs.json")
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = Field(None, min_length=1)
+    skip_special_tokens: Literal[True] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     n: int | None = Field(None, ge=1, le=MAX_ANSWERS, description="answers to each prompt")
@@ -89,8 +170,8 @@ class Sampling(Input):
     def _refuse_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
             for name, accepted in UNSUPPORTED.items():
-                if name in data and data[name] not in accepted:
-                    raise ValueError(f"{name}: not supported by this service")
+                if name in data and data[name] not in (*NOTHING, *accepted):
+                    raise ValueError(f"{name}: not supported by this service; leave it out")
             if data.get("stream_options") is not None and not data.get("stream"):
                 raise ValueError("stream_options: only where stream is true")
         return data

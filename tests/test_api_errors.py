@@ -87,7 +87,7 @@ def test_conversations_out_of_form(service, messages):
 @pytest.mark.parametrize(
     ("name", "values"),
     [("temperature", [-1, 11, "NaN", "Infinity", "-Infinity", '"hot"', "true", "1e400", 10**400]),
-     ("top_p", [0, -0.1, 1.1, "NaN", "[]"]), ("top_k", [-2, 1.5, 2**31, 10**30]), ("min_p", [-1, 2, "NaN"]),
+     ("top_p", [-0.1, 1.1, "NaN", "[]"]), ("top_k", [-2, 1.5, 2**31, 10**30]), ("min_p", [-1, 2, "NaN"]),
      ("repetition_penalty", [0, -1, 11, "NaN"]), ("seed", [2**64, 1.5, '"x"']), ("n", [0, -1, 129, 1.5, "true"]),
      ("max_tokens", [0, -1, 101, 10**20, 1.5, '"5"']), ("max_completion_tokens", [0, -3]),
      ("stop", ['""', "5", '[""]', '["a", 1]', json.dumps(["x"] * 17), json.dumps("x" * 300)]),
@@ -112,7 +112,7 @@ def test_what_cannot_be_had_is_refused_and_what_asks_for_nothing_is_not(name):
     values = {"response_format": {"type": "json_object"}, "tool_choice": "required", "best_of": 3}
     with pytest.raises(ValueError, match=f"{name}: not supported"):
         ChatRequest.model_validate({"messages": GREETING, name: values.get(name, ["x"])})
-    for nothing in UNSUPPORTED[name]:
+    for nothing in (None, *UNSUPPORTED[name]):
         ChatRequest.model_validate({"messages": GREETING, name: nothing})
 
 
