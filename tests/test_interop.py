@@ -564,6 +564,15 @@ def test_bad_arguments(exported, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_needs_only_the_name_of_a_run(tmp_path, monkeypatch):
+    random_run(tmp_path / "run", "modern")
+    monkeypatch.chdir(tmp_path)
+    for stage in ([], ["--stage", "base"]):
+        assert interop("export", "--run-dir", "run", *stage) == 0
+    assert interop("export", "--run-dir", "run") == 2, "nothing is written over"
+    assert {p.name for p in Path("exported").iterdir()} == {"run-hf", "run-base-hf"}
+
+
 def test_a_vocabulary_without_room_for_the_chat_is_refused(tmp_path):
     model = random_model("classic", vocab_size=290)
     write_hf(model, tmp_path / "hf")

@@ -36,8 +36,6 @@ STYLE: Any = {
     "axes.prop_cycle": cycler(color=COLORS),
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "svg.fonttype": "none",  # text stays text, in the reader's own font
-    "svg.hashsalt": "jaxchat",  # the same picture has the same bytes
 } | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
 
 Steps = Sequence[dict[str, Any]]  # records of metrics.jsonl
@@ -102,18 +100,11 @@ def draw(points: Curves, kind: str, title: str) -> Figure:
     return figure
 
 
-def save(figure: Figure, file: Any, svg: bool = False) -> None:
-    """Write a picture as PNG, or as SVG without background."""
-    settings: Any = {"format": "svg", "transparent": True, "metadata": {"Date": None}} if svg else {}
-    with rc_context(STYLE):
-        figure.savefig(file, **settings)
-
-
 def plot(metrics: str | Path, kind: str, picture: str | Path, title: str) -> None:
     """Draw one kind of picture of a `metrics.jsonl`; nothing where its curves do not suffice."""
     points = curves(read_metrics(metrics))
     if kind in kinds(points):
-        save(draw(points, kind, title), picture)
+        draw(points, kind, title).savefig(picture)
 
 
 # TensorBoard and Weights & Biases, off unless the configuration asks

@@ -14,7 +14,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -28,7 +28,7 @@ from jaxchat.run_dir import TRAINED, RunDir, atomic_write, read_json, write_json
 from jaxchat.tasks.core import CORE_TASKS
 
 from .contamination import LONG_PASSAGE, exam_contamination
-from .curves import curves, draw, kinds, rl_figures, save
+from .curves import curves, draw, kinds, rl_figures
 from .loop import Z95, with_error
 from .prepare import other_tokenizers
 from .targets import run_cost, wall_clock
@@ -48,6 +48,7 @@ Card = dict[str, Any]  # what report.json holds
 Scores = dict[str, Any]  # of one exam, as in eval/<stage>.json
 Cell = str | dict[str, Any]  # text, or what `score_cell` returns
 Row = list[Cell]
+Picture = tuple[str, str, bytes]  # path inside the run, title, PNG
 Steps = list[dict[str, Any]]  # records of metrics.jsonl
 
 
@@ -67,15 +68,16 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Write the card from the records of the run; facts: its digest."""
     card = collect(config, run)
     write_json(run.root / "report.json", card)
-    run.plots.mkdir(parents=True, exist_ok=True)
-    for path, _, figure in _pictures(card):
-        save(figure, run.root / path)
     return {"digest": hashlib.sha256(write_cards(run, card).encode()).hexdigest()}
 
 
 def write_cards(run: RunDir, card: Card) -> str:
-    """Write `report.md` and `report.html`; returns the Markdown."""
-    text, page = render(card)
+    """Write the pictures, `report.md` and `report.html`; returns the Markdown."""
+    pictures = _pictures(card)
+    run.plots.mkdir(parents=True, exist_ok=True)
+    for path, _, data in pictures:
+        atomic_write(run.root / path, data)
+    text, page = render(card, pictures)
     atomic_write(run.report, text)
     atomic_write(run.root / "report.html", page)
     say(f"  {run.report}, and the same as one page: {run.root / 'report.html'}")
@@ -208,24 +210,20 @@ def code_size() -> dict[str, int]:
 # The two cards
 
 
-def render(card: Card) -> tuple[str, str]:
-    """Return the card as Markdown and as an HTML page.
+def render(card: Card, pictures: Sequence[Picture] | None = None) -> tuple[str, str]:
+    """Return the card as Markdown and as an HTML page; `pictures` are drawn where they are not given.
 
     All text of the run is escaped. The page has no script and fetches nothing.
     """
-    pictures = []
-    for path, title, figure in _pictures(card):
-        svg = io.BytesIO()
-        save(figure, svg, svg=True)
-        uri = f"data:image/svg+xml;base64,{base64.b64encode(svg.getvalue()).decode()}"
-        pictures.append((path, title, uri))
+    pictures = _pictures(card) if pictures is None else pictures
+    uris = [(path, title, "data:image/png;base64," + base64.b64encode(png).decode()) for path, title, png in pictures]
     values = {
         "title": f"Report card: {card['tier']}",
         "headline": headline(card),
         "tiles": tiles(card),
         "exams": exam_tables(card),
         "samples": card.get("samples", {}),
-        "pictures": pictures,
+        "pictures": uris,
         "tables": [table for table in (_rl(card), _stages(card), _data(card), _facts(card)) if table.rows],
         "settings": [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in card["config"].items()],
     }
@@ -268,13 +266,15 @@ def code(text: str) -> str:
     return f"{fence} {text} {fence}"
 
 
-def _pictures(card: Card) -> Iterator[tuple[str, str, Any]]:
-    """Yield (path inside the run, title, figure) of every picture, drawn from the curves in `report.json`."""
-    titles = {"dynamics": "how training went", "rl": "reward, length and pass@k"}
+def _pictures(card: Card) -> list[Picture]:
+    """Return every picture, drawn from the curves in `report.json`."""
+    titles, pictures = {"dynamics": "how training went", "rl": "reward, length and pass@k"}, []
     for stage, points in card["curves"].items():
         for kind in kinds(points):
-            title = f"{stage.upper()}: {titles.get(kind, kind)}"
-            yield f"plots/{stage}_{kind}.png", title, draw(points, kind, title)
+            title, data = f"{stage.upper()}: {titles.get(kind, kind)}", io.BytesIO()
+            draw(points, kind, title).savefig(data)
+            pictures.append((f"plots/{stage}_{kind}.png", title, data.getvalue()))
+    return pictures
 
 
 def headline(card: Card) -> str:

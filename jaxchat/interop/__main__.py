@@ -24,8 +24,8 @@ def make_parser(program: str = "python -m jaxchat.interop") -> argparse.Argument
     export.set_defaults(run=export_model)
     export.add_argument("--run-dir", required=True, metavar="R")
     export.add_argument("--stage", choices=("base", "sft", "rl"), help="default: the furthest trained one")
-    export.add_argument("--format", required=True, choices=("orbax", "hf"))
-    export.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
+    export.add_argument("--format", default="hf", choices=("hf", "orbax"), help="default: hf, for transformers")
+    export.add_argument("--out", metavar="DIR", help="a new folder; default: exported/RUN[-STAGE]-FORMAT")
     export.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: as stored")
     export.add_argument(
         "--architecture",
@@ -52,7 +52,9 @@ def export_model(args: argparse.Namespace) -> None:
 
     if args.format == "orbax" and args.architecture != "auto":
         raise UsageError("--architecture: only with --format hf")
-    model, out = load_trained(RunDir(args.run_dir), args.stage, args.dtype), Path(args.out)
+    run = RunDir(args.run_dir)
+    named = "-".join(filter(None, (run.root.resolve().name, args.stage, args.format)))
+    model, out = load_trained(run, args.stage, args.dtype), Path(args.out or f"exported/{named}")
     facts = write_hf(model, out, args.architecture) if args.format == "hf" else write_orbax(model, out)
     kind = f" as {facts['architecture']}" if "architecture" in facts else ""
     say(f"{out}: {facts['bytes']:,} bytes of {facts['dtype']}{kind}; README.md there says how to load it")
