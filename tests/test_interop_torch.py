@@ -18,11 +18,14 @@ pytest.importorskip("transformers", reason="needs pip install -e '.[hf-check]'")
 
 import nanochat_reference
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from random_model import KINDS, TEXTS, config, logits_of, random_model, random_run, tokenizer
+from test_interop import CONVERSATION
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import jaxchat
-from jaxchat.chat import render_prompt
+from jaxchat.chat import render, render_prompt
 from jaxchat.checkpoint import params_sha256
 from jaxchat.engine import Engine, Request
 from jaxchat.errors import DataError
@@ -92,6 +95,37 @@ def test_padding_on_the_left_changes_nothing(pair):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         padded = theirs(torch.cat([pads, ids], 1), attention_mask=mask, position_ids=positions).logits[:, 6:]
     assert (alone - padded).abs().max() < 1e-4
+
+
+def test_the_chat_template_renders_and_masks_as_we_do(pair):
+    """The mask is the one that trainers ask for (`assistant_only_loss` of TRL)."""
+    model, _, folder = pair
+    names = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+    @settings(max_examples=100, deadline=None)
+    @given(CONVERSATION, st.booleans())
+    def same(messages, learned):
+        messages = [m if learned else m | {"weight": 0} for m in messages]
+        found = names.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert (found["input_ids"], found["assistant_masks"]) == render(model.tokenizer, messages)
+
+    same()
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I am"}]
+    found = names.apply_chat_template(messages, continue_final_message=True, return_dict=False)
+    assert found == render_prompt(model.tokenizer, messages, continue_final=True)
+
+
+@pytest.mark.slow
+def test_a_tokenizer_loads_without_torch(tmp_path):
+    """Neither our code nor the lack of it keeps it from loading."""
+    write_hf(random_model("modern"), tmp_path / "hf")
+    script = """import sys; sys.modules["torch"] = None
+from transformers import AutoTokenizer
+for trust in (True, False): print(len(AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=trust)))"""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path), "USE_TORCH": "0"}
+    command = [sys.executable, "-c", script, str(tmp_path / "hf")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == 2 * [str(tokenizer().vocab_size)], done.stderr
 
 
 def test_greedy_answers_are_identical(pair):

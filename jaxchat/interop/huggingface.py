@@ -1,7 +1,7 @@
 """Hugging Face's format, out and in: safetensors, config, tokenizer, chat template, model card.
 
 A model that the stock NanoChat architecture can hold is exported as that and needs none of our code. Every other model
-is exported as our own architecture, with one file of code, `modeling_jaxchat.py`. Nothing is dropped in silence.
+is exported as our own architecture, with its code, `modeling_jaxchat.py`. Nothing is dropped in silence.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def assemble(
 # ---- config.json
 
 FORMAT = 1  # of our own architecture's config.json
-MODULE = "modeling_jaxchat"
+CODE = ("configuration_jaxchat.py", "modeling_jaxchat.py")  # of our own architecture, in the folder `exported`
 # our key -> theirs, where the meaning is the same
 SHARED = {
     "depth": "num_hidden_layers", "seq_len": "max_position_embeddings", "vocab_size": "vocab_size",
@@ -171,7 +171,10 @@ def config_to_hf(config: ModelConfig, architecture: str) -> dict[str, Any]:
         return content | STOCK | {"architectures": ["NanoChatForCausalLM"], "initializer_range": 0.02}
     content |= {name: getattr(config, name) for name in OWN}
     content |= {"layer_windows": windows(config), "value_embedding_layers": value_layers(config)}
-    classes = {"AutoConfig": f"{MODULE}.JaxchatConfig", "AutoModelForCausalLM": f"{MODULE}.JaxchatForCausalLM"}
+    classes = {
+        "AutoConfig": "configuration_jaxchat.JaxchatConfig",
+        "AutoModelForCausalLM": "modeling_jaxchat.JaxchatForCausalLM",
+    }
     return content | {"architectures": ["JaxchatForCausalLM"], "jaxchat_format": FORMAT, "auto_map": classes}
 
 
@@ -208,7 +211,6 @@ def config_from_hf(content: Any, source: object) -> ModelConfig:
 # ---- export
 
 SHARD_BYTES = 1_000_000_000  # of one safetensors file, which is also held in memory once more while it is written
-CODE = Path(__file__).parent / "exported" / f"{MODULE}.py"
 HOW = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -246,8 +248,8 @@ def write_hf(model: Trained, out: Path, architecture: str = "auto") -> dict[str,
         write_json(folder / "generation_config.json", ids)
         for name, text in tokenizer_files(model).items():
             atomic_write(folder / name, text)
-        if architecture == "jaxchat":
-            atomic_write(folder / CODE.name, CODE.read_text(encoding="utf-8"))
+        for name in CODE if architecture == "jaxchat" else ():
+            atomic_write(folder / name, (Path(__file__).parent / "exported" / name).read_text(encoding="utf-8"))
         atomic_write(folder / "README.md", model_card(model, how, "transformers"))
         for file, names in split.filename_to_tensors.items():
             arrays = {name: tensor(flat, where[name]).astype(dtype, copy=False) for name in names}

@@ -1,4 +1,4 @@
-"""jaxchat's GPT for Hugging Face's transformers, in torch. This one file and the weights are all it needs.
+"""jaxchat's GPT for Hugging Face's transformers, in torch. It needs `configuration_jaxchat.py` and the weights.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -16,41 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_jaxchat import JaxchatConfig
 
 VE_GATE_CHANNELS = 12  # of a layer's normed input that gate its value embedding
 SMEAR_CHANNELS = 24  # of an embedding that gate its smear
 CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # since 5.24
-
-
-class JaxchatConfig(PreTrainedConfig):
-    """`layer_windows`: how many tokens before its own a layer sees; `value_embedding_layers`: which have a table.
-
-    Before transformers made configurations dataclasses, these were class attributes like any other.
-    """
-
-    model_type = "jaxchat"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (as the base class has it)
-    vocab_size: int = 32768
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 6
-    num_key_value_heads: int = 6
-    head_dim: int = 128
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1.1920929e-7
-    final_logit_softcapping: float = 15.0
-    qk_scale: float = 1.2
-    residual_scalars: bool = True
-    smear: bool = True
-    backout: bool = True
-    layer_windows: list[int] | None = None
-    value_embedding_layers: list[int] | None = None
-    initializer_range: float = 0.02
-    use_cache: bool = True
 
 
 def norm(x: Tensor, eps: float) -> Tensor:
