@@ -18,6 +18,7 @@ from whole_run import records
 pytestmark = pytest.mark.slow
 KILLS = 10
 PATIENCE = 300  # seconds until the survivor has ended, at most; it is JAX's heartbeats, of 100 s, that tell it
+MEETING = ("--connect-timeout", "120")  # seconds; one that is killed before both have met is waited for that long
 
 
 def parameters(run_dir):
@@ -32,7 +33,7 @@ def test_one_of_two_is_killed(corpus, tmp_path):
     while sum(killed.values()) < KILLS:
         run_dir, done = tmp_path / f"run{runs}", False
         while not done:
-            two = start_two(corpus, run_dir)
+            two = start_two(corpus, run_dir, *MEETING)
             end, victim = time.monotonic() + draw.uniform(3, 45), draw.randrange(2)
             while sum(killed.values()) < KILLS and time.monotonic() < end and two[victim].poll() is None:
                 time.sleep(0.01)
