@@ -39,7 +39,7 @@ def run(*arguments, code=0, devices=1):
 
 
 def test_the_step_says_what_it_measured_and_with_which_settings():
-    result = run("bench.train_step", *SETS, "--steps", "4")[-1]
+    result = run("bench.train_step", *SETS, "--steps", "2")[-1]
     assert result["batch"] == [2, 2, 128] and result["settings"]["model.width"] == 32
     assert {"device", "jax", "jaxlib", "dtype", "malloc", "load_average"} <= result.keys()
     low, high = result["step_seconds_range"]
@@ -67,6 +67,7 @@ def test_the_input_pipeline_is_measured_to_the_host_and_to_the_device():
     assert result["share_of_goal"] == pytest.approx(result["host_tokens_per_second"] / 104e6, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_decoding_is_measured_by_batch_size():
     sizes = ["--prompt", "16", "--tokens", "24", "--batch-sizes", "1,4", "--rounds", "1", "--weights", "auto,int8"]
     *_, result = run("bench.decode", *SETS, "--set", "model.vocab_size=300", *sizes, devices=2)

@@ -15,14 +15,14 @@ import re
 import shutil
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxchat.config import Config
+from jaxchat.config import Config, replaced
 from jaxchat.data.shards import token_dtype
 from jaxchat.data.sources import MARGIN, find_files, generator_of, parse, parse_hub, text_size
 from jaxchat.errors import DataError, UsageError
@@ -108,17 +108,17 @@ def plan_budget(given: Config, target: str, budget: str | None, hours: float | N
 
     for depth in reversed(DEPTHS):
         try:
-            config = resolve(replace(given, model=replace(given.model, depth=depth)))
+            config = resolve(replaced(given, "model", depth=depth))
         except UsageError:  # shapes set by hand that this depth cannot have
             continue
         while not (result := estimate(config, where))["fits"] and config.train.device_batch_rows > 1:
-            config = with_rows(config, config.train.device_batch_rows // 2)
+            config = replaced(config, "train", device_batch_rows=config.train.device_batch_rows // 2)
         if not allowed(result) or config.train.batch_tokens // config.model.seq_len % where.devices:
             continue
         try:
             result = compile_plan(config, where)
             if not result["fits"] and (rows := result["largest_device_batch_rows"]):
-                config = with_rows(config, rows)
+                config = replaced(config, "train", device_batch_rows=rows)
                 result = compile_plan(config, where)
         except NoCompiler as missing:
             say(f"{missing}; this is the analytic estimate")
@@ -148,11 +148,6 @@ def show(result: Plan, as_json: bool) -> None:
         first = ("tier", "target", "fits", "hours_estimate", "usd_estimate", "peak_bytes_per_device", "device_bytes")
         names = dict.fromkeys([*first, *(name for name in result if name != "assumptions"), "assumptions"])
         print_facts({name: result[name] for name in names})
-
-
-def with_rows(config: Config, rows: int) -> Config:
-    """Return the configuration with other rows a device and micro-batch."""
-    return replace(config, train=replace(config.train, device_batch_rows=rows))
 
 
 def estimate(config: Config, target: Target | str) -> Plan:
