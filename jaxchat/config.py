@@ -149,6 +149,8 @@ class OptimConfig:
 class SftConfig:
     mixture: tuple[str, ...] = key(("chitchat", "chatterbot", "identity:500", "word_problems:20000"),
         "`NAME`, `NAME:COUNT`, `NAME*EPOCHS` or `NAME:COUNT*EPOCHS`, see data.md")
+    max_left_out: float = key(0.05, "share of a source's conversations that may be unusable: they are left out; more "
+        "stop the run", 0, 1, free=True)
     identity: str = key("", "an identity.toml: who the model is, see data.md; empty: jaxchat")
     epochs: float = key(1.0, "passes over the mixture", 1e-6)
     lr_ratio: float = key(0.8, "first rate over pretraining's", 0)

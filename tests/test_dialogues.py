@@ -1,16 +1,21 @@
 """Dialogues for SFT: form, the split of the corpus, and no other bot speaking of itself."""
 
+import gzip
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.chat import normalize
 from jaxchat.data.sources import iterate_documents
-from jaxchat.errors import DataError
+from jaxchat.errors import DataError, UsageError
 from jaxchat.tasks.conversations import (
     MAX_TURNS,
+    Found,
     chatterbot_pairs,
     chitchat_dialogues,
+    conversation_of,
     file_conversations,
     is_other_bot,
 )
@@ -97,27 +102,125 @@ def test_every_language_can_be_read():
 
 
 def test_conversations_of_ones_own(tmp_path):
+    """A line that is no JSON stops the run: the file may be damaged."""
     talks = [
         [{"role": "user", "content": "안녕"}, {"role": "assistant", "content": "반가워요!"}],
         [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "hi"},
-            {"role": "assistant", "content": "Hi."},
+            {"role": "assistant", "content": "Hi.", "weight": 0},
+            {"role": "assistant", "content": "Ho."},
         ],
     ]
-    lines = "".join(json.dumps({"id": 1, "messages": [m | {"weight": 1} for m in talk]}) + "\n\n" for talk in talks)
+    lines = "".join(json.dumps({"id": 1, "messages": talk}) + "\n\n" for talk in talks)
     (tmp_path / "a.jsonl").write_text(lines)
     assert list(file_conversations(f"files:{tmp_path}")) == talks
-    bad = {
-        '{"text": "no conversation"}': "messages: must be a list",
-        '{"messages": [{"role": "king", "content": "first"}]}': "role 'king'",
-        "[]": "messages: must be a list",
-        "{": "not JSON",
-    }
-    for text, words in bad.items():
-        (tmp_path / "a.jsonl").write_text(lines + text)
-        with pytest.raises(DataError, match=rf"a\.jsonl:5: .*{words}"):
-            list(file_conversations(f"files:{tmp_path}/a.jsonl"))
+    (tmp_path / "a.jsonl").write_text(lines + "{")
+    with pytest.raises(DataError, match=r"a\.jsonl:5: .*not JSON"):
+        list(file_conversations(f"files:{tmp_path}/a.jsonl"))
     (tmp_path / "b.txt").write_text("text")
     with pytest.raises(DataError, match=r"b\.txt: conversations are read from"):
         list(file_conversations(f"files:{tmp_path}/b.txt"))
+
+
+Q, A = "what?", "that."
+USUAL = [("user", Q), ("assistant", A)]
+MESSAGES = [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]
+SHAREGPT = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]
+MORE = [("user", f"s\n\n{Q}"), USUAL[1], *USUAL]  # with a system message, twice
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("record", "turns"),
+    [
+        ({"messages": MESSAGES}, USUAL),
+        ({"messages": json.dumps(MESSAGES)}, USUAL),
+        ({"messages": {"role": ["user", "assistant"], "content": [Q, A]}}, USUAL),
+        (MESSAGES, USUAL),
+        ({"conversations": MESSAGES, "prompt": "no"}, USUAL),
+        ({"conversations": SHAREGPT, "id": 5}, USUAL),
+        ({"conversations": [{"from": "system", "value": "s"}, *SHAREGPT, *SHAREGPT]}, MORE),
+        ({"items": [*SHAREGPT, *SHAREGPT], "system": "s"}, MORE),
+        ({"conversations": [SHAREGPT[0], {"from": "function_call", "value": "f"}, {"from": "observation", "value": "r"},
+                            SHAREGPT[1]]}, [("user", Q), ("assistant", "f"), ("user", "r"), ("assistant", A)]),
+        ({"conversations": [Q, A]}, USUAL),
+        ({"data": [Q, A, Q, A], "id": "x"}, [*USUAL, *USUAL]),
+        ({"conversation": [{"input": Q, "output": A}] * 2}, [*USUAL, *USUAL]),
+        ({"messages": [{"role": "prompter", "text": Q}, {"role": "Assistant", "text": A}]}, USUAL),
+        ({"instruction": Q, "input": "", "output": A, "text": "### Human: no"}, USUAL),
+        ({"instruction": Q, "input": "this", "output": A}, [("user", f"{Q}\n\nthis"), ("assistant", A)]),
+        ({"instruction": "", "input": Q, "output": A}, USUAL),
+        ({"instruction": Q, "input": NAN, "output": A, "system": "s", "history": [[Q, A]]}, MORE),
+        ({"instruction": Q, "context": "this", "response": A}, [("user", f"{Q}\n\nthis"), ("assistant", A)]),
+        ({"prompt": Q, "completion": A}, USUAL),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, USUAL),
+        ({"system_prompt": "", "question": Q, "response": A}, USUAL),
+        ({"Question": Q, "Answer": 5}, [("user", Q), ("assistant", "5")]),
+        ({"inputs": Q, "targets": A}, USUAL),
+        ({"질문": Q, "답변": A}, USUAL),
+        ({"text": f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n{A}<|im_end|>\n"}, USUAL),
+        ({"text": f"### Human: {Q}### Assistant: {A}"}, USUAL),
+        ({"system": "SYSTEM: s", "chat": f"USER: {Q}\n\n\nASSISTANT: {A} <|endoftext|>\n\n\n" * 2}, MORE),
+    ],
+)  # fmt: skip
+def test_the_forms_of_data_sets(record, turns):
+    _, messages = conversation_of(record)
+    whole = [(m["role"], m["content"] if m["role"] == "user" else m["content"][0]["text"]) for m in normalize(messages)]
+    assert whole == turns
+
+
+def test_only_the_completion_is_learned():
+    _, messages = conversation_of({"prompt": [*MESSAGES, MESSAGES[0]], "completion": MESSAGES[1:]})
+    assert [m.get("weight") for m in messages if m["role"] == "assistant"] == [0, None]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("hello", "neither an object"), (5, "neither an object"), ({}, "no known form"), ([], "at least one message"),
+        ({"text": "Once upon a time."}, "no known form .*text"), ({"messages": [5], "system": "s"}, r"messages\[1\]"),
+        ({"messages": MESSAGES[:1]}, "no answer"), ({"conversations": [Q]}, "no answer"),
+        ({"messages": [MESSAGES[0], MESSAGES[1] | {"weight": 0}]}, "no answer"),
+        ({"messages": [MESSAGES[0], {"role": "assistant", "content": " "}]}, "no answer"),
+        ({"messages": [{"role": "king", "content": Q}, MESSAGES[1]]}, r"messages\[0\]: role 'king'"),
+        ({"messages": [{"role": "user", "content": None}, MESSAGES[1]]}, r"messages\[0\]: content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, MESSAGES[1]]}, "reads text only"),
+        ({"conversations": [SHAREGPT[0], {"from": "gpt", "value": NAN}]}, r"messages\[1\]: content"),
+        ({"instruction": Q, "output": None}, "no question with an answer"), ({"instruction": Q, "output": ""}, "empty"),
+        ({"instruction": Q, "output": NAN}, "no question"), ({"instruction": "", "output": A}, "empty"),
+        ({"question": Q, "answer": True}, "bool"), ({"instruction": Q, "output": A, "history": 5}, "history"),
+        ({"prompt": Q, "chosen": A, "rejected": "no"}, "preference"),
+        ({"prompt": Q, "completion": A, "label": True}, "preference"),
+        ({"role": "prompter", "text": Q, "parent_id": None}, "no known form"),
+    ],
+)  # fmt: skip
+def test_what_is_no_conversation_says_why(record, reason):
+    with pytest.raises(UsageError, match=reason):
+        conversation_of(record)
+
+
+LINES = [{"conversations": SHAREGPT[: 2 * (i != 6)], "n": i} for i in range(9)]  # the seventh is empty
+JSONL = "".join(json.dumps(record) + "\n" for record in LINES).encode()
+ARRAY, OBJECT = (json.dumps(value).encode() for value in (LINES, {"version": 1, "data": LINES}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", JSONL), ("a.ndjson", JSONL), ("a.json", ARRAY), ("b.json", OBJECT), ("c.json", JSONL),
+     ("a.jsonl.gz", gzip.compress(JSONL)), ("a.json.zst", pa.compress(ARRAY, "zstd", asbytes=True)),
+     ("a.parquet", b"")],
+)  # fmt: skip
+def test_the_kinds_of_files(tmp_path, name, content):
+    """What was recognised and what was left out are counted; a share above the limit names the first place."""
+    (tmp_path / name).write_bytes(content)
+    if not content:
+        pq.write_table(pa.Table.from_pylist(LINES), tmp_path / name)
+    found = Found()
+    talks = list(file_conversations(f"files:{tmp_path}", max_left_out=0.2, found=found))
+    assert len(talks) == 8 == found.forms.total() and found.left_out == 1
+    assert all(form.startswith("ShareGPT") for form in found.forms)
+    assert found.first.startswith(f"{tmp_path / name}:7: ")
+    assert len(list(file_conversations(f"files:{tmp_path}", count=5))) == 5
+    with pytest.raises(DataError, match=rf"1 of 9 .*{name}:7"):
+        list(file_conversations(f"files:{tmp_path}"))

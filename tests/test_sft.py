@@ -186,14 +186,47 @@ def test_smoltalk_is_read_from_a_mirror(tmp_path):
 
 
 def test_a_conversation_out_of_form_is_named(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(
-        Identity, "train_conversations", lambda *_: [[{"role": "assistant", "content": "I speak first"}]]
-    )
+    monkeypatch.setattr(Identity, "train_conversations", lambda *_: [[{"role": "king", "content": "I speak first"}]])
     with pytest.raises(DataError, match=r"identity:5: a conversation is out of form: messages\[0\]"):
         prepared(config_of("identity:5"), RunDir(tmp_path), tokenizer)
     monkeypatch.setattr(Identity, "train_conversations", lambda *_: [])
     with pytest.raises(DataError, match=r"sft.mixture: no conversations"):
         prepared(config_of("identity:5"), RunDir(tmp_path), tokenizer)
+
+
+def test_what_cannot_be_used_is_counted_and_told_once(tmp_path, tokenizer, monkeypatch):
+    """In the facts, too; more than the limit stops the run."""
+    said = []
+    monkeypatch.setattr(sft, "say", said.append)
+    entry = talks(tmp_path / "talks.jsonl", 60)
+    with open(tmp_path / "talks.jsonl", "a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": "who answers?"}]}) + "\n")
+    config, place = config_of(entry), f"{tmp_path}/talks.jsonl:61: no answer"
+    facts = prepared(config, RunDir(tmp_path), tokenizer)
+    assert facts["conversations"][entry] + facts["val"]["conversations"] == 60
+    assert facts["left_out"][entry].startswith(f"1, first: {place}")
+    sft.check(config)
+    assert len(list(mixture(config))) == 60
+    assert sum("1 of 61 left out" in line and place in line for line in said) == 1
+    strict = config_of(entry, max_left_out=0.01)
+    with pytest.raises(DataError, match=r"max_left_out.*talks\.jsonl:61"):
+        list(mixture(strict))
+
+
+def test_conversations_of_a_data_set_on_the_hub(tmp_path):
+    folder = tmp_path / "someone" / "talks" / "data"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 30), ("test", 5)):
+        columns = {"instruction": [f"{split} {i}" for i in range(count)], "output": ["ok"] * count}
+        pq.write_table(pa.table(columns), folder / f"{split}.parquet")
+    for entry, count in (("hf:someone/talks", 35), ("hf:someone/talks@main:data/train*", 30),
+                         ("hf:someone/talks:data/train.parquet:7*2", 7)):  # fmt: skip
+        config = config_of(entry)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, mirror=str(tmp_path)))
+        sft.check(config)
+        assert len(list(mixture(config))) == count
+    with pytest.raises(DataError, match="no folder"):
+        sft.check(dataclasses.replace(config, sft=dataclasses.replace(config.sft, mixture=("hf:someone/else",))))
 
 
 def test_rows_without_targets_at_a_batch_of_one_short_row_do_no_harm(tmp_path, tokenizer):

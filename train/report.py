@@ -522,6 +522,8 @@ def _facts(card: Card) -> Table:
     if sft:
         packed, sources = sft["train"], (f"{name} ({number:,})" for name, number in sft["conversations"].items())
         facts["SFT conversations"] = ", ".join(sources)
+        if sft.get("left_out"):
+            facts["SFT left out"] = "; ".join(f"{name}: {what}" for name, what in sft["left_out"].items())
         facts["SFT rows"] = f"{packed['rows']:,}, {packed['fill']:.1%} filled; {packed['cut']:,} conversations cut"
     if "environment" in rl:
         facts["RL environment"] = rl["environment"]

@@ -21,14 +21,14 @@ from jaxchat.chat import Message
 from jaxchat.config import Config, replaced
 from jaxchat.data.packing import PackStats, Rows, pack_conversations, render_all, write_rows
 from jaxchat.data.shards import parallel_map, workers_for
-from jaxchat.data.sources import document_hash, find_files, limit_of_hashes
+from jaxchat.data.sources import document_hash, limit_of_hashes, source_files
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, read_json, saved_steps, write_json
 from jaxchat.scaling import fine_tuning_optim
 from jaxchat.tasks import get_task, parse_mixture_entry
 from jaxchat.tasks.base import Task, TaskFiles
-from jaxchat.tasks.conversations import chatterbot_pairs, chitchat_dialogues, file_conversations, spoken
+from jaxchat.tasks.conversations import Found, chatterbot_pairs, chitchat_dialogues, file_conversations, spoken
 from jaxchat.tokenizer import ASSISTANT_END, Tokenizer
 
 from . import evaluate
@@ -39,6 +39,7 @@ Rendering = tuple[np.ndarray, np.ndarray]  # ids and mask of one conversation
 SPLITS = ("train", "val")
 FACTS = ("rows", "conversations", "cut", "fill")
 CHATTERBOT = {"chatterbot": "english", "chatterbot_korean": "korean"}
+OWN = ("files:", "hf:")  # sources of conversations of one's own
 NO_TASKS = ("chitchat", *CHATTERBOT)  # conversations of packages; everything else is a task, or files
 MOMENTUM, MOMENTUM_STEPS = (0.85, 0.95, 0.95), 300  # Muon's, as in nanochat's SFT
 CHITCHAT_VAL = 200  # dialogues held out of chitchat, at most
@@ -81,8 +82,8 @@ def check(config: Config) -> None:
         evaluate.check(config)
     tasks, names = [], [parse_mixture_entry(entry)[0] for entry in config.sft.mixture]
     for name in names:
-        if name.startswith("files:"):
-            find_files(name)
+        if name.startswith(OWN):
+            source_files(name, config.data)
         elif name not in NO_TASKS:
             tasks.append(task := get_task(name, TaskFiles.of(config, download=True)))
             if type(task).train_conversations is Task.train_conversations:
@@ -102,11 +103,17 @@ def sft_config(config: Config, rows: int) -> Config:
     return replaced(config, "train", steps=steps, batch_tokens=sft.batch_tokens, eval_every=sft.eval_every)
 
 
-def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
+@functools.cache  # once a process: the check before training reads them, too
+def _say_found(text: str) -> None:
+    say(text)
+
+
+def mixture(config: Config, left_out: dict[str, str] | None = None) -> Iterator[tuple[str, bool, Conversation]]:
     """Yield (entry of the mixture, held out, conversation): a data set need not fit into memory as text.
 
     A conversation is held out by a hash of its text, as documents are; chitchat's are those of its held-out documents,
-    and those of files are held out where pretraining on the same files holds them out.
+    and those of files are held out where pretraining on the same files holds them out. `left_out` says what could not
+    be used, by entry.
     Raises `UsageError` for an unknown name and `DataError` for data that is missing or damaged.
     """
     fraction = config.data.val_fraction
@@ -119,11 +126,12 @@ def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
                     yield entry, split == "val", conversation
             continue
         text: Callable[[Any], str] = json.dumps
-        limit = fraction
-        if name.startswith("files:"):
-            text, read = spoken, functools.partial(file_conversations, name, config.data.encoding)
-            conversations = itertools.islice(read(), count)
-            hashes = (document_hash(spoken(conversation)) for conversation in itertools.islice(read(), count))
+        limit, found = fraction, Found()
+        if name.startswith(OWN):
+            limits: dict[str, Any] = {"count": count, "max_left_out": config.sft.max_left_out}
+            text, read = spoken, functools.partial(file_conversations, name, config.data, **limits)
+            conversations = read(found=found)
+            hashes = (document_hash(spoken(conversation)) for conversation in read())
             with contextlib.suppress(ValueError):  # fewer than two different ones
                 limit = limit_of_hashes(hashes, fraction)  # reads no further than needed
         elif name in CHATTERBOT:
@@ -133,12 +141,17 @@ def mixture(config: Config) -> Iterator[tuple[str, bool, Conversation]]:
             conversations = task.train_conversations(count, config.seed)
         for conversation in conversations:
             yield entry, document_hash(text(conversation)) < limit, conversation
+        if found.forms:
+            _say_found(f"  {name}: {found}")
+        if found.left_out and left_out is not None:
+            left_out[entry] = f"{found.left_out:,}, first: {found.first}"
 
 
 def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:
     """Write `data/sft`. A training that has begun goes on with the rows that it began with, if they are undamaged.
 
-    Facts: conversations by entry, rows and fill of each split. `DataError` where those rows cannot be had again.
+    Facts: conversations used and left out by entry, rows and fill of each split. `DataError` where those rows cannot be
+    had again.
     """
     path, metas = run.stage("sft") / "rows.json", list[dict[str, Any]]()
     begun = bool(saved_steps(path.parent))
@@ -146,7 +159,8 @@ def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str,
         with contextlib.suppress(DataError):
             metas = [Rows(run.data / "sft" / split, tokenizer.digest).meta for split in SPLITS]
     if not metas:
-        rendered = _render(config, run, tokenizer)
+        left_out = dict[str, str]()
+        rendered = _render(config, run, tokenizer, left_out)
         repeats = {entry: parse_mixture_entry(entry)[2] for entry in config.sft.mixture}
         epochs = [  # each epoch is packed for itself, so that no row holds a conversation twice
             [one for entry, times in repeats.items() if times > epoch for one in rendered[entry, False]]
@@ -155,7 +169,7 @@ def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str,
         held_out = [[one for entry in repeats for one in rendered[entry, True]]]
         counts = [{entry: len(rendered[entry, held]) for entry in repeats} for held in (False, True)]
         metas = [
-            write_split(config, run, tokenizer, split, pieces, {"entries": entries})
+            write_split(config, run, tokenizer, split, pieces, {"entries": entries, "left_out": left_out})
             for split, pieces, entries in zip(SPLITS, (epochs, held_out), counts, strict=True)
         ]
     train = metas[0]
@@ -169,12 +183,14 @@ def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str,
     counted = f"{train['conversations']:,} conversations in {train['rows']:,} rows"
     say(f"  {counted}, {train['fill']:.2%} filled, {train['cut']:,} cut")
     facts = {split: {key: meta[key] for key in FACTS} for split, meta in zip(SPLITS, metas, strict=True)}
-    return {"conversations": train["entries"]} | facts
+    return {"conversations": train["entries"], "left_out": train.get("left_out", {})} | facts
 
 
-def _render(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[tuple[str, bool], list[Rendering]]:
+def _render(
+    config: Config, run: RunDir, tokenizer: Tokenizer, left_out: dict[str, str]
+) -> dict[tuple[str, bool], list[Rendering]]:
     """Return the conversations of the mixture as tokens, by (entry, held out): few here, many in other processes."""
-    conversations = mixture(config)
+    conversations = mixture(config, left_out)
     few = list(itertools.islice(conversations, FEW))
     source = itertools.chain(few, conversations)
     chunks = iter(lambda: list(itertools.islice(source, CHUNK)), [])

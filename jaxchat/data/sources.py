@@ -385,8 +385,8 @@ def _readable(names: Iterable[str], repo: str, pattern: str) -> list[str]:
 
 def _enough(sizes: Iterable[float], needed: float) -> int | None:
     """Return how many of the first files hold the text that is needed, with a margin; None for all."""
-    totals = enumerate(itertools.accumulate(sizes), 1)
-    return next((count for count, total in totals if total >= needed * MARGIN > 0), None)
+    totals = enumerate(itertools.accumulate(sizes), 1) if needed else ()
+    return next((count for count, total in totals if total >= needed * MARGIN), None)
 
 
 @dataclass(frozen=True)
@@ -484,11 +484,15 @@ def open_val(data: DataConfig) -> Part | None:
 def _units(source: str, text_bytes: int, data: DataConfig) -> tuple[Unit, ...]:
     if generator_of(source):
         return (Unit(source),)
-    cache = Path(data.cache_dir).expanduser() / "data"
-    hub = source.startswith("hf:")
-    files = hub_files(source, text_bytes, cache, data.mirror) if hub else find_files(source)
+    files = source_files(source, data, text_bytes)
     # absolute, since workers of a cluster have another working directory
     return tuple(Unit(source, os.path.abspath(file), data.encoding) for file in files)
+
+
+def source_files(source: str, data: DataConfig, text_bytes: int = 0) -> list[Path]:
+    """Return the files of `files:GLOB` or `hf:...` as `find_files` or `hub_files` do."""
+    cache = Path(data.cache_dir).expanduser() / "data"
+    return hub_files(source, text_bytes, cache, data.mirror) if source.startswith("hf:") else find_files(source)
 
 
 def iterate_documents(source: str | DataConfig, split: str = "all", val_fraction: float = 0.01) -> Iterator[str]:

@@ -33,11 +33,12 @@ def get_task(name: str, files: TaskFiles = NO_FILES) -> Task:
 
 
 def parse_mixture_entry(entry: str) -> tuple[str, int | None, int]:
-    """Return (name, count, epochs) of "NAME[:COUNT][*EPOCHS]"; NAME may be files:GLOB. `UsageError` for anything else.
+    """Return (name, count, epochs) of "NAME[:COUNT][*EPOCHS]".
 
-    Without a count, all of a data set is taken.
+    NAME may also be files:GLOB or hf:OWNER/NAME. Without a count, all of a data set is taken. `UsageError` for anything
+    else.
     """
-    match = re.fullmatch(r"\s*(files:.+?|[^:*]+?)\s*(?::\s*(\d+)\s*)?(?:\*\s*(\d+)\s*)?", entry)
+    match = re.fullmatch(r"\s*((?:files|hf):.+?|[^:*]+?)\s*(?::\s*(\d+)\s*)?(?:\*\s*(\d+)\s*)?", entry)
     if match is None or 0 in (int(match[2] or 1), int(match[3] or 1)):
         raise UsageError(f"sft.mixture: {entry!r}: write NAME, NAME:COUNT, NAME*EPOCHS or NAME:COUNT*EPOCHS")
     return match[1], int(match[2]) if match[2] else None, int(match[3] or 1)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,9 @@ from jaxchat.data.sources import (
     chitchat_document,
     count_rows,
     document_hash,
-    find_files,
     open_corpus,
     read_records,
+    source_files,
     suffix_of,
     training_limit,
 )
@@ -73,26 +77,181 @@ def chatterbot_pairs(language: str = "english") -> Iterator[Conversation]:
             yield [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
 
 
-def file_conversations(source: str, encoding: str = "auto") -> Iterator[Conversation]:
-    """Yield your own conversations from `files:GLOB`, a record {"messages": [{"role", "content"}, ...]} each.
+# How data sets name things; of several names that a record has, the first counts. docs/data.md has the same table.
+ROLES = dict.fromkeys(("human", "prompter", "person", "사용자"), "user")
+ROLES |= dict.fromkeys(("gpt", "bot", "model", "ai", "chatgpt", "chatbot", "function_call"), "assistant")
+ROLES |= dict.fromkeys(("observation", "ipython", "tool_response", "function response"), "tool")
+LISTS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "chat", "items", "data")
+RECORDS = (".jsonl", ".ndjson", ".json", ".parquet")
+SYSTEMS = ("system", "system_prompt")
+# fmt: off
+QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "input", "inputs", "input_text", "user", "human",
+             "질문")
+CONTEXTS = ("input", "context")
+ANSWERS = ("output", "completion", "response", "answer", "target", "targets", "solution", "output_text", "assistant",
+           "답변")
+# fmt: on
+MARKED_TEXTS = ("text", "chat")  # whole conversations as one text, cut at these marks
+MARKS = re.compile(r"(?im)<\|im_start\|>(\w+)\n|(?:^|### )(Human|User|Assistant|System|FUNCTION RESPONSE): ?")
+ENDS = re.compile(r"<\|(?:im_end|endoftext)\|>|</s>")
 
-    `DataError` names the file and line of a conversation that is not in the form of `chat.py`.
+
+@dataclass
+class Found:
+    """What was found in a source of conversations. `first`: the first record left out, with the reason."""
+
+    forms: Counter[str] = field(default_factory=Counter)
+    left_out: int = 0
+    first: str = ""
+
+    def __str__(self) -> str:
+        forms = "; ".join(f"{count:,} conversations, {form}" for form, count in self.forms.most_common(3))
+        left_out = f"; {self.left_out:,} of {self.left_out + self.forms.total():,} left out, first: {self.first}"
+        return forms + (left_out if self.left_out else "")
+
+
+def file_conversations(
+    source: str,
+    data: DataConfig | None = None,
+    *,
+    count: int | None = None,
+    max_left_out: float = 0.05,
+    found: Found | None = None,
+) -> Iterator[Conversation]:
+    """Yield the conversations of `files:GLOB` or `hf:...`, in any form that `conversation_of` reads.
+
+    count: the most to yield. found: filled while they are read. `DataError` names the first record that cannot be used
+    if more than the share `max_left_out` cannot be, or if none can.
     """
-    for path in find_files(source):
-        if suffix_of(path) in (".txt", ".md"):
-            raise DataError(f"sft.mixture: {path}: conversations are read from jsonl, json and parquet files")
-        for where, record in read_records(path, encoding):
-            messages: Any = record.get("messages") if isinstance(record, dict) else None
-            try:
-                normalize(messages)
-            except UsageError as error:
-                raise DataError(f"{where}: {error}") from None
-            yield [{"role": m["role"], "content": m["content"]} for m in messages]
+    data, found = data or DataConfig(), found or Found()
+    paths = [path for path in source_files(source, data) if suffix_of(path) in RECORDS]
+    if not paths:
+        raise DataError(f"sft.mixture: {source}: conversations are read from {', '.join(RECORDS)} files")
+    records = (record for path in paths for record in read_records(path, data.encoding))
+    while count is None or found.forms.total() < count:
+        try:
+            where, record = next(records)
+            form, conversation = conversation_of(record)
+        except StopIteration:
+            break
+        except UsageError as error:
+            found.left_out += 1
+            found.first = found.first or f"{where}: {error}"
+        else:
+            found.forms[form] += 1
+            yield conversation
+    used = found.forms.total()
+    if found.left_out > max_left_out * (used + found.left_out) or not used:
+        raise DataError(
+            f"sft.mixture: {source}: {found.left_out:,} of {used + found.left_out:,} conversations cannot be used "
+            f"(sft.max_left_out allows {max_left_out:.0%}); {found.first or 'it has none'}"
+        )
+
+
+def conversation_of(record: Any) -> tuple[str, Conversation]:
+    """Return (name of the form, messages) of a record of any form in the table of `docs/data.md`.
+
+    `UsageError` says why it cannot be used: no known form, a message out of form, or no answer to learn from.
+    """
+    if not isinstance(record, dict | list):
+        raise UsageError(f"neither an object nor a list of messages, but {type(record).__name__}")
+    record = record if isinstance(record, dict) else {"list": record}
+    fields = {str(key).lower(): value for key, value in record.items() if value is not None and value == value}
+    kind = next((name for name in ("list", *LISTS) if isinstance(_decoded(fields.get(name)), list | dict)), "")
+    text = next((fields[name] for name in MARKED_TEXTS if isinstance(fields.get(name), str)), "")
+    if kind:
+        form, messages = _messages(kind, _decoded(fields[kind]))
+    elif "chosen" in fields or isinstance(fields.get("label"), bool):
+        raise UsageError("a preference, not a conversation")
+    elif any(name in fields for name in QUESTIONS):
+        form, messages = _answered(fields)
+    elif MARKS.search(text):
+        pieces = MARKS.split(ENDS.sub("", text))
+        turns = zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True)
+        form = "a text with marks between the turns"
+        messages = [_message({"role": a or b, "content": content.strip()}) for a, b, content in turns]
+    else:
+        raise UsageError(f"no known form of a conversation (it has {', '.join(list(fields)[:8]) or 'nothing'})")
+    system = next((fields[name] for name in SYSTEMS if isinstance(fields.get(name), str)), "").removeprefix("SYSTEM: ")
+    first = messages[0] if messages else None
+    if system.strip() and not (isinstance(first, dict) and first["role"] == "system"):
+        messages = [{"role": "system", "content": system}, *messages]
+    answers = (part for turn in normalize(messages) if turn["role"] == "assistant" for part in turn["content"])
+    if not any(part["text"].strip() and part.get("weight") != 0 for part in answers):
+        raise UsageError("no answer to learn from")
+    return form, messages
+
+
+def _decoded(value: Any) -> Any:
+    """Return a list that some data sets keep as a text of JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
+def _messages(kind: str, turns: Any) -> tuple[str, Conversation]:
+    """Return (form, messages) of messages, of texts in turn, or of questions with answers; also of a dict of lists."""
+    if isinstance(turns, dict):
+        columns = {key: value for key, value in turns.items() if isinstance(value, list)}
+        turns = [dict(zip(columns, values, strict=False)) for values in zip(*columns.values(), strict=False)]
+    first = turns[0] if turns else None
+    if isinstance(first, str):
+        roles = ("user", "assistant")
+        return f"texts in turn ({kind})", [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+    if isinstance(first, dict) and not {"role", "from", "speaker"} & first.keys():
+        return f"questions and answers ({kind})", [message for turn in turns for message in _answered(turn)[1]]
+    keys = ", ".join(map(str, list(first)[:2])) if isinstance(first, dict) else ""
+    return f"{'ShareGPT' if 'from' in keys else 'messages'} ({kind}: {keys})", [_message(turn) for turn in turns]
+
+
+def _message(turn: Any) -> Any:
+    """Return a message with our names for its fields and role; what is none, as it is."""
+    if not isinstance(turn, dict):
+        return turn
+    role = next((turn[key] for key in ("role", "from", "speaker") if turn.get(key) is not None), None)
+    role = ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
+    content = next((turn[key] for key in ("content", "value", "text") if turn.get(key) is not None), None)
+    more = {key: turn[key] for key in ("tool_calls", "function_call", "weight") if turn.get(key) is not None}
+    return {"role": role, "content": content} | more
+
+
+def _answered(fields: Any) -> tuple[str, Conversation]:
+    """Return (form, messages) of a question with its answer: texts, or (as in TRL) lists of messages."""
+    fields = fields if isinstance(fields, dict) else {}
+    questions = [name for name in QUESTIONS if name in fields]  # of Alpaca, some have only an `input`
+    question = next((name for name in questions if fields[name] != ""), "".join(questions[:1]))
+    answer = next((name for name in ANSWERS if name in fields and name != question), "")
+    if not question or not answer:
+        raise UsageError(f"no question with an answer (it has {', '.join(list(fields)[:8])})")
+
+    def turns(name: str, role: str) -> Conversation:
+        value = fields[name]
+        if isinstance(value, list):
+            return _messages(name, value)[1]
+        value = str(value) if type(value) in (int, float) and value == value else value
+        if not isinstance(value, str) or not value.strip():
+            raise UsageError(f"`{name}` is {'empty' if isinstance(value, str) else type(value).__name__}")
+        return [{"role": role, "content": value}]
+
+    asked = turns(question, "user")
+    if isinstance(fields[question], list):  # only the completion is learned
+        asked = [m | {"weight": 0} if isinstance(m, dict) else m for m in asked]
+    context = next((name for name in CONTEXTS if name in fields and name not in (question, answer)), "")
+    if isinstance(more := fields.get(context), str) and more.strip():
+        asked.append({"role": "user", "content": more})  # joined with an empty line
+    history = fields.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) for pair in history):
+        raise UsageError("`history` is no list of pairs")
+    before = [message for pair in history for message in _messages("history", pair)[1]]
+    names = [name for name in ("system", question, context, "history", answer) if name in fields]
+    form = "Alpaca" if (question, answer) == ("instruction", "output") else "questions and answers"
+    return f"{form} ({', '.join(names)})", before + asked + turns(answer, "assistant")
 
 
 def spoken(conversation: Conversation) -> str:
     """Return a conversation as pretraining reads it from a file: a message a line, without roles."""
-    contents = (m["content"] for m in conversation)
+    contents = (m["content"] or "" for m in conversation)
     return "\n".join(c if isinstance(c, str) else "".join(part["text"] for part in c) for c in contents)
 
 
