@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxchat import __version__
-from jaxchat.config import Config, load_config, tier_files
+from jaxchat.config import Config, load_config, replaced, tier_files
 from jaxchat.errors import DataError, InterruptedRun, JaxchatError, OutOfMemoryError, UsageError
 
 if TYPE_CHECKING:  # imported where a command runs: --help answers before numpy, rich and JAX are loaded
@@ -56,6 +56,7 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # commands, flag, what
     (CONFIGURED, "--config", {"metavar": "FILE", "help": "repeat a run from its saved config.toml"}),
     (CONFIGURED, "--run-dir", {"metavar": "DIR", "help": "default runs/<tier>; alone, the run's own config is taken"}),
     (CONFIGURED, "--data", {"metavar": "SOURCE", "help": "pretraining text: files:GLOB, hf:REPO, chitchat ..."}),
+    ("train plan rehearse", "--init", {"metavar": "RUN", "help": "weights to start from: a run, RUN:STAGE, an export"}),
     (CONFIGURED, "--cache-dir", {"metavar": "DIR", "help": "downloads and programs (default ~/.cache/jaxchat)"}),
     (CONFIGURED, "--set", {"action": "append", "default": [], "metavar": "K=V", "help": "any config key; repeatable"}),
     (CONFIGURED, "--seed", {"type": int, "help": "one seed; same seed, same machine, same result"}),
@@ -137,6 +138,7 @@ def given_config(args: argparse.Namespace, default: str = "nano") -> tuple[Confi
         "tier": args.tier if args.config else None,
         "data.source": args.data,
         "data.cache_dir": args.cache_dir,
+        "train.init": getattr(args, "init", None),
         "seed": args.seed,
         "serve.host": getattr(args, "host", None),
         "serve.port": getattr(args, "port", None),
@@ -144,8 +146,42 @@ def given_config(args: argparse.Namespace, default: str = "nano") -> tuple[Confi
     if args.command == "serve":  # from the environment, since everybody can see arguments
         options["serve.api_keys"] = os.environ.get("JAXCHAT_API_KEYS", "").replace(",", " ").split() or None
     named = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None]
-    config = load_config(source, [*args.set, *named])
+    overrides = [*args.set, *named]
+    config = load_config(source, overrides)
+    if config.train.init and not talks:
+        config = initialized(config, args, overrides, own, source == own)
     return config, Path(chosen or Path("runs") / config.tier)
+
+
+def initialized(config: Config, args: argparse.Namespace, overrides: Sequence[str], own: Path, resumed: bool) -> Config:
+    """Return a configuration with the model of its `train.init`, and with its settings where no tier is named.
+
+    Where all chosen stages come after pretraining, the weights are taken as they are: `train.steps` is 0.
+    Args: own: the run's config.toml, if there is one; resumed: it was read.
+    """
+    from jaxchat.interop.initial import find, init_config, with_init_model
+    from train.stages import NAMES, named_stages
+
+    init, saved = config.train.init.rstrip("/"), load_config(own) if own.exists() else None
+    if args.command == "train" and not args.run_dir:
+        raise UsageError("train.init: a run from given weights needs a directory of its own; add --run-dir runs/NAME")
+    if saved and saved.train.init == init:  # the folder need not be there any more
+        known = saved.model
+    elif find(init)[0].resolve() == own.parent.resolve():
+        raise UsageError("train.init: is the run directory itself; give a new --run-dir, or raise train.steps instead")
+    else:
+        known = init_config(init).model
+        if not resumed and not args.tier and not args.config:
+            config = load_config(replaced(init_config(init), "serve", model_name=""), overrides)
+    names = {override.partition("=")[0].strip() for override in overrides}
+    config = with_init_model(replaced(config, "train", init=init), known, names)
+    if "train.steps" not in names and not resumed:
+        asked = named_stages(getattr(args, "stages", None), getattr(args, "start", None))
+        if asked.isdisjoint(NAMES[: NAMES.index("pretrain") + 1]):
+            config = replaced(config, "train", steps=0)
+        elif config.train.steps == 0:
+            config = replaced(config, "train", steps=-1)
+    return config
 
 
 def run(args: argparse.Namespace) -> int:
@@ -175,6 +211,8 @@ def run(args: argparse.Namespace) -> int:
             from train.plan import plan_budget
 
             config, _ = given_config(args, "d20")
+            if config.train.init:
+                raise UsageError("--budget and --hours choose a depth, and the weights of train.init have one")
             plan_budget(config, args.target, args.budget, args.hours, as_json=args.json)
             return 0
 
@@ -189,6 +227,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         from train.prepare import sized
 
+        if args.command == "train":
+            from train.stages import with_settings_of
+
+            given = with_settings_of(directory, given)
         config = sized(given)
     config = resolve(config)
     if args.command in ("rehearse", "chat", "serve"):
@@ -235,7 +277,7 @@ def train(args: argparse.Namespace, config: Config, directory: RunDir, reasons: 
     for name in ("asyncio", "concurrent.futures"):  # Orbax's threads, when a signal ends its event loop
         logging.getLogger(name).setLevel(logging.CRITICAL)
     stages = select(args.stages, args.start)
-    chosen = args.set or any(value is not None for value in (args.tier, args.config, args.data, args.seed))
+    chosen = args.set or any(value is not None for value in (args.tier, args.config, args.data, args.init, args.seed))
     if args.run_dir and not chosen and not directory.config.exists():
         raise DataError(f"{directory.root}: there is no such run; give --tier to begin one")
     pod = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ

@@ -99,7 +99,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = key(-1, "optimizer steps; -1: token_ratio x scaling parameters / batch_tokens", 1)
+    steps: int = key(-1, "optimizer steps; 0: none, the weights of `train.init` as they are; -1: token_ratio x scaling "
+        "parameters / batch_tokens", 0)
+    init: str = key("", "weights to start from: a run, RUN:STAGE or an export, see [finetune.md](finetune.md); empty: "
+        "random ones")
     token_ratio: float = key(-1.0, "tokens per scaling parameter; -1: 12 (modern), 20 (classic)", 1e-6)
     batch_tokens: int = key(-1, "tokens per optimizer step; -1: 2^19 (tokens / tokens of d12)^0.383, a power of two", 1)
     device_batch_rows: int = key(32, "rows per device and micro-batch; accumulation makes up the rest", 1, free=True)
@@ -369,20 +372,23 @@ def _checked(name: str, declared: Key, value: Any) -> Any:
     return value
 
 
-def load_config(tier: str | Path = "nano", overrides: Sequence[str] = ()) -> Config:
-    """Read a tier (a name in `configs/` or a path to a TOML file) and apply `key=value` overrides.
+def load_config(tier: str | Path | Config = "nano", overrides: Sequence[str] = ()) -> Config:
+    """Read a tier (a name in `configs/`, a path to a TOML file, or what was read) and apply `key=value` overrides.
 
     An override's value is TOML; what is not is taken as a string, so `data.source=files:x` needs no quotes.
     `UsageError` names an unknown tier, an unknown key (with the nearest known one) or a bad value.
     """
-    path = Path(tier) if str(tier).endswith(".toml") else CONFIG_DIR / f"{tier}.toml"
-    if not path.is_file():
-        known = [p.stem for p in tier_files()]
-        raise UsageError(f"tier {str(tier)!r} is unknown{nearest(str(tier), known)}; tiers: {', '.join(known)}")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid TOML ({error})") from None
+    if isinstance(tier, Config):
+        path, table = Path(tier.tier), flatten(tier)
+    else:
+        path = Path(tier) if str(tier).endswith(".toml") else CONFIG_DIR / f"{tier}.toml"
+        if not path.is_file():
+            known = [p.stem for p in tier_files()]
+            raise UsageError(f"tier {str(tier)!r} is unknown{nearest(str(tier), known)}; tiers: {', '.join(known)}")
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: not valid TOML ({error})") from None
     for override in overrides:
         name, equals, text = (part.strip() for part in override.partition("="))
         if not equals:

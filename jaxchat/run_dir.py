@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -109,6 +110,14 @@ def atomic_write(path: str | Path, content: bytes | str) -> None:
             os.unlink(aside)
         raise
     sync_directory(path.parent)
+
+
+def link(source: str, target: str) -> None:
+    """Hard-link a file that is never changed in place, or copy it where that does not work."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def sync_directory(path: str | Path) -> None:

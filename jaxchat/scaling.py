@@ -65,6 +65,8 @@ def resolve(config: Config) -> Config:
     model = resolve_model(config.model)
     recipe, kind = RECIPES[model.recipe], config.optim.kind
     train = fill(config.train, recipe["train"])
+    if train.steps == 0 and not train.init:
+        raise UsageError("train.steps: 0 is for a run that takes the weights of train.init as they are; set 1 or more")
     # d12 with the same vocabulary and ratio of tokens to parameters: where the rates were tuned
     d12 = resolve_model(ModelConfig(recipe=model.recipe, depth=12, seq_len=2048, vocab_size=model.vocab_size))
     reference, tokens = (train.token_ratio * horizon_parameters(m) for m in (d12, model))
@@ -82,7 +84,7 @@ def resolve(config: Config) -> Config:
     optim = fill(config.optim, {"lr_scale": defaults.get("lr_scale", rate_scale(train.batch_tokens))})
     if kind == "muon":
         # keeps rate x decay x steps constant (2405.13698); with the square-root rule this is nanochat's own formula
-        horizon = train.steps * train.batch_tokens
+        horizon = max(1, train.steps) * train.batch_tokens
         defaults["weight_decay"] *= (train.batch_tokens / REFERENCE_BATCH) * (reference / horizon) / optim.lr_scale
     optim = fill(optim, defaults)
 

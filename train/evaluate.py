@@ -225,7 +225,9 @@ class Model:
         return Scorer(self.config.model, self.params, self.mesh, self.batch_rows)
 
     def openings(self, count: int) -> list[str]:
-        """Return the first words of that many held-out texts."""
+        """Return the first words of that many held-out texts; none without such texts."""
+        if not (self.run.data / "rows" / "val" / "meta.json").exists():
+            return []
         return held_out_openings(Rows(self.run.data / "rows" / "val", verify=False), self.tokenizer, count)
 
     def exam(self, task: Task, indices: Sequence[int]) -> tuple[Scores, Decisions]:
@@ -507,7 +509,12 @@ def examine(model: Model, one_batch: bool = False) -> dict[str, Any]:
             record["core"] = summary["metric"]
             keep("core", summary | {"title": task.title})
 
-    take("bits_per_byte", "bits per byte", "", 0, model.bits_per_byte)
+    try:
+        take("bits_per_byte", "bits per byte", "", 0, model.bits_per_byte)
+    except DataError as error:
+        if config.train.steps:
+            raise
+        not_run("bits_per_byte", str(error))  # weights taken as they are may have no held-out text here
     for task, optional in exam_tasks(config):
         try:
             if isinstance(task, core.Core) and stage == "base":

@@ -80,6 +80,7 @@ class Trainer:
     val_rows: Rows | None = None
     next_batch: Callable[[TrainState, int], StepBatch] | None = None
     start: Callable[[TrainState], TrainState] = lambda state: state
+    origin: dict[str, Any] = field(default_factory=dict)  # facts from the start on; `start` may add to them
     evaluators: Sequence[Evaluator] = ()
     score_start: bool = False  # evaluate before the first step too; the scores are facts["start"]
     sampler: Callable[[TrainState, int], None] | None = None  # every `train.sample_every` steps
@@ -129,7 +130,7 @@ class Trainer:
             while True:
                 with self._timed("start"):
                     if self.checkpoints.latest() is None:
-                        state, facts = self.start(init_state(config, optimizer, mesh)), dict[str, Any]()
+                        state, facts = self.start(init_state(config, optimizer, mesh)), dict(self.origin)
                     else:
                         state, facts = self.checkpoints.restore(abstract_state(config, optimizer, mesh))
                         say(f"  resumed from step {facts['step']} of {config.train.steps}")

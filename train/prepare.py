@@ -32,13 +32,14 @@ from jaxchat.data.shards import (
 )
 from jaxchat.data.sources import Part, interleaved, iterate_documents, open_corpus, open_val, training_limit
 from jaxchat.errors import DataError, UsageError
+from jaxchat.interop.initial import init_tokenizer
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir
 from jaxchat.tokenizer import Tokenizer, train_tokenizer
 
 READS = (
     "tokenizer.", "data.source", "data.val_fraction", "data.val_source", "data.text_bytes", "data.encoding",
-    "model.vocab_size",
+    "model.vocab_size", "train.init",
 )  # fmt: skip
 SHARD_TOKENS = 100_000_000  # tokens in one token shard, at most
 WINDOW = 20_000  # documents in one best-fit window
@@ -66,8 +67,13 @@ OTHERS = {
 
 def run_tokenizer(config: Config, run: RunDir) -> dict[str, Any]:
     """Write `tokenizer/`; facts: vocabulary, bytes per token on held-out text, digest."""
-    options = config.tokenizer
-    if options.path:
+    options, train = config.tokenizer, config.train
+    if train.init:
+        tokenizer = init_tokenizer(train.init)
+        if train.steps == 0:  # no text is read
+            tokenizer.save(run.tokenizer)
+            return {"digest": tokenizer.digest, "imported": {"format": "jaxchat", "from": train.init}}
+    elif options.path:
         if options.normalize != "none":
             raise UsageError("tokenizer.normalize: is for a tokenizer that is trained; set none with tokenizer.path")
         tokenizer = Tokenizer.load(Path(options.path).expanduser())
@@ -86,7 +92,7 @@ def run_tokenizer(config: Config, run: RunDir) -> dict[str, Any]:
     tokens, size = count_tokens(tokenizer, sample), byte_count(sample)
     facts = {
         "vocab_size": tokenizer.vocab_size,
-        "trained": not options.path,
+        "trained": not (options.path or train.init),
         "bytes_per_token": size / max(tokens, 1),
         "chars_per_token": sum(map(len, sample)) / max(tokens, 1),
         "digest": tokenizer.digest,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxchat import distributed
+from jaxchat.checkpoint import save_params
 from jaxchat.config import Config
 from jaxchat.data.loader import epoch_rows
 from jaxchat.data.packing import Rows
 from jaxchat.engine import Engine
+from jaxchat.interop.initial import find, read_init
 from jaxchat.log import say
-from jaxchat.run_dir import RunDir, atomic_write
+from jaxchat.run_dir import RunDir, atomic_write, link
 from jaxchat.sizes import count_parameters, flops_per_token
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import TrainState
@@ -28,6 +32,8 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
 
     `limit`: see `Trainer`.
     """
+    if config.train.init and config.train.steps == 0:
+        return distributed.on_first(lambda: take_over(config, run))
     tokenizer = Tokenizer.load(run.tokenizer)
     verify = distributed.index() == 0  # one process reads all of it
     rows, val_rows = (Rows(run.data / "rows" / split, tokenizer.digest, verify) for split in ("train", "val"))
@@ -57,6 +63,20 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
 
     lengths = tokenizer.byte_lengths()
     trainer = Trainer(config, run.stage("base"), lengths, rows, val_rows, sampler=sample, title="pretrain", limit=limit)
+
+    def given(state: TrainState) -> TrainState:
+        """Return the state with the weights of `train.init`; optimizer and schedules begin anew."""
+        model = read_init(config)
+        trainer.origin["init"] = model.imported
+        say(f"  from the weights of {config.train.init}, stage {model.stage}")
+
+        def placed(host: np.ndarray, like: jax.Array) -> jax.Array:
+            return jax.make_array_from_callback(like.shape, like.sharding, lambda i: host[i].astype(like.dtype))
+
+        return TrainState(jax.tree.map(placed, model.params, state.params), state.opt_state, state.step)
+
+    if config.train.init:
+        trainer.start = given
     facts = trainer.run()
     return facts | {
         "parameters": count.total,
@@ -67,3 +87,19 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
         "flops": flops_per_token(config.model) * tokens,
         "tokens_per_second": tokens / max(facts["seconds"], 1e-9),
     }
+
+
+def take_over(config: Config, run: RunDir) -> dict[str, Any]:
+    """Write the weights of `train.init` to `base/` as they are; facts: `imported`, `params_sha256`.
+
+    Of a run the held-out text comes along, to see what fine-tuning forgets.
+    """
+    model = read_init(config)
+    say(f"  the weights of {config.train.init}, stage {model.stage}, as they are")
+    shutil.rmtree(run.stage("base"), ignore_errors=True)
+    save_params(run.stage("base"), 0, model.params, {"imported": model.imported, "tokens": 0})
+    held_out, target = find(config.train.init)[0] / "data" / "rows" / "val", run.data / "rows" / "val"
+    if held_out.is_dir() and config.model.seq_len == model.config.seq_len and not target.exists():
+        shutil.copytree(held_out, target, copy_function=link)
+    assert model.imported
+    return {"imported": model.imported, "params_sha256": model.imported["params_sha256"]}

@@ -233,6 +233,8 @@ class Rehearsal:
 
     def run_pretrain(self, config: Config, run: RunDir) -> dict[str, Any]:
         """Train two halves with a save and a restore between; the second is long enough to measure the pace."""
+        if config.train.steps == 0:
+            return pretrain.run(config, run)
         pretrain.run(replaced(config, "train", eval_every=0, sample_every=0), run, HALF)
         begin = time.perf_counter()
         steps = [record["step_seconds"] for record in read_metrics(run.stage("base") / "metrics.jsonl")]
@@ -329,6 +331,8 @@ class Rehearsal:
         }
 
     def measure_pretrain(self, facts: dict[str, Any], seconds: float) -> Measured:
+        if self.config.train.steps == 0:
+            return self.measure(facts, seconds)
         train, timings = self.config.train, facts["timings"]
         saves = times(train.steps, train.eval_every, train.checkpoint_every, train.sample_every)
         loop = self.measure_loop("base", timings, facts["wall"], train.steps, saves, HALF)

@@ -110,7 +110,8 @@ def collect(config: Config, run: RunDir) -> Card:
         "config": {key: value for key, value in flatten(config).items() if not key.startswith(PRIVATE)},
         "model": {key: getattr(config.model, key) for key in MODEL_KEYS},
         "optimizer": {key: getattr(config.optim, key) for key in ("kind", "lr_scale", "matrix_lr", "weight_decay")},
-        "imported": next((r["imported"] for r in done.values() if "imported" in r), None),
+        "imported": done.get("pretrain", {}).get("imported"),
+        "extended": done.get("pretrain", {}).get("extended", []),
         "tokenizer": facts.get("tokenizer", {}),
         "other_tokenizers": other_tokenizers(config, run) if "tokenizer" in facts else [],
         "data": data,
@@ -280,7 +281,9 @@ def _pictures(card: Card) -> list[Picture]:
 def headline(card: Card) -> str:
     """Return what the model is, in a few sentences; "" before it is trained."""
     train, model = card["pretrain"], card["model"]
-    if origin := card.get("imported"):
+    if (origin := card.get("imported")) and origin["format"] == "jaxchat":
+        return f"Fine-tuned from {origin_text(origin)}, whose report card says what that was trained on."
+    if origin:
         return (
             f"The weights were imported from {origin['from']} ({origin['format']}). What they were trained on is not "
             "known here: they may have seen the held-out text and the exams."
@@ -288,11 +291,17 @@ def headline(card: Card) -> str:
     if not train:
         return ""
     machine = next(group["value"] for group in card["machines"] if "pretrain" in group["stages"])
+    source = f"the weights of {origin_text(train['init'])}" if "init" in train else "raw text"
     kind, ending = ("A chat model", "") if card["sft"] else ("A model", " It was not taught to answer.")
     return (
         f"{kind} of {count(train['parameters'])} parameters ({model['depth']} layers, width {model['width']}), trained "
-        f"from raw text in {duration(card['seconds_total'])} on {_device(machine)}.{ending}"
+        f"from {source} in {duration(card['seconds_total'])} on {_device(machine)}.{ending}"
     )
+
+
+def origin_text(origin: dict[str, Any]) -> str:
+    """Return where weights came from: the name of the run or folder, its format, the stage."""
+    return f"{origin['from']} ({origin['format']}{f', stage {stage}' if (stage := origin.get('stage')) else ''})"
 
 
 def tiles(card: Card) -> list[tuple[str, str]]:
@@ -511,6 +520,11 @@ def _facts(card: Card) -> Table:
         facts["parameters"] = f"{train['parameters']:,} ({train['scaling_parameters']:,} in products)"
         facts["pretraining FLOPs"] = f"{train['flops']:.3g} ({train['flops_per_token']:,} per token)"
         facts["training text used"] = f"{card['corpus_share']:.1%} ({train['epochs']:.2f} epochs)"
+    if origin := train.get("init") or card.get("imported"):
+        facts["weights to start from"] = origin_text(origin)
+        facts["their parameters' SHA-256"] = origin.get("params_sha256", "-")
+    for part in card.get("extended", []):
+        facts[f"extended after {part['planned']:,} steps"] = f"from step {part['from']:,} on"
     for part in card["data"].get("train", {}).get("sources", []):
         facts[f"{part['weight']:.1%} of it from"] = f"{part['source']}: {part['rows']:,} rows"
     if t:

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat import __version__, distributed
-from jaxchat.config import KEYS, REMOVED, Config, flatten, load_config, to_toml
+from jaxchat.config import KEYS, REMOVED, Config, build, flatten, is_derived, load_config, to_toml
 from jaxchat.errors import UsageError
 from jaxchat.interop.huggingface import write_hf
 from jaxchat.interop.trained import Trained, load_trained, write_orbax
 from jaxchat.log import say
-from jaxchat.run_dir import RECORD_FORMAT, RunDir, atomic_write, saved_steps, write_json
+from jaxchat.optimizer import make_schedule
+from jaxchat.run_dir import RECORD_FORMAT, TRAINED, RunDir, atomic_write, saved_steps, write_json
 from jaxchat.sharding import make_mesh
 from jaxchat.tasks.base import identity_digest
 from jaxchat.train_state import check_attention
@@ -81,7 +82,8 @@ class Stage:
 # fmt: off
 STAGES = (
     Stage("tokenizer", prepare.run_tokenizer, prepare.READS, (), ("tokenizer/tokenizer.json",), trained=True),
-    Stage("prepare", prepare.run, ("data.", "model.seq_len"), ("tokenizer",), prepare.OUTPUTS, trained=True),
+    Stage("prepare", prepare.run, ("data.", "model.seq_len"), ("tokenizer",), prepare.OUTPUTS, trained=True,
+          wanted=lambda config: config.train.steps != 0),
     Stage("pretrain", pretrain.run, ("seed", "model.", "train.", "optim."), ("prepare",), ("base/<step>",),
           trained=True, joint=True),
     Stage("sft", sft.run, ("seed", "sft."), ("pretrain",), ("sft/<step>",), trained=True, joint=True, check=sft.check,
@@ -96,18 +98,25 @@ STAGES = (
 )
 # fmt: on
 NAMES = tuple(stage.name for stage in STAGES)
+HORIZON = ("train.steps", "train.token_ratio")  # may be raised, then pretraining goes on
+TAKEN_OVER = ("model.", "train.init", "train.steps")  # what decides stages that come from `train.init` as they are
+
+
+def named_stages(only: str | None, start: str | None) -> set[str]:
+    """Return the names of `--stages a,b` or `--from a`; all of them without either. `UsageError` for an unknown one."""
+    names = [name.strip() for name in only.split(",") if name.strip()] if only else list(NAMES)
+    for name in [*names, *([start] if start else [])]:
+        if name not in NAMES:
+            raise UsageError(f"stage {name!r} is unknown; stages: {', '.join(NAMES)}")
+    return {name for name in names if not start or NAMES.index(name) >= NAMES.index(start)}
 
 
 def select(only: str | None, start: str | None) -> list[Stage]:
     """Return the stages of `--stages a,b` or `--from a` with those they need; all of them without either.
 
-    Needed stages that are done already are only checked for changed settings. `UsageError` names an unknown stage.
+    Needed stages that are done already are only checked for changed settings.
     """
-    names = [name.strip() for name in only.split(",") if name.strip()] if only else list(NAMES)
-    for name in [*names, *([start] if start else [])]:
-        if name not in NAMES:
-            raise UsageError(f"stage {name!r} is unknown; stages: {', '.join(NAMES)}")
-    wanted = {name for name in names if not start or NAMES.index(name) >= NAMES.index(start)}
+    wanted = named_stages(only, start)
     for stage in reversed(STAGES):
         if stage.name in wanted:
             wanted |= set(stage.needs)
@@ -125,13 +134,14 @@ def reads(names: Sequence[str], key: str) -> bool:
 
 def stage_inputs(stage: Stage, config: Config, records: dict[str, Record]) -> dict[str, Any]:
     """Return the configuration keys and digests that decide what the stage produces."""
-    inputs = {key: value for key, value in flatten(config).items() if reads(stage.reads, key)}
+    names = stage.reads if config.train.steps or stage.name not in ("tokenizer", "pretrain") else TAKEN_OVER
+    inputs = {key: value for key, value in flatten(config).items() if reads(names, key)}
     if external := stage.external_inputs(config):
         inputs[f"{stage.name}.files"] = external
     for need in (*stage.needs, *stage.uses):
         if records.get(need, {}).get("status") == "done":
             inputs[f"{need}.digest"] = records[need]["facts"]["digest"]
-        elif need in stage.needs:
+        elif need in stage.needs and STAGES[NAMES.index(need)].wanted(config):
             raise UsageError(f"stage {stage.name}: needs stage {need} first; run --stages {need},{stage.name}")
     record = records.get(stage.name, {})
     if "imported" in record:  # its weights came from elsewhere: only what they are must agree
@@ -199,12 +209,14 @@ def _run_stage(stage: Stage, config: Config, run: RunDir, records: dict[str, Rec
     inputs, previous, missing = stage_inputs(stage, config, records), records.get(stage.name), stage.missing(run)
     changed = changed_inputs(previous, inputs) if previous else {}
     done = previous is not None and previous["status"] == "done"
+    extended = stage.name == "pretrain" and not missing and is_extension(changed)
     if previous and stage.trained and (done or len(missing) < len(stage.outputs)):
-        if changed:
+        if changed and not extended:
             text = ", ".join(f"{key} ({before!r} -> {now!r})" for key, (before, now) in changed.items())
             advice = "take them back, or choose another --run-dir"
             raise UsageError(f"stage {stage.name}: {run.root} was made with other settings: {text}; {advice}")
-        inputs = previous["inputs"]  # a setting that is new since then stays absent
+        # a setting that is new since then stays absent
+        inputs = previous["inputs"] | {key: inputs[key] for key in changed}
     if previous and done and not changed and not missing:
         say(f"{stage.name:<10} done ({previous['seconds']:.0f} s), nothing to do")
         return
@@ -212,7 +224,7 @@ def _run_stage(stage: Stage, config: Config, run: RunDir, records: dict[str, Rec
         say(f"{stage.name:<10} recorded as done, but {', '.join(missing)} is missing: running it again")
     if not run.config.exists() or load_config(run.config) != config:  # else the file keeps its reasons
         atomic_write(run.config, to_toml(config, reasons))
-    resumed = previous if previous and not done and not changed else {}  # its times go on
+    resumed = previous if previous and (extended or (not done and not changed)) else {}  # its times go on
     begin, spent = time.perf_counter(), resumed.get("seconds", 0.0)
     records[stage.name] = record = {
         "format": RECORD_FORMAT,
@@ -227,7 +239,9 @@ def _run_stage(stage: Stage, config: Config, run: RunDir, records: dict[str, Rec
         "inputs": inputs,
         "inputs_digest": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(),
         "facts": {},
-    }
+    } | ({"extended": resumed["extended"]} if "extended" in resumed else {})
+    if previous and extended:
+        record["extended"] = [*record.get("extended", []), extend(config, run, records, changed["train.steps"][0])]
     write_json(run.stages, records)
     say(f"{stage.name:<10} {'goes on' if resumed else 'starts'}", style="bold")
     distributed.broadcast([stage.name, record["start"]])
@@ -245,10 +259,57 @@ def _run_stage(stage: Stage, config: Config, run: RunDir, records: dict[str, Rec
         raise
     seconds = spent + time.perf_counter() - begin
     record |= {"status": "done", "end": _now(), "seconds": seconds, "peak_rss_bytes": peak_rss(), "facts": facts}
+    if "imported" in facts:
+        record["imported"] = facts.pop("imported")
     if "params_sha256" in facts:
         record["params_sha256"] = facts["digest"] = facts["params_sha256"]
     write_json(run.stages, records)
     say(f"{stage.name:<10} done in {seconds:.0f} s")
+
+
+def with_settings_of(run: RunDir, given: Config) -> Config:
+    """Return a configuration that asks for a longer pretraining than the run's with its values for what is left open.
+
+    A longer horizon would derive another weight decay, batch and amount of text. Others are returned unchanged.
+    """
+    if not run.config.exists():
+        return given
+    before, now = flatten(load_config(run.config)), flatten(given)
+    if not any(now[key] > before[key] for key in HORIZON):
+        return given
+    sections = ("model.", "data.", "train.", "optim.")
+    kept = {key for key, value in now.items() if key.startswith(sections) and is_derived(value)} - {"train.steps"}
+    return build(now | {key: before[key] for key in kept})
+
+
+def is_extension(changed: dict[str, tuple[Any, Any]]) -> bool:
+    """Return whether the inputs differ in more `train.steps` alone."""
+    before, now = changed.get("train.steps", (0, 0))
+    return before < now and changed.keys() <= set(HORIZON)
+
+
+def extend(config: Config, run: RunDir, records: dict[str, Record], before: int) -> dict[str, Any]:
+    """Set aside what later stages trained on `before` steps of pretraining; returns the entry for `extended`."""
+    folders = {name: folder for folder, name in TRAINED.items()}
+    step, schedule = saved_steps(run.stage("base"))[-1], make_schedule(config)
+    later = STAGES[NAMES.index("pretrain") + 1 :]
+    again = [stage.name for stage in later if stage.name in records]
+    for stage in later:
+        if stage.trained and stage.name in records:
+            del records[stage.name]
+            folder, aside = run.stage(folders[stage.name]), run.root / f"{folders[stage.name]}_{before}"
+            run.eval(folder.name).unlink(missing_ok=True)
+            if folder.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(folder, aside)
+                say(f"  {folder} is kept as {aside.name}")
+    say(
+        f"pretrain   is extended from {before:,} to {config.train.steps:,} steps and goes on from step {step:,}; the "
+        f"rate follows the schedule of the new length: {float(schedule(step)):.3f} of the full one at first"
+    )
+    if again:
+        say(f"  out of date, to be done again: {', '.join(again)}")
+    return {"from": step, "planned": before}
 
 
 def _refuse_training(stage: Stage, config: Config, run: RunDir) -> None:
@@ -258,7 +319,7 @@ def _refuse_training(stage: Stage, config: Config, run: RunDir) -> None:
     if changed := [key for key in now if reads(own, key) and before.get(key) != now[key]]:
         raise UsageError(
             f"stage {stage.name}: {run.root} has imported weights there, which {', '.join(changed)} cannot change; "
-            "take it back, or import with --stage base to fine-tune them"
+            f"take it back, or train them in a new run: --init {run.root} --run-dir NEW"
         )
 
 

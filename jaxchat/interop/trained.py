@@ -38,6 +38,7 @@ from jaxchat.run_dir import (
     TRAINED,
     RunDir,
     atomic_write,
+    link,
     read_json,
     sync_directory,
     write_checksums,
@@ -162,18 +163,10 @@ def write_run(model: Trained, out: Path) -> None:
             facts = {"digest": digest, "params_sha256": digest}
             records[name] = record | {"facts": facts, "params_sha256": digest}
             if stage != "base":
-                shutil.copytree(run.stage("base"), run.stage(stage), copy_function=_link)
+                shutil.copytree(run.stage("base"), run.stage(stage), copy_function=link)
         shape = {f"model.{k}": v for k, v in dataclasses.asdict(model.config).items() if k != "attention"}
         records["pretrain"]["inputs"] = shape
         write_json(run.stages, records)
-
-
-def _link(source: str, target: str) -> None:
-    """Hard-link where that works: Orbax never changes a file in place, so two folders may share it."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 # ---- files that every export has: tokenizer, chat template, model card
@@ -236,6 +229,12 @@ def model_card(model: Trained, how: str, library: str) -> str:
     if model.imported:
         origin = f"imported into jaxchat {__version__} from {model.imported['from']} ({model.imported['format']})"
         origin += " and trained on" if model.trained_on else ""
+        if model.imported["format"] == "jaxchat":
+            origin = (
+                f"fine-tuned with jaxchat {__version__} from {model.imported['from']}, stage {model.imported['stage']}"
+            )
+    elif init := report.get("pretrain", {}).get("init"):
+        origin += f", starting from the weights of {init['from']} ({init['format']}, stage {init['stage']})"
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- jaxchat\n---",
         f"# {model.name}",
