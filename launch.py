@@ -256,6 +256,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.command == "serve":
         from serve.app import serve
 
+        os.environ["no_proxy"] = "*"  # it asks no other machine; Gradio's import fails at proxies that httpx cannot use
         serve(directory, config)
     else:
         train(args, config, directory, derivations(given, config))

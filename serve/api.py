@@ -84,7 +84,8 @@ def routes(service: Service) -> APIRouter:
         if body.messages is not None:
             messages, prompt = service.conversation(body.messages), body.add_generation_prompt
             try:
-                ids = render_prompt(tokenizer, messages) if prompt else render(tokenizer, messages)[0]
+                final = bool(body.continue_final_message)
+                ids = render_prompt(tokenizer, messages, final) if prompt or final else render(tokenizer, messages)[0]
             except UsageError as error:
                 raise ApiError(400, str(error), "messages") from None
         else:
@@ -122,6 +123,11 @@ def routes(service: Service) -> APIRouter:
         """Metrics for Prometheus; no rate limit."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    @router.post("/v1/embeddings", include_in_schema=False)
+    async def embeddings() -> Response:
+        """Say that there are none: clients with documents try this route by themselves."""
+        raise ApiError(400, "this model makes no embeddings; set up another service for them in the client")
+
     @router.get("/v1/models")
     async def models() -> schemas.ModelList:
         return schemas.ModelList(data=[card])
@@ -139,7 +145,7 @@ def routes(service: Service) -> APIRouter:
         response.status_code = 200 if state == "ready" else 503
         compiling = worker.engine.compiling if state == "ready" else 0
         progress = worker.progress if state == "loading" else None
-        return schemas.Health(status=state, progress=progress, compiling=compiling or None)
+        return schemas.Health(status=state, progress=progress, compiling=compiling or None, page=service.page)
 
     @router.websocket("/ws/chat")
     async def chat(socket: WebSocket) -> None:

@@ -46,13 +46,27 @@ KEEP_ALIVE = 65  # seconds; longer than the minute after which clients and proxi
 DRAIN_SECONDS = 10.0  # to read and discard the rest of a body that is too large
 DEAD_SECONDS = 30.0  # the service answers 503 after its engine failed, then it ends
 GONE = 499  # nginx's number for a request whose client has gone
-API = ("/v1/", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics")
-# while the page or the model loads; it reloads itself
-WAIT = """<!doctype html><meta charset=utf-8><meta http-equiv=refresh content=2><meta name=color-scheme
+API = ("/v1", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics")
+NO_ROUTE = """there is no such route. A client's base URL ends with /v1: POST /v1/chat/completions, /v1/responses, \
+/v1/completions; GET /v1/models. All routes: GET /openapi.json"""
+# instead of the page: while it or the model loads (then it reloads itself), and where it cannot be shown
+WAIT = """<!doctype html><meta charset=utf-8>%s<meta name=color-scheme
 content="light dark"><meta name=viewport content="width=device-width"><title>jaxchat</title>
 <div style="font: 1rem system-ui, sans-serif; margin: 4rem auto; max-width: 40rem; padding: 0 1rem">
-<p>The model is loading. This page opens when it is ready.
-<p lang=ko>모델을 불러오는 중입니다. 준비되면 페이지가 열립니다."""
+<p>%s
+<p lang=ko>%s"""
+RELOAD = "<meta http-equiv=refresh content=2>"
+LOADING = (
+    RELOAD,
+    "The model is loading. This page opens when it is ready.",
+    "모델을 불러오는 중입니다. 준비되면 페이지가 열립니다.",
+)
+FAILED = (
+    "",
+    "The chat page cannot be shown; the service's console says why. The API at /v1 answers.",
+    "채팅 페이지를 표시할 수 없습니다. 원인은 서비스의 콘솔에 있습니다. API(/v1)는 동작합니다.",
+)
+DEAD = ("", "The model has stopped; the service's log says why.", "모델이 멈췄습니다. 원인은 서비스의 로그에 있습니다.")
 
 
 class JsonLines(logging.Formatter):
@@ -85,6 +99,12 @@ def log_to_standard_error() -> None:
         logger.propagate = False
 
 
+def tell(text: str, style: str | None = None) -> None:
+    """Print a line; a console or log that cannot be written (a full disk, a closed pipe) keeps nobody from serving."""
+    with contextlib.suppress(OSError, SystemExit):  # rich makes the latter of a closed pipe
+        say(text, style)
+
+
 class Requests:
     """Middleware around HTTP requests: a limit on bodies, an end for clients that leave, and lines in the log.
 
@@ -100,6 +120,9 @@ class Requests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        path = "/" + "/".join(filter(None, scope["path"].split("/")))  # a slash too many in a base URL does no harm
+        if path.startswith(API):
+            scope["path"] = path
         service, most, begin = self._service, self._service.limits.body_bytes, time.perf_counter()
         ours = scope["path"].startswith(API)
         posted = ours and scope["method"] == "POST"
@@ -169,17 +192,32 @@ class Page:
     def __init__(self, service: Service, make: Callable[[], FastAPI] | None):
         self._service, self._make = service, make
         self._page: FastAPI | None = None
+        if make:
+            service.page = "loading"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        state, path = self._service.worker.state, scope["path"]
+        service, path, unknown = self._service, scope["path"], False
+        state = service.worker.state
+
+        async def send_known(message: Message) -> None:
+            """Keep back what Gradio says of routes that it does not know: a page, or an error in another form."""
+            nonlocal unknown
+            unknown = unknown or message.get("status") in (404, 405)
+            if not unknown:
+                await send(message)
+
         if self._page and not path.startswith(API) and (state != "loading" or path != "/"):
-            await self._page(scope, receive, send)
+            await self._page(scope, receive, send_known)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         elif path == "/" and self._make:
-            await HTMLResponse(WAIT, 503, {"Retry-After": "2"})(scope, receive, send)
+            failed = FAILED if service.page == "failed" else DEAD if state == "dead" else None
+            headers = {} if failed else {"Retry-After": "2"}
+            await HTMLResponse(WAIT % (failed or LOADING), 500 if failed else 503, headers)(scope, receive, send)
         else:
-            await ApiError(404, "there is no such route").response()(scope, receive, send)
+            unknown = True
+        if unknown:
+            await ApiError(404, NO_ROUTE).response()(scope, receive, send)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -188,12 +226,18 @@ class Page:
 
         async def run(make: Callable[[], FastAPI]) -> None:
             try:
-                page = await asyncio.to_thread(make)
+                try:
+                    page = await asyncio.to_thread(make)
+                except SystemError:  # Python 3.11 may fail to parse in two threads at once ("AST constructor ...")
+                    page = await asyncio.to_thread(make)
                 async with page.router.lifespan_context(page):
-                    self._page = page
+                    self._page, self._service.page = page, "ready"
                     await end.wait()
-            except Exception as error:
+            except Exception as error:  # whatever it is, the API goes on
+                self._page, self._service.page = None, "failed"
                 log.error("the page cannot be shown", exc_info=error)
+                reason = " ".join(str(error).split())[:300]
+                tell(f"the chat page cannot be shown ({type(error).__name__}: {reason}); the API answers", "yellow")
 
         task = asyncio.create_task(run(self._make)) if self._make else None
         yield
@@ -291,14 +335,16 @@ def serve(run: RunDir, config: Config) -> None:
     service = Service(config, worker)
 
     address = f"http://{config.serve.host}:{listening.getsockname()[1]}"
-    ready = f"chat page: {address}   API: {address}/v1 (model {service.model!r})   (Ctrl-C stops it)"
-    say(f"loading {config.tier}; {address}/health tells when it is ready")
-    worker.loaded.add_done_callback(lambda future: None if future.exception() else say(ready))
+    ready = f"API: {address}/v1 (model {service.model!r})   (Ctrl-C stops it)"
+    tell(f"loading {config.tier}; {address}/health tells when it is ready")
+    worker.loaded.add_done_callback(lambda future: None if future.exception() else tell(ready))
 
     def make_page() -> FastAPI:
         from .page import mounted_page
 
-        return mounted_page(run, service)
+        page = mounted_page(run, service)
+        tell(f"chat page: {address}")
+        return page
 
     try:
         Server(make_app(service, make_page), service).run(sockets=[listening])

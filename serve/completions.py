@@ -43,19 +43,18 @@ class Completion(Call):
         raise NotImplementedError
 
     def settings(self, max_tokens: int | None) -> dict[str, Any]:
-        """Return fields of the engine's `Request`. `ApiError` 400 for more tokens than `serve.max_tokens`."""
+        """Return fields of the engine's `Request`, with `serve.max_tokens` tokens at most."""
         body, limits = self.body, self.service.limits
-        if max_tokens is not None and max_tokens > limits.max_tokens:
-            raise bad_request("max_tokens", f"at most {limits.max_tokens}, not {max_tokens}")
+        asked = limits.max_tokens if max_tokens is None or max_tokens < 0 else max_tokens
         return {
-            "max_tokens": limits.max_tokens if max_tokens is None else max_tokens,
+            "max_tokens": min(asked, limits.max_tokens),
             "temperature": limits.temperature if body.temperature is None else body.temperature,
             "top_k": limits.top_k if body.top_k is None else max(body.top_k, 0),
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "min_p": body.min_p or 0.0,
             "repetition_penalty": body.repetition_penalty or 1.0,
             "seed": body.seed,
-            "stop_texts": (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+            "stop_texts": tuple(filter(None, [body.stop] if isinstance(body.stop, str) else body.stop or ())),
             "client": self.client,
         } | ({"stop": ()} if body.ignore_eos else {})
 
@@ -121,7 +120,9 @@ class ChatCall(Completion):
         self.log_text(messages)
         settings = self.settings(body.max_completion_tokens if body.max_tokens is None else body.max_tokens)
         try:
-            self._request = self.engine.chat_request(messages, **settings, logprobs=self._alternatives)
+            self._request = self.engine.chat_request(
+                messages, continue_final=body.continues, **settings, logprobs=self._alternatives
+            )
         except UsageError as error:
             raise ApiError(400, str(error), "messages") from None
         check_fits(self.engine, self._request.tokens, "messages")

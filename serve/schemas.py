@@ -24,8 +24,6 @@ MAX_BIASES = 300
 # nothing. `NOTHING` asks for nothing in all of them.
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": (),
-    "functions": (),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -39,6 +37,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "prompt_embeds": (),
     "truncate_prompt_tokens": (),
+    "truncation": ("disabled",),
+    "background": (),
+    "conversation": (),
+    "previous_response_id": (),
     "allowed_token_ids": (),
     "bad_words": (),
     "logits_processors": (),
@@ -69,12 +71,22 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": (),
 }
+NO_CALLS = "this model calls no functions and answers in text; leave it out, or set it to auto or none"
+NOT_STORED = "no answer is stored here; send the whole conversation"
+REASONS = {  # why a field is refused, and what to do
+    "tool_choice": NO_CALLS,
+    "function_call": NO_CALLS,
+    "conversation": NOT_STORED,
+    "previous_response_id": NOT_STORED,
+}
 
-StopText = Annotated[str, Field(min_length=1, max_length=256)]
+StopText = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+MaxTokens = Annotated[int, Field(ge=-1, description="-1: as many as there may be; never more than serve.max_tokens")]
+PageState = Literal["loading", "ready", "failed"]
 FinishReason = Literal["stop", "length"]
 
 
@@ -171,7 +183,7 @@ class Sampling(Input):
         if isinstance(data, dict):
             for name, accepted in UNSUPPORTED.items():
                 if name in data and data[name] not in (*NOTHING, *accepted):
-                    raise ValueError(f"{name}: not supported by this service; leave it out")
+                    raise ValueError(f"{name}: {REASONS.get(name, 'not supported by this service; leave it out')}")
             if data.get("stream_options") is not None and not data.get("stream"):
                 raise ValueError("stream_options: only where stream is true")
         return data
@@ -179,18 +191,34 @@ class Sampling(Input):
 
 class ChatRequest(Sampling):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = Field(None, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
+    continue_final_message: bool | None = Field(
+        None, description="go on with the last message; without it, where that is an assistant's"
+    )
+    add_generation_prompt: bool | None = Field(None, description="the opposite of continue_final_message")
+    tools: list[dict[str, Any]] | None = Field(None, description="accepted; the model answers in text")
+    functions: list[dict[str, Any]] | None = Field(None, description="the older form of tools")
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
+        if 0 in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("max_tokens: at least 1, or -1 for as many as there may be")
+        if self.add_generation_prompt == self.continues:
+            raise ValueError("add_generation_prompt: must be the opposite of continue_final_message")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only where logprobs is true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens: differs from max_completion_tokens; give one of them")
         return self
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on with the last message, as llama.cpp and Ollama do with an assistant's."""
+        asked = self.continue_final_message
+        return self.messages[-1].role == "assistant" if asked is None else asked
 
 
 class CompletionRequest(Sampling):
@@ -200,7 +228,7 @@ class CompletionRequest(Sampling):
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="a text, several texts, token ids, or several lists of them")
-    max_tokens: int | None = Field(None, ge=0, description="0, together with echo, only scores the prompt")
+    max_tokens: MaxTokens | None = Field(None, description="0, together with echo, only scores the prompt")
     echo: bool | None = Field(None, description="return the prompt before the answer, with its logprobs")
     logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES, description="alternatives reported with each token")
 
@@ -219,6 +247,7 @@ class TokenizeRequest(Input):
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool = Field(True, description="begin with the token that begins every document")
     add_generation_prompt: bool = Field(True, description="end a conversation with what opens the answer")
+    continue_final_message: bool | None = Field(None, description="leave the assistant's message at the end open")
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
@@ -366,6 +395,7 @@ class Health(BaseModel):
     status: Literal["ready", "loading", "draining", "dead"]
     progress: str | None = Field(None, description="of loading")
     compiling: int | None = Field(None, description="programs left; a request that needs one of them waits for it")
+    page: PageState | None = Field(None, description="the chat page; failed: the console says why, the API answers")
 
 
 class ErrorDetail(BaseModel):

@@ -23,7 +23,7 @@ from jaxchat.config import Config, ServeConfig
 from jaxchat.engine import Engine, Handle, QueueFull
 from jaxchat.errors import JaxchatError, UsageError
 
-from .schemas import FIELDS, ApiError, ChatMessage, bad_request
+from .schemas import FIELDS, ApiError, ChatMessage, PageState, bad_request
 from .worker import Answers, ContextExceeded, Group, Unavailable, Worker
 
 log = logging.getLogger("jaxchat.serve")
@@ -145,6 +145,7 @@ class Service:
         self.config, self.limits, self.worker = config, config.serve, worker
         self.model = config.serve.model_name or config.tier
         self.clients, self.metrics = Clients(config.serve), Metrics(worker, self.model)
+        self.page: PageState | None = None  # None: without a page
         self.answering = 0  # requests under way
         self.scoring = 0  # requests whose texts are scored or wait for it
         self.scores = asyncio.Lock()  # one batch at a time
@@ -262,7 +263,9 @@ def as_api_error(error: Exception) -> ApiError:
         case JaxchatError():
             return ApiError(400, str(error))
         case HTTPException():  # from routing, or from a body that cannot be read
-            return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+            headers = dict(error.headers or {})
+            allowed = f"this route takes {headers.get('Allow')} only"
+            return ApiError(error.status_code, allowed if error.status_code == 405 else error.detail, headers=headers)
         case RequestValidationError() | ValidationError():
             return validation_error(error)
     log.error("internal error", exc_info=error)

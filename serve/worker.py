@@ -177,7 +177,7 @@ class Worker:
             while not self.closing:
                 self._run_commands(wait=not engine.running and not engine.waiting)
                 self._publish(engine.step())
-        except Exception as error:
+        except BaseException as error:  # a SystemExit would end the thread and leave its clients waiting
             self.failure = error
         self.closing = self._ended = True
         self._run_commands(wait=False)

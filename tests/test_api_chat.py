@@ -170,12 +170,73 @@ def test_the_clients_errors(client):
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-4", messages=GREETING)
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="continue_final_message"):
-        client.chat.completions.create(model="nano", messages=[*GREETING, {"role": "assistant", "content": "x"}])
-    with pytest.raises(openai.BadRequestError, match="tools: not supported"):
-        client.chat.completions.create(
-            model="nano", messages=GREETING, tools=[{"type": "function", "function": {"name": "f"}}]
-        )
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        with pytest.raises(openai.BadRequestError, match="calls no functions") as refused:
+            client.chat.completions.create(model="nano", messages=GREETING, tools=tools, tool_choice=choice)
+        assert refused.value.param == "tool_choice"
+
+
+def said(service, **body):
+    choice = post(service, **body).json()["choices"][0]
+    return choice["message"]["content"], choice["finish_reason"]
+
+
+def test_tools_that_need_not_be_called_are_answered_in_text(service):
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    for choice in ({}, {"tool_choice": "none"}, {"tool_choice": "auto", "parallel_tool_calls": False}):
+        assert said(service, tools=[{"type": "function", "function": function}], **choice) == (HELLO, "stop")
+    assert said(service, functions=[function], function_call="auto") == (HELLO, "stop")
+
+
+def test_tool_results_are_read(service):
+    """In the newer and the older form: what the model reads is the same, and more than without the result."""
+    call = {"name": "f", "arguments": "{}"}
+    newer = [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": call}]},
+             {"role": "tool", "tool_call_id": "1", "content": "42"}]  # fmt: skip
+    older = [{"role": "assistant", "content": None, "function_call": call},
+             {"role": "function", "name": "f", "content": "42"}]  # fmt: skip
+    used = [post(service, messages=[*GREETING, *more]).json()["usage"]["prompt_tokens"] for more in (newer, older)]
+    empty = [*GREETING, newer[0], {"role": "tool", "tool_call_id": "1", "content": ""}]
+    assert used[0] == used[1] > post(service, messages=empty).json()["usage"]["prompt_tokens"]
+
+
+def test_an_answer_goes_on_behind_its_beginning(service):
+    begun = [*GREETING, {"role": "assistant", "content": "Hi 🙂"}]
+    for flags in (
+        {},
+        {"continue_final_message": True},
+        {"continue_final_message": True, "add_generation_prompt": False},
+    ):
+        assert said(service, messages=begun, **flags) == (HELLO.removeprefix("Hi 🙂"), "stop")
+    for flags in ({"continue_final_message": True, "add_generation_prompt": True}, {"continue_final_message": False},
+                  {"add_generation_prompt": True}):  # fmt: skip
+        assert post(service, messages=begun, **flags).status_code == 400
+    for flags in ({"continue_final_message": True}, {"add_generation_prompt": False}):
+        assert post(service, **flags).status_code == 400
+
+
+def test_other_conversations_that_clients_send(service):
+    system = [{"role": "system", "content": GREETING[0]["content"]}]
+    assert said(service, messages=system) == (HELLO, "stop")
+    assert post(service, messages=[{"role": "assistant", "content": "Hello!"}, *GREETING]).status_code == 200
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    refused = post(service, messages=[{"role": "user", "content": [{"type": "text", "text": "what is it?"}, image]}])
+    assert refused.status_code == 400 and "reads text only" in refused.json()["error"]["message"]
+
+
+def test_more_tokens_than_there_are_is_as_many_as_there_are(service):
+    most = {"ignore_eos": True, "temperature": 2.0, "seed": 1}
+    for name in ("max_tokens", "max_completion_tokens"):
+        for asked in (-1, 4096, 10**20):
+            answer = post(service, **most | {name: asked}).json()
+            assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["completion_tokens"] == 100
+    assert service.post("/v1/completions", {"prompt": "x", "max_tokens": 10**6}).status_code == 200
+
+
+def test_empty_stops_stop_nothing(service):
+    for stop in ("", [""], [], ["", "zzz"]):
+        assert said(service, stop=stop) == (HELLO, "stop")
 
 
 def test_neighbours_of_one_role_are_one_message(service):

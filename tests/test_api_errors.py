@@ -5,10 +5,12 @@ import json
 import math
 import re
 import socket
+import sys
 import time
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from live_service import live, needs_openai, openai, slowed
 from small_model import GREETING
 
@@ -74,8 +76,6 @@ def test_a_body_without_its_content_type(service):
     "messages",
     [[], None, "hello", [None], [1], [{}], [{"role": "user"}], [{"role": "user", "content": None}],
      [{"role": "user", "content": 5}], [{"role": "king", "content": "x"}], [{"role": ["user"], "content": "x"}],
-     [{"role": "assistant", "content": "x"}],
-     [*GREETING, {"role": "assistant", "content": None}],
      [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],
      [{"role": "user", "content": [{"type": "python", "text": "1"}]}], [{"role": "tool", "content": 5}]],
 )  # fmt: skip
@@ -89,8 +89,8 @@ def test_conversations_out_of_form(service, messages):
     [("temperature", [-1, 11, "NaN", "Infinity", "-Infinity", '"hot"', "true", "1e400", 10**400]),
      ("top_p", [-0.1, 1.1, "NaN", "[]"]), ("top_k", [-2, 1.5, 2**31, 10**30]), ("min_p", [-1, 2, "NaN"]),
      ("repetition_penalty", [0, -1, 11, "NaN"]), ("seed", [2**64, 1.5, '"x"']), ("n", [0, -1, 129, 1.5, "true"]),
-     ("max_tokens", [0, -1, 101, 10**20, 1.5, '"5"']), ("max_completion_tokens", [0, -3]),
-     ("stop", ['""', "5", '[""]', '["a", 1]', json.dumps(["x"] * 17), json.dumps("x" * 300)]),
+     ("max_tokens", [0, -2, 1.5, '"5"']), ("max_completion_tokens", [0, -3]),
+     ("stop", ["5", '["a", 1]', json.dumps(["x"] * 17), json.dumps("x" * 300)]),
      ("stream", ["1", '"yes"']), ("logprobs", ["5", '"x"']), ("top_logprobs", ["5"]),
      ("stream_options", ['{"include_usage": true}', "5"]), ("model", ["5"]), ("user", ["[]"])],
 )  # fmt: skip
@@ -110,7 +110,7 @@ def test_more_alternatives_than_there_are(service):
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
 def test_what_cannot_be_had_is_refused_and_what_asks_for_nothing_is_not(name):
     values = {"response_format": {"type": "json_object"}, "tool_choice": "required", "best_of": 3}
-    with pytest.raises(ValueError, match=f"{name}: not supported"):
+    with pytest.raises(ValueError, match=f"{name}: "):
         ChatRequest.model_validate({"messages": GREETING, name: values.get(name, ["x"])})
     for nothing in (None, *UNSUPPORTED[name]):
         ChatRequest.model_validate({"messages": GREETING, name: nothing})
@@ -178,9 +178,13 @@ def test_other_methods_and_routes(service):
             answer = httpx.request(method, service.url + path)
             wrong(answer, 405, code="method_not_allowed")
             assert answer.headers["allow"] == allowed
-    for path in ("/v1", "/v1/", "/v1/nothing", CHAT + "/", "/nothing", "/v1/../etc/passwd", "/docs", "/%00"):
+    for path in ("/v1", "/v1/", "/v1/nothing", "/chat/completions", "/models", "/v1/../etc/passwd", "/docs", "/%00"):
         for method in ("GET", "POST"):
-            wrong(httpx.request(method, service.url + path), 404)
+            error = wrong(httpx.request(method, service.url + path), 404)
+            assert CHAT in error["message"]  # where the API is
+    for path in (CHAT + "/", "/" + CHAT, "/v1//chat/completions//"):
+        assert service.post(path, {"messages": GREETING, "max_tokens": 1}).status_code == 200
+    wrong(service.post("/v1/embeddings", {"input": "x"}), 400)
     wrong(httpx.get(service.url + "/v1/models/a%0Ab"), 404)
     assert httpx.head(f"{service.url}/health").status_code == 200
 
@@ -328,7 +332,7 @@ def test_loading_and_dead():
         assert httpx.get(f"{service.url}/v1/models").status_code == 200
         assert httpx.get(f"{service.url}/metrics").status_code == 200
     with live() as service:
-        service.worker.engine.step = lambda: 1 / 0
+        service.worker.engine.step = lambda: sys.exit(1)  # whatever ends the thread
         wrong(service.post(CHAT, {"messages": GREETING}), 503, code="engine_dead")
         health = httpx.get(f"{service.url}/health")
         assert (health.status_code, health.json()) == (503, {"status": "dead"})
@@ -338,3 +342,40 @@ def test_loading_and_dead():
 def test_what_nobody_expected_shows_no_trace(service, monkeypatch):
     monkeypatch.setattr(service.worker.engine, "chat_request", lambda *a, **k: {}["secret /tmp/x.py"])
     wrong(service.post(CHAT, {"messages": GREETING}), 500, code="internal_error", type="server_error")
+
+
+def test_a_page_that_cannot_be_made_is_said_and_the_api_goes_on(capsys):
+    def broken(service):
+        raise ImportError("no such module: secret")
+
+    with live(make_page=broken) as service:
+        end = time.monotonic() + 20
+        while (health := httpx.get(f"{service.url}/health").json())["page"] == "loading":
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert health == {"status": "ready", "page": "failed"}
+        page = httpx.get(service.url)
+        assert page.status_code == 500 and "loading" not in page.text and "secret" not in page.text
+        assert service.post(CHAT, {"messages": GREETING}).status_code == 200
+    assert "secret" in capsys.readouterr().err  # the console says why
+
+
+def test_a_page_whose_first_import_fails_in_the_parser_is_made_again():
+    tries = []
+
+    def make(service):
+        tries.append(1)
+        if len(tries) == 1:
+            raise SystemError("AST constructor recursion depth mismatch (before=152, after=150)")
+        page = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+        page.add_api_route("/", lambda: "the page")
+        return page
+
+    with live(make_page=make) as service:
+        end = time.monotonic() + 20
+        while (page := httpx.get(service.url)).status_code == 503:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert page.json() == "the page" and len(tries) == 2
+        for path in ("/chat/completions", "/models"):  # which the page does not know either
+            assert CHAT in wrong(service.post(path, {"messages": GREETING}), 404)["message"]

@@ -80,7 +80,7 @@ def test_from_start_to_drained_end(run):
         until(lambda: 'num_requests_running{model_name="nano"} 2' in httpx.get(f"{url}/metrics").text)
         process.send_signal(signal.SIGTERM)
         health = until(lambda: (found := httpx.get(f"{url}/health")).status_code == 503 and found)
-        assert health.json() == {"status": "draining"}
+        assert health.json() == {"status": "draining", "page": "ready"}
         refused = httpx.post(url + CHAT, json={"messages": GREETING})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         for client in clients:
