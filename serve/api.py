@@ -21,7 +21,8 @@ from jaxchat.tokenizer import ASSISTANT_END, BOS
 
 from . import schemas
 from .completions import ChatCall, Completion, TextCall, check_ids, token_name
-from .schemas import ERRORS, ApiError, ChatRequest, CompletionRequest
+from .responses import ResponsesCall
+from .schemas import ERRORS, ApiError, ChatRequest, CompletionRequest, ResponsesRequest
 from .service import Service, as_api_error, check_length, run_until_one_ends
 
 log = logging.getLogger("jaxchat.serve")
@@ -54,7 +55,7 @@ def routes(service: Service) -> APIRouter:
     admitted: Any = {"dependencies": [*documented, Depends(service.admit)], "responses": ERRORS}
     card = schemas.ModelCard(id=service.model, created=int(time.time()), max_model_len=service.config.model.seq_len)
 
-    def call(kind: type[ChatCall] | type[TextCall], body: Any, request: Request) -> Completion:
+    def call(kind: type[ChatCall | TextCall], body: Any, request: Request) -> Completion:
         service.check_model(body.model)
         worker.check()
         return kind(service, request.state.client, request.state.log, body)
@@ -72,6 +73,13 @@ def routes(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts as documents, without a chat around them."""
         return await respond(call(TextCall, body, request), request)
+
+    @router.post(
+        "/v1/responses", response_model=schemas.Response | schemas.ResponseEvent, **admitted | {"responses": STREAMED}
+    )
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """Answer a text or the items of a conversation, in the form of OpenAI's Responses."""
+        return await respond(call(ResponsesCall, body, request), request)
 
     @router.post("/tokenize", **admitted)
     async def tokenize(body: schemas.TokenizeRequest) -> schemas.Tokens:

@@ -23,6 +23,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, Response
@@ -265,7 +266,7 @@ def make_app(service: Service, make_page: Callable[[], FastAPI] | None = None) -
         return as_api_error(error).response()
 
     app.router.default = page
-    for kind in (HTTPException, RequestValidationError, JaxchatError, Exception):
+    for kind in (HTTPException, RequestValidationError, ValidationError, JaxchatError, Exception):
         app.add_exception_handler(kind, answer_error)
     app.add_middleware(Requests, service=service)
     if origins := service.limits.origins:

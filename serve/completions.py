@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 
 from pydantic import BaseModel
 
-from jaxchat.engine import Event, QueueFull, Token
+from jaxchat.engine import Event, Handle, QueueFull, Token
 from jaxchat.engine import Request as Prompt
 from jaxchat.errors import UsageError
 from jaxchat.tokenizer import Tokenizer
@@ -136,8 +136,8 @@ class ChatCall(Completion):
             result = self.answers.handles[number]
             reason: Any = result.finish_reason
             message = schemas.AnswerMessage(role="assistant", content=result.text, refusal=None)
-            if any(part["type"] != "text" for part in result.parts):
-                message.parts = [schemas.TextPart.model_validate(part) for part in result.parts]
+            if parts := self.calculator_parts(result):
+                message.parts = parts
             return schemas.ChatChoice(index=number, message=message, logprobs=logprobs, finish_reason=reason)
         delta, reason = schemas.Delta(), None
         if not events:
@@ -150,6 +150,11 @@ class ChatCall(Completion):
                 delta.parts = [schemas.TextPart(type=event.kind, text=event.text)]  # type: ignore[arg-type]
         logprobs = logprobs if any(event.tokens or event.text for event in events) else None
         return schemas.ChatChunkChoice(index=number, delta=delta, logprobs=logprobs, finish_reason=reason)
+
+    def calculator_parts(self, answer: Handle) -> list[schemas.TextPart]:
+        """Return the parts of an answer that has calculator calls, [] for another one."""
+        called = any(part["type"] != "text" for part in answer.parts)
+        return [schemas.TextPart.model_validate(part) for part in answer.parts] if called else []
 
     def _logprobs(self, events: Sequence[Event]) -> schemas.ChatLogprobs | None:
         if self._alternatives is None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import Response as HttpResponse
 
 MAX_ALTERNATIVES = 20  # of one token's log-probabilities
 MAX_ANSWERS = 128  # to one prompt
@@ -226,7 +226,7 @@ class CompletionRequest(Sampling):
         str
         | TokenIds
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="a text, several texts, token ids, or several lists of them")
     max_tokens: MaxTokens | None = Field(None, description="0, together with echo, only scores the prompt")
     echo: bool | None = Field(None, description="return the prompt before the answer, with its logprobs")
@@ -237,6 +237,50 @@ class CompletionRequest(Sampling):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 only together with echo")
         return self
+
+
+class TextConfig(Input):
+    format: dict[str, Any] | None = Field(None, description="as response_format: text, json_object or json_schema")
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponsesRequest(Sampling):
+    """OpenAI's Responses for text, with the sampling fields of chat completions."""
+
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
+        description="a user's text, or items: messages, function_call, function_call_output"
+    )
+    instructions: str | None = Field(None, description="a system message before the input")
+    max_output_tokens: MaxTokens | None = None
+    text: TextConfig | None = None
+    tools: list[dict[str, Any]] | None = Field(None, description="accepted; the model answers in text")
+    tool_choice: Literal["none", "auto"] | None = None
+    metadata: dict[str, str] | None = Field(None, description="returned with the answer")
+    include: list[str] | None = None
+    store: bool | None = Field(None, description="nothing is stored")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_before(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name in ("prompt", "top_logprobs"):
+                if data.get(name):
+                    raise ValueError(f"{name}: not supported here; leave it out")
+            if "message.output_text.logprobs" in (data.get("include") or ()):
+                raise ValueError("include: log-probabilities are to be had from /v1/chat/completions")
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> ResponsesRequest:
+        if self.max_output_tokens == 0:
+            raise ValueError("max_output_tokens: at least 1, or -1 for as many as there may be")
+        if self.n not in (None, 1):
+            raise ValueError("n: one answer only")
+        return self
+
+    def format(self) -> dict[str, Any]:
+        """Return the form of the answer's text, {"type": "text"} where nothing else is asked for."""
+        return self.text.format if self.text and self.text.format else {"type": "text"}
 
 
 class TokenizeRequest(Input):
@@ -262,7 +306,10 @@ class DetokenizeRequest(Input):
     tokens: list[TokenId]
 
 
-REQUESTS = (TextPart, ChatMessage, StreamOptions, ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+REQUESTS = (
+    TextPart, ChatMessage, StreamOptions, ChatRequest, CompletionRequest, TextConfig, ResponsesRequest, TokenizeRequest,
+    DetokenizeRequest,
+)  # fmt: skip
 FIELDS = {name for model in REQUESTS for name in model.model_fields}
 
 
@@ -358,6 +405,83 @@ class Completion(Answer):
     usage: Usage | None = None
 
 
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OutputText(BaseModel):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[Any]
+
+
+class OutputMessage(BaseModel):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    content: list[OutputText]
+    parts: list[TextPart] | None = None
+
+
+class ResponseUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+
+
+class Response(BaseModel):
+    """An answer in the form of OpenAI's Responses."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["in_progress", "completed", "incomplete"]
+    error: None
+    incomplete_details: dict[str, str] | None
+    output: list[OutputMessage]
+    usage: ResponseUsage | None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    parallel_tool_calls: bool
+    previous_response_id: None
+    store: Literal[False]
+    temperature: float
+    text: dict[str, Any]
+    tool_choice: str
+    tools: list[dict[str, Any]]
+    top_p: float
+    truncation: Literal["disabled"]
+
+
+class ResponseEvent(BaseModel):
+    """One event of a stream; `type` says which of the fields it has."""
+
+    type: str
+    sequence_number: int
+    response: Response | None = None
+    output_index: int | None = None
+    content_index: int | None = None
+    item_id: str | None = None
+    item: OutputMessage | None = None
+    part: OutputText | None = None
+    delta: str | None = None
+    text: str | None = None
+    logprobs: list[Any] | None = None
+    message: str | None = None
+    code: str | None = None
+    param: str | None = None
+    error: ErrorDetail | None = None
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"
@@ -398,13 +522,6 @@ class Health(BaseModel):
     page: PageState | None = Field(None, description="the chat page; failed: the console says why, the API answers")
 
 
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
 class ErrorBody(BaseModel):
     error: ErrorDetail
 
@@ -436,8 +553,8 @@ class ApiError(HTTPException):
         kind = ERROR_TYPES.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
         return ErrorBody(error=ErrorDetail(message=self.detail, type=kind, param=self.param, code=self.code))
 
-    def response(self) -> Response:
-        return Response(self.body().model_dump_json(), self.status_code, self.headers, "application/json")
+    def response(self) -> HttpResponse:
+        return HttpResponse(self.body().model_dump_json(), self.status_code, self.headers, "application/json")
 
 
 def bad_request(param: str | None, message: str, code: str | None = None) -> ApiError:

@@ -137,7 +137,7 @@ def test_how_many_alternatives(service, logprobs, status):
 
 
 @pytest.mark.parametrize(
-    "prompt", [[], [[]], [["a"]], [1, "a"], [-1], [280], [[1], [999999]], None, 5, {"a": 1}, [1.5], [True], [[[1]]]]
+    "prompt", [[], [["a"]], [1, "a"], [-1], [280], [[1], [999999]], None, 5, {"a": 1}, [1.5], [True], [[[1]]]]
 )
 def test_prompts_out_of_form(service, prompt):
     answer = service.post(ROUTE, {"prompt": prompt, "max_tokens": 2})

@@ -192,8 +192,8 @@ def test_other_methods_and_routes(service):
 def test_the_document_says_what_the_service_does(service):
     document = httpx.get(f"{service.url}/openapi.json").json()
     assert set(document["paths"]) == {
-        CHAT, TEXT, "/v1/models", "/v1/models/{name}", "/tokenize", "/detokenize", "/tokenizer_info", "/health",
-        "/metrics",
+        CHAT, TEXT, "/v1/responses", "/v1/models", "/v1/models/{name}", "/tokenize", "/detokenize", "/tokenizer_info",
+        "/health", "/metrics",
     }  # fmt: skip
     text = json.dumps(document)
     schemas = document["components"]["schemas"]

@@ -36,7 +36,7 @@ def test_made_up_requests(keys, examples, tmp_path):
         command += [word for name, value in headers.items() for word in ("-H", f"{name}: {value}")]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-1000:]
-        assert "not a server error" not in done.stdout.lower() and "Tested: 9" in done.stdout
+        assert "not a server error" not in done.stdout.lower() and "Tested: 10" in done.stdout
         service.wait_until_idle(60)
         answer = service.post("/v1/chat/completions", {"messages": GREETING}, headers=headers).json()
         assert answer["choices"][0]["message"]["content"] == "Hi 🙂 안녕!"

@@ -1,0 +1,156 @@
+"""OpenAI's Responses for text: a chat completion in another form, whole or as events. Nothing is stored."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from pydantic import ValidationError
+
+from . import schemas
+from .completions import ChatCall
+from .schemas import ApiError, ChatRequest, ResponsesRequest, Sampling, bad_request
+from .service import Service, as_api_error
+
+
+class ResponsesCall(ChatCall):
+    """An answer to the items of a conversation."""
+
+    def __init__(self, service: Service, client: str, log_fields: dict[str, Any] | None, body: ResponsesRequest):
+        try:
+            super().__init__(service, client, log_fields, chat_request(body))
+        except (ApiError, ValidationError) as raised:
+            error = as_api_error(raised)
+            for of_chat, own in (("messages", "input"), ("response_format", "text.format")):
+                error.param = own if (error.param or "").startswith(of_chat) else error.param
+            raise error from None
+        self.id = self.id.replace("chatcmpl-", "resp_")
+        self.log["id"], self._asked, self._events = self.id, body, 0
+
+    async def collect(self) -> schemas.Response:
+        """Return the answer, once it is finished."""
+        await self.begin()
+        async for _ in self.answers:
+            pass
+        return self._response()
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Yield the events that OpenAI's client reads; the request is submitted already."""
+        place = {"output_index": 0, "item_id": f"msg_{self.id}"}
+        part = place | {"content_index": 0}
+        try:
+            yield self._event("response.created", response=self._response())
+            yield self._event("response.in_progress", response=self._response())
+            yield self._event("response.output_item.added", output_index=0, item=self._message(empty=True))
+            yield self._event("response.content_part.added", **part, part=output_text(""))
+            async for events in self.answers:
+                for _, event in events:
+                    if event.kind == "text":
+                        yield self._event("response.output_text.delta", **part, delta=event.text, logprobs=[])
+            message = self._message()
+            text = message.content[0]
+            yield self._event("response.output_text.done", **part, text=text.text, logprobs=[])
+            yield self._event("response.content_part.done", **part, part=text)
+            yield self._event("response.output_item.done", output_index=0, item=message)
+            response = self._response()
+            yield self._event(f"response.{response.status}", response=response)
+        except Exception as error:  # the status has been sent; `error` makes OpenAI's client raise it
+            detail = as_api_error(error).body().error
+            yield self._event("error", message=detail.message, code=detail.code, param=detail.param, error=detail)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        event = schemas.ResponseEvent(type=kind, sequence_number=self._events, **fields)
+        self._events += 1
+        return f"event: {kind}\ndata: {event.model_dump_json(exclude_unset=True)}\n\n".encode()
+
+    def _status(self) -> Any:
+        reason = self.answers.handles[0].finish_reason
+        return {None: "in_progress", "length": "incomplete"}.get(reason, "completed")
+
+    def _message(self, empty: bool = False) -> schemas.OutputMessage:
+        """Return the answer as an item; `empty` as it is announced."""
+        handle = self.answers.handles[0]
+        message = schemas.OutputMessage(
+            id=f"msg_{self.id}",
+            type="message",
+            role="assistant",
+            status="in_progress" if empty else self._status(),
+            content=[] if empty else [output_text(handle.text)],
+        )
+        if not empty and (parts := self.calculator_parts(handle)):
+            message.parts = parts
+        return message
+
+    def _response(self) -> schemas.Response:
+        asked, limits, status = self._asked, self.service.limits, self._status()
+        finished, usage = status != "in_progress", None
+        if finished:
+            made = self.usage()
+            usage = schemas.ResponseUsage(
+                input_tokens=made.prompt_tokens,
+                input_tokens_details={"cached_tokens": self.answers.handles[0].reused, "cache_write_tokens": 0},
+                output_tokens=made.completion_tokens,
+                output_tokens_details={"reasoning_tokens": 0},
+                total_tokens=made.total_tokens,
+            )
+        return schemas.Response(
+            id=self.id,
+            object="response",
+            created_at=self.created,
+            model=self.service.model,
+            status=status,
+            error=None,
+            incomplete_details={"reason": "max_output_tokens"} if status == "incomplete" else None,
+            output=[self._message()] if finished else [],
+            usage=usage,
+            instructions=asked.instructions,
+            max_output_tokens=asked.max_output_tokens,
+            metadata=asked.metadata or {},
+            parallel_tool_calls=True,
+            previous_response_id=None,
+            store=False,
+            temperature=limits.temperature if asked.temperature is None else asked.temperature,
+            text={"format": asked.format()},
+            tool_choice=asked.tool_choice or "auto",
+            tools=asked.tools or [],
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            truncation="disabled",
+        )
+
+
+def output_text(text: str) -> schemas.OutputText:
+    return schemas.OutputText(type="output_text", text=text, annotations=[], logprobs=[])
+
+
+def chat_request(body: ResponsesRequest) -> ChatRequest:
+    """Return the same request as a chat completion. `ApiError` 400 names the item that cannot be used."""
+    messages: list[dict[str, Any]] = []
+    if body.instructions:
+        messages.append({"role": "system", "content": body.instructions})
+    items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
+    for number, item in enumerate(items):
+        match item.get("type", "message"):
+            case "message":
+                messages.append({"role": item.get("role"), "content": item.get("content")})
+            case "function_call":
+                call = {"name": item.get("name"), "arguments": item.get("arguments")}
+                messages.append({"role": "assistant", "tool_calls": [{"function": call}]})
+            case "function_call_output":
+                messages.append({"role": "tool", "content": item.get("output")})
+            case "reasoning":  # of another model; nothing that was said
+                pass
+            case "item_reference":
+                raise bad_request(f"input[{number}]", "no item is stored here; send the item itself")
+            case kind:
+                raise bad_request(f"input[{number}]", f"this model reads text only, not an item of type {kind!r}")
+    if not messages:
+        raise bad_request("input", "no message")
+    fields = body.model_dump(include=set(Sampling.model_fields), exclude_none=True, by_alias=True)
+    form = body.format()
+    if form.get("type") == "json_schema":
+        form = {"type": "json_schema", "json_schema": {name: form.get(name) for name in ("name", "schema")}}
+    if form.get("type") != "text":
+        fields["response_format"] = form
+    return ChatRequest.model_validate(
+        fields | {"messages": messages, "max_completion_tokens": body.max_output_tokens, "n": 1}
+    )
