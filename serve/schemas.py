@@ -175,7 +175,6 @@ class Sampling(Input):
     ignore_eos: bool | None = Field(None, description="go on to max_tokens; for benchmarks")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="accepted and not used")
 
     @model_validator(mode="before")
     @classmethod
