@@ -12,9 +12,10 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from jaxchat import __version__
+from jaxchat.arguments import Parser
 from jaxchat.config import Config, load_config, replaced, tier_files
 from jaxchat.errors import DataError, InterruptedRun, JaxchatError, OutOfMemoryError, UsageError
 
@@ -79,24 +80,17 @@ PROCESSES = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises `UsageError` instead of printing the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see python {self.prog} --help")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands but those of `INTEROP`."""
     parser = Parser(
-        prog="launch.py",
+        prog="python launch.py",
         usage="python launch.py [COMMAND] [options]",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"jaxchat {__version__}", help="print the version")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="launch.py")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="python launch.py")
     parsers = {
         name: commands.add_parser(name, help=text, description=text, usage=f"python launch.py {name} [options]")
         for name, text in COMMANDS.items()
@@ -147,6 +141,11 @@ def given_config(args: argparse.Namespace, default: str = "nano") -> tuple[Confi
         options["serve.api_keys"] = os.environ.get("JAXCHAT_API_KEYS", "").replace(",", " ").split() or None
     named = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None]
     overrides = [*args.set, *named]
+    keys = [item.partition("=")[0].strip() for item in overrides]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        from jaxchat.log import say
+
+        say(f"{', '.join(twice)}: given more than once; the last value counts", style="yellow")
     config = load_config(source, overrides)
     if config.train.init and not talks:
         config = initialized(config, args, overrides, own, source == own)

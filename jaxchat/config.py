@@ -85,6 +85,7 @@ class DataConfig:
         "dropped remainders take", 0)
     mirror: str = key("", "a folder that holds the hub's files", free=True)
     cache_dir: str = key("~/.cache/jaxchat", "downloads and compiled programs of all runs", free=True)
+    column: str = key("text", "the field of jsonl, json and parquet records that is the text")
     encoding: str = key("auto", "of text files: auto (byte order mark or UTF-8), or Python's name, such as cp949")
     size_model: bool = key(False, "fit layers, width, vocabulary, context and steps of -1 to the text (`book`)")
     val_fraction: float = key(0.01, "share of the documents that is held out, chosen by a hash of their text", 0, 0.9)

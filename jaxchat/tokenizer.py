@@ -157,12 +157,13 @@ def train_tokenizer(
     max_chars: int = TRAIN_CHARS,
     doc_chars: int = DOC_CHARS,
     normalize: str = "none",
+    fewer: bool = False,
 ) -> Tokenizer:
-    """Train a byte-level BPE of exactly `vocab_size` ids, special tokens included, from a stream of documents.
+    """Train a byte-level BPE of `vocab_size` ids, special tokens included, from a stream of documents.
 
     Sees at most `max_chars` characters, `doc_chars` of each document, and keeps only word counts. `normalize` "nfc"
-    composes what it encodes, so that the two ways to write Hangul or an accent become one. `DataError` if the text is
-    too small to fill the vocabulary, `UsageError` if the vocabulary cannot hold the bytes.
+    composes what it encodes, so that the two ways to write Hangul or an accent become one. `DataError` if the text does
+    not fill the vocabulary, unless `fewer` ids will do; `UsageError` if the vocabulary cannot hold the bytes.
     """
     least = 256 + len(SPECIAL_TOKENS)
     if vocab_size < least:
@@ -188,10 +189,10 @@ def train_tokenizer(
 
     backend.train_from_iterator(limited(), trainer)
     tokenizer = Tokenizer(backend)
-    if tokenizer.vocab_size < vocab_size:
+    if tokenizer.vocab_size < vocab_size and not fewer:
         raise DataError(
-            f"the text is too small for model.vocab_size {vocab_size}: it gives {tokenizer.vocab_size} tokens; "
-            f"add text, or set model.vocab_size={tokenizer.vocab_size} or less"
+            f"model.vocab_size: {vocab_size} is more than the {tokenizer.vocab_size} tokens that the text gives; "
+            f"set model.vocab_size={tokenizer.vocab_size} or less"
         )
     return tokenizer
 

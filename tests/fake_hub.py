@@ -16,7 +16,7 @@ class FakeHub:
     """`files`: path -> bytes. `faults`: path (or "api") -> what the next requests for it get, one after another:
 
     "429" (with `retry_after`), "500", "404", "drop" (half of the body, then silence and a closed connection), "wrong"
-    (bytes flipped), "slow" (a piece every `pause` seconds), "ok".
+    (bytes flipped), "slow" (a piece every `pause` seconds), "ok"; of the API also "403 GatedRepo", with a sentence.
     """
 
     def __init__(self, files, repo="someone/texts"):
@@ -95,7 +95,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def api(self, path):
         if (fault := self.fault("api")) != "ok":
-            return self.send(b"{}", int(fault), Retry_After=str(self.hub.retry_after))
+            code, _, kind = fault.partition(" ")
+            said = {"X_Error_Code": kind, "X_Error_Message": "Said by the hub."} if kind else {}
+            return self.send(b"{}", int(code), Retry_After=str(self.hub.retry_after), **said)
         if path.startswith(f"/api/datasets/{self.hub.repo}/revision/"):
             revision = path.rsplit("/", 1)[1]
             if revision not in ("main", "v1", COMMIT):

@@ -18,7 +18,7 @@ ORDER = (
     "config", "sizes", "scaling", "sharding", "distributed", "tokenizer", "chat", "data", "attention", "low_precision",
     "model", "kv_cache", "loss", "muon", "optimizer", "train_state", "checkpoint", "engine", "tasks", "interop",
 )  # fmt: skip
-LEAVES = {"errors", "run_dir", "log", "tools", "pack"}  # anyone may import them
+LEAVES = {"arguments", "errors", "run_dir", "log", "tools", "pack"}  # anyone may import them
 WITHOUT_JAX = ("jaxchat/config.py", "jaxchat/sizes.py", "jaxchat/scaling.py", "jaxchat/run_dir.py", "jaxchat/log.py",
                "jaxchat/errors.py", "jaxchat/tokenizer.py", "jaxchat/chat.py", "jaxchat/tools/")  # fmt: skip
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "grain"}

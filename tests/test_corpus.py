@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import unicodedata
 import zlib
 from collections import Counter
 
@@ -82,7 +83,7 @@ def test_one_document_cannot_be_split(tmp_path, texts):
     path = tmp_path / "x.jsonl"
     path.write_text(jsonl(*({"text": t} for t in texts)))
     for split in ("train", "val"):
-        with pytest.raises(DataError, match="only one document; at least 2"):
+        with pytest.raises(DataError, match="at least 2 are needed"):
             everything(path, split)
     assert everything(path) == texts
 
@@ -128,6 +129,162 @@ def test_parquet(tmp_path):
     assert everything(tmp_path / "a.parquet") == texts[:3000]
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.dictionary(pa.int8(), pa.string())],
+    ids=str,
+)
+def test_every_type_of_text_column_is_read(tmp_path, kind):
+    column = pa.array(["one", "둘", None, "one"])
+    column = column.dictionary_encode() if pa.types.is_dictionary(kind) else column.cast(kind)
+    pq.write_table(pa.table({"id": range(4), "text": column, "body.x": column}), tmp_path / "a.parquet")
+    for name in ("text", "body.x"):
+        counts = Counter()
+        assert list(files.read_file(tmp_path / "a.parquet", "auto", counts, name)) == ["one", "둘", "one"]
+        assert counts == {"empty": 1} and files.text_size(tmp_path / "a.parquet", name) > 5
+
+
+def test_conversations_of_any_form_are_text(tmp_path):
+    talks = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "안녕"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "안녕"}]},
+        {"text": None, "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]},
+                                    {"role": "assistant", "content": None}, {"role": "tool", "content": "안녕"}]},
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text(jsonl(*talks))
+    for i, talk in enumerate(talks[:2]):
+        pq.write_table(pa.Table.from_pylist([talk]), tmp_path / f"b{i}.parquet")
+    assert everything(tmp_path) == ["hi\n안녕"] * 5
+
+
+def test_the_column_with_the_text_may_be_named(tmp_path):
+    texts = [f"text {i}" for i in range(30)]
+    (tmp_path / "a.ndjson").write_text(jsonl(*({"story": text, "text": 7} for text in texts[:10])))
+    (tmp_path / "b.json").write_text(json.dumps({"rows": [{"story": text} for text in texts[10:20]]}))
+    pq.write_table(pa.table({"id": range(10), "story": texts[20:]}), tmp_path / "c.parquet")
+    data = DataConfig(source=f"files:{tmp_path}", column="story")
+    assert list(iterate_documents(data)) == texts
+    with pytest.raises(DataError, match=r"c\.parquet.*`lines`.*story.*data\.column"):
+        list(iterate_documents(DataConfig(source=f"files:{tmp_path}/c.parquet", column="lines")))
+
+
+JSON = {  # a file -> its records
+    '[{"text": "a]"}, {"text": "\\u00e9\\\\"},\n\n "c"]': [{"text": "a]"}, {"text": "é\\"}, "c"],
+    '{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}': [{"text": "a"}, {"text": "b"}],
+    '{"text": "a", "tags": ["b"]}': [{"text": "a", "tags": ["b"]}],
+    '{\n "text": "a"\n}\n\ufeff{"text": "b"}\n': [{"text": "a"}, {"text": "b"}],
+    "[1.25e-3, -12345, true, null, [[]], -Infinity]": [0.00125, -12345, True, None, [[]], float("-inf")],
+    "[]": [],
+    " \n": [],
+}
+
+
+@pytest.mark.parametrize("chars", [1, 5, 1 << 20])
+def test_json_is_read_whatever_is_around_its_records(tmp_path, monkeypatch, chars):
+    monkeypatch.setattr(files, "JSON_CHARS", chars)
+    for text, records in JSON.items():
+        (tmp_path / "a.json").write_text("\ufeff" + text, encoding="utf-8")
+        assert [record for _, record in files.read_records(tmp_path / "a.json")] == records
+    for wrong in ("[1, 2", "[1] 2]", '["a" "b', "[tru]", '{"a": }', "]"):
+        (tmp_path / "a.json").write_text("\n\n" + wrong)
+        with pytest.raises(DataError, match=r"a\.json:3: not JSON"):
+            list(files.read_records(tmp_path / "a.json"))
+
+
+def test_an_array_needs_no_memory_for_the_whole_file(tmp_path):
+    import tracemalloc
+
+    (tmp_path / "a.json").write_text("[" + ",\n".join(json.dumps({"text": "word " * 2000}) for _ in range(2000)) + "]")
+    tracemalloc.start()
+    assert sum(map(len, files.read_file(tmp_path / "a.json"))) == 20_000_000
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def test_byte_order_marks_inside_a_file_are_no_text(tmp_path):
+    mark = "\ufeff"
+    (tmp_path / "a.txt").write_text(f"{mark}one\n{mark}{mark}two\n{mark}\nthree", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(f'{mark}{{"text": "four"}}\n{mark}\n{mark}{{"text": "five"}}', encoding="utf-8")
+    assert everything(tmp_path) == ["one\ntwo\n\nthree", "four", "five"]
+
+
+def test_records_without_text_are_left_out_and_counted(tmp_path):
+    lines = '{"text": "one"}\n\n{"text": null}\n{"text": NaN}\n{"id": 3}\nnull\n"two"\n'
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "about.json").write_text('{"title": "a book"}')  # beside the text
+    counts = Counter()
+    found = [d for path in files.find_files(f"files:{tmp_path}") for d in files.read_file(path, counts=counts)]
+    assert found == ["one", "two"] and counts == {"empty": 5}
+
+
+def test_what_lies_beside_the_text_is_left_out_and_said_once(tmp_path, capsys):
+    names = ("a.txt", "README.md", "sub/LICENSE.txt", "LICENSE", "b.pdf", "c.pdf", "dataset_infos.json", "d.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) if name.endswith("json") else name)
+    assert everything(tmp_path) == everything(tmp_path / "**") == ["a.txt", "d.json"]
+    assert everything(tmp_path) and capsys.readouterr().err.count("6 files") == 2
+    for named in ("README.md", "README*"):
+        assert everything(tmp_path / named) == ["README.md"]
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "d.json").unlink()
+    with pytest.raises(DataError, match=r"README\.md"):
+        everything(tmp_path)
+
+
+ODD_NAMES = {  # what is asked for -> the files that are read, of all these
+    "book [1].txt": ["book [1].txt"],
+    "old [a]/*.txt": ["old [a]/x [2].txt"],
+    "*/x [2].txt": ["old [a]/x [2].txt"],
+    "book [0-9].txt": ["book 1.txt"],
+    "what?.txt": ["what?.txt"],
+    "st*r/*.txt": ["st*r/y.txt"],
+    r"st*r\y.txt": ["st*r/y.txt"],
+    " book 1.txt": ["book 1.txt"],
+    "~tilde.txt": ["~tilde.txt"],
+    "two\nlines.txt": ["two\nlines.txt"],
+    unicodedata.normalize("NFC", "소설.txt"): [unicodedata.normalize("NFD", "소설.txt")],
+    "a + b.txt": ["a + b.txt"],
+    "star/../st*r/": ["st*r/y.txt"],
+}
+
+
+def test_a_path_that_exists_is_no_pattern(tmp_path, monkeypatch):
+    for name in {*itertools.chain(*ODD_NAMES.values()), "whatX.txt", "star/y.txt", "old a/x 2.txt"}:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    for name, found in ODD_NAMES.items():
+        assert everything(name) == found, name
+    joined = "files:a + b.txt + files:book [1].txt+files:st*r"
+    assert list(iterate_documents(joined)) == ["a + b.txt", "book [1].txt", "st*r/y.txt"]
+
+
+@pytest.mark.parametrize("pattern", ["", "**", "**/*.txt", "*/../**/a.txt"])
+def test_each_file_is_read_once(tmp_path, pattern):
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    (tmp_path / "sub" / "a.txt").write_text("one")
+    for loop in ("l1", "l2", "l3"):  # without a memory of folders these are 3 ** 40 ways
+        (tmp_path / "sub" / "deep" / loop).symlink_to(tmp_path)
+    (tmp_path / "link.txt").symlink_to("sub/a.txt")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    os.link(tmp_path / "sub" / "a.txt", tmp_path / "sub" / "hard.txt")
+    assert everything(tmp_path / pattern) == ["one"]
+
+
+def test_sources_without_shares_are_one_text(tmp_path):
+    for name, count in (("a", 300), ("b", 100)):
+        (tmp_path / f"{name}.jsonl").write_text(jsonl(*({"text": f"{name} {i}"} for i in range(count))))
+    a, b = (f"files:{tmp_path}/{name}.jsonl" for name in "ab")
+    (part,) = open_corpus(DataConfig(source=f"{a} + {b} + files:{tmp_path}/*.jsonl"))
+    assert part.weight == 1 and len(list(part.documents())) == 400  # so each counts by its size, and once
+    assert len(list(iterate_documents(f"chitchat + {a}"))) == 7168 + 300
+    with pytest.raises(DataError, match=r"b\.jsonl"):
+        open_corpus(DataConfig(source=f"0.5 files:{tmp_path} + 0.5 {b}"))
+    with pytest.raises(UsageError, match="shares"):
+        parse(f"0.5 {a} + {b}")
+
+
 def test_folders_and_globs_find_every_file_in_order(tmp_path):
     for name in ("b.txt", "a.md", "sub/c.jsonl", "sub/deep/d.txt", "ignored.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +303,7 @@ def bad_files(folder):
     deep = b"[" * 100_000 + b"]" * 100_000
     pq.write_table(pa.table({"body": ["x"]}), folder / "p1.parquet")
     pq.write_table(pa.table({"text": [1]}), folder / "p2.parquet")
+    pq.write_table(pa.table({"text": [b"fine", b"\xff\xfe"]}), folder / "p3.parquet")
     cases = {
         "empty.txt": (b"", "no text"),
         "blank.txt": (b" \n\n\t\n", "no text"),
@@ -156,19 +314,25 @@ def bad_files(folder):
         "cut16.txt": ("hello".encode("utf-16")[:-1], "not text in UTF-8"),
         "cp949.txt": ("한국어 문장".encode("cp949"), r"not text in UTF-8 .*data\.encoding"),
         "bad.jsonl": (b'{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not JSON"),
-        "list.jsonl": (b"[1, 2]\n", r"list\.jsonl:1: needs a field `text`"),
-        "field.jsonl": (b'{"content": "a"}\n', r"field\.jsonl:1: needs a field `text`"),
-        "parts.jsonl": (b'{"messages": [{"role": "user"}]}\n', r"parts\.jsonl:1: needs"),
+        "list.jsonl": (b"[1, 2]\n", r"list\.jsonl:1: "),
+        "number.jsonl": (b'{"text": "a"}\n{"text": 5}\n', r"number\.jsonl:2: .*`text`.*5"),
+        "field.jsonl": (b'{"content": "a"}\n', r"field\.jsonl: .*`text`.*content.*data\.column"),
+        "nulls.jsonl": (b'{"text": null}\n{"text": NaN}\n', r"nulls\.jsonl: .*`text`"),
+        "parts.jsonl": (b'{"messages": [{"role": "user"}]}\n', r"parts\.jsonl: "),
+        "open.json": (b'[{"text": "a"},\n{"text": "b"}', r"open\.json:2: not JSON"),
+        "comma.json": (b'[\n{"text": "a"},\n{"text" "b"}]', r"comma\.json:3: not JSON"),
+        "fields.json": (b'[{"body": "a"}, {"body": "b"}]', r"fields\.json: .*`text`.*body.*data\.column"),
         "deep.jsonl": (deep, r"deep\.jsonl:1: not JSON"),
         "digits.jsonl": (b"9" * 10_000, r"digits\.jsonl:1: "),
         "nojson.jsonl": (b"\xff\xfd", "not text in UTF-8"),
-        "none.gz": (b"plain", "unknown kind"),
+        "none.gz": (b"plain", "other kinds"),
         "plain.txt.gz": (b"not gzipped", "cannot be read"),
         "cut.txt.gz": (gzip.compress(BOOK.encode())[:-20], "cannot be read"),
         "plain.txt.zst": (b"not compressed at all", "cannot be read"),
         "text.parquet": (b"not parquet", "not a readable parquet"),
-        "p1.parquet": ((folder / "p1.parquet").read_bytes(), r"no column `text` \(it has body\)"),
-        "p2.parquet": ((folder / "p2.parquet").read_bytes(), r"p2\.parquet:1: needs a field `text`"),
+        "p1.parquet": ((folder / "p1.parquet").read_bytes(), r"`text`.*body.*data\.column"),
+        "p2.parquet": ((folder / "p2.parquet").read_bytes(), r"p2\.parquet:1: .*`text`.*1"),
+        "p3.parquet": ((folder / "p3.parquet").read_bytes(), r"p3\.parquet:2: .*UTF-8"),
         "cut.parquet": ((folder / "p1.parquet").read_bytes()[:-30], "not a readable parquet"),
     }
     flipped = bytearray(gzip.compress(BOOK.encode()))
@@ -220,7 +384,7 @@ def test_what_is_not_there(tmp_path):
             everything(pattern)
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
     (tmp_path / "b.pdf").write_bytes(b"%PDF")
-    with pytest.raises(DataError, match=r"a\.pdf is of an unknown kind"):
+    with pytest.raises(DataError, match=r"\.pdf 2; first .*a\.pdf"):
         everything(tmp_path)
     os.mkfifo(tmp_path / "pipe.txt")  # would be waited for until the end of time
     with pytest.raises(DataError, match="no such files"):

@@ -110,10 +110,28 @@ def test_missing_things_are_named_at_once(server, tmp_path):
     with pytest.raises(DataError, match=r"data/001\.parquet could not be downloaded \(.*404"):
         hub_files(SOURCE, 0, tmp_path, endpoint=server.url)
     assert len(server.gets("001.parquet")) == 1
-    with pytest.raises(DataError, match=r"hf:no/where: no/where could not be downloaded \(.*404"):
+    with pytest.raises(DataError, match=r"hf:no/where could not be downloaded \(.*404"):
         hub_files("hf:no/where", 0, tmp_path, endpoint=server.url)
-    with pytest.raises(DataError, match="404"):
+    with pytest.raises(DataError, match="404.* v9"):
         hub_files("hf:someone/texts@v9", 0, tmp_path, endpoint=server.url)
+
+
+@pytest.mark.parametrize("token", ["", "hf_mine"])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("403 GatedRepo", "accept its terms on {page}"), ("401 RepoNotFound", "{page}"), ("403 Other", "{page}")],
+)
+def test_a_closed_door_is_named_with_the_step_that_opens_it(server, tmp_path, monkeypatch, token, fault, words):
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    server.faults["api"] = [fault]
+    for get in (lambda: hub_files(SOURCE.replace(COMMIT, "main"), 0, tmp_path, endpoint=server.url),):
+        with pytest.raises(DataError) as caught:
+            get()
+        text = str(caught.value)
+        assert words.format(page=f"{server.url}/datasets/someone/texts") in text and "Said by the hub" in text
+        assert ("HF_TOKEN" in text) == (not token) and ("your token has no access" in text) == bool(token)
+        assert "same command" not in text and len(server.asked) == 1
 
 
 def test_an_unreachable_hub_is_named(server, tmp_path, monkeypatch):
@@ -209,7 +227,7 @@ def test_a_mirror_is_read_without_any_request(tmp_path):
     one = text_size(folder / "000.parquet")
     assert len(hub_files(SOURCE, one, tmp_path / "none", str(tmp_path / "mirror"))) == 2  # with the margin
     assert not (tmp_path / "none").exists()
-    with pytest.raises(DataError, match=r"no file matches '\*\.txt'; readable: data/000\.parquet"):
+    with pytest.raises(DataError, match=r"'\*\.txt'.*data/000\.parquet"):
         hub_files("hf:someone/texts:*.txt", 0, tmp_path, str(tmp_path / "mirror"))
     with pytest.raises(DataError, match="data.mirror: no folder"):
         hub_files(SOURCE, 0, tmp_path, str(tmp_path / "nowhere"))
@@ -225,7 +243,8 @@ def test_of_two_forms_of_the_same_text_one_is_taken(tmp_path):
     for name in ("c.parquet", "b.jsonl", "a.txt"):
         assert names(hub_files("hf:some/one", 0, tmp_path, str(tmp_path))) == [name]
         next(tmp_path.rglob(name)).unlink()
-    with pytest.raises(DataError, match="readable: none"):
+    (folder / "c.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"\.jsonl.*c\.csv"):
         hub_files("hf:some/one", 0, tmp_path, str(tmp_path))
     with pytest.raises(DataError, match=r"data\.mirror: no folder .*some/other"):
         hub_files("hf:some/other", 0, tmp_path, str(tmp_path))  # never another repository's files

@@ -123,6 +123,25 @@ def test_flags_of_older_versions_are_commands(line, command):
     assert vars(old) == vars(new)
 
 
+@pytest.mark.parametrize(
+    "line", ["--tier nano --tier=d12", "serve r --port 1 --port 1", "export r --stage sft --stage base"]
+)
+def test_a_flag_that_stands_there_twice_is_refused(line, capsys):
+    words = line.split()
+    assert launch.main(words) == 2
+    flag = next(word for word in words if word.startswith("--"))
+    assert f"{flag}: " in capsys.readouterr().err
+
+
+def test_all_data_is_used_and_of_a_key_the_last_value(tmp_path, capsys):
+    words = ["--data", "chitchat", "--data=synthetic:lottery", "--run-dir", str(tmp_path)]
+    config, _ = launch.given_config(launch.parse([*words, "--set", "model.depth=3", "--set", "model.depth = 5"]))
+    assert config.data.source == "chitchat + synthetic:lottery" and config.model.depth == 5
+    assert "model.depth" in capsys.readouterr().err
+    launch.given_config(launch.parse(words))
+    assert capsys.readouterr().err == ""
+
+
 def test_a_run_can_be_named_after_the_command(finished):
     args = launch.parse(["chat", str(finished)])
     config, root = launch.given_config(args)
@@ -250,7 +269,7 @@ def test_text_too_small_for_the_vocabulary_leaves_nothing_half_written(tmp_path,
     (tmp_path / "a.txt").write_text("one two three.\n" * 300 + "\n" + "four five six.\n" * 300)
     args = ["--data", f"files:{tmp_path}/a.txt", "--run-dir", str(tmp_path / "run")]
     assert launch.main(args) == 3
-    assert "too small for model.vocab_size 4096" in capsys.readouterr().err
+    assert "model.vocab_size=275" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
 
 

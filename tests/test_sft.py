@@ -13,14 +13,14 @@ import pytest
 from jaxchat.chat import render
 from jaxchat.config import Config, DataConfig, SftConfig, load_config
 from jaxchat.data.packing import PackStats, Rows, pack_conversations
-from jaxchat.data.sources import iterate_documents
+from jaxchat.data.sources import iterate_documents, spoken
 from jaxchat.errors import DataError, UsageError
 from jaxchat.optimizer import make_schedule
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
 from jaxchat.tasks import get_task
 from jaxchat.tasks.base import TaskFiles
-from jaxchat.tasks.conversations import SmolTalk, spoken
+from jaxchat.tasks.conversations import SmolTalk
 from jaxchat.tasks.identity import Identity
 from jaxchat.tokenizer import ASSISTANT_END, train_tokenizer
 from train import sft

@@ -10,15 +10,20 @@ import pytest
 from jaxchat.config import load_config, to_toml
 from jaxchat.data.sources import iterate_documents
 from jaxchat.errors import DataError, UsageError
+from jaxchat.run_dir import RunDir
 from jaxchat.scaling import derivations, resolve
 from jaxchat.tokenizer import train_tokenizer
-from train.prepare import sized
+from train.prepare import run_tokenizer, sized
 
 
 def book(path, size):
     """So many bytes of text, of documents of about 4,000 characters."""
-    sentence = "It was the best of times, it was the worst of times. "
-    lines = [f"{i} {sentence * 8}\n\n" for i in range(size // (8 * len(sentence)))]
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlucmfw", k=draw.randint(2, 9))) for _ in range(3000)]
+    lines, length = [], 0
+    while length < size:
+        lines.append(f"{' '.join(draw.choices(words, k=70))}\n\n")
+        length += len(lines[-1])
     path.write_text("".join(lines))
     return path
 
@@ -85,9 +90,36 @@ def test_without_a_text_it_says_what_is_missing(tmp_path):
 
 def test_a_few_lines_are_a_text_too(tmp_path):
     (tmp_path / "a.txt").write_text("One line.\n\n" * 3 + "Another one.\n\n" * 400)
-    assert sized(given(tmp_path / "a.txt")).model.vocab_size == 384
+    assert 265 < sized(given(tmp_path / "a.txt")).model.vocab_size < 300
     (tmp_path / "b.txt").write_text("tiny")
-    assert sized(given(tmp_path / "b.txt")).train.steps == 1
+    with pytest.raises(DataError, match=r"b\.txt"):
+        sized(given(tmp_path / "b.txt"))
+
+
+def digits(draw):
+    return "".join(draw.choices("123456789.", k=81))
+
+
+def moves(draw):
+    return " ".join(f"{i}. {draw.choice('NBRQ')}{draw.choice('abcdefgh')}{draw.randint(1, 8)}" for i in range(1, 30))
+
+
+@pytest.mark.parametrize("line", [digits, moves, lambda draw: "One line, again and again.", lambda draw: "a" * 700])
+def test_a_small_alphabet_decides_the_vocabulary(tmp_path, line):
+    """The model has as many rows as the tokenizer that the run then trains."""
+    draw, path = random.Random(2), tmp_path / "a.txt"
+    text = ""
+    while len(text) < 260_000:
+        text += "".join(line(draw) + "\n" for _ in range(500))
+    path.write_text(text)
+    config = resolve(sized(given(path)))
+    assert 265 < config.model.vocab_size < 384
+    facts = run_tokenizer(config, RunDir(tmp_path / "run"))
+    assert facts["vocab_size"] == config.model.vocab_size
+    if line is digits:
+        assert config.model.vocab_size in range(265 + 81, 265 + 101)  # pairs of ten characters at most
+    with pytest.raises(DataError, match=rf"model\.vocab_size: 4096.*model\.vocab_size={config.model.vocab_size}"):
+        run_tokenizer(load_config("nano", [f"data.source=files:{path}"]), RunDir(tmp_path / "nano"))
 
 
 def test_of_the_hub_it_must_be_told_how_much():

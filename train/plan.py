@@ -375,14 +375,14 @@ def text_bytes(config: Config) -> float:
             total += max(0, config.data.text_bytes) * share * MARGIN
         else:
             generator = generator_of(source)
-            total += generator.size(source) if generator else files_bytes(source)
+            total += generator.size(source) if generator else files_bytes(source, config.data.column)
     return total
 
 
-def files_bytes(source: str) -> int:
+def files_bytes(source: str, column: str = "text") -> int:
     """Return the bytes of text in the files of a source; 0 where they cannot be read, which is reported later."""
     with contextlib.suppress(DataError):
-        return sum(map(text_size, find_files(source)))
+        return sum(text_size(path, column) for path in find_files(source))
     return 0
 
 

@@ -39,7 +39,7 @@ from jaxchat.tokenizer import Tokenizer, train_tokenizer
 
 READS = (
     "tokenizer.", "data.source", "data.val_fraction", "data.val_source", "data.text_bytes", "data.encoding",
-    "model.vocab_size", "train.init",
+    "data.column", "model.vocab_size", "train.init",
 )  # fmt: skip
 SHARD_TOKENS = 100_000_000  # tokens in one token shard, at most
 WINDOW = 20_000  # documents in one best-fit window
@@ -83,10 +83,7 @@ def run_tokenizer(config: Config, run: RunDir) -> dict[str, Any]:
                 f"set model.vocab_size={tokenizer.vocab_size}"
             )
     else:
-        parts = open_corpus(config.data)
-        documents = interleaved(parts, "train", training_limit(parts, config.data))
-        with progress("tokenizer", None) as bar:
-            tokenizer = train_tokenizer(bar.track(documents), config.model.vocab_size, normalize=options.normalize)
+        tokenizer = own_tokenizer(config, config.model.vocab_size, fewer=config.data.size_model)
     tokenizer.save(run.tokenizer)
     sample = sample_documents(config)
     tokens, size = count_tokens(tokenizer, sample), byte_count(sample)
@@ -99,6 +96,14 @@ def run_tokenizer(config: Config, run: RunDir) -> dict[str, Any]:
     }
     say(f"  {facts['vocab_size']:,} tokens, {facts['bytes_per_token']:.2f} bytes per token on held-out text")
     return facts
+
+
+def own_tokenizer(config: Config, vocab_size: int, fewer: bool) -> Tokenizer:
+    """Train a tokenizer on the training text; see `train_tokenizer`."""
+    parts = open_corpus(config.data)
+    documents = interleaved(parts, "train", training_limit(parts, config.data))
+    with progress("tokenizer", None) as bar:
+        return train_tokenizer(bar.track(documents), vocab_size, normalize=config.tokenizer.normalize, fewer=fewer)
 
 
 def sample_documents(config: Config) -> list[str]:
@@ -153,7 +158,6 @@ def other_tokenizers(config: Config, run: RunDir, cache: Path = HUB_CACHE) -> li
 EPOCHS = 4  # of a text that is small: then the held-out score of Shakespeare's plays was best (docs/small.md)
 SMALL_RUN = 4_000_000  # tokens, about ten minutes on two cores; a longer text is read once at least
 SIZING_CHARS = 1_500_000  # of the text at most, to learn how many tokens it comes to
-BYTES_PER_TOKEN = 3.0  # taken where the text is too small to tell
 VOCABULARIES = (384, 8192)  # at least and at most; one token for every kilobyte of text between
 # (tokens of the text from which on, layers, width, heads)
 SHAPES = ((0, 3, 128, 2), (100_000, 4, 192, 3), (3_000_000, 6, 256, 4), (20_000_000, 8, 384, 6))
@@ -186,12 +190,10 @@ def sized(config: Config) -> Config:
     if vocabulary == -1:
         by_size = min(high, max(low, 1 << (max(1, size // 1000).bit_length() - 1)))
         vocabulary = tokenizer.vocab_size if tokenizer else by_size
-    bytes_per_token = BYTES_PER_TOKEN
-    try:
-        tokenizer = tokenizer or train_tokenizer(sample, vocabulary, normalize=options.normalize)
-        bytes_per_token = byte_count(sample) / max(count_tokens(tokenizer, sample), 1)
-    except DataError:
-        say("  too little text for a tokenizer", style="yellow")
+    tokenizer = tokenizer or train_tokenizer(sample, vocabulary, normalize=options.normalize, fewer=True)
+    if tokenizer.vocab_size < vocabulary and model.vocab_size == -1:  # a small alphabet, or few different words
+        vocabulary = own_tokenizer(config, vocabulary, fewer=True).vocab_size
+    bytes_per_token = byte_count(sample) / max(count_tokens(tokenizer, sample), 1)
     tokens = size / bytes_per_token * (1 - config.data.val_fraction)
     _, depth, width, heads = next(shape for shape in reversed(SHAPES) if tokens >= shape[0])
     fits = {"depth": depth, "vocab_size": vocabulary, "seq_len": SEQ_LEN}

@@ -21,14 +21,14 @@ from jaxchat.chat import Message
 from jaxchat.config import Config, replaced
 from jaxchat.data.packing import PackStats, Rows, pack_conversations, render_all, write_rows
 from jaxchat.data.shards import parallel_map, workers_for
-from jaxchat.data.sources import document_hash, limit_of_hashes, source_files
+from jaxchat.data.sources import document_hash, limit_of_hashes, source_files, spoken
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, read_json, saved_steps, write_json
 from jaxchat.scaling import fine_tuning_optim
 from jaxchat.tasks import get_task, parse_mixture_entry
 from jaxchat.tasks.base import Task, TaskFiles
-from jaxchat.tasks.conversations import Found, chatterbot_pairs, chitchat_dialogues, file_conversations, spoken
+from jaxchat.tasks.conversations import Found, chatterbot_pairs, chitchat_dialogues, file_conversations
 from jaxchat.tokenizer import ASSISTANT_END, Tokenizer
 
 from . import evaluate

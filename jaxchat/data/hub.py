@@ -28,6 +28,7 @@ from jaxchat.run_dir import locked, read_json, sha256_file, write_json
 T = TypeVar("T")
 PARALLEL = 4  # downloads at once
 TRIES = 6
+FIRST_TRIES = 3  # where not even the list of files could be had: somebody waits
 FIRST_WAIT = 1.0  # seconds before the second try; doubled each time
 FINAL = (400, 401, 403, 404, 410, 416, 451)  # HTTP answers that another try does not change
 LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # faults of our disk, not of the hub
@@ -64,7 +65,7 @@ class Hub:
     def __init__(self, repo: str, revision: str, cache: Path, endpoint: str | None = None):
         from huggingface_hub import HfApi
 
-        self.repo, self._endpoint, self._api = repo, endpoint, HfApi(endpoint=endpoint)
+        self.repo, self.revision, self._endpoint, self._api = repo, revision, endpoint, HfApi(endpoint=endpoint)
         self.folder = cache / repo.replace("/", "--") / re.sub(r"[^\w.-]", "--", revision)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.commit = revision
@@ -157,19 +158,38 @@ class Hub:
                 if isinstance(error, OSError) and error.errno in LOCAL:
                     raise DataError(f"{self.folder}: {error.strerror}; complete files are kept") from None
                 cause = error if hasattr(error, "response") else error.__cause__ or error
-                why = " ".join(str(cause).split())[:300] or type(cause).__name__
                 status = getattr(getattr(cause, "response", None), "status_code", None)
+                sentence = getattr(cause, "server_message", None) or ("" if status in FINAL else str(cause))
+                why = " ".join(f"{f'HTTP {status} ' if status in FINAL else ''}{sentence}".split())[:300]
+                why = why or type(cause).__name__
                 if status in FINAL or isinstance(cause, OfflineModeIsEnabled):
                     break
-            if attempt + 1 < TRIES:
-                wait = FIRST_WAIT * 2**attempt * random.uniform(0.8, 1.2)
-                say(f"  {what}: {why}; again in {wait:.0f} s", style="yellow")
-                time.sleep(wait)
-        raise DataError(
-            f"hf:{self.repo}: {what} could not be downloaded ({why}). Run the same command again; or download "
-            f"{self.repo} ({self.commit[:8]}) elsewhere and give its folder, --set data.mirror=FOLDER; or train on "
-            "text of your own, --data 'files:*.txt'"
-        )
+            if attempt + 1 == (FIRST_TRIES if what == self.repo and status is None else TRIES):
+                break
+            if attempt + 1 == FIRST_TRIES:
+                say(f"  {what}: {why}; {TRIES - FIRST_TRIES} more tries", style="yellow")
+            time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.8, 1.2))
+        what = f"hf:{self.repo}{f': {what}' if what != self.repo else ''}"
+        raise DataError(f"{what} could not be downloaded ({why.rstrip('.')}); {self._advice(cause)}")
+
+    def _advice(self, cause: BaseException) -> str:
+        """Return the next step that can help after the hub's last answer."""
+        from huggingface_hub import errors, get_token
+
+        page = f"{self._api.endpoint}/datasets/{self.repo}"
+        login = "your token has no access to it" if get_token() else "log in with hf auth login, or set HF_TOKEN"
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(cause, errors.GatedRepoError):
+            return f"accept its terms on {page}; {login}"
+        if isinstance(cause, errors.RepositoryNotFoundError):
+            return f"check the name, {page}; if it is private, {login}"
+        if isinstance(cause, errors.RevisionNotFoundError):
+            return f"it has no revision {self.revision}; name a branch, tag or commit of {page}"
+        if status in (401, 403):
+            return f"ask for access on {page}; {login}"
+        step = f"see {page}" if status in FINAL else "the same command goes on where it stopped"
+        step = "unset HF_HUB_OFFLINE" if isinstance(cause, errors.OfflineModeIsEnabled) else step
+        return f"{step}; or give a folder with its files ({self.commit[:8]}), --set data.mirror=FOLDER"
 
 
 def download_archive(archive: Archive, cache: Path) -> Path:

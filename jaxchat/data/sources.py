@@ -4,6 +4,7 @@
     files:GLOB                      files at hand: txt, md, jsonl, ndjson and json (also as .gz and .zst), parquet
     hf:OWNER/NAME[@REV][:PATTERN]   the same kinds of files of a data set on the Hugging Face hub, or of a mirror
     synthetic:lottery[:COUNT]       generated sessions of a lottery machine (`data/lottery.py`)
+    SOURCE + SOURCE                 several sources as one text
     0.7 SOURCE + 0.3 SOURCE         a mixture: so large a share of the training tokens from each
 
 A source consists of units, files or one generator, each of which can be read, tokenized and restarted by itself. Its
@@ -26,9 +27,10 @@ import itertools
 import json
 import os
 import re
+import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -43,11 +45,16 @@ from jaxchat.log import say
 
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".txt", ".md")  # of two forms of the same text the first is read
+# Files of a folder that are no text of it, unless they are named
+NO_TEXT = re.compile(
+    r"(?i)(readme|licen[cs]e|copying)([._-][\w-]{1,7})?(\.md|\.txt)?|(dataset_infos?|dataset_dict|state)\.json"
+)
 COMPRESSED = (".gz", ".zst")
 COMPRESSION = 3.0  # characters of text per byte of a compressed text file, about
 TEXT_DOCUMENT_CHARS = 4_000
 JSON_CHARS = 1 << 20  # of a .json file that are read at once
 JSON_GAP = re.compile(r"[\s,\ufeff]*")  # between values
+CHATS = ("messages", "conversations")  # fields with a list of messages
 BOM = "\ufeff"  # byte order mark: at the start of a line it is left over from a file that was appended
 LARGEST_DOCUMENT = 1_000_000  # characters; a tokenizer needs some hundred bytes of memory for each
 UTF32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # byte order marks, of which UTF-32's begins with UTF-16's
@@ -60,29 +67,87 @@ def suffix_of(path: Path) -> str:
 
 
 def find_files(source: str) -> list[Path]:
-    """Return the files of `files:GLOB`, sorted; a folder means everything in it. `DataError` if there are none."""
-    pattern = os.path.expanduser(source.removeprefix("files:"))
-    if os.path.isdir(pattern):
-        pattern = os.path.join(glob.escape(pattern), "**", "*")
-    found = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    files = [path for path in found if suffix_of(path) in SUFFIXES]
+    """Return the files of `files:GLOB`, sorted and each once; a folder means everything in it.
+
+    A path that exists wins over its reading as a pattern. README, licence and index files (`NO_TEXT`) are left out
+    unless they are named; the kinds that are left out are said once. `DataError` if no file remains.
+    """
+    given = source.removeprefix("files:")
+    spellings = [given, os.path.expanduser(given), given.strip(), given.replace("\\", "/")]
+    spellings += [unicodedata.normalize(form, given) for form in ("NFC", "NFD")]  # as Linux and macOS write Hangul
+    place = next(filter(os.path.exists, spellings), "")
+    if place:
+        found = _glob(os.path.join(glob.escape(place), "**")) if os.path.isdir(place) else [place]
+    else:
+        found = next(filter(None, map(_matches, spellings)), [])
+    paths = [path for path in sorted(map(Path, found)) if path.is_file()]
+    files, left_out = dict[tuple[int, int], Path](), Counter[str]()
+    for path in paths:
+        if (kind := suffix_of(path)) not in SUFFIXES:
+            left_out[kind or path.name] += 1
+        elif NO_TEXT.fullmatch(path.name) and not NO_TEXT.fullmatch(os.path.basename(given).replace("*", "")):
+            left_out[path.name] += 1
+        else:
+            files.setdefault(file_id(path), path)  # links to it are the same text
+    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(left_out.items()))
     if not files:
-        what = f"{found[0]} is of an unknown kind" if found else f"no such files (in {os.getcwd()}), or not readable"
-        raise DataError(f"{source}: {what}; give {', '.join(SUFFIXES)} files (text and jsonl also as .gz, .zst)")
-    return files
+        what = f"no such files (in {os.getcwd()}), or not readable"
+        what = f"only files of other kinds ({kinds}; first {paths[0]})" if paths else what
+        raise DataError(f"{source}: {what}; give {', '.join(SUFFIXES)} files (all but parquet also as .gz, .zst)")
+    if left_out:
+        total = left_out.total()
+        _say_once(f"  {source}: {total:,} file{'s' * (total > 1)} of other kinds left out: {kinds}")
+    return list(files.values())
 
 
-def read_file(path: Path, encoding: str = "auto", counts: Counter[str] | None = None) -> Iterator[str]:
+_say_once = functools.cache(functools.partial(say, style="yellow"))
+
+
+def file_id(path: str | Path) -> tuple[int, int]:
+    """Return what links to the same file have in common."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return the paths of a pattern, in which folders and brackets that exist stand for themselves."""
+    folder, rest = pattern, ""
+    while not os.path.exists(folder or "."):
+        folder, name = os.path.split(folder.rstrip("/"))
+        rest = os.path.join(name, rest) if rest else name
+    readings = (rest.replace("[", "[[]"), rest)
+    return next(filter(None, (_glob(os.path.join(glob.escape(folder), reading)) for reading in readings)), [])
+
+
+def _glob(pattern: str) -> list[str]:
+    """Return the paths of a pattern. `**` follows links as `glob` does, but enters each folder once."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return glob.glob(pattern)
+    at, found, entered = parts.index("**"), list[str](), set[tuple[int, int]]()
+    for top in glob.glob(os.path.join(*parts[:at])) if at else ["."]:
+        for folder, names, _ in os.walk(top, followlinks=True):
+            new = file_id(folder) not in entered
+            entered.add(file_id(folder))
+            names[:] = sorted(name for name in names if new and not name.startswith("."))
+            found += _glob(os.path.join(glob.escape(folder), *(parts[at + 1 :] or "*"))) if new else []
+    return found
+
+
+def read_file(
+    path: Path, encoding: str = "auto", counts: Counter[str] | None = None, column: str = "text"
+) -> Iterator[str]:
     """Yield the documents of a file; `DataError` names the file (and line) that cannot be read.
 
-    `encoding` of text and jsonl; "auto": by byte order mark, else UTF-8. Documents that are "empty" or "binary" (with
-    NUL characters) are skipped and counted in `counts`; "giants" are cut and counted.
+    `encoding` of text and jsonl; "auto": by byte order mark, else UTF-8. `column`: the field of a record that is the
+    text, unless it has `messages`. Documents that are "empty" (or without that field) or "binary" (with NUL characters)
+    are skipped and counted in `counts`; "giants" are cut and counted.
     """
     counts = Counter() if counts is None else counts
     if suffix_of(path) in (".txt", ".md"):
         documents = _paragraphs(_text_lines(path, encoding), TEXT_DOCUMENT_CHARS)
     else:
-        documents = (_record_text(where, record) for where, record in read_records(path, encoding, ["text"]))
+        documents = _record_texts(path, encoding, column)
     for document in documents:
         if not document.strip():
             counts["empty"] += 1
@@ -129,7 +194,7 @@ def _json_records(path: Path, file: IO[str], columns: Sequence[str]) -> Iterator
     """Yield the records of an open json file; see `read_records`."""
     values = _json_values(path, file)
     head = list(itertools.islice(values, 2))
-    own = {"text", "messages", "conversations", *columns}  # of a record, so not of an object around records
+    own = {"text", *CHATS, *columns}  # of a record, so not of an object around records
     if len(head) == 1 and isinstance(head[0], dict) and not own & head[0].keys():
         lists = [value for value in head[0].values() if isinstance(value, list) and value]
         if len(lists) == 1 and isinstance(lists[0][0], dict | str):
@@ -171,33 +236,79 @@ def count_rows(path: Path) -> int:
         return file.metadata.num_rows
 
 
-def text_size(path: Path) -> int:
+def text_size(path: Path, column: str = "text") -> int:
     """Return about how many bytes of text a file holds."""
     if suffix_of(path) != ".parquet":
         return round(path.stat().st_size * (COMPRESSION if path.suffix.lower() in COMPRESSED else 1))
-    with _parquet(path, ["text"]) as file:
+    with _parquet(path) as file:
+        name = _text_column(path, column, file.schema_arrow.names)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
+        return sum(c.total_uncompressed_size for c in columns if f"{c.path_in_schema}.".startswith(f"{name}."))
 
 
-def _record_text(where: str, record: Any) -> str:
-    """Return the field `text` of a record, or the contents of its `messages`, one a line."""
-    fields = record if isinstance(record, dict) else {}
-    text, messages = fields.get("text", False), fields.get("messages")
+def _text_column(path: Path, column: str, names: Collection[str]) -> str:
+    """Return the field that is read as text: `column`, or a conversation. `DataError` names the fields there are."""
+    if name := next((name for name in (column, *CHATS) if name in names), ""):
+        return name
+    fields = f"it has {', '.join(names)}" if names else "its records have no names"
+    raise DataError(f"{path}: no column `{column}` ({fields}); name the one with the text, --set data.column=NAME")
+
+
+def _record_texts(path: Path, encoding: str, column: str) -> Iterator[str]:
+    """Yield the text of every record, "" of those without. `DataError` if no record has one.
+
+    A json file of one record without text, such as one about the files beside it, is no error.
+    """
+    columns, names, number, texts = [column], dict[str, None](), 0, 0
+    if suffix_of(path) == ".parquet":
+        with _parquet(path) as file:
+            columns = [_text_column(path, column, file.schema_arrow.names)]
+    for number, (where, record) in enumerate(read_records(path, encoding, columns), 1):
+        text = _record_text(where, record, column)
+        texts += bool(text)
+        names |= dict.fromkeys(record) if isinstance(record, dict) and number < 100 else {}
+        yield text
+    if not texts and number > (suffix_of(path) == ".json"):
+        _text_column(path, column, names)
+        raise DataError(f"{path}: none of its {number:,} records has text in `{column}`; leave it out")
+
+
+def _record_text(where: str, record: Any, column: str) -> str:
+    """Return the text of a record, or what is said in its conversation, a message a line; "" if there is none."""
+    text = record.get(column) if isinstance(record, dict) else record
+    if isinstance(text, bytes):
+        try:
+            return text.decode()
+        except UnicodeError as error:
+            raise DataError(f"{where}: `{column}` is not text in UTF-8 ({error}); leave it out") from None
     if isinstance(text, str):
         return text
-    if isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        return "\n".join(m["content"] for m in messages)
-    if text is None:
+    chats = [text, *map(record.get, CHATS)] if isinstance(record, dict) else []
+    if messages := next((chat for chat in chats if chat and isinstance(chat, list) and isinstance(chat[0], dict)), []):
+        return spoken(messages)
+    if text is None or text != text:  # NaN, with which pandas fills gaps
         return ""
-    raise DataError(f"{where}: needs a field `text`, or `messages` with a `content` each")
+    raise DataError(f"{where}: `{column}` holds {json.dumps(text, default=str)[:40]}, not text")
+
+
+def spoken(messages: Iterable[Any]) -> str:
+    """Return a conversation as pretraining text: a message a line, without roles."""
+    contents = (m.get("content", m.get("value")) for m in messages if isinstance(m, dict))
+    return "\n".join(
+        content if isinstance(content, str) else "".join(str(part.get("text") or "") for part in content)
+        for content in contents
+        if isinstance(content, str) or (isinstance(content, list) and all(isinstance(part, dict) for part in content))
+    )
 
 
 def _text_lines(path: Path, encoding: str) -> Iterator[str]:
     """Yield lines, or parts of bounded length: a file without line breaks needs no memory."""
     with _named_errors(path, encoding), _open(path, encoding) as file:
+        begins = True
         while line := file.readline(TEXT_DOCUMENT_CHARS):
+            line = line.lstrip(BOM) if begins else line
+            begins = line.endswith("\n") or (begins and not line)
             if "\0" in line:
                 raise DataError(f"{path}: binary (holds NUL bytes), not text; leave it out")
             yield line
@@ -327,7 +438,7 @@ GENERATORS = {
 def generator_of(source: str) -> Generator | None:
     """Return the generator of a source, None for one of files; `UsageError` for an unknown or malformed one."""
     generator = GENERATORS.get(source.partition(":")[0])
-    form = generator.form if generator else rf"files:.+|{HUB_SOURCE.pattern}"
+    form = generator.form if generator else rf"(?s:files:.+)|{HUB_SOURCE.pattern}"
     if not re.fullmatch(form, source):
         advice = f"; did you mean files:{source}?" if os.path.exists(source) else ""
         raise UsageError(f"data.source: {source!r} is unknown or malformed; take one of {FORMS}{advice}")
@@ -341,7 +452,9 @@ def parse_hub(source: str) -> tuple[str, str, str]:
     return repo, revision or "main", pattern
 
 
-def hub_files(source: str, text_bytes: int, cache: Path, mirror: str = "", endpoint: str | None = None) -> list[Path]:
+def hub_files(
+    source: str, text_bytes: int, cache: Path, mirror: str = "", endpoint: str | None = None, column: str = "text"
+) -> list[Path]:
     """Return the first files, by name, that together hold `text_bytes` of text (0: all files).
 
     They come from `mirror`, a folder that holds `OWNER/NAME/` or is itself called NAME, or from the hub into `cache`.
@@ -356,13 +469,13 @@ def hub_files(source: str, text_bytes: int, cache: Path, mirror: str = "", endpo
             raise DataError(f"data.mirror: no folder {root / repo}; put the files of hf:{repo} into it")
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         paths = [folder / name for name in _readable(names, repo, pattern)]
-        return paths[: _enough(map(text_size, paths), text_bytes)]
+        return paths[: _enough((text_size(path, column) for path in paths), text_bytes)]
     hub = Hub(repo, revision, cache, endpoint)
     sizes = {name: file["size"] for name, file in hub.listing().items()}
     names = everything = _readable(sizes, repo, pattern)
     if text_bytes:  # how much text a file holds is measured at the first
         (first,) = hub.get(names[:1])
-        if not (first_text := text_size(first)):
+        if not (first_text := text_size(first, column)):
             raise DataError(f"{first}: no text in it; name files with text, hf:{repo}:PATTERN")
         ratio = first_text / sizes[names[0]]
         names = names[: _enough((sizes[name] * ratio for name in names), text_bytes)]
@@ -374,12 +487,15 @@ def hub_files(source: str, text_bytes: int, cache: Path, mirror: str = "", endpo
 
 def _readable(names: Iterable[str], repo: str, pattern: str) -> list[str]:
     """Return the readable files that the pattern names, sorted; without one, all of the kind that holds the text."""
-    kinds = {name: suffix_of(Path(name)) for name in sorted(names) if PurePosixPath(name).name != "README.md"}
+    names = sorted(names)
+    kinds = {n: suffix_of(Path(n)) for n in names if not NO_TEXT.fullmatch(PurePosixPath(n).name)}
     kind = next((kind for kind in SUFFIXES if kind in kinds.values()), "")  # many lie there in two forms
     readable = [name for name in kinds if kinds[name] in SUFFIXES]
     matching = [n for n in readable if (fnmatch.fnmatchcase(n, pattern) if pattern else kinds[n] == kind)]
     if not matching:
-        raise DataError(f"hf:{repo}: no file matches {pattern or '*'!r}; readable: {', '.join(readable[:3]) or 'none'}")
+        what = f"no file matches {pattern!r}" if readable else f"no file is {', '.join(SUFFIXES)}"
+        there = ", ".join((readable or list(kinds) or names)[:5]) or "nothing"
+        raise DataError(f"hf:{repo}: {what}; of {len(names):,} there are {there}")
     return matching
 
 
@@ -396,17 +512,20 @@ class Unit:
     source: str
     path: str = ""
     encoding: str = "auto"
+    column: str = "text"
 
     def documents(self, counts: Counter[str] | None = None) -> Iterator[str]:
         """Yield the non-empty documents, always in the same order; `counts` as in `read_file`."""
-        generator = None if self.path else generator_of(self.source)
-        return generator.documents(self.source) if generator else read_file(Path(self.path), self.encoding, counts)
+        if not self.path and (generator := generator_of(self.source)):
+            return generator.documents(self.source)
+        return read_file(Path(self.path), self.encoding, counts, self.column)
 
     def content(self) -> list[Any]:
         """Return what tells this unit from a changed one."""
         if self.path:
             stat = Path(self.path).stat()
-            return [self.path, stat.st_size, stat.st_mtime_ns, self.encoding]
+            column = [self.column] if self.column != "text" else []  # absent from runs of before this setting
+            return [self.path, stat.st_size, stat.st_mtime_ns, self.encoding, *column]
         generator = generator_of(self.source)
         package = generator.package if generator else ""
         return [self.source, *(p.version for p in importlib.metadata.distributions(name=package) if package)]
@@ -428,7 +547,7 @@ class Part:
             for document in unit.documents():
                 yield document
         if document is None:
-            raise DataError(f"{self.source}: {len(self.units)} file(s), but no text in them")
+            raise DataError(f"{self.source}: {len(self.units)} file(s), but no text in them (data.column)")
 
     def split(self, split: str, limit: float) -> Iterator[str]:
         """Yield the documents whose hash is below `limit` ("val"), or the others."""
@@ -437,12 +556,14 @@ class Part:
 
 def parse(source: str) -> list[tuple[str, float]]:
     """Return (source, share) of every part of `data.source`; `UsageError` for a malformed one."""
-    terms = [term.strip() for term in source.split(" + ")] if SHARE.fullmatch(source.strip()) else [source]
+    begins = rf"(?:\d+(?:\.\d+)?\s+)?(?:files:|hf:|(?:{'|'.join(GENERATORS)})(?:[:\s]|$))"
+    whole = os.path.exists(source.removeprefix("files:"))
+    terms = [source] if whole else re.split(rf"\s*\+\s*(?={begins})", source.strip())
+    shares = [SHARE.fullmatch(term) for term in terms]
     parts = []
-    for term in terms:
-        match = SHARE.fullmatch(term)
-        if len(terms) > 1 and (match is None or not float(match[1])):
-            raise UsageError(f"data.source: {term!r} in a mixture; write 0.7 SOURCE + 0.3 SOURCE")
+    for term, match in zip(terms, shares, strict=True):
+        if len(terms) > 1 and any(shares) and (match is None or not float(match[1])):
+            raise UsageError(f"data.source: {term!r} in a mixture; write 0.7 SOURCE + 0.3 SOURCE, or no shares at all")
         name, weight = (match[2], float(match[1])) if match else (term, 1.0)
         generator_of(name)  # raises for an unknown source
         parts.append((name, weight))
@@ -453,22 +574,27 @@ def parse(source: str) -> list[tuple[str, float]]:
 def open_corpus(data: DataConfig) -> list[Part]:
     """Return the parts of `data.source` without the files of `data.val_source`.
 
-    Files of the hub are downloaded, as many as `data.text_bytes` needs.
+    Sources without shares are one part, in which each counts by its size. Every file is read once. Files of the hub are
+    downloaded, as many as `data.text_bytes` needs.
     `DataError` names what is missing or could not be downloaded; `UsageError` names a malformed source.
     """
     try:
         "".encode("utf-8" if data.encoding == "auto" else data.encoding)  # unlike codecs.lookup, refuses rot13
     except LookupError:
         raise UsageError(f"data.encoding: {data.encoding!r} is unknown; take auto, cp949, utf-16 or the like") from None
-    held_out = open_val(data)
-    paths = {unit.path for unit in held_out.units} if held_out else set()
-    parts = []
+    held_out, joined = open_val(data), not SHARE.fullmatch(data.source.strip())
+    taken = {file_id(unit.path) for unit in held_out.units} if held_out else set()
+    parts = list[Part]()
     for name, share in parse(data.source):
         size = max(1, round(data.text_bytes * share)) if data.text_bytes > 0 else 0
-        units = tuple(unit for unit in _units(name, size, data) if not unit.path or unit.path not in paths)
-        if not units:
-            raise DataError(f"{name}: data.val_source {data.val_source} holds out all of its files; name other files")
+        units = tuple(u for u in _units(name, size, data) if not u.path or file_id(u.path) not in taken)
+        if not units and not (joined and parts):
+            raise DataError(f"{name}: all of its files are held out (data.val_source), or in a source before it")
+        taken |= {file_id(unit.path) for unit in units if unit.path}
         parts.append(Part(name, share, units, web_scale=name.startswith("hf:") and size > 0))
+    if len(parts) > 1 and joined:
+        units = tuple(unit for part in parts for unit in part.units)
+        return [Part(data.source, 1.0, units, web_scale=all(part.web_scale for part in parts))]
     return parts
 
 
@@ -476,7 +602,7 @@ def open_val(data: DataConfig) -> Part | None:
     """Return all files of `data.val_source`, downloaded if they are on the hub; None if it is empty."""
     if not data.val_source:
         return None
-    if not re.fullmatch(rf"files:.+|{HUB_SOURCE.pattern}", data.val_source):
+    if not re.fullmatch(rf"(?s:files:.+)|{HUB_SOURCE.pattern}", data.val_source):
         raise UsageError(f"data.val_source: {data.val_source!r}; write hf:OWNER/NAME:PATTERN or files:GLOB")
     return Part(data.val_source, 1.0, _units(data.val_source, 0, data))
 
@@ -486,13 +612,15 @@ def _units(source: str, text_bytes: int, data: DataConfig) -> tuple[Unit, ...]:
         return (Unit(source),)
     files = source_files(source, data, text_bytes)
     # absolute, since workers of a cluster have another working directory
-    return tuple(Unit(source, os.path.abspath(file), data.encoding) for file in files)
+    return tuple(Unit(source, os.path.abspath(file), data.encoding, data.column) for file in files)
 
 
 def source_files(source: str, data: DataConfig, text_bytes: int = 0) -> list[Path]:
     """Return the files of `files:GLOB` or `hf:...` as `find_files` or `hub_files` do."""
     cache = Path(data.cache_dir).expanduser() / "data"
-    return hub_files(source, text_bytes, cache, data.mirror) if source.startswith("hf:") else find_files(source)
+    if source.startswith("hf:"):
+        return hub_files(source, text_bytes, cache, data.mirror, column=data.column)
+    return find_files(source)
 
 
 def iterate_documents(source: str | DataConfig, split: str = "all", val_fraction: float = 0.01) -> Iterator[str]:
@@ -567,7 +695,7 @@ def training_limit(parts: Sequence[Part], data: DataConfig) -> float:
             limits.append(limit_of_hashes(map(document_hash, part.documents()), data.val_fraction))
         except ValueError:
             raise DataError(
-                f"{part.source}: only one document; at least 2 different ones are needed, one to train on and one held "
+                f"{part.source}: no two documents differ; at least 2 are needed, one to train on and one held "
                 "out: bring more text (a document is some 4,000 characters of it, or a file)"
             ) from None
     for part, limit in zip(parts, limits, strict=True):

@@ -9,17 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxchat.arguments import Parser
 from jaxchat.errors import InterruptedRun, JaxchatError, OutOfMemoryError, UsageError
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def make_parser(program: str = "python -m jaxchat.interop") -> argparse.ArgumentParser:
     parser = Parser(prog=program, description=__doc__)
-    commands = parser.add_subparsers(required=True, parser_class=Parser)
+    commands = parser.add_subparsers(required=True)
     export = commands.add_parser("export", help="a run's model for other people")
     export.set_defaults(run=export_model)
     export.add_argument("--run-dir", required=True, metavar="R")

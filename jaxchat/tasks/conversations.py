@@ -249,12 +249,6 @@ def _answered(fields: Any) -> tuple[str, Conversation]:
     return f"{form} ({', '.join(names)})", before + asked + turns(answer, "assistant")
 
 
-def spoken(conversation: Conversation) -> str:
-    """Return a conversation as pretraining reads it from a file: a message a line, without roles."""
-    contents = (m["content"] or "" for m in conversation)
-    return "\n".join(c if isinstance(c, str) else "".join(part["text"] for part in c) for c in contents)
-
-
 def is_other_bot(question: str, answer: str) -> bool:
     """Return whether a pair is about who answers, or the answer speaks as a machine (`other_bots` in `texts.toml`)."""
     bots, both = TEXTS["other_bots"], (question, answer)
