@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException
 from starlette.responses import Response as HttpResponse
 
@@ -94,6 +94,11 @@ class Input(BaseModel):
     """Base of what clients send. Strings are not converted to numbers, and numbers must be finite."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, float) and value.is_integer() else value  # 512.0, as Java and Lua write
 
 
 class TextPart(Input):

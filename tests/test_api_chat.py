@@ -228,7 +228,7 @@ def test_other_conversations_that_clients_send(service):
 def test_more_tokens_than_there_are_is_as_many_as_there_are(service):
     most = {"ignore_eos": True, "temperature": 2.0, "seed": 1}
     for name in ("max_tokens", "max_completion_tokens"):
-        for asked in (-1, 4096, 10**20):
+        for asked in (-1, 4096, 4096.0, 10**20):
             answer = post(service, **most | {name: asked}).json()
             assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["completion_tokens"] == 100
     assert service.post("/v1/completions", {"prompt": "x", "max_tokens": 10**6}).status_code == 200
