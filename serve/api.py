@@ -20,7 +20,7 @@ from jaxchat.errors import UsageError
 from jaxchat.tokenizer import ASSISTANT_END, BOS
 
 from . import schemas
-from .completions import ChatCall, Completion, TextCall, check_ids, token_name
+from .completions import ChatCall, Completion, TextCall, check_ids, goes_on, token_name
 from .responses import ResponsesCall
 from .schemas import ERRORS, ApiError, ChatRequest, CompletionRequest, ResponsesRequest
 from .service import Service, as_api_error, check_length, run_until_one_ends
@@ -92,8 +92,10 @@ def routes(service: Service) -> APIRouter:
         if body.messages is not None:
             messages, prompt = service.conversation(body.messages), body.add_generation_prompt
             try:
-                final = bool(body.continue_final_message)
-                ids = render_prompt(tokenizer, messages, final) if prompt or final else render(tokenizer, messages)[0]
+                if prompt or body.continue_final_message:
+                    ids = render_prompt(tokenizer, messages, goes_on(body, messages))
+                else:
+                    ids = render(tokenizer, messages)[0]
             except UsageError as error:
                 raise ApiError(400, str(error), "messages") from None
         else:

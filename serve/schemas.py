@@ -210,19 +210,14 @@ class ChatRequest(Sampling):
     def _check(self) -> ChatRequest:
         if 0 in (self.max_tokens, self.max_completion_tokens):
             raise ValueError("max_tokens: at least 1, or -1 for as many as there may be")
-        if self.add_generation_prompt == self.continues:
+        last, asked = self.messages[-1].role, self.continue_final_message
+        if self.add_generation_prompt == (last == "assistant" if asked is None else asked):
             raise ValueError("add_generation_prompt: must be the opposite of continue_final_message")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only where logprobs is true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens: differs from max_completion_tokens; give one of them")
         return self
-
-    @property
-    def continues(self) -> bool:
-        """Whether the answer goes on with the last message, as llama.cpp and Ollama do with an assistant's."""
-        asked = self.continue_final_message
-        return self.messages[-1].role == "assistant" if asked is None else asked
 
 
 class CompletionRequest(Sampling):

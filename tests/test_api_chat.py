@@ -201,6 +201,14 @@ def test_tool_results_are_read(service):
     assert used[0] == used[1] > post(service, messages=empty).json()["usage"]["prompt_tokens"]
 
 
+def test_an_answer_goes_on_behind_a_calculators_result(service):
+    call = {"name": "calculator", "arguments": '{"expression": "12+30"}'}
+    asked = [*QUESTION, {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": call}]}]
+    for flags in ({}, {"add_generation_prompt": True}):
+        answer = said(service, messages=[*asked, {"role": "tool", "tool_call_id": "1", "content": "42"}], **flags)
+        assert answer == ("That is it.", "stop")
+
+
 def test_an_answer_goes_on_behind_its_beginning(service):
     begun = [*GREETING, {"role": "assistant", "content": "Hi 🙂"}]
     for flags in (
