@@ -56,17 +56,14 @@ content="light dark"><meta name=viewport content="width=device-width"><title>jax
 <div style="font: 1rem system-ui, sans-serif; margin: 4rem auto; max-width: 40rem; padding: 0 1rem">
 <p>%s
 <p lang=ko>%s"""
-RELOAD = "<meta http-equiv=refresh content=2>"
 LOADING = (
-    RELOAD,
-    "The model is loading. This page opens when it is ready.",
+    "<meta http-equiv=refresh content=2>", "The model is loading. This page opens when it is ready.",
     "모델을 불러오는 중입니다. 준비되면 페이지가 열립니다.",
-)
+)  # fmt: skip
 FAILED = (
-    "",
-    "The chat page cannot be shown; the service's console says why. The API at /v1 answers.",
-    "채팅 페이지를 표시할 수 없습니다. 원인은 서비스의 콘솔에 있습니다. API(/v1)는 동작합니다.",
-)
+    "", "The chat page cannot be shown; the service's console says why. The API is at /v1.",
+    "채팅 페이지를 표시할 수 없습니다. 원인은 서비스의 콘솔에 있습니다. API는 /v1에 있습니다.",
+)  # fmt: skip
 DEAD = ("", "The model has stopped; the service's log says why.", "모델이 멈췄습니다. 원인은 서비스의 로그에 있습니다.")
 
 

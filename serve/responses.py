@@ -26,27 +26,29 @@ class ResponsesCall(ChatCall):
             raise error from None
         self.id = self.id.replace("chatcmpl-", "resp_")
         self.log["id"], self._asked, self._events = self.id, body, 0
+        self._status: Any = "in_progress"  # as far as the client knows: the engine is ahead of the stream
 
     async def collect(self) -> schemas.Response:
         """Return the answer, once it is finished."""
         await self.begin()
         async for _ in self.answers:
             pass
+        self._finish()
         return self._response()
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Yield the events that OpenAI's client reads; the request is submitted already."""
-        place = {"output_index": 0, "item_id": f"msg_{self.id}"}
-        part = place | {"content_index": 0}
+        part = {"output_index": 0, "content_index": 0, "item_id": f"msg_{self.id}"}
         try:
             yield self._event("response.created", response=self._response())
             yield self._event("response.in_progress", response=self._response())
-            yield self._event("response.output_item.added", output_index=0, item=self._message(empty=True))
+            yield self._event("response.output_item.added", output_index=0, item=self._message())
             yield self._event("response.content_part.added", **part, part=output_text(""))
             async for events in self.answers:
-                for _, event in events:
-                    if event.kind == "text":
-                        yield self._event("response.output_text.delta", **part, delta=event.text, logprobs=[])
+                texts = (event.text for _, event in events if event.kind == "text")
+                delta = "response.output_text.delta"
+                yield b"".join(self._event(delta, **part, delta=text, logprobs=[]) for text in texts)
+            self._finish()
             message = self._message()
             text = message.content[0]
             yield self._event("response.output_text.done", **part, text=text.text, logprobs=[])
@@ -63,59 +65,36 @@ class ResponsesCall(ChatCall):
         self._events += 1
         return f"event: {kind}\ndata: {event.model_dump_json(exclude_unset=True)}\n\n".encode()
 
-    def _status(self) -> Any:
-        reason = self.answers.handles[0].finish_reason
-        return {None: "in_progress", "length": "incomplete"}.get(reason, "completed")
+    def _finish(self) -> None:
+        self._status = "incomplete" if self.answers.handles[0].finish_reason == "length" else "completed"
 
-    def _message(self, empty: bool = False) -> schemas.OutputMessage:
-        """Return the answer as an item; `empty` as it is announced."""
-        handle = self.answers.handles[0]
-        message = schemas.OutputMessage(
-            id=f"msg_{self.id}",
-            type="message",
-            role="assistant",
-            status="in_progress" if empty else self._status(),
-            content=[] if empty else [output_text(handle.text)],
-        )
-        if not empty and (parts := self.calculator_parts(handle)):
-            message.parts = parts
-        return message
+    def _message(self) -> schemas.OutputMessage:
+        """Return the answer as an item; it has no content yet where it is announced."""
+        handle, status = self.answers.handles[0], self._status
+        ended = status != "in_progress"
+        content = [output_text(handle.text)] if ended else []
+        more: dict[str, Any] = {"parts": parts} if ended and (parts := self.calculator_parts(handle)) else {}
+        head: dict[str, Any] = {"id": f"msg_{self.id}", "type": "message", "role": "assistant"}
+        return schemas.OutputMessage(**head, status=status, content=content, **more)
 
     def _response(self) -> schemas.Response:
-        asked, limits, status = self._asked, self.service.limits, self._status()
-        finished, usage = status != "in_progress", None
-        if finished:
-            made = self.usage()
+        asked, limits, status, usage = self._asked, self.service.limits, self._status, None
+        if status != "in_progress":
+            made, cached = self.usage(), self.answers.handles[0].reused
             usage = schemas.ResponseUsage(
-                input_tokens=made.prompt_tokens,
-                input_tokens_details={"cached_tokens": self.answers.handles[0].reused, "cache_write_tokens": 0},
-                output_tokens=made.completion_tokens,
+                input_tokens=made.prompt_tokens, output_tokens=made.completion_tokens, total_tokens=made.total_tokens,
+                input_tokens_details={"cached_tokens": cached, "cache_write_tokens": 0},
                 output_tokens_details={"reasoning_tokens": 0},
-                total_tokens=made.total_tokens,
-            )
+            )  # fmt: skip
         return schemas.Response(
-            id=self.id,
-            object="response",
-            created_at=self.created,
-            model=self.service.model,
-            status=status,
-            error=None,
+            id=self.id, object="response", created_at=self.created, model=self.service.model, status=status, error=None,
             incomplete_details={"reason": "max_output_tokens"} if status == "incomplete" else None,
-            output=[self._message()] if finished else [],
-            usage=usage,
-            instructions=asked.instructions,
-            max_output_tokens=asked.max_output_tokens,
-            metadata=asked.metadata or {},
-            parallel_tool_calls=True,
-            previous_response_id=None,
-            store=False,
+            output=[self._message()] if usage else [], usage=usage, instructions=asked.instructions,
+            max_output_tokens=asked.max_output_tokens, metadata=asked.metadata, text={"format": asked.format()},
             temperature=limits.temperature if asked.temperature is None else asked.temperature,
-            text={"format": asked.format()},
-            tool_choice=asked.tool_choice or "auto",
-            tools=asked.tools or [],
-            top_p=1.0 if asked.top_p is None else asked.top_p,
-            truncation="disabled",
-        )
+            top_p=1.0 if asked.top_p is None else asked.top_p, tools=asked.tools or [],
+            tool_choice=asked.tool_choice or "auto", parallel_tool_calls=True, store=False,
+        )  # fmt: skip
 
 
 def output_text(text: str) -> schemas.OutputText:

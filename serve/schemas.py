@@ -436,7 +436,7 @@ class ResponseUsage(BaseModel):
 
 
 class Response(BaseModel):
-    """An answer in the form of OpenAI's Responses."""
+    """An answer in the form of OpenAI's Responses, with what was asked for."""
 
     id: str
     object: Literal["response"]
@@ -449,36 +449,23 @@ class Response(BaseModel):
     usage: ResponseUsage | None
     instructions: str | None
     max_output_tokens: int | None
-    metadata: dict[str, str]
-    parallel_tool_calls: bool
-    previous_response_id: None
-    store: Literal[False]
+    metadata: dict[str, str] | None
     temperature: float
-    text: dict[str, Any]
-    tool_choice: str
-    tools: list[dict[str, Any]]
     top_p: float
-    truncation: Literal["disabled"]
+    text: dict[str, Any]
+    tools: list[dict[str, Any]]
+    tool_choice: str
+    parallel_tool_calls: bool
+    store: Literal[False]
 
 
 class ResponseEvent(BaseModel):
-    """One event of a stream; `type` says which of the fields it has."""
+    """One event of a stream. `type` says which of OpenAI's fields it has besides."""
+
+    model_config = ConfigDict(extra="allow")
 
     type: str
     sequence_number: int
-    response: Response | None = None
-    output_index: int | None = None
-    content_index: int | None = None
-    item_id: str | None = None
-    item: OutputMessage | None = None
-    part: OutputText | None = None
-    delta: str | None = None
-    text: str | None = None
-    logprobs: list[Any] | None = None
-    message: str | None = None
-    code: str | None = None
-    param: str | None = None
-    error: ErrorDetail | None = None
 
 
 class ModelCard(BaseModel):
