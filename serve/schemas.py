@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException
 from starlette.responses import Response as HttpResponse
 
@@ -80,12 +80,20 @@ REASONS = {  # why a field is refused, and what to do
     "previous_response_id": NOT_STORED,
 }
 
+
+def not_zero(tokens: int) -> int:
+    if tokens == 0:
+        raise ValueError("at least 1, or -1 for as many as there may be")
+    return tokens
+
+
 StopText = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 MaxTokens = Annotated[int, Field(ge=-1, description="-1: as many as there may be; never more than serve.max_tokens")]
+AnswerTokens = Annotated[MaxTokens, AfterValidator(not_zero)]
 PageState = Literal["loading", "ready", "failed"]
 FinishReason = Literal["stop", "length"]
 
@@ -195,8 +203,8 @@ class Sampling(Input):
 
 class ChatRequest(Sampling):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: MaxTokens | None = None
-    max_completion_tokens: MaxTokens | None = Field(None, description="the newer name of max_tokens")
+    max_tokens: AnswerTokens | None = None
+    max_completion_tokens: AnswerTokens | None = Field(None, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_ALTERNATIVES)
     continue_final_message: bool | None = Field(
@@ -208,8 +216,6 @@ class ChatRequest(Sampling):
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
-        if 0 in (self.max_tokens, self.max_completion_tokens):
-            raise ValueError("max_tokens: at least 1, or -1 for as many as there may be")
         last, asked = self.messages[-1].role, self.continue_final_message
         if self.add_generation_prompt == (last == "assistant" if asked is None else asked):
             raise ValueError("add_generation_prompt: must be the opposite of continue_final_message")
@@ -250,7 +256,7 @@ class ResponsesRequest(Sampling):
         description="a user's text, or items: messages, function_call, function_call_output"
     )
     instructions: str | None = Field(None, description="a system message before the input")
-    max_output_tokens: MaxTokens | None = None
+    max_output_tokens: AnswerTokens | None = None
     text: TextConfig | None = None
     tools: list[dict[str, Any]] | None = Field(None, description="accepted; the model answers in text")
     tool_choice: Literal["none", "auto"] | None = None
@@ -258,23 +264,14 @@ class ResponsesRequest(Sampling):
     include: list[str] | None = None
     store: bool | None = Field(None, description="nothing is stored")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _check_before(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for name in ("prompt", "top_logprobs"):
-                if data.get(name):
-                    raise ValueError(f"{name}: not supported here; leave it out")
-            if "message.output_text.logprobs" in (data.get("include") or ()):
-                raise ValueError("include: log-probabilities are to be had from /v1/chat/completions")
-        return data
+    prompt: None = Field(None, description="templates are stored elsewhere")
+    top_logprobs: Literal[0] | None = None
+    n: Literal[1] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ResponsesRequest:
-        if self.max_output_tokens == 0:
-            raise ValueError("max_output_tokens: at least 1, or -1 for as many as there may be")
-        if self.n not in (None, 1):
-            raise ValueError("n: one answer only")
+        if "message.output_text.logprobs" in (self.include or ()):
+            raise ValueError("include: log-probabilities are to be had from /v1/chat/completions")
         return self
 
     def format(self) -> dict[str, Any]:
