@@ -458,7 +458,7 @@ def test_the_generated_model_is_ours(generated, kind):
 
 def test_the_generated_file_is_whole_and_has_nothing_of_training(generated):
     functions = {name: f for name, f in generated.items() if getattr(f, "__module__", "") == generated["__name__"]}
-    assert {"GPT", "run", "forward", "block", "norm", "masked_attention"} < functions.keys()
+    assert {"GPT", "run", "forward", "block", "norm", "embed"} < functions.keys()
     for function in functions.values():
         typing.get_type_hints(getattr(function, "__wrapped__", function), generated)  # every name is defined
     assert not re.findall(r"(from|import) jaxchat|lax\.scan|jax\.checkpoint\(|custom_vjp|Mesh", bundle(CODE))

@@ -19,6 +19,7 @@ import urllib.request
 
 import pytest
 from test_docs import ENGLISH, ROOT, commands, lines_of
+from test_rehearse import SELDOM
 from whole_run import TINY, write_corpus
 
 pytestmark = pytest.mark.slow
@@ -82,6 +83,7 @@ def words(command, place):
     name = [own.pop(0)] if own[0] in ("chat", "serve", "rehearse") else []
     known = name in (["chat"], ["serve"]) or ("--run-dir" in own and "--tier" not in own)  # its own configuration
     little = [*LITTLE, *(["model.vocab_size=300"] if "lotto" in own else [])]  # its text has few words
+    little += SELDOM if name == ["rehearse"] else []
     sets = [] if known else [word for setting in little for word in ("--set", setting)]
     data = [] if known or "--data" in own or "lotto" in own else ["--data", f"files:{place}/texts/*.txt"]
     return [str(ROOT / "launch.py"), *name, *sets, *data, *own]

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxchat.attention import masked_attention
 from jaxchat.model import embed, forward, logits
 
 FOLDER = Path(__file__).resolve().parent
@@ -41,16 +40,15 @@ class GPT(nnx.Module):
         params = jax.tree.map(
             lambda p: p[...].astype(self.dtype), self.params, is_leaf=lambda p: isinstance(p, nnx.Param)
         )
-        positions = jnp.arange(tokens.shape[1])
-        ago = positions[:, None] - positions
 
         def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             """A token sees itself and as many tokens before it as the layer's window says."""
-            mask = (ago >= 0) & (ago <= self.config["windows"][i])
-            return masked_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[None])
+            window = (self.config["windows"][i], 0)
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window, implementation="xla")
 
         x, _ = embed(config, params, tokens)
-        return logits(config, params, forward(config, params, x, tokens, positions[None], attend))
+        positions = jnp.arange(tokens.shape[1])[None]
+        return logits(config, params, forward(config, params, x, tokens, positions, attend))
 
     def generate(self, tokens: list[int], count: int, temperature: float = 0.0, seed: int = 0) -> list[int]:
         """Return up to `count` tokens more, until one that ends an answer. Every step runs the whole text."""
