@@ -16,7 +16,7 @@ class FakeHub:
     """`files`: path -> bytes. `faults`: path (or "api") -> what the next requests for it get, one after another:
 
     "429" (with `retry_after`), "500", "404", "drop" (half of the body, then silence and a closed connection), "wrong"
-    (bytes flipped), "slow" (a piece every `pause` seconds), "ok"; of the API also "403 GatedRepo", with a sentence.
+    (bytes flipped), "slow" (a piece every `pause` seconds), "ok", "403 GatedRepo" (with code and words).
     """
 
     def __init__(self, files, repo="someone/texts"):
@@ -95,9 +95,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def api(self, path):
         if (fault := self.fault("api")) != "ok":
-            code, _, kind = fault.partition(" ")
-            said = {"X_Error_Code": kind, "X_Error_Message": "Said by the hub."} if kind else {}
-            return self.send(b"{}", int(code), Retry_After=str(self.hub.retry_after), **said)
+            return self.refuse(fault)
         if path.startswith(f"/api/datasets/{self.hub.repo}/revision/"):
             revision = path.rsplit("/", 1)[1]
             if revision not in ("main", "v1", COMMIT):
@@ -113,8 +111,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return self.send(content, **headers)
         fault = self.fault(name)
-        if fault.isdigit():
-            return self.send(b"", int(fault), Retry_After=str(self.hub.retry_after))
+        if fault[0].isdigit():
+            return self.refuse(fault)
         if fault == "wrong":
             content = bytes(b ^ 1 for b in content)
         code, start = 200, 0
@@ -122,6 +120,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             code, start = 206, int(found[1])
             headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         return self.send(content[start:], code, fault, **headers)
+
+    def refuse(self, fault):
+        code, _, kind = fault.partition(" ")
+        said = {"X_Error_Code": kind, "X_Error_Message": "Said by the hub."} if kind else {}
+        self.send(b"", int(code), Retry_After=str(self.hub.retry_after), **said)
 
     def json(self, value):
         self.send(json.dumps(value).encode(), Content_Type="application/json")

@@ -151,10 +151,10 @@ def test_conversations_of_any_form_are_text(tmp_path):
         {"text": None, "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]},
                                     {"role": "assistant", "content": None}, {"role": "tool", "content": "안녕"}]},
     ]  # fmt: skip
-    (tmp_path / "a.jsonl").write_text(jsonl(*talks))
+    (tmp_path / "a.jsonl").write_text(jsonl(*talks, talks[0]["messages"]))
     for i, talk in enumerate(talks[:2]):
         pq.write_table(pa.Table.from_pylist([talk]), tmp_path / f"b{i}.parquet")
-    assert everything(tmp_path) == ["hi\n안녕"] * 5
+    assert everything(tmp_path) == ["hi\n안녕"] * 6
 
 
 def test_the_column_with_the_text_may_be_named(tmp_path):
@@ -174,6 +174,10 @@ JSON = {  # a file -> its records
     '{"text": "a", "tags": ["b"]}': [{"text": "a", "tags": ["b"]}],
     '{\n "text": "a"\n}\n\ufeff{"text": "b"}\n': [{"text": "a"}, {"text": "b"}],
     "[1.25e-3, -12345, true, null, [[]], -Infinity]": [0.00125, -12345, True, None, [[]], float("-inf")],
+    '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]': [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ],
+    '{"id": 1, "turns": [{"from": "human", "value": "a"}]}': [{"id": 1, "turns": [{"from": "human", "value": "a"}]}],
     "[]": [],
     " \n": [],
 }

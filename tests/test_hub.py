@@ -124,14 +124,14 @@ def test_missing_things_are_named_at_once(server, tmp_path):
 def test_a_closed_door_is_named_with_the_step_that_opens_it(server, tmp_path, monkeypatch, token, fault, words):
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
-    server.faults["api"] = [fault]
-    for get in (lambda: hub_files(SOURCE.replace(COMMIT, "main"), 0, tmp_path, endpoint=server.url),):
+    for place, source in (("api", "hf:someone/texts"), ("data/000.parquet", SOURCE)):
+        server.faults = {place: [fault]}
         with pytest.raises(DataError) as caught:
-            get()
+            hub_files(source, 1, tmp_path, endpoint=server.url)
         text = str(caught.value)
         assert words.format(page=f"{server.url}/datasets/someone/texts") in text and "Said by the hub" in text
         assert ("HF_TOKEN" in text) == (not token) and ("your token has no access" in text) == bool(token)
-        assert "same command" not in text and len(server.asked) == 1
+        assert "same command" not in text and not server.faults[place]
 
 
 def test_an_unreachable_hub_is_named(server, tmp_path, monkeypatch):

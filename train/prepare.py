@@ -49,9 +49,9 @@ FACTS = (
     "tokenizer", "rows", "sha256", "sources",
 )  # fmt: skip
 LEFT_OUT = {
-    "empty": "documents without text left out",
-    "binary": "documents with NUL characters left out",
-    "giants": "giant documents cut into several",
+    "empty": "without text left out",
+    "binary": "with NUL characters left out",
+    "giants": "of more than a million characters cut into several",
 }
 SAMPLE_DOCUMENTS, SAMPLE_CHARS = 2000, 8_000_000  # of the held-out text at most, to measure the compression
 HUB_CACHE = Path("~/.cache/huggingface/hub")
@@ -242,7 +242,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             work = functools.partial(tokenize_unit, alone=alone)
             manifests = list(bar.track(parallel_map(work, jobs, data.engine, workers)))
     for kind, number in sum((Counter(manifest["left_out"]) for manifest in manifests), Counter[str]()).items():
-        say(f"  {number:,} {LEFT_OUT[kind]}", style="yellow")
+        say(f"  {number:,} document{'s' * (number > 1)} {LEFT_OUT[kind]}", style="yellow")
     tokenized = time.perf_counter()
     train = parts, jobs[:count], manifests[:count]
     val = ([held_out], jobs[count:], manifests[count:]) if held_out else train

@@ -60,12 +60,13 @@ class Archive:
 
 
 class Hub:
-    """One data set repository at one commit, and the folder of its downloaded files."""
+    """One data set repository at one commit, and the folder of its downloaded files. `mirror`: the key of another."""
 
-    def __init__(self, repo: str, revision: str, cache: Path, endpoint: str | None = None):
+    def __init__(self, repo: str, revision: str, cache: Path, endpoint: str | None = None, mirror: str = ""):
         from huggingface_hub import HfApi
 
         self.repo, self.revision, self._endpoint, self._api = repo, revision, endpoint, HfApi(endpoint=endpoint)
+        self._mirror = mirror
         self.folder = cache / repo.replace("/", "--") / re.sub(r"[^\w.-]", "--", revision)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.commit = revision
@@ -187,9 +188,10 @@ class Hub:
             return f"it has no revision {self.revision}; name a branch, tag or commit of {page}"
         if status in (401, 403):
             return f"ask for access on {page}; {login}"
-        step = f"see {page}" if status in FINAL else "the same command goes on where it stopped"
+        step = f"see {page}" if status in FINAL else "the same command later goes on where it stopped"
         step = "unset HF_HUB_OFFLINE" if isinstance(cause, errors.OfflineModeIsEnabled) else step
-        return f"{step}; or give a folder with its files ({self.commit[:8]}), --set data.mirror=FOLDER"
+        folder = f"; or give a folder with its files ({self.commit[:8]}), --set {self._mirror}=FOLDER"
+        return step + (folder if self._mirror else "")
 
 
 def download_archive(archive: Archive, cache: Path) -> Path:

@@ -84,12 +84,12 @@ def find_files(source: str) -> list[Path]:
     files, left_out = dict[tuple[int, int], Path](), Counter[str]()
     for path in paths:
         if (kind := suffix_of(path)) not in SUFFIXES:
-            left_out[kind or path.name] += 1
+            left_out[kind or "without a suffix"] += 1
         elif NO_TEXT.fullmatch(path.name) and not NO_TEXT.fullmatch(os.path.basename(given).replace("*", "")):
             left_out[path.name] += 1
         else:
             files.setdefault(file_id(path), path)  # links to it are the same text
-    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(left_out.items()))
+    kinds = ", ".join(f"{kind} {count}" for kind, count in left_out.most_common(8))
     if not files:
         what = f"no such files (in {os.getcwd()}), or not readable"
         what = f"only files of other kinds ({kinds}; first {paths[0]})" if paths else what
@@ -165,8 +165,8 @@ def read_file(
 def read_records(path: Path, encoding: str = "auto", columns: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
     """Yield (FILE:NUMBER, record) of every non-empty line of jsonl, row of parquet, or record of json.
 
-    A json file is an array of records, an object with one list of them, or objects one after the other. Only an object
-    around a list is held in memory as a whole.
+    A json file is an array of records, an object with one list of them, objects one after the other, or the messages of
+    one conversation. Only an object around a list is held in memory as a whole.
     `columns`: the only ones to read of a parquet file. `DataError` names the file, and the line that is not JSON.
     """
     with _named_errors(path, encoding):
@@ -197,9 +197,13 @@ def _json_records(path: Path, file: IO[str], columns: Sequence[str]) -> Iterator
     own = {"text", *CHATS, *columns}  # of a record, so not of an object around records
     if len(head) == 1 and isinstance(head[0], dict) and not own & head[0].keys():
         lists = [value for value in head[0].values() if isinstance(value, list) and value]
-        if len(lists) == 1 and isinstance(lists[0][0], dict | str):
+        if len(lists) == 1 and isinstance(lists[0][0], dict | str) and not _is_message(lists[0][0]):
             head = lists[0]
-    yield from itertools.chain(head, values)
+    yield from [[*head, *values]] if head and _is_message(head[0]) else itertools.chain(head, values)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
 def _json_values(path: Path, file: IO[str]) -> Iterator[Any]:
@@ -284,7 +288,7 @@ def _record_text(where: str, record: Any, column: str) -> str:
             raise DataError(f"{where}: `{column}` is not text in UTF-8 ({error}); leave it out") from None
     if isinstance(text, str):
         return text
-    chats = [text, *map(record.get, CHATS)] if isinstance(record, dict) else []
+    chats = [text, *map(record.get, CHATS)] if isinstance(record, dict) else [record]
     if messages := next((chat for chat in chats if chat and isinstance(chat, list) and isinstance(chat[0], dict)), []):
         return spoken(messages)
     if text is None or text != text:  # NaN, with which pandas fills gaps
@@ -470,7 +474,7 @@ def hub_files(
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         paths = [folder / name for name in _readable(names, repo, pattern)]
         return paths[: _enough((text_size(path, column) for path in paths), text_bytes)]
-    hub = Hub(repo, revision, cache, endpoint)
+    hub = Hub(repo, revision, cache, endpoint, "data.mirror")
     sizes = {name: file["size"] for name, file in hub.listing().items()}
     names = everything = _readable(sizes, repo, pattern)
     if text_bytes:  # how much text a file holds is measured at the first
