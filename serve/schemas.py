@@ -50,6 +50,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "repetition_detection": (),
     "vllm_xargs": (),
     "documents": (),
+    "json_schema": (),
+    "regex": (),
+    "repeat_penalty": (1,),
+    "num_predict": (-1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
     "chat_template": (),
     "guided_grammar": (),
     "guided_whitespace_pattern": (),
@@ -211,6 +217,7 @@ class ChatRequest(Sampling):
         None, description="go on with the last message; without it, where that is an assistant's"
     )
     add_generation_prompt: bool | None = Field(None, description="the opposite of continue_final_message")
+    echo: Literal[False] | None = None
     tools: list[dict[str, Any]] | None = Field(None, description="accepted; the model answers in text")
     functions: list[dict[str, Any]] | None = Field(None, description="the older form of tools")
 
