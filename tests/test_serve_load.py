@@ -130,7 +130,7 @@ def test_logs_hold_texts_only_where_they_are_wanted(wanted):
             for stream in (False, True):
                 service.post(CHAT, {"messages": GREETING, "stream": stream})
             service.post("/v1/completions", {"prompt": "hello \x00 there", "max_tokens": 3})
-            service.post(CHAT, {"messages": [{"role": "assistant", "content": "secret"}]})
+            service.post(CHAT, {"messages": [{"role": "king", "content": "secret"}]})
             service.wait_until_idle()
     finally:
         logger.removeHandler(handler)
