@@ -22,6 +22,7 @@ from jaxchat import __version__, distributed
 from jaxchat.config import KEYS, REMOVED, Config, build, flatten, is_derived, load_config, to_toml
 from jaxchat.errors import UsageError
 from jaxchat.interop.huggingface import write_hf
+from jaxchat.interop.initial import read_init
 from jaxchat.interop.trained import Trained, load_trained, write_orbax
 from jaxchat.log import say
 from jaxchat.optimizer import make_schedule
@@ -194,6 +195,8 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
         records = run.records()
         for stage in stages:
             stage.check(config)
+            if stage.name == "pretrain" and config.train.init and stage.missing(run):
+                read_init(config)  # whole and of this model, before any text is read
             if "imported" in records.get(stage.name, {}):
                 _refuse_training(stage, config, run)
         if any(s.joint and (records.get(s.name, {}).get("status") != "done" or s.missing(run)) for s in stages):
