@@ -56,11 +56,7 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # commands, flag, what
     (CONFIGURED, "--tier", {"help": "configs/NAME.toml (default: nano)"}),
     (CONFIGURED, "--config", {"metavar": "FILE", "help": "repeat a run from its saved config.toml"}),
     (CONFIGURED, "--run-dir", {"metavar": "DIR", "help": "default runs/<tier>; alone, the run's own config is taken"}),
-    (
-        CONFIGURED,
-        "--data",
-        {"metavar": "SOURCE", "help": "text: files:GLOB, hf:REPO, chitchat ...; repeatable"},
-    ),
+    (CONFIGURED, "--data", {"metavar": "SOURCE", "help": "text: files:GLOB, hf:REPO, chitchat ...; repeatable"}),
     ("train plan rehearse", "--init", {"metavar": "RUN", "help": "weights to start from: a run, RUN:STAGE, an export"}),
     (CONFIGURED, "--cache-dir", {"metavar": "DIR", "help": "downloads and programs (default ~/.cache/jaxchat)"}),
     (CONFIGURED, "--set", {"action": "append", "default": [], "metavar": "K=V", "help": "any config key; repeatable"}),

@@ -309,7 +309,7 @@ def test_the_first_pattern_that_matches_wins(tmp_path):
 
 
 def test_a_missing_file_is_named_with_where_to_get_it(tmp_path):
-    with pytest.raises(MissingData, match=r"no file x\.csv found; .*all/test.jsonl, .*someone/questions.*01234567"):
+    with pytest.raises(MissingData, match=r"no file x\.csv found; .*all/test.jsonl .*someone/questions.*01234567"):
         TaskFiles(str(tmp_path)).find(("x.csv",), HUB)
     with pytest.raises(MissingData, match="set tasks.data_dir to it"):
         TaskFiles().find(("x.csv",), HUB)

@@ -45,7 +45,8 @@ class HubFiles:
     files: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"get {', '.join(self.files)} of the hub's data set {self.repo}, revision {self.revision[:8]},"
+        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        return f"get {self.files[0]}{more} of the hub's data set {self.repo}, revision {self.revision[:8]},"
 
 
 @dataclass(frozen=True)
