@@ -103,10 +103,10 @@ def test_the_record_follows_the_contract(run, facts):
 
 def test_bits_per_byte_equals_a_plain_computation(config, run, facts, tokenizer, params):
     rows = Rows(run.data / "rows" / "val")
+    logits_of = jax.jit(lambda x: gpt.logits(config.model, params, gpt.hidden(config.model, params, x)))
     nats = nats_all = size = targets = 0.0
     for tokens, weights in (rows[i] for i in range(len(rows))):
-        x = gpt.hidden(config.model, params, jnp.asarray(tokens[None, :-1]))
-        logits = np.asarray(gpt.logits(config.model, params, x), np.float64)[0]
+        logits = np.asarray(logits_of(jnp.asarray(tokens[None, :-1])), np.float64)[0]
         logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         for t, target in enumerate(tokens[1:]):
             if weights[t + 1]:

@@ -369,7 +369,7 @@ def test_an_imported_model_is_examined_and_trains_on(tmp_path, corpus):
 # --- Orbax ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, devices", [("classic", 1), ("modern", 8)])
+@pytest.mark.parametrize("kind, devices", [pytest.param("classic", 1, marks=pytest.mark.slow), ("modern", 8)])
 def test_the_five_printed_lines_run_without_us(tmp_path, kind, devices):
     run = random_run(tmp_path / "run", kind)
     write_orbax(load_trained(run, dtype="bfloat16"), tmp_path / "out")

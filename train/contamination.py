@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxchat.config import Config
 from jaxchat.data.sources import fingerprint, iterate_documents, open_corpus
+from jaxchat.engine.scoring import common_prefix
 from jaxchat.errors import JaxchatError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, read_json, write_json
@@ -70,14 +71,9 @@ def question_grams(texts: Sequence[str]) -> list[np.ndarray]:
     """Return every question's 13-grams, without the words that all questions begin or end with."""
     split = [words(text) for text in texts]
     if len(split) > 1:
-        first, last = _shared(split), _shared([text[::-1] for text in split])
+        first, last = common_prefix(split), common_prefix([text[::-1] for text in split])
         split = [text[first : max(first, len(text) - last)] for text in split]
     return [grams(text) for text in split]
-
-
-def _shared(texts: Sequence[list[str]]) -> int:
-    low, high = min(texts), max(texts)  # what these two share all do
-    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
 def question_texts(task: Task, label: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
+import logging.handlers
 import os
 import platform
 import shutil
@@ -226,17 +226,13 @@ def examine(config: Config, place: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def jax_warnings() -> Iterator[list[logging.LogRecord]]:
     """Collect JAX's warnings, such as plugins that fail, instead of showing them."""
-    records: list[logging.LogRecord] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            records.append(record)
-
+    collector = logging.handlers.BufferingHandler(capacity=1000)
+    collector.setLevel(logging.WARNING)
     logger = logging.getLogger("jax")
     handlers, propagate = logger.handlers, logger.propagate
-    logger.handlers, logger.propagate = [Collector(logging.WARNING)], False
+    logger.handlers, logger.propagate = [collector], False
     try:
-        yield records
+        yield collector.buffer
     finally:
         logger.handlers, logger.propagate = handlers, propagate
 

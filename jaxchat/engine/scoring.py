@@ -99,7 +99,7 @@ def tails(T: int) -> int:
     return min(max(TAILS[0], T // 4), TAILS[1])
 
 
-def common_prefix(sequences: Sequence[list[int]]) -> int:
+def common_prefix(sequences: Sequence[list[Any]]) -> int:
     """Return how many first tokens all share."""
     first, last = min(sequences), max(sequences)  # in the order of a dictionary, so what these two share all do
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
