@@ -77,14 +77,18 @@ Plan = dict[str, Any]  # the object that `--json` prints
 
 def plan(config: Config, target: str, as_json: bool) -> Plan:
     """Print the plan of a resolved configuration on a target, and return it."""
-    where = parse_target(target)
-    try:
-        result = compile_plan(config, where)
-    except NoCompiler as missing:
-        say(f"{missing}; this is the analytic estimate")
-        result = estimate(config, where)
+    result = best_plan(config, parse_target(target))
     show(result, as_json)
     return result
+
+
+def best_plan(config: Config, target: Target) -> Plan:
+    """Return the compiled plan, or the estimate where the target's compiler is not installed."""
+    try:
+        return compile_plan(config, target)
+    except NoCompiler as missing:
+        say(f"{missing}; this is the analytic estimate")
+        return estimate(config, target)
 
 
 def plan_budget(given: Config, target: str, budget: str | None, hours: float | None, as_json: bool) -> Plan:
@@ -115,13 +119,10 @@ def plan_budget(given: Config, target: str, budget: str | None, hours: float | N
             config = replaced(config, "train", device_batch_rows=config.train.device_batch_rows // 2)
         if not allowed(result) or config.train.batch_tokens // config.model.seq_len % where.devices:
             continue
-        try:
-            result = compile_plan(config, where)
-            if not result["fits"] and (rows := result["largest_device_batch_rows"]):
-                config = replaced(config, "train", device_batch_rows=rows)
-                result = compile_plan(config, where)
-        except NoCompiler as missing:
-            say(f"{missing}; this is the analytic estimate")
+        result = best_plan(config, where)
+        if not result["fits"] and (rows := result["largest_device_batch_rows"]):
+            config = replaced(config, "train", device_batch_rows=rows)
+            result = best_plan(config, where)
         if allowed(result):
             break
         say(f"{depth} layers do not fit {target}, or exceed the limits once compiled")
