@@ -52,13 +52,16 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int]
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message], continue_final: bool = False) -> list[int]:
     """Return the ids of a conversation that ends with the user, and the `<|assistant_start|>` to continue from.
 
-    continue_final: it ends with the assistant instead, whose last message stays open.
+    The assistant's turn stays open behind the output of a calculator call; continue_final: behind an assistant's last
+    message, which must be there.
     """
     ids = render(tokenizer, messages)[0]
-    if continue_final != (normalize(messages)[-1]["role"] == "assistant"):
+    if normalize(messages)[-1]["role"] == "assistant" and (continue_final or messages[-1]["role"] in RESULTS):
+        return ids[:-1]
+    if continue_final or messages[-1]["role"] == "assistant":
         due = "assistant's" if continue_final else "user's, or continue_final_message be true"
         raise UsageError(f"messages[{len(messages) - 1}]: the last one must be the {due}")
-    return ids[:-1] if continue_final else ids + [tokenizer.special[ASSISTANT_START]]
+    return ids + [tokenizer.special[ASSISTANT_START]]
 
 
 def continued(messages: Sequence[Message]) -> str:

@@ -181,6 +181,8 @@ def test_a_last_message_of_the_assistant_stays_open(tokenizer):
     assert show(tokenizer, ids) == "<|bos|><|user_start|>x<|user_end|><|assistant_start|>I am"
     with pytest.raises(UsageError, match=r"messages\[0\]"):
         render_prompt(tokenizer, messages[:1], continue_final=True)
+    sum_of_it = [user("x"), calls(tool("python", {"x": "1+1"})), result("2")]
+    assert show(tokenizer, render_prompt(tokenizer, sum_of_it)).endswith("<|output_start|>2<|output_end|>")
 
 
 @pytest.mark.parametrize(

@@ -202,14 +202,16 @@ def test_what_is_no_conversation_says_why(record, reason):
 
 LINES = [{"conversations": SHAREGPT[: 2 * (i != 6)], "n": i} for i in range(9)]  # the seventh is empty
 JSONL = "".join(json.dumps(record) + "\n" for record in LINES).encode()
-ARRAY, OBJECT = (json.dumps(value).encode() for value in (LINES, {"version": 1, "data": LINES}))
+ARRAY, OBJECT, CHATS = (
+    json.dumps(v).encode() for v in (LINES, {"version": 1, "data": LINES}, {"conversations": LINES})
+)
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.jsonl", JSONL), ("a.ndjson", JSONL), ("a.json", ARRAY), ("b.json", OBJECT), ("c.json", JSONL),
-     ("a.jsonl.gz", gzip.compress(JSONL)), ("a.json.zst", pa.compress(ARRAY, "zstd", asbytes=True)),
-     ("a.parquet", b"")],
+    [("a.jsonl", JSONL), ("a.ndjson", JSONL), ("a.json", ARRAY), ("b.json", OBJECT), ("c.json", CHATS),
+     ("d.json", JSONL), ("a.jsonl.gz", gzip.compress(JSONL)),
+     ("a.json.zst", pa.compress(ARRAY, "zstd", asbytes=True)), ("a.parquet", b"")],
 )  # fmt: skip
 def test_the_kinds_of_files(tmp_path, name, content):
     """What was recognised and what was left out are counted; a share above the limit names the first place."""

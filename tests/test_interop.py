@@ -264,10 +264,7 @@ def test_the_template_renders_token_for_token_what_we_do(normalize):
     @given(CONVERSATION)
     def same(messages):
         for prompt in {False, messages[-1]["role"] != "assistant"}:
-            try:
-                wanted = render_prompt(ours, messages) if prompt else render(ours, messages)[0]
-            except UsageError:  # the result of a calculator call, last: the assistant's turn
-                continue
+            wanted = render_prompt(ours, messages) if prompt else render(ours, messages)[0]
             text = compiled.render(messages=messages, add_generation_prompt=prompt, bos_token="<|bos|>")
             assert theirs.encode(text, add_special_tokens=False).ids == wanted
 

@@ -194,10 +194,11 @@ def _json_records(path: Path, file: IO[str], columns: Sequence[str]) -> Iterator
     """Yield the records of an open json file; see `read_records`."""
     values = _json_values(path, file)
     head = list(itertools.islice(values, 2))
-    own = {"text", *CHATS, *columns}  # of a record, so not of an object around records
+    own = {"text", *columns}  # of a record, so not of an object around records
     if len(head) == 1 and isinstance(head[0], dict) and not own & head[0].keys():
         lists = [value for value in head[0].values() if isinstance(value, list) and value]
-        if len(lists) == 1 and isinstance(lists[0][0], dict | str) and not _is_message(lists[0][0]):
+        kinds = dict if head[0].keys() & set(CHATS) else dict | str  # texts in turn are a conversation
+        if len(lists) == 1 and isinstance(lists[0][0], kinds) and not _is_message(lists[0][0]):
             head = lists[0]
     yield from [[*head, *values]] if head and _is_message(head[0]) else itertools.chain(head, values)
 
