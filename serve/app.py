@@ -231,7 +231,7 @@ class Page:
                 async with page.router.lifespan_context(page):
                     self._page, self._service.page = page, "ready"
                     await end.wait()
-            except Exception as error:  # whatever it is, the API goes on
+            except (Exception, SystemExit) as error:  # whatever it is, the API goes on
                 self._page, self._service.page = None, "failed"
                 log.error("the page cannot be shown", exc_info=error)
                 reason = " ".join(str(error).split())[:300]

@@ -344,9 +344,10 @@ def test_what_nobody_expected_shows_no_trace(service, monkeypatch):
     wrong(service.post(CHAT, {"messages": GREETING}), 500, code="internal_error", type="server_error")
 
 
-def test_a_page_that_cannot_be_made_is_said_and_the_api_goes_on(capsys):
+@pytest.mark.parametrize("failure", [ImportError, SystemExit])
+def test_a_page_that_cannot_be_made_is_said_and_the_api_goes_on(failure, capsys):
     def broken(service):
-        raise ImportError("no such module: secret")
+        raise failure("no such module: secret")
 
     with live(make_page=broken) as service:
         end = time.monotonic() + 20
