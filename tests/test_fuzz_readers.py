@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jaxchat.chat import continued, render, render_prompt
+from jaxchat.chat import continued, normalize, render, render_prompt
 from jaxchat.config import Config, flatten, load_config, to_toml
 from jaxchat.data.packing import Rows, write_rows
 from jaxchat.data.shards import Job, read_documents, tokenize_unit
@@ -23,6 +23,7 @@ from jaxchat.data.sources import Unit, read_file, read_records
 from jaxchat.errors import DataError, JaxchatError, UsageError
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
+from jaxchat.tasks.conversations import ANSWERS, LISTS, QUESTIONS, conversation_of
 from jaxchat.tasks.identity import load_persona
 from jaxchat.tokenizer import Tokenizer, train_tokenizer
 
@@ -105,6 +106,23 @@ def test_any_messages_are_rendered_or_refused(tokenizer, messages):
     for read in (render, render_prompt, continued):
         with contextlib.suppress(UsageError):
             read(tokenizer, messages) if read is not continued else read(messages)
+
+
+FIELDS = st.sampled_from([*LISTS, *QUESTIONS, *ANSWERS, "role", "from", "content", "value", "text", "chat", "system",
+                          "history", "context", "tool_calls", "function_call", "weight", "label", "chosen"])  # fmt: skip
+RECORDS = st.recursive(
+    VALUES | st.sampled_from(["user", "gpt", "### Human: a### Assistant: b", '[{"role": "user", "content": "x"}]']),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(FIELDS, inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@fuzz
+@hypothesis.given(RECORDS | st.dictionaries(FIELDS, RECORDS, max_size=4))
+def test_any_record_is_a_conversation_or_refused(record):
+    with contextlib.suppress(UsageError):
+        turns = normalize(conversation_of(record)[1])
+        assert normalize(turns) == turns
 
 
 @fuzz
