@@ -93,7 +93,7 @@ def routes(service: Service) -> APIRouter:
             messages, prompt = service.conversation(body.messages), body.add_generation_prompt
             try:
                 if prompt or body.continue_final_message:
-                    ids = render_prompt(tokenizer, messages, goes_on(body, messages))
+                    ids = render_prompt(tokenizer, messages, goes_on(body))
                 else:
                     ids = render(tokenizer, messages)[0]
             except UsageError as error:

@@ -121,7 +121,7 @@ class ChatCall(Completion):
         settings = self.settings(body.max_completion_tokens if body.max_tokens is None else body.max_tokens)
         try:
             self._request = self.engine.chat_request(
-                messages, continue_final=goes_on(body, messages), **settings, logprobs=self._alternatives
+                messages, continue_final=goes_on(body), **settings, logprobs=self._alternatives
             )
         except UsageError as error:
             raise ApiError(400, str(error), "messages") from None
@@ -255,13 +255,13 @@ class TextCall(Completion):
         return schemas.CompletionChoice(index=number, text=text, logprobs=arrays, finish_reason=reason)
 
 
-def goes_on(body: ChatRequest | schemas.TokenizeRequest, turns: Sequence[dict[str, Any]]) -> bool:
-    """Return whether the answer goes on with the last turn: where that is asked for, or else where it can.
+def goes_on(body: ChatRequest | schemas.TokenizeRequest) -> bool:
+    """Return whether the answer goes on with the last message: as asked, or else with an assistant's.
 
-    It can with an assistant's message, as in llama.cpp and Ollama, and with a calculator's result.
+    llama.cpp and Ollama do the latter, too.
     """
-    asked, last = body.continue_final_message, (body.messages or [])[-1].role
-    return turns[-1]["role"] == "assistant" if asked is None or (last != "assistant" and not asked) else asked
+    asked = body.continue_final_message
+    return (body.messages or [])[-1].role == "assistant" if asked is None else asked
 
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:

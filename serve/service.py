@@ -180,9 +180,10 @@ class Service:
             total += size
         check_length(self.limits.total_chars, "messages", total)
         try:
-            return normalize(sent)
+            normalize(sent)
         except UsageError as error:
             raise ApiError(400, str(error), "messages") from None
+        return sent
 
 
 class Call:
