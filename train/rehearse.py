@@ -182,7 +182,7 @@ class Rehearsal:
         self.made_up += [f"text ({made_up})"] if made_up else []
         all_of_it = size < limit and "hf:" not in self.config.data.source
         whole = size if all_of_it else max(size, round(text_bytes(self.config)))
-        self.small = replaced(self.small, "data", source=f"files:{folder}")
+        self.small = replaced(self.small, "data", source=f"files:{folder}", encoding="auto", column="text")
         self.measured["text"] = {"sample_bytes": size, "bytes": whole}
         self.text_ratio = whole / max(1, size)
 
