@@ -186,7 +186,8 @@ def read_records(path: Path, encoding: str = "auto", columns: Sequence[str] | No
                     try:
                         record = json.loads(line)
                     except (ValueError, RecursionError) as error:  # also numbers of too many digits
-                        raise DataError(f"{path}:{number}: not JSON ({error})") from None
+                        advice = "a file whose records are no lines is read as .json"
+                        raise DataError(f"{path}:{number}: not JSON ({error}); {advice}") from None
                     yield f"{path}:{number}", record
 
 
@@ -552,7 +553,8 @@ class Part:
             for document in unit.documents():
                 yield document
         if document is None:
-            raise DataError(f"{self.source}: {len(self.units)} file(s), but no text in them (data.column)")
+            advice = "name the field of the records that holds it, --set data.column=NAME"
+            raise DataError(f"{self.source}: {len(self.units)} file(s), but no text in them; {advice}")
 
     def split(self, split: str, limit: float) -> Iterator[str]:
         """Yield the documents whose hash is below `limit` ("val"), or the others."""
