@@ -108,8 +108,9 @@ def test_any_messages_are_rendered_or_refused(tokenizer, messages):
             read(tokenizer, messages) if read is not continued else read(messages)
 
 
-FIELDS = st.sampled_from([*LISTS, *QUESTIONS, *ANSWERS, "role", "from", "content", "value", "text", "chat", "system",
-                          "history", "context", "tool_calls", "function_call", "weight", "label", "chosen"])  # fmt: skip
+FIELDS = st.sampled_from([*LISTS, *QUESTIONS, *ANSWERS, "role", "from", "content", "value", "text", "chat",
+                          "system", "history", "context", "tool_calls", "function_call", "weight", "label",
+                          "chosen"])  # fmt: skip
 RECORDS = st.recursive(
     VALUES | st.sampled_from(["user", "gpt", "### Human: a### Assistant: b", '[{"role": "user", "content": "x"}]']),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(FIELDS, inner, max_size=4),
