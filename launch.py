@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jaxchat import __version__
 from jaxchat.arguments import Parser
 from jaxchat.config import Config, load_config, replaced, tier_files
-from jaxchat.errors import DataError, InterruptedRun, JaxchatError, OutOfMemoryError, UsageError
+from jaxchat.errors import DataError, InterruptedRun, JaxchatError, OutOfMemoryError, UsageError, explained
 
 if TYPE_CHECKING:  # imported where a command runs: --help answers before numpy, rich and JAX are loaded
     from jaxchat.run_dir import RunDir
@@ -128,6 +128,10 @@ def given_config(args: argparse.Namespace, default: str = "nano") -> tuple[Confi
     # who talks to a finished run takes its own configuration, whatever the tier's file says by now
     if not args.config and own.exists() and (talks or (args.run_dir and not args.tier)):
         source = own
+    if args.config and Path(args.config).is_dir():
+        source = Path(args.config) / "config.toml"
+    if args.config and not str(source).endswith(".toml") and str(source) not in [path.stem for path in tier_files()]:
+        raise UsageError(f"--config {args.config}: give a TOML file, as the config.toml of a run")
     options = {
         "tier": args.tier if args.config else None,
         "data.source": args.data,
@@ -199,21 +203,25 @@ def run(args: argparse.Namespace) -> int:
         if args.command == "export" and words and not words[0].startswith("-"):
             words = ["--run-dir", *words]
         return interop.main(lambda: interop.make_parser("python launch.py").parse_args([args.command, *words]))
+    if args.command == "plan":
+        prepare_plan(args.target)
+    if args.command not in ("train", "doctor"):  # those have something to do before it
+        from jaxchat.sharding import require_devices
+
+        require_devices()
     if args.command == "compare":
         from train.compare import compare
 
         compare(args.runs[0], args.runs[1], as_json=args.json)
         return 0
-    if args.command == "plan":
-        prepare_plan(args.target)
-        if args.budget or args.hours:
-            from train.plan import plan_budget
+    if args.command == "plan" and (args.budget is not None or args.hours is not None):
+        from train.plan import plan_budget
 
-            config, _ = given_config(args, "d20")
-            if config.train.init:
-                raise UsageError("--budget and --hours choose a depth, and the weights of train.init have one")
-            plan_budget(config, args.target, args.budget, args.hours, as_json=args.json)
-            return 0
+        config, _ = given_config(args, "d20")
+        if config.train.init:
+            raise UsageError("--budget and --hours choose a depth, and the weights of train.init have one")
+        plan_budget(config, args.target, args.budget, args.hours, as_json=args.json)
+        return 0
 
     from jaxchat.run_dir import RunDir
     from jaxchat.scaling import derivations, resolve
@@ -270,6 +278,7 @@ def train(args: argparse.Namespace, config: Config, directory: RunDir, reasons: 
 
     from jaxchat import distributed
     from jaxchat.log import console, say
+    from jaxchat.sharding import require_devices
     from train.plan import before_training
     from train.report import summarize
     from train.stages import run_stages, select, unfinished
@@ -286,6 +295,7 @@ def train(args: argparse.Namespace, config: Config, directory: RunDir, reasons: 
         signal.signal(signal.SIGTERM, _terminated)  # JAX's runtime replaces the handler
         console.quiet = distributed.index() > 0
         say(f"{jax.process_count()} processes, {jax.device_count()} devices")
+    require_devices()
     keep_programs(config.data.cache_dir)
     say(f"jaxchat {config.tier} in {directory.root}")
     if not console.quiet:
@@ -414,9 +424,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = "interrupted; the same command goes on from here", InterruptedRun.exit_code
     except BrokenPipeError:
         return 0
-    except OSError as error:
-        message = f"{error.filename or 'file system'}: {error.strerror or error}; what was complete is kept"
-        code = DataError.exit_code
     except Exception as error:
         distributed = sys.modules.get("jaxchat.distributed")
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OWN:
@@ -426,6 +433,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = OutOfMemoryError.exit_code
         elif distributed and (lost := distributed.lost(error)):
             message, code = str(lost), lost.exit_code
+        elif told := explained(error):
+            message, code = told
         else:
             _leave("a fault, shown there", 1)
             raise

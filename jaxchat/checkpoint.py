@@ -215,4 +215,4 @@ def _readable_errors(path: Path) -> Iterator[None]:
                 f"{path}: no room on the disk for a checkpoint; the one before is whole. Make room and give the same "
                 "command again"
             ) from error
-        raise DataError(f"{path}: Orbax failed ({first_line(error)})") from error
+        raise DataError(f"{path}: {damage(path) or f'Orbax failed ({first_line(error)})'}; {RESTORE}") from error

@@ -158,7 +158,8 @@ class SftConfig:
     identity: str = key("", "an identity.toml: who the model is, see data.md; empty: jaxchat")
     epochs: float = key(1.0, "passes over the mixture", 1e-6)
     lr_ratio: float = key(0.8, "first rate over pretraining's", 0)
-    batch_tokens: int = key(-1, "tokens per optimizer step; -1: as in pretraining", 1)
+    batch_tokens: int = key(-1, "tokens per optimizer step; -1: as in pretraining; fewer [where the data are "
+        "few](training.md#warnings)", 1)
     eval_every: int = key(0, "steps between evaluations; 0: only at the end", 0, free=True)
     exam_cases: int = key(0, "questions of each chat exam at every evaluation, for `metrics.jsonl`", 0, free=True)
 

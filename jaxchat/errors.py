@@ -4,6 +4,10 @@ A message says what is wrong, where, and what to do. `launch.py` prints it as on
 Any other exception is a bug and shows a traceback.
 """
 
+import errno
+import tempfile
+import traceback
+
 
 class JaxchatError(Exception):
     """Base of every expected failure."""
@@ -39,6 +43,30 @@ class InterruptedRun(BaseException):
     """Stopped by a signal; the same command resumes. Not an `Exception`, so that no handler takes it for a fault."""
 
     exit_code = 75
+
+
+LIBRARIES = ("gradio", "jax", "jaxlib", "orbax", "pyarrow", "safetensors", "tensorstore")
+ADVICE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EMFILE: "raise the limit: ulimit -n 4096"}
+ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a place that you may write to")
+
+
+def explained(error: BaseException) -> tuple[str, int] | None:
+    """Return what to tell a person of a failure below us, at most three lines, and the exit code.
+
+    None for a fault of our own, whose traceback is wanted. That of a library's error is put into a file.
+    """
+    if isinstance(error, OSError):
+        advice = ADVICE.get(error.errno or 0, "see whether it is there and can be used")
+        place = error.filename or "file system"
+        return f"{place}: {error.strerror or error}; {advice} and give the same command again", DataError.exit_code
+    if isinstance(error, MemoryError):
+        text = "out of memory: take a smaller tier, or lower train.device_batch_rows, eval.batch_rows or serve.slots"
+        return text, OutOfMemoryError.exit_code
+    if type(error).__module__.partition(".")[0] not in LIBRARIES:
+        return None
+    with tempfile.NamedTemporaryFile("w", prefix="jaxchat-", suffix=".log", delete=False, encoding="utf-8") as file:
+        traceback.print_exception(error, file=file)
+    return f"{type(error).__name__}: {first_line(error)}\nAll of it: {file.name}", JaxchatError.exit_code
 
 
 def first_line(error: object, most: int = 200) -> str:

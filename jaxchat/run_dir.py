@@ -62,7 +62,12 @@ class RunDir:
 
         The lock is the operating system's, so it vanishes with the process however that ends.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{self.root}: cannot be a run directory ({error.strerror}); give another --run-dir"
+            ) from None
         owner = self.root / ".owner"
         try:
             lock = filelock.FileLock(self.root / ".lock", blocking=False).acquire()

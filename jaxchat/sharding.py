@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxchat.config import Config, MeshConfig, ModelConfig
-from jaxchat.errors import UsageError
+from jaxchat.errors import UsageError, first_line
 from jaxchat.sizes import Parameter, mlp_width, padded_vocab
 
 # To reshard the model is to edit this table. `data` never appears: weights are replicated over it while they are used;
@@ -30,6 +30,19 @@ LOGICAL_TO_MESH: dict[str, str | None] = {
 }
 BATCH_AXES = ("data", "fsdp")  # a batch's rows are split over both
 SMALL = 4096  # values; splitting fewer is not worth a collective
+
+
+def require_devices() -> None:
+    """Raise `UsageError` where JAX was told to use a platform (JAX_PLATFORMS) that it cannot start here."""
+    asked = getattr(jax.config, "jax_platforms", None)
+    try:
+        jax.local_devices()
+    except Exception as error:  # of any kind; without a plugin an assertion without a word
+        if not asked:
+            raise
+        reason = f" ({first_line(error)})" if str(error) else ""
+        advice = "unset it to take what is here; python launch.py doctor says what to install for more"
+        raise UsageError(f"JAX_PLATFORMS={asked}: JAX finds no such device here{reason}; {advice}") from None
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -76,7 +76,8 @@ class Tokenizer:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read as a tokenizer ({error})") from None
+            reason = getattr(error, "strerror", None) or "no text; a SentencePiece model must be converted first"
+            raise DataError(f"{file}: cannot be read as a tokenizer.json of Hugging Face's format ({reason})") from None
         if path.is_dir() and (meta := path / "meta.json").exists():
             require_format(read_json(meta), FORMAT, meta)
         return cls.parse(text, file)

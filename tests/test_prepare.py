@@ -347,6 +347,7 @@ def test_a_source_of_its_own_is_held_out_whole(shelf):
     tokenizer = Tokenizer.load(run.tokenizer)
     assert starts_of(Rows(run.data / "rows" / "val"), tokenizer.bos) == beginnings(texts, tokenizer)
     assert prepared(chosen, run) == facts
+    assert any(f"2 of {len(texts)} held-out documents" in line for line in facts["warnings"])
 
 
 @pytest.mark.parametrize(

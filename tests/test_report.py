@@ -294,6 +294,21 @@ def test_the_card_of_a_real_run(finished):
     assert "nan" not in text.lower().split("## samples")[0].replace("nano", "")
 
 
+def test_a_figure_never_stands_without_its_warning(config, tmp_path, whole):
+    assert "Warning" not in whole[2] and whole[3]["warnings"] == []
+    line = "a batch of 65,536 tokens is larger than all <b>of</b> the data"
+    run = make_run(tmp_path / "run")
+    stages = read_json(run.stages)
+    stages["sft"]["facts"]["warnings"] = [line]
+    write_json(run.stages, stages)
+    report.run(config, run)
+    card, page = read_json(run.root / "report.json"), (run.root / "report.html").read_text(encoding="utf-8")
+    assert card["warnings"] == [f"sft: {line}"] and "a batch of 65,536 tokens" in run.report.read_text(encoding="utf-8")
+    before = page.split("<h2")[0]
+    assert "a batch of 65,536 tokens" in before and "<b>of</b>" not in before
+    assert "65,536" in said(run, [])
+
+
 def said(run, left):
     with console.capture() as captured:
         summarize(run, left)

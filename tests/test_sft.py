@@ -81,7 +81,7 @@ def test_a_training_goes_on_with_the_rows_that_it_began_with(tmp_path, tokenizer
             assert sft.prepare_rows(other, run, tokenizer) == facts and sums(run) == before
 
 
-@pytest.mark.parametrize(("rows", "epochs", "steps"), [(1, 1.0, 1), (16, 1.0, 2), (800, 1.0, 100), (800, 0.5, 50)])
+@pytest.mark.parametrize(("rows", "epochs", "steps"), [(1, 1.0, 1), (16, 1.0, 16), (800, 1.0, 100), (800, 0.5, 50)])
 def test_steps_follow_the_rows(rows, epochs, steps):
     config = sft_config(config_of("identity:5", epochs=epochs), rows)
     assert config.train.steps == steps
@@ -203,7 +203,7 @@ def test_what_cannot_be_used_is_counted_and_told_once(tmp_path, tokenizer, monke
         file.write(json.dumps({"messages": [{"role": "user", "content": "who answers?"}]}) + "\n")
     config, place = config_of(entry), f"{tmp_path}/talks.jsonl:61: no answer"
     facts = prepared(config, RunDir(tmp_path), tokenizer)
-    assert facts["conversations"][entry] + facts["val"]["conversations"] == 60
+    assert facts["conversations"][entry] + facts["val"]["conversations"] + facts["mute"] == 60
     assert facts["left_out"][entry].startswith(f"1, first: {place}")
     sft.check(config)
     assert len(list(mixture(config))) == 60

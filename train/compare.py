@@ -26,7 +26,7 @@ from jaxchat.scaling import resolve
 from jaxchat.tokenizer import Tokenizer
 
 from .loop import Z95
-from .report import PRIVATE, STAGES, Table, count, duration, money, speed, text_table
+from .report import PRIVATE, STAGES, Table, count, duration, money, speed, text_table, warnings_of
 from .targets import run_cost, wall_clock
 
 DOCUMENTS = 1000  # held-out ones at most
@@ -100,6 +100,7 @@ def collect(a: Side, b: Side) -> dict[str, Any]:
         "bits_per_byte": scores,
         "exams": asked,
         "not_compared": not_compared,
+        "warnings": [warnings_of(s.records) for s in sides],
         "config": {k: [s[k] for s in settings] for k in settings[0] if settings[0][k] != settings[1][k]},
         "speed": {stage: [speed(steps) if steps else None for steps in pair] for stage, pair in metrics.items()},
         "seconds": {n: [wall_clock(s.records[n]) if n in s.records else None for s in sides] for n in names},
@@ -288,7 +289,11 @@ def text(found: dict[str, Any]) -> str:
         Table("Not compared", ["", "reason"], [list(item) for item in found["not_compared"].items()]),
     ]
     a, b = found["runs"]
+    warnings = [
+        f"Warning, {name}: {line}" for name, lines in zip("AB", found["warnings"], strict=True) for line in lines
+    ]
     first = f"A: {a}\nB: {b}\nDifferences are B minus A, measured in pairs, with 95 % intervals."
+    first = "\n".join([first, *warnings])
     parts = [f"{t.title}\n\n{text_table([t.head, *t.rows])}\n{t.note}".rstrip() for t in tables if t.rows]
     return "\n\n".join([first, *parts])
 

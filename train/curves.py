@@ -198,6 +198,13 @@ def check_trackers(config: Config) -> None:
     for key, (module, _) in TRACKERS.items():
         if getattr(config.train, key) and importlib.util.find_spec(module) is None:
             raise UsageError(f"train.{key}: {module} is not installed; run pip install -e '.[{key}]', or leave it off")
+    if config.train.wandb:
+        import wandb
+        from requests.utils import get_netrc_auth  # where `wandb login` keeps the key
+
+        settings = wandb.setup().settings
+        if settings.mode == "online" and not (settings.api_key or get_netrc_auth(settings.base_url)):
+            raise UsageError("train.wandb: nobody is logged in; run wandb login, or set WANDB_MODE=offline")
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from jaxchat.config import Config, MeshConfig
 from jaxchat.data.shards import cores
 from jaxchat.errors import first_line
 from jaxchat.log import print_facts, waiting
-from jaxchat.sharding import make_mesh
+from jaxchat.sharding import make_mesh, require_devices
 from jaxchat.sizes import peak_flops
 from jaxchat.tools.sandbox import LEVELS, probe
 from jaxchat.tools.sandbox_child import abi
@@ -195,6 +195,7 @@ def doctor(config: Config, place: Path, as_json: bool) -> None:
         missing = {name: install_command(name) for name, there in result["extras"].items() if there is False}
         extras = {name: f"{why}: {missing.get(name, 'installed')}" for name, (_, why) in EXTRAS.items()}
         print_facts(result | {"extras": extras, "advice": result["advice"] or "nothing to do"})
+    require_devices()
 
 
 def examine(config: Config, place: Path) -> dict[str, Any]:
@@ -217,8 +218,6 @@ def examine(config: Config, place: Path) -> dict[str, Any]:
                 found[name] = {"error": named(error)}
                 lines = [f"{name}: {named(error)}"]
             advice += lines
-    if "error" in found["devices"] and (asked := getattr(jax.config, "jax_platforms", None)):
-        advice.append(f"JAX_PLATFORMS={asked}: unset it to take what is here")
     advice += [record.getMessage().splitlines()[0].rstrip(".") for record in records]
     return found | {"advice": advice}
 

@@ -44,6 +44,7 @@ from jaxchat.tasks.base import (
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import TrainState, decided, make_eval_step
 
+from . import plausible
 from .contamination import LONG_PASSAGE, memorized, training_documents
 from .loop import Z95, Evaluator, bits_per_byte
 from .report import STAGES, code, exam_tables, score_cell, standing, text_table, words
@@ -392,7 +393,8 @@ def run(config: Config, run: RunDir, one_batch: bool = False) -> dict[str, Any]:
     say(f"\n{text_table([table.head, *table.rows])}\n")
     content = json.dumps(_without_seconds(records), sort_keys=True).encode()
     scores = {stage: {name: task["metric"] for name, task in tasks.items()} for stage, tasks in exams.items()}
-    return scores | {"digest": hashlib.sha256(content).hexdigest()}
+    lines = [f"{s}: {line}" for s, of in scores.items() for line in plausible.of_score(of.get("bits_per_byte"))]
+    return scores | {"digest": hashlib.sha256(content).hexdigest(), "warnings": plausible.warn("eval", lines)}
 
 
 def _without_seconds(record: Any) -> Any:
@@ -402,9 +404,21 @@ def _without_seconds(record: Any) -> Any:
 
 
 def check(config: Config) -> None:
-    """Raise `UsageError` for an exam that does not exist or cannot be taken with these settings, before any work."""
-    for task, _ in exam_tasks(config):
+    """Refuse, before any work, exams that do not exist, cannot be taken with these settings, or have damaged data.
+
+    What is missing is named once and will not be asked.
+    """
+    counts = dict[str, int]()
+    for task, optional in exam_tasks(config):
         task.check()
+        try:
+            parts = [task.load(part) for part in core.CORE_TASKS] if isinstance(task, core.Core) else [task.examples()]
+            counts[task.name] = sum(map(len, parts))
+        except MissingData as error:
+            if not optional:
+                say(f"  eval.exams: {task.name}, or a part of it, will not be taken: {error}", style="yellow")
+    if counts:
+        say("  exams: " + ", ".join(f"{name} ({count:,} questions)" for name, count in counts.items()))
 
 
 def external_inputs(config: Config) -> str:

@@ -26,7 +26,7 @@ from jaxchat.config import Config, replaced
 from jaxchat.data.loader import Batches, own_columns, val_batches
 from jaxchat.data.packing import Rows
 from jaxchat.errors import DivergedError, InterruptedRun, JaxchatError, OutOfMemoryError
-from jaxchat.log import MetricsFile, Task, animated, progress, say
+from jaxchat.log import MetricsFile, Task, animated, progress, read_metrics, say
 from jaxchat.optimizer import advance_schedules, carry_moments, make_optimizer, make_schedule
 from jaxchat.run_dir import RunDir
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh, micro_batch
@@ -42,6 +42,7 @@ from jaxchat.train_state import (
     make_train_step,
 )
 
+from . import plausible
 from .curves import plot, trackers
 from .doctor import available_memory
 
@@ -102,8 +103,14 @@ class Trainer:
         batches out from then on. Raises `DivergedError` the second time, `InterruptedRun` after a signal (a checkpoint
         is saved), and `OutOfMemoryError` with the batch size that fits.
         """
+        sizes = (None if rows is None else len(rows) for rows in (self.rows, self.val_rows))
+        warnings = plausible.warn(self.title, plausible.of_steps(self.title, self.config, *sizes))
         try:
-            return self._train()
+            facts = self._train()
+            if self.rows is not None:
+                losses = [record["loss"] for record in read_metrics(self.metrics.path)]
+                warnings += plausible.warn(self.title, plausible.of_losses(facts, losses))
+            return facts | {"warnings": warnings}
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -99,6 +99,8 @@ def plan_budget(given: Config, target: str, budget: str | None, hours: float | N
       budget: `100usd`, or just the number.
     """
     where, usd = parse_target(target), math.inf
+    if hours is not None and not 0 < hours < math.inf:
+        raise UsageError(f"--hours {hours:g}: give a number of hours above 0")
     if budget is not None:
         amount = re.fullmatch(r"\$?(\d+(?:\.\d+)?)\s*(?:usd|\$)?", budget.strip().lower())
         if not amount or not float(amount[1]):

@@ -20,6 +20,7 @@ import tokenizers
 from jaxchat.config import Config, replaced
 from jaxchat.data.packing import PackStats, finished_rows, pack_documents, write_rows
 from jaxchat.data.shards import (
+    HASH,
     SPLITS,
     Distinct,
     Job,
@@ -36,6 +37,8 @@ from jaxchat.interop.initial import init_tokenizer
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir
 from jaxchat.tokenizer import Tokenizer, train_tokenizer
+
+from . import plausible
 
 READS = (
     "tokenizer.", "data.source", "data.val_fraction", "data.val_source", "data.text_bytes", "data.encoding",
@@ -249,8 +252,19 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     facts = {split: _pack(config, run, tokenizer, split, *of) for split, of in (("train", train), ("val", val))}
     if held_out and not facts["val"]["rows"]:
         raise DataError(f"data.val_source: {data.val_source} gives no rows of held-out text; add to it")
+    paths = [unit.path for unit, _ in units[:count] if unit.path]
+    apart = _hashes(jobs[count:], "val")  # of `data.val_source`; else no document is in both splits
+    copies = int(np.isin(apart, _hashes(jobs[:count], "train")).sum()) if len(apart) else 0
+    lines = plausible.of_text(paths, facts["train"]["bytes"], copies, len(apart))
     seconds = {"tokenize_seconds": tokenized - begin, "pack_seconds": time.perf_counter() - tokenized}
-    return facts | seconds | {"digest": _digest([facts[split]["sha256"] for split in SPLITS])}
+    about = {"warnings": plausible.warn("prepare", lines), **seconds}
+    return facts | about | {"digest": _digest([facts[split]["sha256"] for split in SPLITS])}
+
+
+def _hashes(jobs: Sequence[Job], split: str) -> np.ndarray:
+    """Return the hashes of all documents of these units in one split."""
+    files = (path for job in jobs for path in sorted(Path(job.directory).glob(f"{split}-*.hash")))
+    return np.concatenate([np.empty(0, HASH), *(np.fromfile(path, HASH) for path in files)])
 
 
 def _pack(

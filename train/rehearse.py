@@ -81,6 +81,11 @@ def rehearse(
             check_room(config, directory, {stage.name for stage in stages})
         except DataError as error:
             rehearsal.problem("disk", "pretrain", error)
+        for stage in stages:  # all data, of which the stages here take a part
+            try:
+                stage.ready(config, rehearsal.run)
+            except DataError as error:
+                rehearsal.problem("data", stage.name, error)
         rehearsal.run_all(stages)
         result = rehearsal.result() | {"directory": str(folder) if keep else None}
     except (KeyboardInterrupt, InterruptedRun):

@@ -110,6 +110,7 @@ def collect(config: Config, run: RunDir) -> Card:
         "config": {key: value for key, value in flatten(config).items() if not key.startswith(PRIVATE)},
         "model": {key: getattr(config.model, key) for key in MODEL_KEYS},
         "optimizer": {key: getattr(config.optim, key) for key in ("kind", "lr_scale", "matrix_lr", "weight_decay")},
+        "warnings": warnings_of(records),
         "imported": done.get("pretrain", {}).get("imported"),
         "extended": done.get("pretrain", {}).get("extended", []),
         "tokenizer": facts.get("tokenizer", {}),
@@ -133,6 +134,11 @@ def collect(config: Config, run: RunDir) -> Card:
         "peak_memory_bytes": max((r.get("peak_rss_bytes") or 0 for r in records.values()), default=0),
         "code": code_size(),
     }
+
+
+def warnings_of(records: dict[str, Any]) -> list[str]:
+    """Return the warnings of all stages: figures of a run that has some mean less than they seem to."""
+    return [f"{name}: {line}" for name, r in records.items() for line in r["facts"].get("warnings", [])]
 
 
 def standing(record: dict[str, Any]) -> dict[str, Any]:
@@ -221,6 +227,7 @@ def render(card: Card, pictures: Sequence[Picture] | None = None) -> tuple[str, 
     values = {
         "title": f"Report card: {card['tier']}",
         "headline": headline(card),
+        "warnings": card.get("warnings", []),
         "tiles": tiles(card),
         "exams": exam_tables(card),
         "samples": card.get("samples", {}),
@@ -539,6 +546,8 @@ def _facts(card: Card) -> Table:
         if sft.get("left_out"):
             facts["SFT left out"] = "; ".join(f"{name}: {what}" for name, what in sft["left_out"].items())
         facts["SFT rows"] = f"{packed['rows']:,}, {packed['fill']:.1%} filled; {packed['cut']:,} conversations cut"
+        if mute := sft.get("mute"):
+            facts["SFT conversations without an answer inside the context"] = f"{mute:,}"
     if "environment" in rl:
         facts["RL environment"] = rl["environment"]
     for name, stage in (("pretraining", train), ("SFT", sft), ("RL", rl)):
@@ -603,6 +612,8 @@ def summarize(run: RunDir, left: Sequence[str]) -> None:
     if run.report.exists() and "report" not in left:
         card = read_json(run.root / "report.json")
         say(f"\n{headline(card)}\n{', '.join(f'{name} {value}' for name, value in tiles(card))}\n")
+        for line in card.get("warnings", []):
+            say(f"warning      {line}", style="yellow")
         say(f"report card  {run.report}, as one page {run.root / 'report.html'}")
     exports = sorted(str(path) for path in run.export.glob("[!.]*/"))
     if exports and "export" not in left:

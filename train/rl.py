@@ -32,7 +32,7 @@ from jaxchat.config import Config, MeshConfig, replaced
 from jaxchat.engine import Engine
 from jaxchat.errors import DataError, UsageError
 from jaxchat.kv_cache import serving_params
-from jaxchat.log import say
+from jaxchat.log import read_metrics, say
 from jaxchat.run_dir import RunDir, atomic_write
 from jaxchat.scaling import fine_tuning_optim
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh, replicated
@@ -41,6 +41,7 @@ from jaxchat.tasks.base import Example, TaskFiles, WrittenTask
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import Batch, TrainState, decided, make_nll_step
 
+from . import plausible
 from .curves import plot
 from .evaluate import passes, shown
 from .loop import StepBatch, Trainer, continued
@@ -61,19 +62,8 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
     """
     tokenizer, mesh = Tokenizer.load(run.tokenizer), make_mesh(config.mesh)
     task, train_questions = environment(config)
-
-    def fitting(examples: Sequence[Example], count: int | None = None) -> tuple[list[Example], int]:
-        """Return the first `count` questions with room for an answer, and the tokens of the longest."""
-        lengths = [len(render_prompt(tokenizer, example.prompt)) for example in examples]
-        kept = [(example, n) for example, n in zip(examples, lengths, strict=True) if n < config.model.seq_len]
-        if not kept:
-            raise DataError(f"rl.environment: no question fits into the context of {config.model.seq_len} tokens")
-        if len(kept) < len(examples):
-            say(f"  {len(examples) - len(kept):,} questions are longer than the context and left out", style="yellow")
-        return [example for example, _ in kept[:count]], max(n for _, n in kept[:count])
-
-    questions, longest = fitting(train_questions)
-    exam, longest_exam = fitting(task.examples(), config.rl.eval_prompts)
+    questions, longest = fitting(config, tokenizer, train_questions)
+    exam, longest_exam = fitting(config, tokenizer, task.examples(), config.rl.eval_prompts)
     room = max(longest, longest_exam) + config.rl.max_tokens
     capacity = min(config.model.seq_len, -(-room // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
     settings = rl_config(config, len(questions), batch_devices(mesh))
@@ -93,6 +83,10 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
         limit=limit,
     )
     facts = trainer.run()
+    groups = [record.get("live", 1) for record in read_metrics(trainer.metrics.path)]
+    if not any(groups):
+        line = f"no group of answers differed in its rewards in {len(groups):,} steps: nothing was learned"
+        facts["warnings"] += plausible.warn("rl", [line])
     if distributed.index() == 0:
         plot(run.stage("rl") / "metrics.jsonl", "rl", run.stage("rl") / "reward.png", "RL")
     return about | facts
@@ -101,10 +95,31 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
 def check(config: Config) -> None:
     """Refuse, before any work, an environment without questions or with data that is not at hand."""
     (task, questions), rl = environment(config), config.rl
+    if not task.examples():
+        raise UsageError(f"rl.environment: {task.name} has no exam, which pass@k is measured on")
     if rl.slots & (rl.slots - 1):
         raise UsageError(f"rl.slots: must be a power of two, not {rl.slots}")
     if rl.format_bonus and "format" not in task.readings(questions[0], ""):
         raise UsageError(f"rl.format_bonus: {task.name} asks for no form; set it to 0")
+
+
+def ready(config: Config, run: RunDir) -> None:
+    """Refuse, before anything is trained, questions of which none fits into the context."""
+    if (run.tokenizer / "tokenizer.json").exists():
+        fitting(config, Tokenizer.load(run.tokenizer), environment(config)[1])
+
+
+def fitting(
+    config: Config, tokenizer: Tokenizer, examples: Sequence[Example], count: int | None = None
+) -> tuple[list[Example], int]:
+    """Return the first `count` questions with room for an answer, and the tokens of the longest."""
+    lengths = [len(render_prompt(tokenizer, example.prompt)) for example in examples]
+    kept = [(example, n) for example, n in zip(examples, lengths, strict=True) if n < config.model.seq_len]
+    if not kept:
+        raise DataError(f"rl.environment: no question fits into the context of {config.model.seq_len} tokens")
+    if len(kept) < len(examples):
+        say(f"  {len(examples) - len(kept):,} questions are longer than the context and left out", style="yellow")
+    return [example for example, _ in kept[:count]], max(n for _, n in kept[:count])
 
 
 def environment(config: Config) -> tuple[WrittenTask, Sequence[Example]]:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxchat import distributed
-from jaxchat.chat import Message
+from jaxchat import __version__, distributed
+from jaxchat.chat import Message, normalize
 from jaxchat.config import Config, replaced
 from jaxchat.data.packing import PackStats, Rows, pack_conversations, render_all, write_rows
 from jaxchat.data.shards import parallel_map, workers_for
@@ -26,18 +28,20 @@ from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, read_json, saved_steps, write_json
 from jaxchat.scaling import fine_tuning_optim
+from jaxchat.sharding import batch_devices, make_mesh
 from jaxchat.tasks import get_task, parse_mixture_entry
-from jaxchat.tasks.base import Task, TaskFiles
+from jaxchat.tasks.base import Task, TaskFiles, identity_digest
 from jaxchat.tasks.conversations import Found, chatterbot_pairs, chitchat_dialogues, file_conversations
 from jaxchat.tokenizer import ASSISTANT_END, Tokenizer
 
-from . import evaluate
+from . import evaluate, plausible
 from .loop import Trainer, continued
 
 Conversation = list[Message]
 Rendering = tuple[np.ndarray, np.ndarray]  # ids and mask of one conversation
 SPLITS = ("train", "val")
 FACTS = ("rows", "conversations", "cut", "fill")
+FEW_MUTE = 0.01  # of the conversations: so many without an answer in the context may stay, as rows without targets
 CHATTERBOT = {"chatterbot": "english", "chatterbot_korean": "korean"}
 OWN = ("files:", "hf:")  # sources of conversations of one's own
 NO_TASKS = ("chitchat", *CHATTERBOT)  # conversations of packages; everything else is a task, or files
@@ -52,13 +56,13 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
 
     `limit`: see `Trainer`.
     """
-    begin, tokenizer = time.perf_counter(), Tokenizer.load(run.tokenizer)
+    tokenizer = Tokenizer.load(run.tokenizer)
     facts = distributed.on_first(lambda: prepare_rows(config, run, tokenizer))
-    facts["rows_seconds"] = time.perf_counter() - begin
     rows, val_rows = (Rows(run.data / "sft" / split, tokenizer.digest, verify=False) for split in SPLITS)
-    settings = sft_config(config, len(rows))
-    steps, tokens = settings.train.steps, settings.train.steps * settings.train.batch_tokens
-    say(f"  {sum(facts['conversations'].values()):,} conversations, {tokens:,} tokens in {steps:,} steps")
+    settings = sft_config(config, len(rows), batch_devices(make_mesh(config.mesh)))
+    steps, batch = settings.train.steps, settings.train.batch_tokens
+    tokens = steps * batch
+    say(f"  {sum(facts['conversations'].values()):,} conversations, {steps:,} steps of {batch:,} tokens")
     trainer = Trainer(
         settings,
         run.stage("sft"),
@@ -70,7 +74,9 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
         title="sft",
         limit=limit,
     )
-    return facts | trainer.run() | {"tokens": tokens, "steps": steps}
+    result = trainer.run() | {"tokens": tokens, "steps": steps, "batch_tokens": batch}
+    result["warnings"] = facts.pop("warnings") + result["warnings"]
+    return facts | {"rows_seconds": rows.meta.get("seconds", 0.0)} | result
 
 
 def check(config: Config) -> None:
@@ -94,13 +100,42 @@ def check(config: Config) -> None:
         task.fetch()
 
 
-def sft_config(config: Config, rows: int) -> Config:
-    """Return the configuration the loop trains with: steps from the rows, and the rates of `sft`."""
-    sft = config.sft
-    steps = max(1, round(rows * sft.epochs / max(1, sft.batch_tokens // config.model.seq_len)))
+def ready(config: Config, run: RunDir) -> None:
+    """Read all conversations before anything is trained: into rows where the tokenizer is there, else only checked.
+
+    `DataError` names the first that cannot be used.
+    """
+    if (run.tokenizer / "tokenizer.json").exists():
+        facts = prepare_rows(config, run, Tokenizer.load(run.tokenizer))
+        rows, held_out = (facts[split]["rows"] for split in SPLITS)
+        settings = sft_config(config, rows, batch_devices(make_mesh(config.mesh)))
+        plausible.warn("sft", plausible.of_steps("sft", settings, rows, held_out or None))
+        return
+    count = 0
+    with progress("sft: reading the conversations", None) as bar:
+        for entry, _, conversation in bar.track(mixture(config)):
+            try:
+                normalize(conversation)
+            except UsageError as error:
+                raise DataError(f"sft.mixture: {entry}: a conversation is out of form: {error}") from None
+            count += 1
+    say(f"  sft: {count:,} conversations read")
+
+
+def sft_config(config: Config, rows: int, devices: int = 1) -> Config:
+    """Return the configuration the loop trains with: batch and steps from the rows, and the rates of `sft`.
+
+    Pretraining's batch is halved, down to a row a device, until it is no larger than the data and makes `FEW_STEPS`.
+    """
+    sft, T = config.sft, config.model.seq_len
+    batch = max(1, sft.batch_tokens // T)
+    if sft.batch_tokens == config.train.batch_tokens:  # not chosen for SFT
+        while batch % (2 * devices) == 0 and (batch > rows or batch * plausible.FEW_STEPS > rows * sft.epochs):
+            batch //= 2
+    steps = max(1, round(rows * sft.epochs / batch))
     config = dataclasses.replace(config, optim=fine_tuning_optim(config, sft.lr_ratio))
     config = replaced(config, "optim", warmdown_ratio=0.5, momentum=MOMENTUM, momentum_warmup_steps=MOMENTUM_STEPS)
-    return replaced(config, "train", steps=steps, batch_tokens=sft.batch_tokens, eval_every=sft.eval_every)
+    return replaced(config, "train", steps=steps, batch_tokens=batch * T, eval_every=sft.eval_every)
 
 
 @functools.cache  # once a process: the check before training reads them, too
@@ -148,19 +183,21 @@ def mixture(config: Config, left_out: dict[str, str] | None = None) -> Iterator[
 
 
 def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write `data/sft`. A training that has begun goes on with the rows that it began with, if they are undamaged.
+    """Write `data/sft`, unless it is there for the same mixture and files.
 
-    Facts: conversations used and left out by entry, rows and fill of each split. `DataError` where those rows cannot be
-    had again.
+    A training that has begun goes on with the rows that it began with, if they are undamaged.
+    Facts: conversations used and left out by entry, rows and fill of each split, warnings. `DataError` where the rows
+    that it began with cannot be had again, or no answer is inside the context.
     """
     path, metas = run.stage("sft") / "rows.json", list[dict[str, Any]]()
-    begun = bool(saved_steps(path.parent))
-    if begun:
-        with contextlib.suppress(DataError):
-            metas = [Rows(run.data / "sft" / split, tokenizer.digest).meta for split in SPLITS]
-    if not metas:
+    begun, begin = bool(saved_steps(path.parent)), time.perf_counter()
+    with contextlib.suppress(DataError):
+        metas = [Rows(run.data / "sft" / split, tokenizer.digest).meta for split in SPLITS]
+    origin = "" if begun and metas else _origin(config)
+    if not metas or (not begun and any(meta.get("origin") != origin for meta in metas)):
         left_out = dict[str, str]()
         rendered = _render(config, run, tokenizer, left_out)
+        mute = _without_mute(rendered, config.model.seq_len + 1)
         repeats = {entry: parse_mixture_entry(entry)[2] for entry in config.sft.mixture}
         epochs = [  # each epoch is packed for itself, so that no row holds a conversation twice
             [one for entry, times in repeats.items() if times > epoch for one in rendered[entry, False]]
@@ -168,8 +205,9 @@ def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str,
         ]
         held_out = [[one for entry in repeats for one in rendered[entry, True]]]
         counts = [{entry: len(rendered[entry, held]) for entry in repeats} for held in (False, True)]
+        about = {"left_out": left_out, "origin": origin, "mute": mute, "seconds": time.perf_counter() - begin}
         metas = [
-            write_split(config, run, tokenizer, split, pieces, {"entries": entries, "left_out": left_out})
+            write_split(config, run, tokenizer, split, pieces, {"entries": entries} | about)
             for split, pieces, entries in zip(SPLITS, (epochs, held_out), counts, strict=True)
         ]
     train = metas[0]
@@ -183,7 +221,43 @@ def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str,
     counted = f"{train['conversations']:,} conversations in {train['rows']:,} rows"
     say(f"  {counted}, {train['fill']:.2%} filled, {train['cut']:,} cut")
     facts = {split: {key: meta[key] for key in FACTS} for split, meta in zip(SPLITS, metas, strict=True)}
-    return {"conversations": train["entries"], "left_out": train.get("left_out", {})} | facts
+    mute, used = train.get("mute", 0), sum(train["entries"].values())
+    line = f"{mute:,} conversations have no answer inside the context of {config.model.seq_len:,} tokens"
+    lines = plausible.warn("sft", [f"{line} and teach nothing; raise model.seq_len, or shorten them"] if mute else [])
+    warnings = {"warnings": lines if mute > FEW_MUTE * used else []}
+    return {"conversations": train["entries"], "left_out": train.get("left_out", {}), "mute": mute} | warnings | facts
+
+
+def _origin(config: Config) -> str:
+    """Return a digest of what the rows are made of, besides the tokenizer: settings, and the files of the mixture."""
+    content: list[Any] = [__version__, config.seed, config.model.seq_len, identity_digest(config)]
+    content += [config.data.val_fraction, config.data.encoding, config.sft.max_left_out]
+    for entry in config.sft.mixture:
+        name = parse_mixture_entry(entry)[0]
+        if name.startswith(OWN):
+            paths: Sequence[Path] = source_files(name, config.data)
+        else:
+            paths = () if name in NO_TASKS else get_task(name, TaskFiles.of(config, download=True)).fetch()
+        files = [(str(path), path.stat()) for path in paths]
+        content += [entry, [[path, stat.st_size, stat.st_mtime_ns] for path, stat in files]]
+    return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _without_mute(rendered: dict[tuple[str, bool], list[Rendering]], row_len: int) -> int:
+    """Take conversations out whose answers all lie beyond the context; returns how many there are.
+
+    A few may stay. `DataError` where no other is left to train on.
+    """
+    audible = {key: [one for one in pieces if one[1][:row_len].any()] for key, pieces in rendered.items()}
+    before, left = (sum(map(len, of.values())) for of in (rendered, audible))
+    if not any(pieces for (_, held_out), pieces in audible.items() if not held_out):
+        raise DataError(
+            f"sft.mixture: none of the {before:,} conversations has an answer inside the context of {row_len - 1:,} "
+            "tokens; raise model.seq_len, or shorten what comes before the first answer"
+        )
+    if before - left > FEW_MUTE * before:
+        rendered |= audible
+    return before - left
 
 
 def _render(

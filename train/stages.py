@@ -64,7 +64,9 @@ class Stage:
     outputs: tuple[str, ...]  # paths inside the run directory that must exist when done; <step>: a complete checkpoint
     trained: bool = False  # refuses changed inputs instead of running again
     uses: tuple[str, ...] = ()  # stages whose digests are inputs where they are done, but which need not be
-    check: Callable[[Config], None] = lambda config: None  # of settings, before anything runs
+    check: Callable[[Config], None] = lambda config: None  # of settings and data, before anything runs
+    # reads all its data: before anything runs, and once there is a tokenizer, before anything is trained
+    ready: Callable[[Config, RunDir], None] = lambda config, run: None
     wanted: Callable[[Config], bool] = lambda config: True  # False: this configuration goes without it
     external_inputs: Callable[[Config], str] = lambda config: ""  # what it reads outside the run
     joint: bool = False  # by all processes together; the others by process 0, while the rest waits
@@ -88,9 +90,9 @@ STAGES = (
     Stage("pretrain", pretrain.run, ("seed", "model.", "train.", "optim."), ("prepare",), ("base/<step>",),
           trained=True, joint=True),
     Stage("sft", sft.run, ("seed", "sft."), ("pretrain",), ("sft/<step>",), trained=True, joint=True, check=sft.check,
-          wanted=lambda config: bool(config.sft.mixture), external_inputs=identity_digest),
+          ready=sft.ready, wanted=lambda config: bool(config.sft.mixture), external_inputs=identity_digest),
     Stage("rl", rl.run, ("seed", "rl."), ("sft",), ("rl/<step>",), trained=True, joint=True, check=rl.check,
-          wanted=lambda config: bool(config.rl.environment and config.sft.mixture)),
+          ready=rl.ready, wanted=lambda config: bool(config.rl.environment and config.sft.mixture)),
     Stage("eval", evaluate.run, ("eval.", "tasks."), ("pretrain",), ("eval/base.json",), uses=("sft", "rl"),
           check=evaluate.check, external_inputs=evaluate.external_inputs),
     Stage("report", report.run, (), ("eval",), ("report.md", "report.json")),
@@ -193,16 +195,24 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
     distributed.broadcast(settings)
     with run.lock():
         records = run.records()
+        names = unfinished(config, run)
+        left = [stage for stage in stages if stage.name in names]
         for stage in stages:
-            stage.check(config)
+            if stage in left:
+                stage.check(config)
             if stage.name == "pretrain" and config.train.init and stage.missing(run):
-                read_init(config)  # whole and of this model, before any text is read
+                read_init(config)  # whole and of this model, before any text is
             if "imported" in records.get(stage.name, {}):
                 _refuse_training(stage, config, run)
-        if any(s.joint and (records.get(s.name, {}).get("status") != "done" or s.missing(run)) for s in stages):
+        if any(stage.joint for stage in left):
             check_trackers(config)
             check_attention(config, make_mesh(config.mesh))
+        if "tokenizer" in names:  # nothing can be tokenized yet, but all can be read
+            for stage in left:
+                stage.ready(config, run)
         for stage in stages:
+            while stage.joint and left:  # before the first training
+                left.pop(0).ready(config, run)
             _run_stage(stage, config, run, records, reasons)
     distributed.broadcast(None)
 

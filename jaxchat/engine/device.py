@@ -14,7 +14,6 @@ on each device.
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -29,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchat.attention import choose_backend, with_attention
 from jaxchat.config import ModelConfig
+from jaxchat.data.shards import cores
 from jaxchat.engine.request import FORCED, NO_TOKEN, Token
 from jaxchat.kv_cache import Cache, append, new_cache, serving_params
 from jaxchat.model import LayerOptions, Params, embed, hidden, logits
@@ -485,7 +485,7 @@ class Programs:
         a single client can be answered. The other programs go on compiling in threads; a call that needs one of
         them waits for that one alone.
         """
-        calls, threads = list(self._calls()), min(COMPILERS, os.cpu_count() or 1)
+        calls, threads = list(self._calls()), min(COMPILERS, cores())
         later = [call for call in calls if background and not self._is_first(*call)]
         first = self._compile([call for call in calls if not background or self._is_first(*call)], threads)
         try:

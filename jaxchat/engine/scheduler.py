@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from jaxchat.chat import continued, render_prompt
 from jaxchat.checkpoint import trained_params
@@ -29,7 +30,8 @@ from jaxchat.engine.request import NO_TOKEN, Event, Handle, QueueFull, Request, 
 from jaxchat.engine.scoring import common_prefix
 from jaxchat.errors import DataError, UsageError
 from jaxchat.kv_cache import Cache, layer_capacity
-from jaxchat.run_dir import TRAINED, RunDir, saved_steps
+from jaxchat.model import abstract_params
+from jaxchat.run_dir import RESTORE, TRAINED, RunDir, saved_steps
 from jaxchat.scaling import resolve_model
 from jaxchat.sharding import make_mesh
 from jaxchat.tokenizer import ASSISTANT_END, BOS, PYTHON_END, USER_START, Tokenizer
@@ -57,8 +59,14 @@ def load_run(run: RunDir, stage: str | None) -> tuple[ModelConfig, dict[str, Any
     if stage is not None and stage not in stages:
         raise DataError(f"{run.root}: no stage {stage!r} with a checkpoint; found: {', '.join(stages)}")
     config = load_config(run.config)
-    params = trained_params(run, stage or stages[0])
-    return resolve_model(config.model), params, Tokenizer.load(run.tokenizer), config.serve
+    model, params = resolve_model(config.model), trained_params(run, stage or stages[0])
+    trees = (abstract_params(model), params)
+    expected, stored = ({keystr(path): leaf.shape for path, leaf in tree_leaves_with_path(tree)} for tree in trees)
+    for name in sorted(expected.keys() | stored.keys()):
+        if expected.get(name) != (shape := stored.get(name)):
+            what = f"{name} is {shape} in its checkpoint, and {expected.get(name)} by this file"
+            raise DataError(f"{run.config}: describes another model than the one trained: {what}; {RESTORE}")
+    return model, params, Tokenizer.load(run.tokenizer), config.serve
 
 
 @dataclass(eq=False)

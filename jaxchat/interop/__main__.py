@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxchat.arguments import Parser
-from jaxchat.errors import InterruptedRun, JaxchatError, OutOfMemoryError, UsageError
+from jaxchat.errors import InterruptedRun, JaxchatError, OutOfMemoryError, UsageError, explained
 
 
 def make_parser(program: str = "python -m jaxchat.interop") -> argparse.ArgumentParser:
@@ -84,18 +84,21 @@ def main(arguments: Callable[[], argparse.Namespace]) -> int:
     signal.signal(signal.SIGTERM, stop)
     try:
         args = arguments()
+        from jaxchat.sharding import require_devices
+
+        require_devices()
         args.run(args)
     except (JaxchatError, InterruptedRun) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return InterruptedRun.exit_code
-    except OSError as error:
-        print(f"error: {error.filename or 'file system'}: {error.strerror or error}; nothing is left", file=sys.stderr)
-        return 3
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            if not (told := explained(error)):
+                raise
+            print(f"error: {told[0]}", file=sys.stderr)
+            return told[1]
         print("error: out of device memory; set JAX_PLATFORMS=cpu, an export needs no accelerator", file=sys.stderr)
         return OutOfMemoryError.exit_code
     return 0

@@ -273,6 +273,8 @@ def read_hf(source: Path, stage: str | None = None) -> Trained:
     `stage`: what the weights are; by default the tokenizer's end token tells "base" or "sft". `DataError` names what
     cannot be read.
     """
+    if not (source / "config.json").is_file():
+        raise DataError(f"{source}/config.json: no such file; give the folder with it, tokenizer.json, *.safetensors")
     config = config_from_hf(read_json(source / "config.json"), source / "config.json")
     tokenizer = read_tokenizer(source / "tokenizer.json")
     files = sorted(source.glob("*.safetensors"))

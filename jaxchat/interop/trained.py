@@ -246,6 +246,7 @@ def model_card(model: Trained, how: str, library: str) -> str:
     if pretrain := report.get("pretrain"):
         text = f"`{report.get('data', {}).get('source')}`"
         parts.append(f"## Training\n\n{pretrain['tokens']:,} tokens, {pretrain['epochs']:.2f} passes over {text}.")
+    parts += [f"Warning: {line}" for line in report.get("warnings", [])]
     rows = [
         f"| {stage} | {name} | {score['metric']:.4f} | {score.get('n', '')} |"
         for stage, exams in report.get("exams", {}).items()
