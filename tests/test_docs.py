@@ -65,7 +65,7 @@ def test_every_command_parses_and_its_keys_exist(path, tmp_path, monkeypatch):
             interop.make_parser().parse_args([args.command, *run, *args.words])
         if args.command in ("compare", "tiers", *launch.INTEROP):
             continue
-        args.config = args.run_dir = args.run = None  # a run that may not exist here
+        args.config = args.run_dir = args.run = args.init = None  # a run that may not exist here
         config = resolve(sized(launch.given_config(args)[0]))
         assert config.tier == (args.tier or "nano")
         if args.command == "train":
@@ -156,7 +156,7 @@ def test_files_and_records_of_a_run_are_documented(folder, finished):
     (table,) = [t for t in tables_of if any(row[0] == "`params_sha256`" for row in t)]
     documented = {name for row in table[2:] for name in re.findall(r"`(\w+)`", row[0])}
     records = json.loads((finished / "stages.json").read_text())
-    assert documented == {field for record in records.values() for field in record} | {"imported"}
+    assert documented == {field for record in records.values() for field in record} | {"imported", "extended"}
 
 
 @pytest.mark.parametrize("page", ["docs/chat.md", "docs/ko/chat.md"])
