@@ -40,7 +40,7 @@ def require_devices() -> None:
     except Exception as error:  # of any kind; without a plugin an assertion without a word
         if not asked:
             raise
-        reason = f" ({first_line(error)})" if str(error) else ""
+        reason = f" ({first_line(error).partition(' (set JAX_PLATFORMS')[0]})" if str(error) else ""
         advice = "unset it to take what is here; python launch.py doctor says what to install for more"
         raise UsageError(f"JAX_PLATFORMS={asked}: JAX finds no such device here{reason}; {advice}") from None
 
