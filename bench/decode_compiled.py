@@ -41,7 +41,8 @@ def compile_decode(config: Config, mesh: Mesh, slots: int) -> Step:
     weights = jax.eval_shape(lambda p: serving_params(model, p, dtype), params)
     state = jax.eval_shape(lambda: new_slots(model, slots, model.seq_len, dtype))
     weights, state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), (weights, state))
-    lowered = decode_chunk.lower(model, weights, state, slots, model.seq_len, DECODE_STEPS, model.seq_len)
+    most = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=place)
+    lowered = decode_chunk.lower(model, weights, state, most, slots, model.seq_len, DECODE_STEPS, model.seq_len)
     return compile_program(lowered, mesh, {"weights": weights, "cache": state})
 
 

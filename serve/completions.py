@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import hashlib
 import math
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 from pydantic import BaseModel
@@ -18,6 +20,7 @@ from jaxchat.tokenizer import Tokenizer
 from . import schemas
 from .schemas import ApiError, ChatRequest, CompletionRequest, Sampling, bad_request
 from .service import Call, Service, as_api_error, check_fits, check_length
+from .worker import Group
 
 MAX_SCORING = 64  # requests that are scored or wait for it
 SCORED_AT_ONCE = 8  # prompts; running answers go on between two such batches
@@ -46,6 +49,11 @@ class Completion(Call):
         """Return fields of the engine's `Request`, with `serve.max_tokens` tokens at most."""
         body, limits = self.body, self.service.limits
         asked = limits.max_tokens if max_tokens is None or max_tokens < 0 else max_tokens
+        if (body.min_tokens or 0) > asked:
+            raise bad_request("min_tokens", f"{body.min_tokens} is more than max_tokens, {asked}")
+        bias, stop = {int(token): value for token, value in (body.logit_bias or {}).items()}, body.stop_token_ids or []
+        check_ids(self.engine.tokenizer, list(bias), "logit_bias")
+        check_ids(self.engine.tokenizer, stop, "stop_token_ids")
         return {
             "max_tokens": min(asked, limits.max_tokens),
             "temperature": limits.temperature if body.temperature is None else body.temperature,
@@ -53,10 +61,27 @@ class Completion(Call):
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "min_p": body.min_p or 0.0,
             "repetition_penalty": body.repetition_penalty or 1.0,
+            "frequency_penalty": body.frequency_penalty or 0.0,
+            "presence_penalty": body.presence_penalty or 0.0,
+            "logit_bias": bias,
+            "min_tokens": body.min_tokens or 0,
             "seed": body.seed,
             "stop_texts": tuple(filter(None, [body.stop] if isinstance(body.stop, str) else body.stop or ())),
+            "stop": (*(() if body.ignore_eos else self.engine.ends), *stop),
             "client": self.client,
-        } | ({"stop": ()} if body.ignore_eos else {})
+        }
+
+    async def submit(self, groups: Sequence[Group]) -> None:
+        """Queue the answers, with the constraint that the request asks for. A new one is prepared beside the engine."""
+        if wanted := self.body.constraint():
+            field, kind, value = wanted
+            try:
+                async with self.service.constraints:
+                    constraint = await asyncio.to_thread(self.engine.constraint, **{kind: value})
+            except UsageError as error:
+                raise ApiError(400, str(error), field) from None
+            groups = [(replace(request, constraint=constraint), seeds) for request, seeds in groups]
+        await super().submit(groups)
 
     def seeds(self) -> list[int | None]:
         """Return a seed for each answer to a prompt. The first is the given one, whatever n is."""
@@ -211,7 +236,7 @@ class TextCall(Completion):
         if self.body.max_tokens == 0:
             self.prompt_tokens = sum(map(len, self.prompts))
             return
-        settings = {"stop": self.engine.ends, **self.settings(self.body.max_tokens)}
+        settings = self.settings(self.body.max_tokens)
         if scores and self.body.max_tokens == 1:
             settings["stop"] = ()  # lm-eval scores a text with one token more, which must come, whatever it is
         settings |= {"logprobs": self.body.logprobs, "tools": False}

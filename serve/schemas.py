@@ -66,16 +66,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
     "n_predict": (-1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": (),
-    "min_tokens": (0,),
-    "stop_token_ids": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
 }
 NO_CALLS = "this model calls no functions and answers in text; leave it out, or set it to auto or none"
 NOT_STORED = "no answer is stored here; send the whole conversation"
@@ -95,6 +85,7 @@ def not_zero(tokens: int) -> int:
 
 StopText = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
+TokenText = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -133,6 +124,9 @@ class ChatMessage(Input):
     function_call: dict[str, Any] | None = None
 
 
+JSON_OBJECT = {"type": "object"}
+
+
 class StreamOptions(Input):
     include_usage: bool = False
 
@@ -156,14 +150,17 @@ class ResponseFormat(Input):
 
 
 class StructuredOutputs(Input):
-    """What an answer must be, in vLLM's form: exactly one of these."""
+    """What an answer must be, in vLLM's form: one of the first four. The others change it and are not supported."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    json_: dict[str, Any] | bool | str | None = Field(None, alias="json", description="a JSON Schema")
+    json_: dict[str, Any] | str | None = Field(None, alias="json", description="a JSON Schema")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = Field(None, min_length=1)
+    choice: list[str] | None = None
+    grammar: None = None
+    structural_tag: None = None
+    whitespace_pattern: None = None
+    disable_any_whitespace: Literal[False] | None = None
+    disable_additional_properties: Literal[False] | None = None
 
 
 class Sampling(Input):
@@ -177,7 +174,7 @@ class Sampling(Input):
     repetition_penalty: float | None = Field(None, gt=0, le=10, description="of tokens in prompt and answer")
     frequency_penalty: Penalty | None = Field(None, description="taken from a token's logit each time it was generated")
     presence_penalty: Penalty | None = Field(None, description="taken from the logit of each token generated before")
-    logit_bias: dict[str, Bias] | None = Field(
+    logit_bias: dict[TokenText, Bias] | None = Field(
         None, max_length=MAX_BIASES, description="added to the logits of token ids; -100 bans a token"
     )
     min_tokens: int | None = Field(None, ge=0, description="no end and no stop before")
@@ -186,7 +183,7 @@ class Sampling(Input):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = Field(None, description="older name of structured_outputs.json")
     guided_regex: str | None = None
-    guided_choice: list[str] | None = Field(None, min_length=1)
+    guided_choice: list[str] | None = None
     skip_special_tokens: Literal[True] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
@@ -205,6 +202,30 @@ class Sampling(Input):
             if data.get("stream_options") is not None and not data.get("stream"):
                 raise ValueError("stream_options: only where stream is true")
         return data
+
+    @model_validator(mode="after")
+    def _check_constraint(self) -> Sampling:
+        self.constraint()
+        return self
+
+    def constraint(self) -> tuple[str, str, Any] | None:
+        """Return (field, kind, value) of what the answer must be; kind and value as `Engine.constraint` takes them."""
+        format = self.response_format or ResponseFormat(type="text")
+        other = self.structured_outputs or StructuredOutputs(json=None)
+        wanted = [
+            ("response_format", "json", JSON_OBJECT if format.type == "json_object" else None),
+            ("response_format", "json", format.json_schema and format.json_schema.schema_),
+            ("structured_outputs", "json", JSON_OBJECT if other.json_object else other.json_),
+            ("structured_outputs", "regex", other.regex),
+            ("structured_outputs", "choice", other.choice),
+            ("guided_json", "json", self.guided_json),
+            ("guided_regex", "regex", self.guided_regex),
+            ("guided_choice", "choice", self.guided_choice),
+        ]
+        given = [one for one in wanted if one[2] is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[1][0]}: an answer can have one constraint, and {given[0][0]} gives one already")
+        return given[0] if given else None
 
 
 class ChatRequest(Sampling):
@@ -310,10 +331,10 @@ class DetokenizeRequest(Input):
 
 
 REQUESTS = (
-    TextPart, ChatMessage, StreamOptions, ChatRequest, CompletionRequest, TextConfig, ResponsesRequest, TokenizeRequest,
-    DetokenizeRequest,
+    TextPart, ChatMessage, StreamOptions, JsonSchema, ResponseFormat, StructuredOutputs, ChatRequest, CompletionRequest,
+    TextConfig, ResponsesRequest, TokenizeRequest, DetokenizeRequest,
 )  # fmt: skip
-FIELDS = {name for model in REQUESTS for name in model.model_fields}
+FIELDS = {field.alias or name for model in REQUESTS for name, field in model.model_fields.items()}
 
 
 class Usage(BaseModel):

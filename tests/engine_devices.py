@@ -11,24 +11,26 @@ from jaxchat import model as gpt
 from jaxchat.config import MeshConfig
 from jaxchat.engine import Engine, Request
 from jaxchat.engine import device as programs
+from jaxchat.engine.constraint import Constraint
 from jaxchat.engine.device import decode_chunk
 from jaxchat.sharding import make_mesh
 
 programs.PROMPT_CHUNK = programs.MIN_CACHE_BUCKET = 32
 
 
-def requests(count: int) -> list[Request]:
+def requests(count: int, constraint: Constraint) -> list[Request]:
     rng, made = random.Random(1), []
     for i in range(count):
         length = rng.choice([1, 5, 20, 33, 70, CAPACITY])
         drawn = {"temperature": rng.choice([0.0, 1.2]), "seed": i, "repetition_penalty": rng.choice([1.0, 1.4])}
+        drawn |= {"frequency_penalty": rng.choice([0.0, 0.6]), "constraint": rng.choice([None, None, constraint])}
         made.append(Request([rng.randrange(270) for _ in range(length)], max_tokens=rng.randint(1, 12), **drawn))
     return made
 
 
 def everything(engine: Engine) -> list[list[int]]:
     """Tokens of many requests: short and long ones, groups, a conversation that goes on, a calculator call."""
-    asked = requests(14)
+    asked = requests(14, engine.constraint(json={"type": "object"}))
     handles = [engine.submit(request) for request in asked[:5]]
     engine.step()
     handles += engine.submit_group(Request(asked[5].tokens, max_tokens=6, temperature=1.0), [1, 2, 3])
@@ -58,7 +60,7 @@ if __name__ == "__main__":
     spread = Engine(CONFIG, params, tokenizer(), slots=8, mesh=make_mesh(MeshConfig()))
     p = spread.programs
     static = {"rows": 2, "bucket": 32, "steps": 8, "capacity": CAPACITY}
-    chunk, arguments, _ = p._ready(decode_chunk, (p.state,), static)
+    chunk, arguments, _ = p._ready(decode_chunk, (p.state, np.full(4, 8, np.int32)), static)
     print(
         json.dumps(
             {

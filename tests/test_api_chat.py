@@ -299,3 +299,76 @@ def test_the_pieces_of_a_chunk_leave_in_one_block(service):
     """One write for what one chunk of the engine brought: tokens cost no write each."""
     chunks = events(service, ignore_eos=True, max_tokens=40, temperature=2.0, seed=1)
     assert len(chunks) <= 2 + 10 + 2  # 40 tokens, 4 a chunk; here and there one waits for the rest of its character
+
+
+PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 4}, "age": {"enum": [7, 42]}},
+          "required": ["name", "age"], "additionalProperties": False}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON, "strict": True}}},
+        {"structured_outputs": {"json": PERSON, "regex": None, "disable_fallback": True}},
+        {"guided_json": json.dumps(PERSON)},
+    ],
+)
+def test_an_answer_of_a_schema(service, form):
+    for seed in range(3):
+        (choice,) = post(service, temperature=1.0, seed=seed, **form).json()["choices"]
+        assert choice["finish_reason"] == "stop"
+        person = json.loads(choice["message"]["content"])
+        assert set(person) == {"name", "age"} and len(person["name"]) <= 4 and person["age"] in (7, 42)
+    pieces = [c["choices"][0]["delta"].get("content", "") for c in events(service, temperature=1.0, seed=2, **form)]
+    assert "".join(pieces) == choice["message"]["content"]
+
+
+def test_choices_and_patterns(service):
+    answer = post(service, structured_outputs={"choice": ["네", "아니오"]}, n=3, temperature=2.0).json()
+    assert {choice["message"]["content"] for choice in answer["choices"]} <= {"네", "아니오"}
+    assert post(service, guided_regex="[0-9]{4}").json()["choices"][0]["message"]["content"].isdigit()
+    assert post(service, response_format={"type": "json_object"}).json()["choices"][0]["message"]["content"][0] == "{"
+    assert post(service, response_format={"type": "text"}).json()["choices"][0]["message"]["content"] == HELLO
+
+
+def test_a_constraint_turns_the_calculator_off(service):
+    answer = post(service, messages=QUESTION, structured_outputs={"choice": ["forty-two"]}).json()
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "forty-two", "refusal": None}
+
+
+@pytest.mark.parametrize(
+    ("param", "body"),
+    [
+        ("response_format", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "tuple"}}}}),
+        ("response_format", {"response_format": {"type": "json_schema"}}),
+        ("response_format", {"response_format": {"type": "xml"}}),
+        ("structured_outputs", {"structured_outputs": {"regex": "("}}),
+        ("structured_outputs", {"structured_outputs": {"grammar": "root ::= x"}}),
+        ("guided_choice", {"guided_choice": ["a"], "response_format": {"type": "json_object"}}),
+        ("guided_choice", {"guided_choice": []}),
+        ("logit_bias", {"logit_bias": {"99999": 1}}), ("logit_bias", {"logit_bias": {"x": 1}}),
+        ("logit_bias", {"logit_bias": {"5": 101}}), ("logit_bias", {"logit_bias": {str(i): 1 for i in range(301)}}),
+        ("frequency_penalty", {"frequency_penalty": 2.1}), ("presence_penalty", {"presence_penalty": -3}),
+        ("min_tokens", {"min_tokens": 20, "max_tokens": 10}), ("min_tokens", {"min_tokens": -1}),
+        ("stop_token_ids", {"stop_token_ids": [10**6]}), ("stop_token_ids", {"stop_token_ids": ["a"]}),
+    ],
+)  # fmt: skip
+def test_wrong_constraints_and_penalties(service, param, body):
+    for stream in (False, True):
+        response = post(service, stream=stream, **body)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["param"].split(".")[0].split("[")[0] == param
+
+
+def test_penalties_bias_and_stops_are_applied(service):
+    def text(**body):
+        (choice,) = post(service, **body).json()["choices"]
+        return choice["message"]["content"]
+
+    ids = tokenizer().encode(HELLO)
+    assert text(temperature=3.0, top_p=0, seed=1) == HELLO
+    assert text(logit_bias={str(ids[0]): -100}) != HELLO and "H" not in text(logit_bias={str(ids[0]): -100})
+    assert text(stop_token_ids=[ids[1]]) == "H"
+    assert text(frequency_penalty=2.0, presence_penalty=2, logit_bias={str(ids[0]): 20}) != HELLO
+    ended, held = (post(service, **body).json() for body in ({}, {"min_tokens": 40, "max_tokens": 60}))
+    assert ended["usage"]["completion_tokens"] < 40 <= held["usage"]["completion_tokens"]

@@ -81,12 +81,13 @@ def fresh(recipe, slots=4):
 def set_status(slots, slot, status, forced=()):
     queue = np.full((1, engine.FORCED + 1), engine.NO_TOKEN, np.int32)
     queue[0, : len(forced)] = forced
-    return engine.set_status(slots, np.array([slot]), np.array([status], np.int32), queue)
+    allowed = np.full((1, engine.words(V)), engine.ALL, np.uint32)
+    return engine.set_status(slots, np.array([slot]), np.array([status], np.int32), queue, allowed)
 
 
 def chunk(recipe, slots, rows=4, bucket=CAPACITY, steps=8):
     config, _, serving = model(recipe)
-    slots, made = engine.decode_chunk(config, serving, slots, rows, bucket, steps, CAPACITY)
+    slots, made = engine.decode_chunk(config, serving, slots, np.array([steps]), rows, bucket, steps, CAPACITY)
     return slots, np.asarray(made[0]), np.asarray(made[1])
 
 

@@ -44,6 +44,11 @@ def shared():
     return engine()
 
 
+@functools.cache
+def constraints():
+    return [shared().constraint(json={"type": "object"}), shared().constraint(choice=["yes", "아니오"])]
+
+
 def random_requests(count, seed=0, **fixed):
     rng = random.Random(seed)
     return [
@@ -54,6 +59,9 @@ def random_requests(count, seed=0, **fixed):
                 "top_k": rng.choice([0, 1, 20, 500]), "top_p": rng.choice([1.0, 0.9, 0.3]), "seed": rng.getrandbits(33),
                 "stop": tuple(rng.sample(range(280), rng.randint(0, 4))), "tools": rng.random() < 0.5,
                 "min_p": rng.choice([0.0, 0.1]), "repetition_penalty": rng.choice([1.0, 1.0, 1.5]),
+                "frequency_penalty": rng.choice([0.0, 0.0, 0.7]), "presence_penalty": rng.choice([0.0, 0.0, -1.5, 1.0]),
+                "logit_bias": rng.choice([{}, {}, {7: 3.5, 60: -100}]), "min_tokens": rng.choice([0, 0, 4]),
+                "constraint": rng.choice([None, None, None, *constraints()]),
                 "logprobs": rng.choice([None, None, 0, 20]), "stop_texts": rng.choice([(), ("a",), ("the", "no")]),
             } | fixed),
         )
@@ -195,7 +203,7 @@ def test_limits_and_reasons():
     with pytest.raises(UsageError, match="max_tokens"):
         shared().submit(Request([1], max_tokens=0))
     with pytest.raises(UsageError, match="stop"):
-        shared().submit(Request([1], stop=(1, 2, 3, 4, 5)))
+        shared().submit(Request([1], stop=tuple(range(17))))
 
 
 def test_a_stop_id_ends_the_answer_and_is_not_part_of_it():
@@ -372,7 +380,7 @@ def test_a_single_answer_runs_beside_an_idle_row_where_that_is_faster(monkeypatc
     monkeypatch.setitem(programs.LEAST_ROWS, "cpu", 2)
     own, rows = engine(slots=4), []
     decode = own.programs.decode
-    own.programs.decode = lambda count, bucket: rows.append(count) or decode(count, bucket)
+    own.programs.decode = lambda count, *more: rows.append(count) or decode(count, *more)
     compiled = [static["rows"] for function, _, static in own.programs._calls() if function is decode_chunk]
     assert sorted(set(compiled)) == [2, 4]
     assert own.generate([Request([1, 2, 3], max_tokens=9, seed=1, temperature=1.0)])[0].tokens == alone

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from jaxchat.attention import choose_backend, with_attention
 from jaxchat.config import ModelConfig
 from jaxchat.data.shards import cores
-from jaxchat.engine.request import FORCED, NO_TOKEN, Token
+from jaxchat.engine.request import EVERY_TOKEN, FORCED, MAX_STOP_IDS, NO_TOKEN, Token
 from jaxchat.kv_cache import Cache, append, new_cache, serving_params
 from jaxchat.model import LayerOptions, Params, embed, hidden, logits
 from jaxchat.sharding import BATCH_AXES, replicated
@@ -37,9 +37,11 @@ from jaxchat.sharding import BATCH_AXES, replicated
 # The state of the slots
 
 IDLE, RUNNING, PAUSED, STOPPED, FULL = range(5)  # status of a slot; STOPPED by a stop id, FULL by a limit
-MAX_STOP_IDS = 4
 TOP = 20  # alternatives that are reported
 VOCABULARY = -1  # stands for an axis of the vocabulary's size
+VOCABULARY_BITS = -2  # and this for one of `words` with a bit for each id
+ALL = 2**32 - 1  # a word of 32 allowed ids
+BANNED = -1e9  # logit of a token that comes only where a grammar allows no other; finite, so that sums stay numbers
 # What a slot holds beside keys and values, and what a request brings to it: (dtype, further axes, blank value). A new
 # setting is an entry here, its value in `Scheduler._start_rows`, and its use in `adjust_logits`, `sample` or `_step`.
 ROW: dict[str, tuple[Any, tuple[int, ...], float]] = {
@@ -51,11 +53,17 @@ ROW: dict[str, tuple[Any, tuple[int, ...], float]] = {
     "top_k": (np.int32, (), 0),  # 0: off
     "top_p": (np.float32, (), 1.0),  # 1: off
     "min_p": (np.float32, (), 0.0),  # 0: off
-    "repetition_penalty": (np.float32, (), 1.0),  # of the ids in `seen`; 1: off
-    "seen": (np.bool_, (VOCABULARY,), False),  # ids of the sequence; kept where that penalty needs them
+    "adjusts": (np.bool_, (), False),  # whether any of the settings down to `allowed` changes logits
+    "repetition_penalty": (np.float32, (), 1.0),  # of ids in prompt and answer; 1: off
+    "frequency_penalty": (np.float32, (), 0.0),  # of ids in the answer, each time; 0: off
+    "presence_penalty": (np.float32, (), 0.0),  # of ids in the answer, once; 0: off
+    "uses": (np.int32, (VOCABULARY,), 0),  # twice an id's number in the answer, plus 1 where the prompt has it
+    "bias": (np.float32, (VOCABULARY,), 0.0),
+    "least": (np.int32, (), 0),  # tokens that must still be made before a stop id
+    "allowed": (np.uint32, (VOCABULARY_BITS,), ALL),  # one bit for each id
     "report": (np.bool_, (), False),  # whether log-probabilities are wanted
     "stop": (np.int32, (MAX_STOP_IDS,), NO_TOKEN),
-    "pause": (np.int32, (), NO_TOKEN),  # id at which the row waits for the host
+    "pause": (np.int32, (), NO_TOKEN),  # id at which the row waits for the host, or EVERY_TOKEN
     "forced": (np.int32, (FORCED + 1,), NO_TOKEN),  # tokens that replace sampled ones, NO_TOKEN at the end
     "forced_next": (np.int32, (), 0),  # place of the next one
 }
@@ -71,10 +79,16 @@ class Slots:
     rows: Rows
 
 
+def words(vocab_size: int) -> int:
+    """Return how many words of 32 bits have one bit for each id."""
+    return -(-vocab_size // 32)
+
+
 def blank_rows(count: int, vocab_size: int, full: Callable[..., Any] = np.full) -> Rows:
     """Return idle rows: greedy, without stop or pause. Host arrays to fill in, or what `full` makes."""
+    sizes = {VOCABULARY: vocab_size, VOCABULARY_BITS: words(vocab_size)}
     return {
-        name: full((count, *(vocab_size if n == VOCABULARY else n for n in axes)), value, dtype)
+        name: full((count, *(sizes.get(n, n) for n in axes)), value, dtype)
         for name, (dtype, axes, value) in ROW.items()
     }
 
@@ -139,9 +153,10 @@ def admit(
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
-def set_status(slots: Slots, slot: jax.Array, status: jax.Array, forced: jax.Array) -> Slots:
-    """Set the status (G,) of slots (G,), and the tokens (G, F + 1) that are forced next. Their caches stay."""
-    new = {"status": status, "forced": forced, "forced_next": jnp.zeros_like(status)}
+def set_status(slots: Slots, slot: jax.Array, status: jax.Array, forced: jax.Array, allowed: jax.Array) -> Slots:
+    """Set the status (G,) of slots (G,), the tokens (G, F + 1) that are forced next and the bits of those that are
+    allowed. Their caches stay."""
+    new = {"status": status, "forced": forced, "forced_next": jnp.zeros_like(status), "allowed": allowed}
     rows = {name: slots.rows[name].at[slot].set(value, mode="drop") for name, value in new.items()}
     return replace(slots, rows=slots.rows | rows)
 
@@ -159,9 +174,16 @@ def swap(slots: Slots, pair: jax.Array) -> Slots:
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "bucket", "steps", "capacity"), donate_argnames="slots")
 def decode_chunk(
-    config: ModelConfig, params: Params, slots: Slots, rows: int, bucket: int, steps: int, capacity: int
+    config: ModelConfig,
+    params: Params,
+    slots: Slots,
+    most: jax.Array,
+    rows: int,
+    bucket: int,
+    steps: int,
+    capacity: int,
 ) -> tuple[Slots, tuple[jax.Array, ...]]:
-    """Run `steps` decoding steps of the first `rows` slots, on a CPU fewer where none runs any more.
+    """Run `steps` decoding steps of the first `rows` slots, on a CPU `most` (G,) and fewer where none runs any more.
 
     A row that stops, pauses or is full makes no more tokens and writes nothing. The rows' part of the cache is cut
     out once per chunk, so every step reads only the live bucket.
@@ -179,10 +201,12 @@ def decode_chunk(
     def going(state: Any) -> jax.Array:
         i, part, _ = state
         # this condition would stall a GPU at every step
-        any_runs = jax.lax.platform_dependent(
-            part.rows["status"], cpu=lambda status: jnp.any(status == RUNNING), default=lambda status: jnp.bool_(True)
+        goes_on = jax.lax.platform_dependent(
+            part.rows["status"],
+            cpu=lambda status: jnp.any(status == RUNNING) & (i < most[0]),
+            default=lambda status: jnp.bool_(True),
         )
-        return (i < steps) & any_runs
+        return (i < steps) & goes_on
 
     def step(state: Any) -> Any:
         i, part, made = state
@@ -212,23 +236,29 @@ def _step(config: ModelConfig, params: Params, slots: Slots, capacity: int) -> t
     r, running = slots.rows, slots.rows["status"] == RUNNING
     x, cache = append(config, params, r["token"][:, None], running.astype(jnp.int32), slots.cache)
     z = logits(config, params, x[:, 0])
-    seen, adjusted = adjust_logits(z, r, running)
+    adjusts = running & r["adjusts"]
+    adjusted = jax.lax.platform_dependent(  # a condition would stall a GPU
+        cpu=lambda: jax.lax.cond(jnp.any(adjusts), lambda: adjust_logits(z, r), lambda: z),
+        default=lambda: adjust_logits(z, r),
+    )
     sampled = sample(adjusted, r, cache.length)
     queued = jnp.take_along_axis(r["forced"], r["forced_next"][:, None], axis=1)[:, 0]
     forcing = running & (queued != NO_TOKEN)
     token = jnp.where(forcing, queued, sampled)
     remaining = r["remaining"] - running
-    status = jnp.where(~forcing & (token == r["pause"]), PAUSED, RUNNING)
+    pausing = (token == r["pause"]) | (r["pause"] == EVERY_TOKEN)
+    status = jnp.where(~forcing & pausing, PAUSED, RUNNING)
     status = jnp.where((remaining <= 0) | (cache.length >= capacity), FULL, status)
     status = jnp.where(~forcing & (token[:, None] == r["stop"]).any(axis=1), STOPPED, status)
+    R = len(token)
     rows = r | {
         "token": jnp.where(running, token, r["token"]),
         "status": jnp.where(running, status, r["status"]),
         "remaining": remaining,
-        "seen": seen,
+        "uses": r["uses"].at[jnp.where(adjusts, jnp.arange(R), R), token].add(2, mode="drop"),
+        "least": r["least"] - running,
         "forced_next": r["forced_next"] + forcing,
     }
-    R = len(token)
     report = jax.lax.cond(
         jnp.any(running & r["report"]),
         lambda: log_probabilities(z, token),
@@ -237,14 +267,19 @@ def _step(config: ModelConfig, params: Params, slots: Slots, capacity: int) -> t
     return Slots(cache, rows), (jnp.where(running, token, NO_TOKEN), *report)
 
 
-def adjust_logits(z: jax.Array, rows: Rows, running: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return (`seen` with the rows' newest tokens, logits z (R, V) as the rows' settings change them)."""
-    penalty = rows["repetition_penalty"][:, None]
-    penalized = running & (penalty[:, 0] != 1)
-    places = jnp.where(penalized, jnp.arange(len(z)), len(z))
-    seen = rows["seen"].at[places, rows["token"]].set(True, mode="drop")
-    lower = jnp.where(z > 0, z / penalty, z * penalty)
-    return seen, jnp.where(seen & penalized[:, None], lower, z)
+def adjust_logits(z: jax.Array, rows: Rows) -> jax.Array:
+    """Return logits z (R, V) with penalties, then bias, then without stop ids that come too early and ids that a
+    grammar does not allow."""
+    settings = {name: rows[name][:, None] for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")}
+    uses, repetition = rows["uses"], settings["repetition_penalty"]
+    z = jnp.where(uses > 0, jnp.where(z > 0, z / repetition, z * repetition), z)
+    z -= settings["frequency_penalty"] * (uses >> 1) + settings["presence_penalty"] * (uses > 1)
+    z += rows["bias"]
+    R, V = z.shape
+    early = jnp.where((rows["stop"] != NO_TOKEN) & (rows["least"][:, None] > 0), rows["stop"], V)
+    z = z.at[jnp.arange(R)[:, None], early].set(BANNED, mode="drop")
+    bits = rows["allowed"][:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    return jnp.where(bits.reshape(R, -1)[:, :V] > 0, z, -jnp.inf)
 
 
 def log_probabilities(z: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -430,6 +465,7 @@ class Programs:
         self.prompt_buckets = buckets(MIN_PROMPT_BUCKET, self.prompt_chunk)
         self.cache_buckets = buckets(MIN_CACHE_BUCKET, capacity)
         self.text_buckets = buckets(SCORED, -(-capacity // SCORED) * SCORED, 4)
+        self.short_chunks = jax.default_backend() == "cpu"  # whether a chunk may end early
         self.params: Any = None  # from `load`
         self._compiling: dict[Any, Future[None]] = {}  # programs of a background warm-up
         self._place = NamedSharding(self.mesh, ROWS) if self.mesh else None  # of rows
@@ -459,17 +495,18 @@ class Programs:
         """Replace the state by what the program makes of it."""
         self.state = self.run(function, self.state, *arguments)
 
-    def decode(self, rows: int, bucket: int) -> tuple[jax.Array, ...]:
+    def decode(self, rows: int, bucket: int, most: int) -> tuple[jax.Array, ...]:
         """Run a chunk of the first `rows` slots of every device; the outputs have the first device's rows first."""
         static = {"rows": rows, "bucket": bucket, "steps": self.chunk, "capacity": self.capacity}
-        self.state, made = self.run(decode_chunk, self.state, **static)
+        self.state, made = self.run(decode_chunk, self.state, np.full(self.devices, most, np.int32), **static)
         return made
 
-    def set_status(self, slot: int, status: int, forced: Sequence[int] = ()) -> None:
-        """Set a slot's status and the tokens that are forced next."""
+    def set_status(self, slot: int, status: int, forced: Sequence[int] = (), allowed: np.ndarray | None = None) -> None:
+        """Set a slot's status, the tokens that are forced next, and the bits of those that are allowed (None: all)."""
         queue = np.full((self.devices, FORCED + 1), NO_TOKEN, np.int32)
         queue[:, : len(forced)] = forced
-        self.update(set_status, self.only(slot), np.full(self.devices, status, np.int32), queue)
+        bits = np.full((self.devices, words(self.config.vocab_size)), ALL if allowed is None else allowed, np.uint32)
+        self.update(set_status, self.only(slot), np.full(self.devices, status, np.int32), queue, bits)
 
     def only(self, slot: int) -> np.ndarray:
         """Return the number of a slot on its device, and on the others one that is no slot; (devices,) int32."""
@@ -521,7 +558,7 @@ class Programs:
         for count in reversed(buckets(self.least_rows, self.slots)):
             for bucket in self.cache_buckets:
                 static = {"rows": count, "bucket": bucket, "steps": self.chunk, "capacity": self.capacity}
-                yield decode_chunk, (slots,), static
+                yield decode_chunk, (slots, zeros), static
         for bucket in reversed(self.prompt_buckets):
             for size in {D, D * self.group} if self.group else ():
                 numbers, rows = np.zeros(size, np.int32), blank_rows(size, self.config.vocab_size)
@@ -530,7 +567,8 @@ class Programs:
         for length in self.text_buckets:
             yield score_tokens, (np.zeros((1, length), np.int32),), {}
         yield start, (slots, cache, slot, blank_rows(D, self.config.vocab_size)), {}
-        yield set_status, (slots, slot, zeros, np.zeros((D, FORCED + 1), np.int32)), {}
+        queue, bits = np.zeros((D, FORCED + 1), np.int32), np.zeros((D, words(self.config.vocab_size)), np.uint32)
+        yield set_status, (slots, slot, zeros, queue, bits), {}
         yield swap, (slots, np.stack([slot, slot], axis=1)), {}
 
     def _is_first(self, function: Any, arguments: tuple[Any, ...], static: dict[str, int]) -> bool:

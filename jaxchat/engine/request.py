@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from jaxchat.errors import JaxchatError
 from jaxchat.tokenizer import OUTPUT_END, OUTPUT_START, PYTHON_END, PYTHON_START, Tokenizer
 from jaxchat.tools.calculator import calculate
 
+if TYPE_CHECKING:
+    from jaxchat.engine.constraint import Constraint
+
 FORCED = 64  # tokens that a tool's result may have, its two marks included
 NO_TOKEN = -1
+EVERY_TOKEN = -2  # stands for any id
+MAX_STOP_IDS = 16
 TOOL_ERROR = "error"  # the output of a call that the calculator refuses
 
 
@@ -39,9 +44,14 @@ class Request:
     min_p: float = 0.0  # share of the likeliest token's probability that another one must have; 0: off
     # divides the positive logits of all ids in prompt and answer, multiplies the negative ones (CTRL, 1909.05858)
     repetition_penalty: float = 1.0  # 1: off
+    frequency_penalty: float = 0.0  # taken from an id's logit for each time that the answer has it already
+    presence_penalty: float = 0.0  # taken once from the logits of all ids in the answer
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of ids; at most -100: banned
     seed: int | None = None  # None: a fresh random one
     stop: tuple[int, ...] = ()  # ids that end the answer and are not part of it
     stop_texts: tuple[str, ...] = ()  # the answer ends before the first of them in its text
+    min_tokens: int = 0  # before which no stop id comes and no stop text counts
+    constraint: Constraint | None = None  # from `Engine.constraint`; then there are no tools
     tools: bool = True  # whether calculator calls are answered
     logprobs: int | None = None  # report log-probabilities with 0 to 20 alternatives; None: none
     client: str = ""  # waiting clients take turns
@@ -72,11 +82,11 @@ class Event:
 class Turn:
     """An answer. `add` takes every id in order and returns the events that it completes.
 
-    The answer ends before the first of `stop_texts` in its text; then `stopped` is true, and nothing more may be added.
-    Text that may be the beginning of a stop text is held back.
+    The answer ends before the first of `stop_texts` in its text behind the first `min_tokens` tokens; then `stopped` is
+    true, and nothing more may be added. Text that may be the beginning of a stop text is held back.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_texts: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop_texts: Sequence[str] = (), min_tokens: int = 0):
         special = tokenizer.special
         self._tokenizer = tokenizer
         self._special = set(special.values())
@@ -84,7 +94,7 @@ class Turn:
         self._closes = {special[PYTHON_END]: "python", special[OUTPUT_END]: "python_output"}
         self._kind = "text"
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stops = tuple(text for text in stop_texts if text)
+        self._stops, self._min_tokens = tuple(text for text in stop_texts if text), min_tokens
         self._held_back = ""
         self._to_force = 0  # ids of a tool's output that are still to come
         self._unshown: list[tuple[Token, int]] = []  # with the number of characters before each
@@ -144,7 +154,7 @@ class Turn:
 
     def _show(self, text: str, final: bool = False) -> list[Event]:
         self._chars += len(text)
-        if self._stops and self._kind == "text":
+        if self._stops and self._kind == "text" and len(self.tokens) > self._min_tokens:
             text = self._before_stop(self._held_back + text, final)
         if not text:
             return []
@@ -181,9 +191,10 @@ class Handle(Turn):
     """
 
     def __init__(self, request: Request, seed: int, limit: int, tokenizer: Tokenizer, prompt: Any):
-        super().__init__(tokenizer, request.stop_texts)
+        super().__init__(tokenizer, request.stop_texts, request.min_tokens)
         self.request, self.seed, self.limit, self.prompt_tokens = request, seed, limit, len(request.tokens)
         self.prompt = prompt  # None as soon as its prefill is done
+        self.constraint = request.constraint and request.constraint.start()  # at this answer's end
         self.order = 0  # among the waiting requests
         self.slot = -1  # -1: none yet
         self.reused = 0  # prompt tokens from the prefix cache

@@ -7,13 +7,14 @@ drives `submit`, `step` and `cancel` itself (a server).
 from __future__ import annotations
 
 import bisect
+import functools
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from jaxchat.checkpoint import trained_params
 from jaxchat.config import MeshConfig, ModelConfig, ServeConfig, load_config
 from jaxchat.engine import device
 from jaxchat.engine.device import FULL, IDLE, PAUSED, RUNNING, STOPPED, Programs, power_of_two
-from jaxchat.engine.request import NO_TOKEN, Event, Handle, QueueFull, Request, Token
+from jaxchat.engine.request import EVERY_TOKEN, MAX_STOP_IDS, NO_TOKEN, Event, Handle, QueueFull, Request, Token
 from jaxchat.engine.scoring import common_prefix
 from jaxchat.errors import DataError, UsageError
 from jaxchat.kv_cache import Cache, layer_capacity
@@ -36,10 +37,16 @@ from jaxchat.scaling import resolve_model
 from jaxchat.sharding import make_mesh
 from jaxchat.tokenizer import ASSISTANT_END, BOS, PYTHON_END, USER_START, Tokenizer
 
+if TYPE_CHECKING:
+    from jaxchat.engine.constraint import Constraint
+
 WEIGHTS = ("auto", "float32", "bfloat16", "int8")  # `serve.weights`
 LEAST_REUSE = 32  # tokens; a shorter prefix is sooner computed again
 COPY_COST = 4  # of copying a prompt's keys and values into a slot, in prompt tokens
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # go from a request to its row
+# go from a request to its row
+SETTINGS = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"
+)  # fmt: skip
 MAX_PREFILLS = 4  # chunked prefills at once; each holds the keys and values of a whole slot
 
 
@@ -275,18 +282,25 @@ class Scheduler:
         rows = device.blank_rows(count, self.programs.config.vocab_size)
         for i, handle in handles.items():
             r = handle.request
-            row = {
+            penalties = r.repetition_penalty != 1 or r.frequency_penalty or r.presence_penalty
+            row = {name: getattr(r, name) for name in SETTINGS} | {
                 "status": RUNNING,
                 "token": r.tokens[-1],
                 "remaining": handle.limit,
                 "seed": handle.seed,
+                "adjusts": bool(penalties or r.logit_bias or r.min_tokens or handle.constraint),
+                "least": r.min_tokens,
                 "report": r.logprobs is not None,
-                "pause": self.pause if r.tools else NO_TOKEN,
+                "pause": EVERY_TOKEN if handle.constraint else self.pause if r.tools else NO_TOKEN,
             }
-            row |= {name: getattr(r, name) for name in SETTINGS}
+            row["temperature"] *= r.top_p > 0
             for name, value in row.items():
                 rows[name][i] = value
-            rows["seen"][i, r.tokens] = r.repetition_penalty != 1
+            rows["uses"][i, r.tokens] = 1
+            for token, bias in r.logit_bias.items():
+                rows["bias"][i, token] = bias if bias > -100 else device.BANNED
+            if handle.constraint:
+                rows["allowed"][i] = handle.constraint.allowed()
             rows["stop"][i, : len(r.stop)] = r.stop
         return rows
 
@@ -340,8 +354,8 @@ class Engine:
         self.programs = Programs(config, slots, self.capacity, chunk, self.dtype, mesh)
         self.scheduler = Scheduler(self.programs, tokenizer.special[PYTHON_END], reuse)
         self.load(params)
-        # chunks that are being computed, and whose rows they are
-        self._dispatched = deque[tuple[tuple[jax.Array, ...], dict[int, Handle]]]()
+        # chunks that are being computed, whose rows they are, and their steps
+        self._dispatched = deque[tuple[tuple[jax.Array, ...], dict[int, Handle], int]]()
         self.least_rows = 1  # of a chunk; a batch job raises it, since idle rows cost less than compiling for fewer
 
     @classmethod
@@ -383,6 +397,22 @@ class Engine:
         defaults: dict[str, Any] = {"stop": self.ends, "tools": False}
         return Request(tokens, **defaults | settings)
 
+    def constraint(self, **what: Any) -> Constraint:
+        """Return a request's `constraint`: `json` (a JSON Schema), `regex` or `choice` (texts). From any thread.
+
+        `UsageError` for one that is wrong or too large.
+        """
+        from jaxchat.engine.constraint import constrain  # the library is loaded where it is used
+
+        ((kind, value),) = what.items()
+        return constrain(self._vocabulary, kind, value)
+
+    @functools.cached_property
+    def _vocabulary(self) -> Any:
+        from jaxchat.engine.constraint import vocabulary
+
+        return vocabulary(self.tokenizer, self.ends, self.config.vocab_size)
+
     def submit(self, request: Request) -> Handle:
         """Queue a request; `UsageError` for one that cannot run, `QueueFull` where too many wait."""
         return self.submit_group(request, [request.seed])[0]
@@ -394,8 +424,12 @@ class Engine:
         n = len(request.tokens)
         if not 1 <= n <= self.capacity:
             raise UsageError(f"the prompt has {n} tokens; this model's context holds 1 to {self.capacity}")
-        if len(request.stop) > device.MAX_STOP_IDS:
-            raise UsageError(f"{len(request.stop)} stop ids; at most {device.MAX_STOP_IDS}")
+        if request.constraint:  # it ends where it is complete, whatever the request says
+            request = replace(request, stop=tuple({*request.stop, *self.ends}), tools=False)
+        if len(request.stop) > MAX_STOP_IDS:
+            raise UsageError(f"{len(request.stop)} stop ids; at most {MAX_STOP_IDS}")
+        if wrong := [token for token in request.logit_bias if not 0 <= token < self.tokenizer.vocab_size]:
+            raise UsageError(f"logit_bias: no token {wrong[0]}; ids lie below {self.tokenizer.vocab_size}")
         if request.logprobs is not None and not 0 <= request.logprobs <= device.TOP:
             raise UsageError(f"logprobs: 0 to {device.TOP}, not {request.logprobs}")
         if request.max_tokens is not None and request.max_tokens < 1:
@@ -455,25 +489,29 @@ class Engine:
         self.scheduler.admit()
         decoding, per = self.scheduler.decoding, self.programs.slots
         unfinished = any(h.in_flight + h.made < h.limit for h in decoding)
+        # A constrained row makes one token in a chunk, then waits until the host has read it. Where there are only such
+        # rows the next chunk waits too, and is short; beside other rows short chunks would cost these 5 to 15 %.
+        waiting = all(h.constraint for h in decoding)
+        steps = 1 if waiting and self.programs.short_chunks else self.chunk
         if unfinished:
             rows = self.scheduler.compact(self.least_rows)
-            longest = max(h.prompt_tokens - 1 + h.advanced + h.in_flight + self.chunk for h in decoding)
+            longest = max(h.prompt_tokens - 1 + h.advanced + h.in_flight + steps for h in decoding)
             bucket = next((b for b in self.programs.cache_buckets if b >= longest), self.capacity)
             for handle in decoding:
-                handle.in_flight += self.chunk
+                handle.in_flight += steps
             handles = {h.slot // per * rows + h.slot % per: h for h in decoding}
-            self._dispatched.append((self.programs.decode(rows, bucket), handles))
-        if self._dispatched and (len(self._dispatched) > 1 or not unfinished):  # the next chunk runs meanwhile
+            self._dispatched.append((self.programs.decode(rows, bucket, steps), handles, steps))
+        if self._dispatched and (len(self._dispatched) > 1 or not unfinished or waiting):  # the next one runs meanwhile
             return self._read(*self._dispatched.popleft())
         return []
 
-    def _read(self, made: tuple[jax.Array, ...], handles: dict[int, Handle]) -> list[tuple[Handle, Event]]:
+    def _read(self, made: tuple[jax.Array, ...], handles: dict[int, Handle], steps: int) -> list[tuple[Handle, Event]]:
         """Wait for a chunk and add its tokens to the answers; return the events that they complete."""
         wanted = any(handle.request.logprobs is not None for handle in handles.values())
         tokens, statuses, *reports = (np.asarray(a) for a in (made if wanted else made[:2]))
         events: list[tuple[Handle, Event]] = []
         for row, handle in handles.items():
-            handle.in_flight -= self.chunk
+            handle.in_flight -= steps
             own, status = tokens[row][tokens[row] != NO_TOKEN].tolist(), statuses[row]
             if handle.done or not own:  # cancelled; or it waited or ended before this chunk
                 continue
@@ -492,10 +530,13 @@ class Engine:
                     handle.stop_id = own[-1]
                 if ended:
                     new += handle.flush()
-            if handle.stopped or ended:  # the device knows nothing of stop texts, so it has not ended there
+            failed = status == PAUSED and handle.constraint and not handle.constraint.accept(own[-1])
+            if handle.stopped or ended or failed:  # the device knows only of stop ids and limits
                 self.scheduler.leave(handle, ended)
-                handle.finish("length" if status == FULL and not handle.stopped else "stop")
+                handle.finish("length" if (status == FULL or failed) and not handle.stopped else "stop")
                 new.append(Event("done", finish_reason=handle.finish_reason, tokens=handle.rest()))
+            elif status == PAUSED and handle.constraint:
+                self.programs.set_status(handle.slot, RUNNING, allowed=handle.constraint.allowed())
             elif status == PAUSED:
                 self.programs.set_status(handle.slot, RUNNING, handle.tool_output())
             events += [(handle, event) for event in new]
