@@ -167,7 +167,7 @@ class Service:
             raise ApiError(404, f"no model {shown!r}; the model here is {self.model!r}", "model", "model_not_found")
 
     def conversation(self, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-        """Return messages in the form of `jaxchat.chat.normalize`.
+        """Return the messages, which `jaxchat.chat.normalize` can read.
 
         `ApiError` 400 names the message that cannot be used, or the first limit that the conversation exceeds.
         """
