@@ -14,7 +14,7 @@ from jaxchat.config import ModelConfig
 from jaxchat.scaling import resolve_model
 from jaxchat.sizes import padded_vocab, windows
 
-SMALL = {"depth": 5, "width": 64, "n_heads": 4, "n_kv_heads": 2, "seq_len": 32, "vocab_size": 100, "window_short": 6}
+SMALL = {"depth": 3, "width": 64, "n_heads": 4, "n_kv_heads": 2, "seq_len": 32, "vocab_size": 100, "window_short": 6}
 MODERN = resolve_model(ModelConfig(window_pattern="SL", **SMALL))
 CLASSIC = resolve_model(ModelConfig(recipe="classic", **SMALL))
 
@@ -208,6 +208,6 @@ def test_a_bfloat16_model_has_the_gradients_of_a_float32_one():
         return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params))])
 
     exact = gradients(jnp.float32, "none")
-    for remat in gpt.REMAT:
+    for remat in ("none", "names"):  # the others keep the same forms; all agree in float32
         difference = gradients(jnp.bfloat16, remat) - exact
         assert float(jnp.linalg.norm(difference) / jnp.linalg.norm(exact)) < 0.05, remat
