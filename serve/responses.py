@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,16 +18,15 @@ class ResponsesCall(ChatCall):
     """An answer to the items of a conversation."""
 
     def __init__(self, service: Service, client: str, log_fields: dict[str, Any] | None, body: ResponsesRequest):
-        try:
+        with own_names():
             super().__init__(service, client, log_fields, chat_request(body))
-        except (ApiError, ValidationError) as raised:
-            error = as_api_error(raised)
-            for of_chat, own in (("messages", "input"), ("response_format", "text.format")):
-                error.param = own if (error.param or "").startswith(of_chat) else error.param
-            raise error from None
         self.id = self.id.replace("chatcmpl-", "resp_")
         self.log["id"], self._asked, self._events = self.id, body, 0
         self._status: Any = "in_progress"  # as far as the client knows: the engine is ahead of the stream
+
+    async def begin(self) -> None:
+        with own_names():
+            await super().begin()
 
     async def collect(self) -> schemas.Response:
         """Return the answer, once it is finished."""
@@ -95,6 +95,18 @@ class ResponsesCall(ChatCall):
             top_p=1.0 if asked.top_p is None else asked.top_p, tools=asked.tools or [],
             tool_choice=asked.tool_choice or "auto", parallel_tool_calls=True, store=False,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def own_names() -> Iterator[None]:
+    """Let errors name the fields of a response, not those of the chat completion that it becomes."""
+    try:
+        yield
+    except (ApiError, ValidationError) as raised:
+        error = as_api_error(raised)
+        for of_chat, own in (("messages", "input"), ("response_format", "text.format")):
+            error.param = own if (error.param or "").startswith(of_chat) else error.param
+        raise error from None
 
 
 def output_text(text: str) -> schemas.OutputText:

@@ -45,6 +45,15 @@ def test_a_text_and_items_have_the_answer_of_the_same_chat(service):
         Response.model_validate(answer.json(), strict=True)
 
 
+def test_the_format_of_the_text_is_that_of_response_format(service):
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    given = {"input": SAID, "text": {"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}}
+    assert json.loads(text_of(service.post(PATH, given)))["a"] in (1, 2)
+    given["text"]["format"]["schema"] = {"type": "no such type"}
+    refused = service.post(PATH, given)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "text.format", refused.text
+
+
 def test_an_answer_that_its_limit_cuts_is_incomplete(service):
     settings = {"input": SAID, "ignore_eos": True, "temperature": 2.0, "seed": 3}
     for asked, made in ((3, 3), (-1, 100), (10**6, 100)):
