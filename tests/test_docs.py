@@ -163,7 +163,7 @@ def test_files_and_records_of_a_run_are_documented(folder, finished):
 def test_the_python_examples_run(page, finished, capsys):
     text = (ROOT / page).read_text(encoding="utf-8")
     examples = [code for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "runs/nano" in code]
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         exec(compile(example.replace("runs/nano", str(finished)), page, "exec"), {})
         assert capsys.readouterr().out.strip()
