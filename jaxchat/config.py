@@ -166,13 +166,15 @@ class SftConfig:
 
 @dataclass(frozen=True)
 class RlConfig:
-    environment: str = key("gsm8k", "gsm8k, word_problems, spelling_bee or arithmetic; empty: no RL")
+    environment: str = key("gsm8k", "gsm8k, word_problems, spelling_bee, arithmetic, or files: with "
+        "[questions](finetune.md#your-own-task) or [preferences](finetune.md#preferences) of your own; empty: no RL")
     steps: int = key(-1, "optimizer steps; -1: one pass over the training questions", 1)
     prompts: int = key(16, "questions a step", 1)
     samples: int = key(16, "answers to each question, at least 2", 2)  # one alone has nothing to be compared with
     max_tokens: int = key(256, "longest answer", 1)
     temperature: float = key(1.0, "of the sampling", 1e-3, 10)  # greedy answers of a group are all the same
     top_k: int = key(50, "likeliest tokens that may be sampled; 0: all", 0)
+    beta: float = key(0.1, "of DPO: how much a difference in log-likelihood counts; larger stays closer to SFT", 1e-6)
     format_bonus: float = key(0.0, "reward for an answer in the task's form (GSM8K: one `####` line at the end)", 0, 1)
     lr_ratio: float = key(0.05, "first rate over pretraining's; falls to 0 in a straight line", 0)
     eval_every: int = key(60, "steps between evaluations; 0: only before and after", 0, free=True)
@@ -184,7 +186,8 @@ class RlConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    exams: tuple[str, ...] = key(("auto",), "names of exams; `auto`: those made here, and those whose data is at hand")
+    exams: tuple[str, ...] = key(("auto",), "names of exams, or files: with [questions](finetune.md#your-own-task); "
+        "`auto`: those made here, and those whose data is at hand")
     max_per_task: int = key(-1, "questions of an exam, the first of a fixed shuffle; -1: all", 0)
     rows: int = key(2048, "held-out rows at most for the final bits per byte", 1)
     batch_rows: int = key(-1, "engine slots and rows per scoring batch on all devices; -1: 32 on a CPU, elsewhere 256 "

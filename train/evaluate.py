@@ -24,12 +24,14 @@ from jaxchat.config import Config, MeshConfig
 from jaxchat.data.packing import Rows
 from jaxchat.engine import Engine, Handle, Turn
 from jaxchat.engine.scoring import Scorer, rows_at_once
-from jaxchat.errors import DataError
+from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, atomic_write, read_json, saved_steps, write_json
 from jaxchat.sharding import batch_devices, make_mesh, replicated
-from jaxchat.tasks import TASKS, core, get_task
+from jaxchat.tasks import TASKS, core, get_task, parse_mixture_entry
 from jaxchat.tasks.base import (
+    OWN,
+    RIGHT,
     ChoiceExample,
     ChoiceTask,
     Example,
@@ -41,6 +43,7 @@ from jaxchat.tasks.base import (
     listing,
     user,
 )
+from jaxchat.tasks.from_file import digest_of, split_source
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import TrainState, decided, make_eval_step
 
@@ -265,7 +268,7 @@ class Model:
                 given = iter(self.engine.finish(handles, lambda _: bar.advance()))
             results: list[Turn] = [next(given) if fit else too_long for fit in fits for _ in range(count)]
             right = task.grade_all([e for e in examples for _ in range(count)], [result.text for result in results])
-            return results, [ok and result is not too_long for ok, result in zip(right, results, strict=True)]
+            return results, [ok >= RIGHT and result is not too_long for ok, result in zip(right, results, strict=True)]
 
         results, right = answers(1, 0.0)
         decisions = Decisions()
@@ -408,8 +411,13 @@ def check(config: Config) -> None:
 
     What is missing is named once and will not be asked.
     """
-    counts = dict[str, int]()
+    counts, learned = dict[str, int](), {parse_mixture_entry(entry)[0] for entry in config.sft.mixture}
+    for source in config.eval.exams:
+        if source.startswith(OWN) and split_source(source)[0] in learned:
+            say(f"  {source}: SFT trains on this file too, so its score shows what was memorized", style="yellow")
     for task, optional in exam_tasks(config):
+        if task.name in counts:
+            raise UsageError(f"eval.exams: two exams are called {task.name}; rename the file of one")
         task.check()
         try:
             parts = [task.load(part) for part in core.CORE_TASKS] if isinstance(task, core.Core) else [task.examples()]
@@ -422,8 +430,8 @@ def check(config: Config) -> None:
 
 
 def external_inputs(config: Config) -> str:
-    """Describe the external inputs: the files of `tasks.data_dir`, the identity file."""
-    return listing(config.tasks.data_dir) + identity_digest(config)
+    """Describe the external inputs: the files of `tasks.data_dir`, the identity file, the exams' own files."""
+    return listing(config.tasks.data_dir) + identity_digest(config) + digest_of(config.eval.exams)
 
 
 def exam_tasks(config: Config) -> Iterator[tuple[Task, bool]]:

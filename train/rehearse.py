@@ -227,7 +227,7 @@ class Rehearsal:
     def before_rl(self) -> None:
         """Take a generated task instead of an environment whose questions are missing."""
         try:
-            rl.environment(self.config)
+            rl.check(self.config)
         except DataError as error:
             self.problem("data", "rl", error)
             self.made_up.append(f"questions of {self.config.rl.environment} for RL ({STAND_IN} instead)")

@@ -37,11 +37,11 @@ from jaxchat.run_dir import RunDir, atomic_write
 from jaxchat.scaling import fine_tuning_optim
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh, replicated
 from jaxchat.tasks import get_task
-from jaxchat.tasks.base import Example, TaskFiles, WrittenTask
+from jaxchat.tasks.base import OWN, RIGHT, Example, TaskFiles, WrittenTask
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import Batch, TrainState, decided, make_nll_step
 
-from . import plausible
+from . import dpo, plausible
 from .curves import plot
 from .evaluate import passes, shown
 from .loop import StepBatch, Trainer, continued
@@ -49,6 +49,7 @@ from .report import code
 
 # Muon's momentum and the largest rates of the tables, before `rl.lr_ratio`, as in nanochat's RL
 MOMENTUM, EMBEDDING_LR, UNEMBEDDING_LR = (0.95, 0.95, 0.95), 0.2, 0.004
+FEW = 50  # held-out questions: the interval of their share is up to 27 % wide
 LENGTH_MULTIPLE = 64  # tokens that rows and caches are rounded up to
 SHORTEST = 64  # positions of a row
 SHRINK = 4  # the last answers of a step are few and long: they run in fewer rows, down to a quarter of the slots
@@ -60,6 +61,8 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
 
     `limit`: see `Trainer`; with it every other answer gets a reward, so that there is something to learn from.
     """
+    if dpo.is_preferences(config.rl.environment):
+        return dpo.run(config, run, question_order, rl_config, limit)
     tokenizer, mesh = Tokenizer.load(run.tokenizer), make_mesh(config.mesh)
     task, train_questions = environment(config)
     questions, longest = fitting(config, tokenizer, train_questions)
@@ -94,9 +97,17 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Refuse, before any work, an environment without questions or with data that is not at hand."""
+    if dpo.is_preferences(config.rl.environment):
+        dpo.read_pairs(config)
+        return
     (task, questions), rl = environment(config), config.rl
     if not task.examples():
         raise UsageError(f"rl.environment: {task.name} has no exam, which pass@k is measured on")
+    task.check()
+    held_out = len(task.examples()) if rl.environment.startswith(OWN) else FEW
+    if held_out < FEW or len(questions) < rl.prompts:
+        counts = f"{len(questions):,} to train on, {held_out:,} held out"
+        say(f"  rl.environment: few questions ({counts}): the scores after RL will say little", style="yellow")
     if rl.slots & (rl.slots - 1):
         raise UsageError(f"rl.slots: must be a power of two, not {rl.slots}")
     if rl.format_bonus and "format" not in task.readings(questions[0], ""):
@@ -105,7 +116,11 @@ def check(config: Config) -> None:
 
 def ready(config: Config, run: RunDir) -> None:
     """Refuse, before anything is trained, questions of which none fits into the context."""
-    if (run.tokenizer / "tokenizer.json").exists():
+    if not (run.tokenizer / "tokenizer.json").exists():
+        return
+    if dpo.is_preferences(config.rl.environment):
+        dpo.fitting(config, Tokenizer.load(run.tokenizer))
+    else:
         fitting(config, Tokenizer.load(run.tokenizer), environment(config)[1])
 
 
@@ -156,9 +171,13 @@ class Answers:
     tokens: np.ndarray  # (P, S, L) int32: question, answer and stop id, 0 behind
     length: np.ndarray  # (P, S) int32, of all three
     sampled: np.ndarray  # (P, S, L) bool: ids that the model sampled, the stop id among them, but no tool output
-    correct: np.ndarray  # (P, S) bool
+    score: np.ndarray  # (P, S) float64 from 0 to 1, right from `RIGHT` on
     formatted: np.ndarray  # (P, S) bool: in the form that the task asks for
     stopped: np.ndarray  # (P, S) bool: not truncated
+
+    @property
+    def correct(self) -> np.ndarray:
+        return self.score >= RIGHT
 
 
 @dataclass
@@ -230,12 +249,15 @@ class RolloutWorker:
             tokens=np.zeros((P, S, L), np.int32),
             length=np.zeros((P, S), np.int32),
             sampled=np.zeros((P, S, L), bool),
-            **{name: np.zeros((P, S), bool) for name in ("correct", "formatted", "stopped")},
+            score=np.zeros((P, S)),
+            **{name: np.zeros((P, S), bool) for name in ("formatted", "stopped")},
         )
         self._texts = {}
+        asked = [examples[p] for p in groups for _ in range(S)]
+        texts = [handle.text for _, handles in groups.values() for handle in handles]
+        answers.score[list(groups)] = np.reshape(self.task.grade_all(asked, texts), (-1, S))
         for p, (prompt, handles) in groups.items():
             self._texts[p] = [shown(handle) for handle in handles[:2]]
-            answers.correct[p] = self.task.grade_all([examples[p]] * S, [handle.text for handle in handles])
             for s, result in enumerate(handles):
                 stop = [] if result.stop_id is None else [result.stop_id]
                 ids = [*prompt, *result.tokens, *stop]
@@ -247,7 +269,8 @@ class RolloutWorker:
         if distributed.several():  # every process has filled in its own questions
 
             def add(a: np.ndarray) -> np.ndarray:
-                return multihost_utils.process_allgather(a.astype(np.int32)).sum(axis=0).astype(a.dtype)
+                wide = a.astype(np.float32 if a.dtype == float else np.int32)  # all that JAX sends
+                return multihost_utils.process_allgather(wide).sum(axis=0).astype(a.dtype)
 
             answers = Answers(**{name: add(array) for name, array in vars(answers).items()})
         return answers
@@ -261,7 +284,7 @@ class RolloutWorker:
         chosen = [question_order(len(self.questions), self.config.seed, epoch)[i] for epoch, i in places]
         seeds = [[sample_seed(self.config.seed, step, q, s) for s in range(rl.samples)] for q in chosen]
         answers = self.sample([self.questions[q] for q in chosen], seeds)
-        reward = answers.correct + rl.format_bonus * answers.formatted
+        reward = answers.score + rl.format_bonus * answers.formatted
         if self.made_up_rewards:  # a model of a few steps is never right, and would learn nothing
             reward = np.indices(reward.shape)[1] % 2.0
         advantage = advantages(reward)

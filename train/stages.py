@@ -29,6 +29,7 @@ from jaxchat.optimizer import make_schedule
 from jaxchat.run_dir import RECORD_FORMAT, TRAINED, RunDir, atomic_write, saved_steps, write_json
 from jaxchat.sharding import make_mesh
 from jaxchat.tasks.base import identity_digest
+from jaxchat.tasks.from_file import digest_of
 from jaxchat.train_state import check_attention
 
 from . import evaluate, prepare, pretrain, report, rl, sft
@@ -92,7 +93,8 @@ STAGES = (
     Stage("sft", sft.run, ("seed", "sft."), ("pretrain",), ("sft/<step>",), trained=True, joint=True, check=sft.check,
           ready=sft.ready, wanted=lambda config: bool(config.sft.mixture), external_inputs=identity_digest),
     Stage("rl", rl.run, ("seed", "rl."), ("sft",), ("rl/<step>",), trained=True, joint=True, check=rl.check,
-          ready=rl.ready, wanted=lambda config: bool(config.rl.environment and config.sft.mixture)),
+          ready=rl.ready, wanted=lambda config: bool(config.rl.environment and config.sft.mixture),
+          external_inputs=lambda config: digest_of([config.rl.environment])),
     Stage("eval", evaluate.run, ("eval.", "tasks."), ("pretrain",), ("eval/base.json",), uses=("sft", "rl"),
           check=evaluate.check, external_inputs=evaluate.external_inputs),
     Stage("report", report.run, (), ("eval",), ("report.md", "report.json")),

@@ -6,10 +6,11 @@ import re
 
 from jaxchat.config import nearest
 from jaxchat.errors import UsageError
-from jaxchat.tasks.base import NO_FILES, Task, TaskFiles
+from jaxchat.tasks.base import NO_FILES, OWN, Task, TaskFiles
 from jaxchat.tasks.choice import MMLU, ArcChallenge, ArcEasy
 from jaxchat.tasks.conversations import SmolTalk
 from jaxchat.tasks.core import Core
+from jaxchat.tasks.from_file import file_task, name_of
 from jaxchat.tasks.generated import Arithmetic, Lottery, SpellingBee, WordProblems
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.humaneval import HumanEval
@@ -25,11 +26,23 @@ TASKS: dict[str, type[Task]] = {
 }  # fmt: skip
 
 
+OTHER_SCORES = ("bits_per_byte", "core_partial", "chatcore")  # names in result files beside the tasks
+
+
 def get_task(name: str, files: TaskFiles = NO_FILES) -> Task:
-    """Return the task of that name; `UsageError` lists the known ones."""
+    """Return the task of that name, or of a source files:...; `UsageError` lists the known ones."""
+    source = name if name.startswith(OWN) else next((own for own in files.own if own_name(own) == name), None)
+    if source:
+        return file_task(source, own_name(source), files)
     if name not in TASKS:
         raise UsageError(f"task {name!r} is unknown{nearest(name, TASKS)}; tasks: {', '.join(TASKS)}")
     return TASKS[name](files)
+
+
+def own_name(source: str) -> str:
+    """Return the name of the task of a `files:` source in result files; no other task or score has it."""
+    name = name_of(source)
+    return f"{name}_file" if name in TASKS or name in OTHER_SCORES else name
 
 
 def parse_mixture_entry(entry: str) -> tuple[str, int | None, int]:

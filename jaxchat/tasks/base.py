@@ -23,6 +23,8 @@ from jaxchat.errors import DataError
 from jaxchat.run_dir import sha256_file
 
 T = TypeVar("T")
+RIGHT = 0.5  # the least score of a right answer
+OWN = "files:"  # before the name of a file of one's own
 DEFAULT_COUNT = 1000  # conversations of a generator, where the mixture names no count
 Message = dict[str, Any]
 Conversation = list[Message]
@@ -66,6 +68,7 @@ class TaskFiles:
     """Where tasks find their files: a local mirror (`data_dir`), else the download cache.
 
     `download`: whether missing files may be downloaded. `sandbox`: `tasks.sandbox`. `identity`: `sft.identity`.
+    `own`: the `files:` among `eval.exams` and `rl.environment`; `environment`: the latter, if it is one of them.
     """
 
     data_dir: str = ""
@@ -73,6 +76,10 @@ class TaskFiles:
     cache: Path = field(default_factory=lambda: Path("~/.cache/jaxchat/tasks").expanduser())
     sandbox: str = "auto"
     identity: str = ""
+    own: tuple[str, ...] = ()
+    environment: str = ""
+    encoding: str = "auto"
+    max_left_out: float = 0.05
 
     @classmethod
     def of(cls, config: Config, download: bool) -> TaskFiles:
@@ -81,7 +88,10 @@ class TaskFiles:
         if identity and not Path(identity).expanduser().exists() and (CONFIG_DIR.parent / identity).exists():
             identity = str(CONFIG_DIR.parent / identity)
         cache = Path(config.data.cache_dir).expanduser() / "tasks"
-        return cls(config.tasks.data_dir, download, cache, config.tasks.sandbox, identity)
+        own = tuple(s for s in (*config.eval.exams, config.rl.environment) if s.startswith(OWN))
+        environment = config.rl.environment if config.rl.environment in own else ""
+        settings = config.tasks.data_dir, download, cache, config.tasks.sandbox, identity
+        return cls(*settings, own, environment, config.data.encoding, config.sft.max_left_out)
 
     def find(self, patterns: Sequence[str], source: HubFiles | Archive | None = None) -> list[Path]:
         """Return the files of the first pattern that matches in the mirror, sorted; else download `source`.
@@ -157,9 +167,9 @@ def sample(items: Sequence[T], count: int | None, seed: int) -> Sequence[T]:
 class Task(ABC):
     """An exam, an SFT data set, or both."""
 
-    name: ClassVar[str]  # in configurations and result files
-    title: ClassVar[str] = ""  # in the report card and on the page; "": the name
-    chance: ClassVar[float] = 0.0  # accuracy of guessing
+    name: str  # in configurations and result files
+    title: str = ""  # in the report card and on the page; "": the name
+    chance: float = 0.0  # accuracy of guessing
     auto: ClassVar[bool] = False  # whether `eval.exams` "auto" includes it, if its data is at hand
     chat_core: ClassVar[bool] = False  # whether it counts in ChatCORE
 
@@ -206,8 +216,8 @@ class WrittenTask(Task):
     def grade(self, example: Example, answer: str) -> bool:
         """Return whether the answer (its text, without tool calls and their output) is right."""
 
-    def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
-        """Grade many answers; a task whose grading is slow does it in parallel."""
+    def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> Sequence[float]:
+        """Return a score from 0 to 1 for each answer, right from `RIGHT` on; in parallel where grading is slow."""
         return [self.grade(example, answer) for example, answer in zip(examples, answers, strict=True)]
 
     def readings(self, example: Example, answer: str) -> dict[str, bool]:

@@ -65,14 +65,7 @@ class HumanEval(WrittenTask):
 
     @functools.cached_property
     def sandbox(self) -> Sandbox:
-        """Open the sandbox; `UsageError` if `tasks.sandbox` "strict" asks for more than there is."""
-        try:
-            box = Sandbox(mode=self.files.sandbox)
-        except SandboxError as error:
-            raise UsageError(f"tasks.{error}") from None
-        if box.level < STRICT:
-            say(f"  humaneval runs code with little around it: {box} (docs/reliability.md)", style="yellow")
-        return box
+        return open_sandbox(self.name, self.files.sandbox)
 
     def check(self) -> None:
         if self.files.sandbox == "strict":
@@ -98,6 +91,17 @@ class HumanEval(WrittenTask):
             )
         self._outcomes.update(outcome.status for outcome in outcomes)
         return [outcome.status == "passed" for outcome in outcomes]
+
+
+def open_sandbox(task: str, mode: str) -> Sandbox:
+    """Open the sandbox of a task; `UsageError` if `tasks.sandbox` "strict" asks for more than there is."""
+    try:
+        box = Sandbox(mode=mode)
+    except SandboxError as error:
+        raise UsageError(f"tasks.{error}") from None
+    if box.level < STRICT:
+        say(f"  {task} runs code with little around it: {box} (docs/reliability.md)", style="yellow")
+    return box
 
 
 def run_tests(box: Sandbox, problem: dict[str, str], answer: str) -> Outcome:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import secrets
 import select
 import shutil
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from jaxchat.tools.sandbox_child import LIBRARIES, PACKAGES, READY, libraries
+from jaxchat.tools.sandbox_child import LIBRARIES, PACKAGES, READY, libraries, send
 
 LEVELS = (
     "level 0 of 3: a process with a deadline",
@@ -36,6 +37,9 @@ LEVELS = (
 STRICT = 2  # the level that "strict" asks for
 SETUP_SECONDS = 30.0  # until a process must have confined itself, on a busy machine
 MAX_ENTRIES = 1000  # files and folders in a scratch folder
+MAX_FAILURES = 3  # calls in a row that may end without an answer
+MAX_CALL = 32 << 10  # bytes of a call's arguments: a pipe holds them all, so nobody waits for a reader
+MAX_ANSWER = 4 << 10  # bytes of the answer to a call
 _TICK = 0.05  # seconds between checks of the limits
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 
@@ -134,6 +138,41 @@ class Sandbox:
             passed, why = False, "the checker ended without a verdict"
         return Outcome("passed" if passed else "failed", seconds=outcome.seconds, why=why)
 
+    def call(self, source: str, entry: str, calls: Sequence[Sequence[Any]]) -> list[tuple[str, Any]]:
+        """Call the function `entry` of a program with every list of arguments, each call with the policy's seconds.
+
+        Returns ("returned", number) or (what went wrong, None). One process answers the calls in turn. A call that ends
+        it or passes a limit is tried once more in a fresh one, since earlier calls used up its time too. After
+        `MAX_FAILURES` calls in a row without an answer the rest is "not called".
+        """
+        results: list[tuple[str, Any]] = []
+        failed = 0
+        while len(results) < len(calls) and failed < MAX_FAILURES:
+            first = len(results)
+            with contextlib.ExitStack() as stack:
+                requests, answers = _pipe(stack), _pipe(stack)
+                ends, job = {"calls": requests[0], "answers": answers[1]}, {"programs": [source], "entry": entry}
+                process = stack.enter_context(
+                    contextlib.closing(Process("candidate", job, ends, self.policy, self.level))
+                )
+                for arguments in calls[first:]:
+                    if len(json.dumps(list(arguments))) > MAX_CALL:
+                        results.append(("too long", None))
+                        continue
+                    process.began = time.monotonic()
+                    try:
+                        send(requests[1], [list(arguments), {}])
+                        results.append(process.number(answers[0].fileno()))
+                        failed = 0
+                    except (OSError, EOFError, ValueError, TypeError) as error:  # ended, or out of form
+                        if len(results) == first:
+                            failed += 1
+                            process.wait(1)
+                            slow = isinstance(error, TimeoutError) or process.exit_code() == -signal.SIGXCPU
+                            results.append(("timeout" if slow else "ended", None))
+                        break
+        return results + [("not called", None)] * (len(calls) - len(results))
+
     def _refuses(self, programs: Sequence[str]) -> bool:
         most = self.policy.source_bytes
         try:
@@ -221,6 +260,25 @@ class Process:
         if any(os.fstat(file.fileno()).st_size > self.policy.output_bytes for file in (self.out, self.err)):
             return "output"
         return "disk" if too_much(self.scratch, self.policy.disk_bytes) else ""
+
+    def number(self, descriptor: int) -> tuple[str, Any]:
+        """Return a candidate's answer to one call: ("returned", number) or (what else it did, None).
+
+        Hostile code writes it, so nothing but short plain JSON is read. Raises `TimeoutError` where it passes a limit,
+        `OSError`, `ValueError` or `TypeError` for anything else.
+        """
+        data = b""
+        while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "big"):
+            if select.select([descriptor], [], [], _TICK)[0]:
+                data += (chunk := os.read(descriptor, MAX_ANSWER))
+                if not chunk or len(data) > MAX_ANSWER:
+                    raise EOFError if not chunk else ValueError
+            elif why := self.passed_limit():
+                raise TimeoutError(why)
+        kind, value = json.loads(data[4:])
+        if kind != "returned":
+            return f"raised {re.sub('[^A-Za-z_]', '', str(value))[:40]}", None
+        return ("returned", value) if isinstance(value, int | float) else ("returned no number", None)
 
     def _text(self, file: IO[bytes]) -> str:
         # the file's position is the process's own

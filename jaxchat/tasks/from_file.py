@@ -1,0 +1,457 @@
+"""Exams and RL environments from a file of questions and answers, or with a `grade` of your own in Python.
+
+    files:sums.jsonl             rows with a question and its accepted answers, or with `choices`
+    files:sums.jsonl#grade.py    the answers are graded by `grade(question, answer)` of a Python file, in the sandbox
+
+See `docs/finetune.md` for the fields. What RL trains on is no exam: a fifth of its questions is held out, by a hash of
+their text, and an exam asks no question that RL trains on.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import itertools
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from jaxchat.chat import normalize
+from jaxchat.data.shards import cores
+from jaxchat.data.sources import document_hash, find_files, limit_of_hashes, read_records, spoken, suffix_of
+from jaxchat.errors import DataError, UsageError
+from jaxchat.log import say
+from jaxchat.run_dir import sha256_file
+from jaxchat.tasks.base import (
+    OWN,
+    RIGHT,
+    ChoiceExample,
+    ChoiceTask,
+    Conversation,
+    Example,
+    Task,
+    TaskFiles,
+    WrittenTask,
+)
+from jaxchat.tasks.choice import LETTERS, choice_example
+from jaxchat.tasks.conversations import LISTS, conversation_of
+from jaxchat.tasks.humaneval import open_sandbox
+from jaxchat.tools.sandbox import Sandbox, SandboxError
+
+HELD_OUT = 0.2  # of the questions that RL trains on
+ANSWER = (
+    "answers", "answer", "expected", "target", "ground_truth", "reference", "solution", "output", "response",
+    "completion", "answerkey", "label", "gold", "reward_model", "답변", "정답",
+)  # fmt: skip
+CHOICES = ("choices", "options")
+MATCHES = ("exact", "numeric", "regex")
+PROGRAM, PROGRAM_WITH_ANSWER = "grade(question, answer)", "grade(question, answer, expected)"
+SCORED = "scored"
+TRIED = 8  # questions that `grade` is tried on before any work
+MARK = "####"  # before the result of a worked solution, as in GSM8K
+# with groups of three digits, a fraction, an exponent of at most two digits; the minus of 5-3 is none of 3
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+NUMBER = re.compile(
+    rf"(?:(?<![\w)])[-+])?[$€£₩¥]?(?:(?<![\w)])-)?(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d\d?(?!\d))?(?:\s?/\s?\d+)?"
+)
+QUOTES = " \t\n\"'`*_“”‘’「」『』.,!?;:。、…"  # around an answer; none of them is part of it
+REGEX_GRADE = "import re\ndef grade(question, answer, expected): return any(re.search(p, answer) for p in expected)\n"
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """Return (files:GLOB, Python file or "") of a source."""
+    match = re.fullmatch(r"(files:.+)#(.+\.py)", source)
+    return (match[1], match[2]) if match else (source, "")
+
+
+def name_of(source: str) -> str:
+    """Return the name of the task of a file: the file's without its suffixes, with `_` for what is no letter."""
+    parts = split_source(source)[0].removeprefix(OWN).replace("\\", "/").split("/")
+    stems = (re.sub(r"(?i)(\.(jsonl|ndjson|json|parquet|gz|zst))+$", "", part) for part in reversed(parts))
+    names = (re.sub(r"\W+", "_", stem).strip("_") for stem in stems)
+    return next(filter(None, names), "files")
+
+
+def paths_of(source: str) -> list[Path]:
+    """Return the files of questions and, last, the Python file, if there is one; `DataError` if one is missing."""
+    files, program = split_source(source)
+    paths = find_files(files)
+    if text := next((path for path in paths if suffix_of(path) in (".txt", ".md")), None):
+        raise DataError(f"{source}: {text} is text; questions are read from jsonl, json and parquet files")
+    if program:
+        own = Path(program).expanduser()
+        places = [own, paths[0].parent / own]
+        if not (found := [place for place in places if place.is_file()]):
+            raise DataError(f"{source}: no file {program}, neither here nor beside {paths[0]}")
+        paths.append(found[0])
+    return paths
+
+
+def digest_of(sources: Iterable[str]) -> str:
+    """Return a digest of the contents of all `files:` among the sources; "" without one."""
+    digests = []
+    for source in sources:
+        if source.startswith(OWN):
+            try:
+                digests += [sha256_file(path) for path in paths_of(source)]
+            except DataError:  # said where it is needed
+                digests.append("missing")
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
+
+
+# Rows
+
+
+def first_field(row: dict[str, Any], names: Sequence[str]) -> Any:
+    """Return the first of these fields that is there; `ValueError` without any."""
+    name = next((name for name in names if row.get(name) is not None), None)
+    if name is None:
+        raise ValueError(f"no {names[0]}")
+    return row[name]
+
+
+def prompt_of(row: dict[str, Any]) -> tuple[Conversation, str]:
+    """Return the messages before the answer, and the answer if the messages have it, in any form of SFT's files."""
+    listed = next((name for name in LISTS if isinstance(row.get(name), list)), "")
+    if listed and not row.keys() & set(ANSWER):
+        turns = normalize(conversation_of({listed: row[listed]})[1])
+        if turns[-1]["role"] == "assistant":
+            return turns[:-1], "".join(part["text"] for part in turns[-1]["content"] if part["type"] == "text")
+    fields = {name: value for name, value in row.items() if name not in ANSWER} | {"answer": "-"}
+    if listed:
+        fields["prompt"] = fields.pop(listed)
+    return normalize(conversation_of(fields)[1])[:-1], ""
+
+
+def accepted(value: Any) -> list[str]:
+    """Return the accepted answers as texts; `ValueError` if one is empty or neither text nor number."""
+    if isinstance(value, dict):  # SQuAD's, verl's
+        value = first_field(value, ("text", "ground_truth", "value", "answer"))
+    texts = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(item, str | int | float) or (isinstance(item, float) and not math.isfinite(item)):
+            raise ValueError(f"the answer {str(item)[:40]!r} is neither text nor number")
+        text = (str(item).lower() if isinstance(item, bool) else str(item)).strip()
+        text = text.rpartition(MARK)[2].strip() if MARK in text else text
+        if not text:
+            raise ValueError("the answer is empty")
+        texts.append(text)
+    if not texts:
+        raise ValueError("no accepted answer")
+    return list(dict.fromkeys(texts))
+
+
+def options_of(row: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Return (letters, options) of a multiple-choice row; two empty lists if it is none."""
+    value = next((row[name] for name in CHOICES if row.get(name) is not None), None)
+    if value is None and isinstance(row.get("a"), str) and isinstance(row.get("b"), str):
+        value = {letter: row[letter.lower()] for letter in LETTERS if isinstance(row.get(letter.lower()), str)}
+    if isinstance(value, dict):  # ARC's, or by letter
+        lists = isinstance(value.get("text"), list)
+        labels, texts = (value.get("label") or LETTERS, value["text"]) if lists else (list(value), list(value.values()))
+    else:
+        labels, texts = LETTERS, value or []
+    if not isinstance(texts, list) or (texts and not 2 <= len(texts) <= len(LETTERS)):
+        raise ValueError(f"choices must be a list of 2 to {len(LETTERS)}")
+    return [str(label) for label in labels[: len(texts)]], [str(text) for text in texts]
+
+
+def choice_of(prompt: Conversation, row: dict[str, Any]) -> ChoiceExample:
+    """Return the question of a multiple-choice row, whose answer is a letter, an option's text or number (from 0)."""
+    letters, options = options_of(row)
+    answer = first_field(row, (*ANSWER[1:], "correct"))
+    (text,) = accepted(answer)
+    if isinstance(answer, int) or (text not in letters and text not in options and text.isdecimal()):
+        right = int(text)
+    else:
+        places = letters if text.upper() in letters else options
+        right = places.index(text.upper() if places is letters else text)
+    return choice_example(spoken(prompt), options, right)
+
+
+def number_of(text: str) -> Fraction | None:
+    """Return the last number of a text; units, currency and commas between groups of three digits do not matter."""
+    found = NUMBER.findall(unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2044", "/"))
+    digits = re.sub(r"[,$€£₩¥\s]", "", found[-1]) if found else ""
+    if not digits or len(digits) > 40:  # reading 100 kB of digits would take a while
+        return None
+    top, _, bottom = digits.partition("/")
+    return Fraction(top) / int(bottom or 1) if bottom.strip("0") or not bottom else None
+
+
+def is_number(text: str) -> bool:
+    """Return whether the text is a number and nothing else, but for a percent sign."""
+    return bool(NUMBER.fullmatch(text.removesuffix("%").strip())) and number_of(text) is not None
+
+
+def normalized(text: str) -> str:
+    """Return a text as `exact` compares it: without case, spaces around, quotes and a final stop."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return text.strip(QUOTES) or text
+
+
+def same_number(answer: str, expected: str) -> bool:
+    """Return whether the last number of an answer is the expected one, up to 1e-6 of it."""
+    a, b = number_of(answer), number_of(expected)
+    return a is not None and b is not None and abs(a - b) <= abs(b) / 1_000_000
+
+
+def match_of(row: dict[str, Any], answers: list[str]) -> str:
+    """Return the row's way to compare, "" where it names none; `ValueError` if it cannot work."""
+    match = row.get("match") or ""
+    if match and match not in MATCHES:
+        raise ValueError(f"match {str(match)[:40]!r} is unknown; take {', '.join(MATCHES)}")
+    if match == "numeric" and any(number_of(text) is None for text in answers):
+        raise ValueError("match is numeric, and the answer has no number")
+    for text in answers if match == "regex" else ():
+        try:
+            re.compile(text)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"not a regular expression: {text[:40]!r} ({error})") from None
+    return match
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a source holds. `expected` of a written example is {how it is compared: accepted answers}."""
+
+    examples: tuple[Any, ...]  # all `Example`s, or all `ChoiceExample`s, no two with the same prompt
+    program: str  # text of the Python file; "": none
+
+    @functools.cached_property
+    def training(self) -> frozenset[str]:
+        """The prompts that RL trains on; `DataError` if there are fewer than two."""
+        hashes = {text: document_hash(text) for text in (spoken(example.prompt) for example in self.examples)}
+        try:
+            limit = limit_of_hashes(hashes.values(), HELD_OUT)
+        except ValueError:
+            raise DataError("rl.environment: needs at least 2 questions, one to train on and one held out") from None
+        return frozenset(text for text, value in hashes.items() if value >= limit)
+
+
+def read_questions(source: str, files: TaskFiles) -> Questions:
+    """Return the questions of a source; `DataError` if too many rows cannot be used, with the first."""
+    state = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths_of(source))
+    return _read(source, state, files.encoding, files.max_left_out)
+
+
+def check_left_out(source: str, rows: int, left_out: Sequence[str], most: float) -> None:
+    """Say how many rows cannot be used, and the first; `DataError` above the limit."""
+    if left_out:
+        text = f"{source}: {len(left_out):,} of {rows:,} rows cannot be used, the first {left_out[0]}"
+        if len(left_out) > most * rows:
+            raise DataError(f"{text}; sft.max_left_out allows {most:.0%}")
+        say(f"  {text}", style="yellow")
+
+
+@functools.lru_cache(8)
+def _read(source: str, state: tuple[tuple[Path, int, int], ...], encoding: str, most: float) -> Questions:
+    paths = [path for path, _, _ in state]
+    program = kind = ""
+    if split_source(source)[1]:
+        program = paths.pop().read_text(encoding="utf-8", errors="replace")
+        kind = kind_of(program, source)
+    examples, left_out, repeated, rows = dict[str, Any](), list[str](), 0, 0
+    for where, row in itertools.chain.from_iterable(read_records(path, encoding) for path in paths):
+        rows += 1
+        try:
+            if not isinstance(row, dict):
+                raise ValueError("not an object with fields")
+            example = example_of({str(name).lower(): value for name, value in row.items()}, kind)
+            if examples and type(example) is not type(next(iter(examples.values()))):
+                raise ValueError("choices in some rows alone; make them two files")
+        except (ValueError, UsageError, TypeError, LookupError, AttributeError) as error:
+            left_out.append(f"{where}: {error}")
+            continue
+        repeated += (key := spoken(example.prompt)) in examples
+        examples.setdefault(key, example)
+    kinds = Counter("choice" if isinstance(e, ChoiceExample) else next(iter(e.expected)) for e in examples.values())
+    found = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+    say(f"  {source}: {len(examples):,} questions ({found})" + (f", {repeated:,} repeated" if repeated else ""))
+    check_left_out(source, rows, left_out, most)
+    if not examples:
+        raise DataError(f"{source}: no questions in it")
+    return Questions(tuple(examples.values()), program)
+
+
+def kind_of(program: str, source: str) -> str:
+    """Return whether `grade` of a program takes the accepted answers too; `UsageError` without such a function."""
+    try:
+        tree = ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UsageError(f"{source}: not valid Python ({error})") from None
+    grades = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "grade"]
+    if not grades:
+        raise UsageError(f"{source}: defines no function grade(question, answer)")
+    return PROGRAM_WITH_ANSWER if len(grades[-1].args.args) > 2 else PROGRAM
+
+
+def example_of(row: dict[str, Any], program: str) -> Example | ChoiceExample:
+    """Return the question of a row; `ValueError` and the like say why it cannot be used."""
+    prompt, written = prompt_of(row)
+    if not program and options_of(row)[1]:
+        return choice_of(prompt, row)
+    if program == PROGRAM:
+        return Example(prompt, {PROGRAM: []})
+    answers = accepted(written or first_field(row, ANSWER))
+    default = "numeric" if all(is_number(text) for text in answers) else "exact"
+    return Example(prompt, {program or match_of(row, answers) or default: answers})
+
+
+# Tasks
+
+
+class FileExam(Task):
+    """What the two kinds of tasks from a file have in common."""
+
+    def __init__(self, source: str, name: str, files: TaskFiles):
+        super().__init__(files)
+        self.source, self.name, self.title = source, name, name.replace("_", " ")
+
+    @functools.cached_property
+    def questions(self) -> Questions:
+        return read_questions(self.source, self.files)
+
+    @functools.cached_property
+    def _examples(self) -> list[Any]:
+        everything, trained = self.questions.examples, frozenset[str]()
+        if self.files.environment:
+            trained = read_questions(self.files.environment, self.files).training
+        asked = [example for example in everything if spoken(example.prompt) not in trained]
+        if not asked:
+            raise DataError(f"{self.source}: all of its questions are trained on by rl.environment")
+        return asked
+
+    def examples(self) -> Sequence[Any]:
+        """Return the questions, but those that `rl.environment` trains on."""
+        return self._examples
+
+    def check(self) -> None:
+        asked, count = len(self.examples()), len(self.questions.examples)
+        if asked < count:
+            say(f"  {self.source}: RL trains on {count - asked:,} of them, the exam asks the other {asked:,}")
+
+
+class ChoiceExam(FileExam, ChoiceTask):
+    """A multiple-choice exam from a file. Guessing gets the mean over its questions."""
+
+    def __init__(self, source: str, name: str, files: TaskFiles):
+        super().__init__(source, name, files)
+        examples = self.questions.examples
+        self.chance = sum(1 / len(example.letters) for example in examples) / len(examples)
+
+
+class WrittenExam(FileExam, WrittenTask):
+    """An exam or RL environment of written answers, compared with the accepted ones or graded by a program."""
+
+    max_tokens = 512  # as GSM8K's
+
+    @functools.cached_property
+    def _outcomes(self) -> Counter[str]:
+        return Counter()
+
+    @functools.cached_property
+    def sandbox(self) -> Sandbox:
+        return open_sandbox(self.name, self.files.sandbox)
+
+    @functools.cached_property
+    def _kinds(self) -> set[str]:
+        return {kind for example in self.questions.examples for kind in example.expected}
+
+    def train_examples(self, seed: int) -> Sequence[Example]:
+        """Return the questions that are not held out, in the order of the file; RL shuffles them."""
+        training = self.questions.training
+        return [example for example in self.questions.examples if spoken(example.prompt) in training]
+
+    def check(self) -> None:
+        """Read every row, and try the program on a few questions with their own answers."""
+        super().check()
+        if not self.questions.program:
+            return
+        tried = self.questions.examples[:TRIED]
+        answers = [next(iter(accepted), "") for example in tried for accepted in example.expected.values()]
+        outcomes = [outcome for outcome, _ in self._call(tried, answers)]
+        if bad := next((outcome for outcome in outcomes if outcome != SCORED), None):
+            share = f"{len(outcomes) - outcomes.count(SCORED)} of {len(outcomes)}"
+            text = f"{self.source}: grade gave no score from 0 to 1 for {share} first questions ({bad})"
+            if SCORED not in outcomes:
+                raise DataError(f"{text}; it runs alone, with the standard library only (docs/finetune.md)")
+            say(f"  {text}; such answers count as wrong", style="yellow")
+
+    def setting(self) -> Sequence[str]:
+        """Return the length of an answer, and the program with the sandbox that runs it."""
+        program = (self.questions.program, str(self.sandbox)) if self.questions.program else ()
+        return (f"{self.max_tokens} tokens", *program)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the sandbox in words and as a level, and the numbers of outcomes; nothing without a sandbox."""
+        if self._kinds <= COMPARED.keys():
+            return {}
+        outcomes = dict(sorted(self._outcomes.items()))
+        return {"sandbox": str(self.sandbox), "sandbox_level": self.sandbox.level, "outcomes": outcomes}
+
+    def grade(self, example: Example, answer: str) -> bool:
+        return self.grade_all([example], [answer])[0] >= RIGHT
+
+    def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
+        """Return 1 for an accepted answer and 0 for another, or a program's score, 0 where it gives none."""
+        scores = [0.0] * len(examples)
+        called = []
+        for i, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+            ((kind, accepted),) = example.expected.items()
+            if kind in COMPARED:
+                scores[i] = float(any(COMPARED[kind](answer, text) for text in accepted))
+            else:
+                called.append(i)
+        results = self._call([examples[i] for i in called], [answers[i] for i in called])
+        for i, (outcome, score) in zip(called, results, strict=True):
+            scores[i] = score
+            self._outcomes[outcome] += 1
+        return scores
+
+    def _call(self, examples: Sequence[Example], answers: Sequence[str]) -> list[tuple[str, float]]:
+        """Return (outcome, score) of the program, or of regular expressions, on as many cores as there are."""
+        program = self.questions.program or REGEX_GRADE
+        calls = []
+        for example, answer in zip(examples, answers, strict=True):
+            ((kind, accepted),) = example.expected.items()
+            calls.append([example.prompt[-1]["content"], answer, *([] if kind == PROGRAM else [accepted])])
+        size = -(-len(calls) // cores()) or 1
+        chunks = [calls[i : i + size] for i in range(0, len(calls), size)]
+        try:
+            with ThreadPoolExecutor(cores()) as pool:
+                parts = list(pool.map(lambda chunk: self.sandbox.call(program, "grade", chunk), chunks))
+        except SandboxError as error:
+            raise DataError(f"{self.source}: {error}") from None
+        return [
+            (SCORED, float(value))
+            if outcome == "returned" and 0 <= value <= 1
+            else ("returned a number that is not from 0 to 1" if outcome == "returned" else outcome, 0.0)
+            for outcome, value in itertools.chain.from_iterable(parts)
+        ]
+
+    def readings(self, example: Example, answer: str) -> dict[str, bool]:
+        """Return whether an accepted answer stands anywhere in the answer ("lenient"), where all are `exact`."""
+        if self._kinds != {"exact"}:
+            return {}
+        return {"lenient": any(normalized(text) in normalized(answer) for text in example.expected["exact"])}
+
+
+COMPARED: dict[str, Callable[[str, str], bool]] = {
+    "exact": lambda answer, text: normalized(answer) == normalized(text),
+    "numeric": same_number,
+}
+
+
+def file_task(source: str, name: str, files: TaskFiles) -> Task:
+    """Return the task of a file; its rows decide the kind. `DataError` if it cannot be read."""
+    choice = isinstance(read_questions(source, files).examples[0], ChoiceExample)
+    return (ChoiceExam if choice else WrittenExam)(source, name, files)
