@@ -8,9 +8,10 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ COMMANDS = {
     "serve": "chat page and OpenAI-compatible API of a finished run",
     "plan": "memory, time and cost on any hardware; nothing is trained",
     "rehearse": "every stage with few steps: what would it take or go wrong",
+    "watch": "a page that follows a run while it trains, and after",
     "doctor": "what this machine can do, and what to install for more",
     "compare": "two runs side by side",
     "export": "a run's model for other people: Orbax or Hugging Face",
@@ -64,9 +66,21 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # commands, flag, what
     ("train rehearse", "--stages", {"metavar": "A,B", "help": "only these stages"}),
     ("train rehearse", "--from", {"dest": "start", "metavar": "STAGE", "help": "this stage and those after it"}),
     ("chat serve", "run", {"nargs": "?", "metavar": "RUN", "help": "run directory (default runs/<tier>)"}),
+    (
+        "watch",
+        "run",
+        {"nargs": "?", "metavar": "RUN", "default": "runs/nano", "help": "run directory (default runs/nano)"},
+    ),
+    ("train", "--watch", {"action": "store_true", "help": "open a page that follows the run (command watch)"}),
+    ("train watch", "--beside", {"metavar": "RUN", "help": "another run, drawn as a grey line behind this one"}),
     ("plan rehearse doctor compare", "--json", {"action": "store_true", "help": "print one JSON object"}),
-    ("serve", "--host", {"help": "address to serve on (default 127.0.0.1)"}),
+    ("serve watch", "--host", {"help": "address to serve on (default 127.0.0.1)"}),
     ("serve", "--port", {"type": int, "help": "port to serve on (default 8000)"}),
+    (
+        "train watch",
+        "--port",
+        {"type": int, "default": 8001, "help": "port of the page that follows a run (default 8001)"},
+    ),
     ("plan", "--target", {"default": "auto", "help": "auto, cpu:N, h100:N, v5e:RxC and others: docs/planning.md"}),
     ("plan", "--budget", {"metavar": "100usd", "help": "the deepest model that the money buys on --target"}),
     ("plan", "--hours", {"type": float, "metavar": "H", "help": "the deepest model that trains in the time"}),
@@ -120,6 +134,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return make_parser().parse_args(words)
 
 
+def api_keys() -> list[str]:
+    return os.environ.get("JAXCHAT_API_KEYS", "").replace(",", " ").split()
+
+
 def given_config(args: argparse.Namespace, default: str = "nano") -> tuple[Config, Path]:
     """Return what the tier's file and the arguments say, nothing derived yet, and the run directory."""
     chosen, talks = getattr(args, "run", None) or args.run_dir, args.command in ("chat", "serve")
@@ -142,7 +160,7 @@ def given_config(args: argparse.Namespace, default: str = "nano") -> tuple[Confi
         "serve.port": getattr(args, "port", None),
     }
     if args.command == "serve":  # from the environment, since everybody can see arguments
-        options["serve.api_keys"] = os.environ.get("JAXCHAT_API_KEYS", "").replace(",", " ").split() or None
+        options["serve.api_keys"] = api_keys() or None
     named = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None]
     overrides = [*args.set, *named]
     keys = [item.partition("=")[0].strip() for item in overrides]
@@ -203,6 +221,11 @@ def run(args: argparse.Namespace) -> int:
         if args.command == "export" and words and not words[0].startswith("-"):
             words = ["--run-dir", *words]
         return interop.main(lambda: interop.make_parser("python launch.py").parse_args([args.command, *words]))
+    if args.command == "watch":
+        from serve.watch import watch
+
+        watch(Path(args.run), args.host or "127.0.0.1", args.port, api_keys(), args.beside and Path(args.beside))
+        return 0
     if args.command == "plan":
         prepare_plan(args.target)
     if args.command not in ("train", "doctor"):  # those have something to do before it
@@ -266,8 +289,33 @@ def run(args: argparse.Namespace) -> int:
         os.environ["no_proxy"] = "*"  # it asks no other machine; Gradio's import fails at proxies that httpx cannot use
         serve(directory, config)
     else:
-        train(args, config, directory, derivations(given, config))
+        with page_beside(args, root) if args.watch else contextlib.nullcontext():
+            if args.watch and not config.train.sample_every:
+                config = replaced(config, "train", sample_every=config.train.eval_every)
+            train(args, config, directory, derivations(given, config))
     return 0
+
+
+@contextlib.contextmanager
+def page_beside(args: argparse.Namespace, root: Path) -> Iterator[None]:
+    """Show the page of a run in a process of its own: while it trains, here or elsewhere, and then until Ctrl-C."""
+    from jaxchat.log import say
+    from jaxchat.run_dir import RunInUse
+
+    beside = ["--beside", args.beside] if args.beside else []
+    page = subprocess.Popen([sys.executable, __file__, "watch", str(root), "--port", str(args.port), *beside])
+    try:
+        try:
+            yield
+        except RunInUse as error:
+            say(f"{error.owner} trains this run already: the page shows it")
+        if page.poll() is None:
+            say("the page stays open until Ctrl-C")
+        with contextlib.suppress(KeyboardInterrupt, InterruptedRun):
+            page.wait()
+    finally:
+        page.terminate()
+        page.wait()
 
 
 def train(args: argparse.Namespace, config: Config, directory: RunDir, reasons: dict[str, str]) -> None:

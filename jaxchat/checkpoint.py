@@ -133,16 +133,17 @@ def save_params(directory: str | Path, step: int, params: Any, meta: dict[str, A
         checkpoints.wait()
 
 
-def restore_params(directory: str | Path, verify: bool = True) -> tuple[Any, dict[str, Any]]:
+def restore_params(directory: str | Path, verify: bool = True, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """Return (parameters as host arrays, facts) of a stage's newest checkpoint; `DataError` if there is none.
 
-    `verify`: check its files by their checksums first; off where the caller checks the parameters themselves.
+    `step`: take this one. `verify`: check its files by their checksums first; off where the caller checks the
+    parameters themselves.
     """
     directory = Path(directory).resolve()
     steps = saved_steps(directory)
-    if not steps:
-        raise DataError(f"{directory}: no checkpoint; train it first")
-    path = directory / str(steps[-1])
+    if not steps or step not in (None, *steps):
+        raise DataError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'}; train it first")
+    path = directory / str(steps[-1] if step is None else step)
     if verify and (fault := damage(path, ("params/", "meta/"))):
         raise DataError(f"{path}: {fault}; {RESTORE}")
     alone = this_process()

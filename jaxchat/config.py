@@ -112,7 +112,7 @@ class TrainConfig:
     keep_every: int = key(0, "steps: checkpoints at multiples of it are kept too; 0: none", 0, free=True)
     eval_every: int = key(250, "steps between evaluations; 0: only at the end", 0, free=True)
     eval_rows: int = key(512, "held-out rows at most per evaluation", 1, free=True)
-    sample_every: int = key(0, "steps between samples during pretraining; 0: only before and after", 0, free=True)
+    sample_every: int = key(0, "steps between samples while a stage trains; 0: only before and after", 0, free=True)
     compute_dtype: str = key("auto", "auto: float32 on CPUs, bfloat16 elsewhere, float16 with a loss scale on NVIDIA "
         "cards without it (T4, V100)", choices=("auto", "float32", "bfloat16", "float16"))
     matmul: str = key("plain", "products of the layers: `plain` in the compute dtype, `fp8` with 8-bit operands (e4m3, "

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,10 +28,25 @@ from jaxchat.run_dir import atomic_write
 T = TypeVar("T")
 UNIT = re.compile(r"seconds|bytes|disk|memory|hours|usd|mfu|share")
 console = Console(highlight=False, stderr=True, emoji=False)
+_messages: Path | None = None
+
+
+def keep_messages(path: Path | None) -> None:
+    """Append what `say` prints and `note` adds to a file from now on, for the page that follows a run; None: no more."""
+    global _messages
+    _messages = path
+
+
+def note(text: str = "", **facts: Any) -> None:
+    """Append a JSON line with its time to the file of messages; nothing where there is none or it cannot be written."""
+    if _messages and not console.quiet:
+        with contextlib.suppress(OSError), open(_messages, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), "text": text.strip()} | facts) + "\n")
 
 
 def say(text: str, style: str | None = None) -> None:
     """Print one line if the terminal is still there; rich markup inside `text` is not interpreted."""
+    note(text)
     try:
         console.print(text, style=style, markup=False, soft_wrap=True)
     except OSError as error:

@@ -23,6 +23,14 @@ CHECKSUMS = "SHA256SUMS"
 TRAINED = {"base": "pretrain", "sft": "sft", "rl": "rl"}  # folder of a trained stage -> its name in `stages.json`
 
 
+class RunInUse(UsageError):
+    """Another process, the `owner`, has the run directory."""
+
+    def __init__(self, root: Path, owner: str):
+        super().__init__(f"{root}: in use by {owner}; wait for it, stop it, or choose another --run-dir")
+        self.owner = owner
+
+
 class RunDir:
     """Paths of everything inside one run directory."""
 
@@ -30,6 +38,7 @@ class RunDir:
         self.root = Path(root)
         self.config = self.root / "config.toml"
         self.stages = self.root / "stages.json"
+        self.messages = self.root / "messages.jsonl"
         self.tokenizer = self.root / "tokenizer"
         self.data = self.root / "data"
         self.report = self.root / "report.md"
@@ -58,7 +67,7 @@ class RunDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run directory for this process; `UsageError` names the process that already has it.
+        """Hold the run directory for this process; `RunInUse` names the process that already has it.
 
         The lock is the operating system's, so it vanishes with the process however that ends.
         """
@@ -72,9 +81,7 @@ class RunDir:
         try:
             lock = filelock.FileLock(self.root / ".lock", blocking=False).acquire()
         except filelock.Timeout:
-            name = owner.read_text() if owner.exists() else "unknown"
-            advice = "wait for it, stop it, or choose another --run-dir"
-            raise UsageError(f"{self.root}: in use by process {name}; {advice}") from None
+            raise RunInUse(self.root, f"process {owner.read_text() if owner.exists() else 'unknown'}") from None
         with lock:
             try:
                 owner.write_text(str(os.getpid()))

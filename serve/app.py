@@ -35,7 +35,7 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir
 
-from . import api
+from . import api, bind
 from .schemas import ApiError
 from .service import Clients, Service, as_api_error, run_until_one_ends
 from .worker import Worker
@@ -369,12 +369,3 @@ def load(run: RunDir, config: Config, worker: Worker) -> Engine:
         engine.programs.warm_up(report, background=True)
     log.info("ready")
     return engine
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket; `UsageError` where the address cannot be had."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise UsageError(f"cannot serve on {host}:{port} ({error}); choose another --port or --host") from None

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -22,6 +23,9 @@ import jax
 from whole_run import arguments, finish, start, write_corpus
 
 from jaxchat.run_dir import locked
+
+CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,3 +60,16 @@ def finished(corpus, shared):
             code, _, err = finish(start(arguments(corpus, run_dir)))
             assert code == 0, err
     return run_dir
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real Chromium; the test is skipped with the reason where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the dev extra: pip install -e '.[dev]'")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("no Chromium on this machine")
+    with sync_api.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=CHROMIUM)
+        yield chromium
+        chromium.close()

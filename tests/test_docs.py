@@ -63,7 +63,7 @@ def test_every_command_parses_and_its_keys_exist(path, tmp_path, monkeypatch):
         if args.command in launch.INTEROP:
             run = ["--run-dir"] if args.command == "export" else []
             interop.make_parser().parse_args([args.command, *run, *args.words])
-        if args.command in ("compare", "tiers", *launch.INTEROP):
+        if args.command in ("compare", "tiers", "watch", *launch.INTEROP):
             continue
         args.config = args.run_dir = args.run = args.init = None  # a run that may not exist here
         config = resolve(sized(launch.given_config(args)[0]))

@@ -60,7 +60,7 @@ def test_metrics_scores_and_samples_have_their_steps(rows, tmp_path):
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(12))
     assert {r["step"]: r["extra"] for r in records if "val_bpb" in r} == {4: 5.0, 9: 10.0, 11: 12.0}
-    assert sampled == [6, 12]
+    assert sampled == [0, 6, 12]
     assert [r["tokens"] for r in records] == [64 * (s + 1) for s in range(12)]
     assert all(r["mfu"] is None for r in records) or records[0]["mfu"] > 0
     assert facts["val_bpb"] == records[-1]["val_bpb"] and facts["bad_steps"] == 0

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import shutil
 import sys
 import time
 
@@ -21,9 +20,6 @@ from serve.page import BREAK, TEXTS, answer, complaint, mounted_page, token_span
 from serve.schemas import ApiError
 from serve.service import Clients
 from serve.worker import Unavailable
-
-CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +85,6 @@ def test_a_full_context_is_is_news(service):
     assert "forgotten" in collect(service[2], long, GREETING[0]["content"], max_tokens=40)[-1][1]
     with pytest.raises(UsageError, match="context holds 128"):
         collect(service[2], [], "word " * 500)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A real Chromium; the test is skipped with the reason where there is none."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the dev extra: pip install -e '.[dev]'")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if not path:
-        pytest.skip("no Chromium on this machine")
-    with sync_api.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=path, args=CHROMIUM)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

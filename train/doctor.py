@@ -85,6 +85,12 @@ def peak_rss() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
 
 
+def memory_peak() -> int | None:
+    """Return the peak bytes in use on this process's first device, or of the process where the device does not tell."""
+    stats: dict[str, int] = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or peak_rss()
+
+
 def available_memory() -> int | None:
     """Return the bytes that this process can still take, within the limits of host, container and process.
 

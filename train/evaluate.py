@@ -59,6 +59,7 @@ MARK = 12  # hexadecimal digits that identify a question of an exam
 COPY_TEXTS = 20  # written to measure memorization
 CORE_TEXTS = 8  # rows of a batch that an item of CORE takes, with its options and the examples before it
 SEED = 1234  # of samples
+ALTERNATIVES = 5  # to each token of a sample taken during training
 PROMPT_TOKENS = 8  # of a held-out text, for samples of a base model
 CHAT_PROMPTS = (
     "hello",
@@ -143,25 +144,47 @@ def chat_core(tasks: dict[str, Scores]) -> float | None:
 
 
 def samples(
-    engine: Engine, prompts: Sequence[str], chat: bool, max_tokens: int, temperatures: Sequence[float]
+    engine: Engine,
+    prompts: Sequence[str],
+    chat: bool,
+    max_tokens: int,
+    temperatures: Sequence[float],
+    alternatives: int | None = None,
 ) -> list[dict[str, Any]]:
     """Answer every prompt (a base model continues it) at each temperature; the same text every time.
 
     Returns `{"prompt", "answers": [{"temperature", "text"}]}` each. Prompts longer than the context are left out.
+    With `alternatives` a prompt also has its "ids", and an answer "tokens" with so many alternatives: each has id,
+    text, probability "p" (null where the calculator wrote it) and "top", pairs of text and probability.
     """
     turns: list[dict[str, Any]] = []
     requests = []
     for i, prompt in enumerate(prompts):
         request = engine.chat_request([user(prompt)]) if chat else engine.text_request(prompt)
         if len(request.tokens) <= engine.capacity:
-            turns.append({"prompt": prompt})
-            requests += [
-                dataclasses.replace(request, max_tokens=max_tokens, temperature=t, seed=SEED + i) for t in temperatures
-            ]
+            turns.append({"prompt": prompt} | ({} if alternatives is None else {"ids": request.tokens}))
+            request = dataclasses.replace(request, max_tokens=max_tokens, seed=SEED + i, logprobs=alternatives)
+            requests += [dataclasses.replace(request, temperature=t) for t in temperatures]
     results = iter(engine.generate(requests))
-    return [
-        turn | {"answers": [{"temperature": t, "text": shown(next(results))} for t in temperatures]} for turn in turns
-    ]
+    for turn in turns:
+        turn["answers"] = [{"temperature": t, **_answer(engine.tokenizer, next(results))} for t in temperatures]
+    return turns
+
+
+def _answer(tokenizer: Tokenizer, result: Turn) -> dict[str, Any]:
+    """Return the text of an answer, and its tokens where their probabilities are known."""
+    answer: dict[str, Any] = {"text": shown(result)}
+    if result.logprobs:
+        answer["tokens"] = [
+            {
+                "id": token.id,
+                "text": tokenizer.decode([token.id]),
+                "p": None if forced else round(math.exp(token.logprob), 4),
+                "top": [] if forced else [[tokenizer.decode([i]), round(math.exp(p), 4)] for i, p in token.top],
+            }
+            for token, forced in zip(result.logprobs, result.forced, strict=True)
+        ]
+    return answer
 
 
 def shown(result: Turn) -> str:
@@ -188,16 +211,38 @@ def held_out_openings(rows: Rows, tokenizer: Tokenizer, count: int) -> list[str]
     return [text.lstrip("\ufffd").rstrip("\ufffd ") for text in openings]  # a cut may fall inside a character
 
 
+def sampler(config: Config, run: RunDir, tokenizer: Tokenizer, stage: str) -> Callable[[TrainState, int], None]:
+    """Return what writes the samples of a step: `samples/step_N.json` with probabilities, and `.md` for people."""
+    tokens = min(config.eval.sample_tokens, config.model.seq_len // 2)
+
+    def sample(state: TrainState, step: int) -> None:
+        params = jax.tree.map(distributed.gathered, state.params)
+
+        def write() -> None:
+            begin, model = time.perf_counter(), Model(config, run, stage, params, tokenizer)
+            engine = Engine(config.model, params, tokenizer, slots=8)
+            turns = samples(
+                engine, model.prompts, stage != "base", tokens, config.eval.sample_temperatures, ALTERNATIVES
+            )
+            seconds, path = time.perf_counter() - begin, run.stage(stage) / "samples" / f"step_{step:06d}"
+            record = {"format": FORMAT, "step": step, "seconds": seconds, "turns": turns}
+            atomic_write(path.with_suffix(".json"), json.dumps(record, ensure_ascii=False))
+            atomic_write(path.with_suffix(".md"), f"# Step {step}\n\n{samples_markdown(turns)}")
+
+        distributed.on_first(write)
+
+    return sample
+
+
 def write_samples(model: Model, before: Any) -> None:
     """Write `samples.json` and `samples.md`: the same prompts to the model before the stage and after it."""
     config, folder, chat = model.config, model.run.stage(model.stage), model.stage != "base"
-    prompts = list(config.eval.chat_prompts or CHAT_PROMPTS) if chat else model.openings(config.eval.sample_prompts)
     tokens = min(config.eval.sample_tokens, config.model.seq_len // 2)
     record: dict[str, Any] = {"format": FORMAT}
     text = f"# Samples: {model.stage}\n\nTemperature in bold; tool calls in brackets.\n"
     for title, params in (("Before", before), ("After", model.params)):
         model.engine.load(params)
-        turns = samples(model.engine, prompts, chat, tokens, config.eval.sample_temperatures)
+        turns = samples(model.engine, model.prompts, chat, tokens, config.eval.sample_temperatures)
         record[title.lower()] = turns
         text += f"\n## {title}\n\n{samples_markdown(turns)}"
     write_json(folder / "samples.json", record)
@@ -227,6 +272,13 @@ class Model:
     @functools.cached_property
     def scorer(self) -> Scorer:
         return Scorer(self.config.model, self.params, self.mesh, self.batch_rows)
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of the samples: questions to a chat model, openings of held-out texts for a base model."""
+        if self.stage == "base":
+            return self.openings(self.config.eval.sample_prompts)
+        return list(self.config.eval.chat_prompts or CHAT_PROMPTS)
 
     def openings(self, count: int) -> list[str]:
         """Return the first words of that many held-out texts; none without such texts."""

@@ -26,7 +26,7 @@ from jaxchat.config import Config, replaced
 from jaxchat.data.loader import Batches, own_columns, val_batches
 from jaxchat.data.packing import Rows
 from jaxchat.errors import DivergedError, InterruptedRun, JaxchatError, OutOfMemoryError
-from jaxchat.log import MetricsFile, Task, animated, progress, read_metrics, say
+from jaxchat.log import MetricsFile, Task, animated, note, progress, read_metrics, say
 from jaxchat.optimizer import advance_schedules, carry_moments, make_optimizer, make_schedule
 from jaxchat.run_dir import RunDir
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh, micro_batch
@@ -44,7 +44,7 @@ from jaxchat.train_state import (
 
 from . import plausible
 from .curves import plot, trackers
-from .doctor import available_memory
+from .doctor import available_memory, memory_peak
 
 Z95 = 1.959963984540054  # standard deviations on each side of a 95 % interval
 SAY_SECONDS = 30.0  # between lines of progress where there is no terminal to draw on
@@ -84,7 +84,8 @@ class Trainer:
     origin: dict[str, Any] = field(default_factory=dict)  # facts from the start on; `start` may add to them
     evaluators: Sequence[Evaluator] = ()
     score_start: bool = False  # evaluate before the first step too; the scores are facts["start"]
-    sampler: Callable[[TrainState, int], None] | None = None  # every `train.sample_every` steps
+    # before the first step, every `train.sample_every` steps, after the last; never where that is 0
+    sampler: Callable[[TrainState, int], None] | None = None
     title: str = "train"
     limit: int = 0  # stop after so many steps as if they were all, with their `timings` in the facts; 0: never
 
@@ -173,11 +174,14 @@ class Trainer:
             return count == self.last or (train.eval_every > 0 and count > 0 and count % train.eval_every == 0)
 
         self.metrics.truncate_to(done)
+        note(folder=self.directory.name, steps=self.config.train.steps, step=done)
         self.bad, self.said = range(0), time.perf_counter()
         curves = trackers(self.config, self.directory, done, write=self.metrics.write)
         with self._signals(), curves as self.track, progress(self.title, self.last, done) as bar:
             if (done == 0 and self.score_start) or evaluation_due(done):  # a checkpoint is saved before its evaluation
                 self._evaluate(state, done)
+            if done == 0:
+                self._sample(state, 0)
             self.clock = time.perf_counter()
             pending, ballot = None, distributed.Ballot()
             for index in range(done, self.last):
@@ -198,11 +202,11 @@ class Trainer:
                     pending = None
                     with self._timed("save"):
                         self.checkpoints.save(count, state, self.facts)  # before the evaluation, which could fail
+                    note(f"{self.title}: checkpoint of step {count}", checkpoint=count, memory_bytes=memory_peak())
                     if evaluate and not stop:
                         self._evaluate(state, count)
-                    if sample and self.sampler and not stop:
-                        with self._timed("sample"):
-                            self.sampler(state, count)
+                    if (sample or count == self.last) and not stop:
+                        self._sample(state, count)
                     if stop or (self.stop_signal and not distributed.several()):
                         self._leave(stop or self.stop_signal, count)
                     self.clock = time.perf_counter()
@@ -274,6 +278,11 @@ class Trainer:
             self.facts |= scores
             self.metrics.amend(scores)
             self.track(count - 1, scores)  # of the step whose record has them
+
+    def _sample(self, state: TrainState, count: int) -> None:
+        if self.sampler and self.config.train.sample_every > 0:
+            with self._timed("sample"):
+                self.sampler(state, count)
 
     def _leave(self, number: int, count: int) -> None:
         """End the run after a signal to any process; the checkpoint of step `count` is being written."""

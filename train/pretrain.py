@@ -13,15 +13,14 @@ from jaxchat.checkpoint import save_params
 from jaxchat.config import Config
 from jaxchat.data.loader import epoch_rows
 from jaxchat.data.packing import Rows
-from jaxchat.engine import Engine
 from jaxchat.interop.initial import find, read_init
 from jaxchat.log import say
-from jaxchat.run_dir import RunDir, atomic_write, link
+from jaxchat.run_dir import RunDir, link
 from jaxchat.sizes import count_parameters, flops_per_token
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import TrainState
 
-from .evaluate import held_out_openings, samples, samples_markdown
+from .evaluate import sampler
 from .loop import Trainer
 
 MANY_EPOCHS = 4  # up to which repeated text is nearly worth as much as new text (2305.16264)
@@ -49,20 +48,17 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
         advice = f"--set train.steps={fewer} and another --run-dir would read it {MANY_EPOCHS} times"
         say(f"  {epochs:.1f} passes over the same text: some of it will be memorized; {advice}", style="yellow")
 
-    def sample(state: TrainState, step: int) -> None:
-        params = jax.tree.map(distributed.gathered, state.params)
-
-        def write() -> None:
-            engine = Engine(config.model, params, tokenizer, slots=8)
-            prompts = held_out_openings(val_rows, tokenizer, min(3, config.eval.sample_prompts))
-            turns = samples(engine, prompts, False, config.eval.sample_tokens, config.eval.sample_temperatures)
-            path = run.stage("base") / "samples" / f"step_{step:06d}.md"
-            atomic_write(path, f"# Step {step}\n\n{samples_markdown(turns)}")
-
-        distributed.on_first(write)
-
     lengths = tokenizer.byte_lengths()
-    trainer = Trainer(config, run.stage("base"), lengths, rows, val_rows, sampler=sample, title="pretrain", limit=limit)
+    trainer = Trainer(
+        config,
+        run.stage("base"),
+        lengths,
+        rows,
+        val_rows,
+        sampler=sampler(config, run, tokenizer, "base"),
+        title="pretrain",
+        limit=limit,
+    )
 
     def given(state: TrainState) -> TrainState:
         """Return the state with the weights of `train.init`; optimizer and schedules begin anew."""

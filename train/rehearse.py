@@ -356,7 +356,7 @@ class Rehearsal:
         rehearsed = self.measured["prepare"]["val_rows"]
         scale = held_out(train.eval_rows, rehearsed, self.text_ratio) / min(self.small.train.eval_rows, rehearsed)
         add_work(loop, "validate", timings, times(train.steps, train.eval_every), scale)
-        add_work(loop, "sample", timings, train.steps // train.sample_every if train.sample_every else 0)
+        add_work(loop, "sample", timings, train.steps // train.sample_every + 2 if train.sample_every else 0)
         return loop | {
             "tokens_per_second": train.batch_tokens / loop["step_seconds"],
             "restore_seconds": timings["start"][0],

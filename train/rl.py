@@ -43,7 +43,7 @@ from jaxchat.train_state import Batch, TrainState, decided, make_nll_step
 
 from . import dpo, plausible
 from .curves import plot
-from .evaluate import passes, shown
+from .evaluate import passes, sampler, shown
 from .loop import StepBatch, Trainer, continued
 from .report import code
 
@@ -81,6 +81,7 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
         next_batch=worker.next_batch,
         start=lambda state: continued(run, "sft", state),
         evaluators=[worker.scores],
+        sampler=sampler(config, run, tokenizer, "rl"),
         score_start=True,
         title="rl",
         limit=limit,

@@ -71,6 +71,7 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
         val_rows if len(val_rows) else None,
         start=lambda state: continued(run, "base", state),
         evaluators=evaluate.spot_checks(config, run, tokenizer, "sft", config.sft.exam_cases),
+        sampler=evaluate.sampler(config, run, tokenizer, "sft"),
         title="sft",
         limit=limit,
     )

@@ -20,11 +20,11 @@ from typing import Any
 
 from jaxchat import __version__, distributed
 from jaxchat.config import KEYS, REMOVED, Config, build, flatten, is_derived, load_config, to_toml
-from jaxchat.errors import UsageError
+from jaxchat.errors import UsageError, first_line
 from jaxchat.interop.huggingface import write_hf
 from jaxchat.interop.initial import read_init
 from jaxchat.interop.trained import Trained, load_trained, write_orbax
-from jaxchat.log import say
+from jaxchat.log import keep_messages, note, say
 from jaxchat.optimizer import make_schedule
 from jaxchat.run_dir import RECORD_FORMAT, TRAINED, RunDir, atomic_write, saved_steps, write_json
 from jaxchat.sharding import make_mesh
@@ -35,6 +35,7 @@ from jaxchat.train_state import check_attention
 from . import evaluate, prepare, pretrain, report, rl, sft
 from .curves import check_trackers
 from .doctor import commit, hardware, peak_rss, versions
+from .targets import usd
 
 SHARED_SECONDS = 60.0  # until the other processes must see what process 0 wrote
 FORMATS: dict[str, Callable[[Trained, Path], dict[str, Any]]] = {"orbax": write_orbax, "hf": write_hf}
@@ -212,10 +213,18 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
         if "tokenizer" in names:  # nothing can be tokenized yet, but all can be read
             for stage in left:
                 stage.ready(config, run)
-        for stage in stages:
-            while stage.joint and left:  # before the first training
-                left.pop(0).ready(config, run)
-            _run_stage(stage, config, run, records, reasons)
+        try:
+            for stage in stages:
+                while stage.joint and left:  # before the first training
+                    left.pop(0).ready(config, run)
+                _run_stage(stage, config, run, records, reasons)
+        except BaseException as error:
+            note(first_line(error), ended="failed")
+            raise
+        else:
+            note(ended="done")
+        finally:
+            keep_messages(None)
     distributed.broadcast(None)
 
 
@@ -258,6 +267,9 @@ def _run_stage(stage: Stage, config: Config, run: RunDir, records: dict[str, Rec
     if previous and extended:
         record["extended"] = [*record.get("extended", []), extend(config, run, records, changed["train.steps"][0])]
     write_json(run.stages, records)
+    keep_messages(run.messages)
+    wanted = [stage.name for stage in STAGES if stage.wanted(config)]
+    note(stage=stage.name, stages=wanted, usd_per_hour=usd(hardware(), 3600))
     say(f"{stage.name:<10} {'goes on' if resumed else 'starts'}", style="bold")
     distributed.broadcast([stage.name, record["start"]])
     try:
@@ -269,8 +281,9 @@ def _run_stage(stage: Stage, config: Config, run: RunDir, records: dict[str, Rec
         if records:
             write_json(run.stages, records)
         else:
-            run.stages.unlink(missing_ok=True)
-            run.config.unlink(missing_ok=True)
+            keep_messages(None)
+            for path in (run.stages, run.config, run.messages):
+                path.unlink(missing_ok=True)
         raise
     seconds = spent + time.perf_counter() - begin
     record |= {"status": "done", "end": _now(), "seconds": seconds, "peak_rss_bytes": peak_rss(), "facts": facts}
