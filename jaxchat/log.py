@@ -32,7 +32,7 @@ _messages: Path | None = None
 
 
 def keep_messages(path: Path | None) -> None:
-    """Append what `say` prints and `note` adds to a file from now on, for the page that follows a run; None: no more."""
+    """Append what `say` and `note` are told to a file, for the page that follows a run; None: no more."""
     global _messages
     _messages = path
 
