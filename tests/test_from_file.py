@@ -146,6 +146,8 @@ def graded(folder, program, *answers):
 
 
 def test_a_program_grades(tmp_path):
+    _, result = graded(tmp_path, "def grade(q, a): return 1", "1")
+    rl.check(resolve(load_config("nano", [f"rl.environment=files:{tmp_path}/sums.jsonl#grade.py"])))
     program = "def grade(question, answer):\n    print(answer)\n    return eval(question[:-1]) == int(answer)"
     _, result = graded(tmp_path, program, "1", "2", "5", "none")
     assert result() == ([1.0, 1.0, 0.0, 0.0], {"raised ValueError": 1, "scored": 3})

@@ -31,7 +31,7 @@ from jaxchat.run_dir import RunDir
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh
 from jaxchat.tasks.base import OWN
 from jaxchat.tasks.conversations import LISTS, conversation_of
-from jaxchat.tasks.from_file import ANSWER, HELD_OUT, check_left_out
+from jaxchat.tasks.from_file import ANSWER, HELD_OUT, check_left_out, split_source
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import TrainState, decided, make_nll_step
 
@@ -45,7 +45,7 @@ Pair = tuple[list[Message], list[Message]]  # the conversation with its chosen a
 
 def is_preferences(source: str) -> bool:
     """Return whether the first record of a `files:` source is a pair of answers."""
-    if not source.startswith(OWN):
+    if not source.startswith(OWN) or split_source(source)[1]:
         return False
     _, record = next((item for path in find_files(source) for item in read_records(path)), ("", None))
     return isinstance(record, dict) and record.keys() >= set(SIDES)
