@@ -181,7 +181,6 @@ def initialized(config: Config, args: argparse.Namespace, overrides: Sequence[st
     Args: own: the run's config.toml, if there is one; resumed: it was read.
     """
     from jaxchat.interop.initial import find, init_config, with_init_model
-    from train.stages import NAMES, named_stages
 
     init, saved = config.train.init.rstrip("/"), load_config(own) if own.exists() else None
     if args.command == "train" and not args.run_dir:
@@ -197,11 +196,13 @@ def initialized(config: Config, args: argparse.Namespace, overrides: Sequence[st
     names = {override.partition("=")[0].strip() for override in overrides}
     config = with_init_model(replaced(config, "train", init=init), known, names)
     if "train.steps" not in names and not resumed:
-        asked = named_stages(getattr(args, "stages", None), getattr(args, "start", None))
-        if asked.isdisjoint(NAMES[: NAMES.index("pretrain") + 1]):
-            config = replaced(config, "train", steps=0)
-        elif config.train.steps == 0:
-            config = replaced(config, "train", steps=-1)
+        steps = config.train.steps or -1
+        if getattr(args, "stages", None) or getattr(args, "start", None):
+            from train.stages import NAMES, named_stages
+
+            asked = named_stages(args.stages, args.start)
+            steps = 0 if asked.isdisjoint(NAMES[: NAMES.index("pretrain") + 1]) else steps
+        config = replaced(config, "train", steps=steps)
     return config
 
 

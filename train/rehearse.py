@@ -251,7 +251,8 @@ class Rehearsal:
 
     def run_sft(self, config: Config, run: RunDir) -> dict[str, Any]:
         """Train for `STEADY_SECONDS` by the pace of pretraining, with two evaluations."""
-        pace = self.measured["pretrain"]["step_seconds"] * config.sft.batch_tokens / config.train.batch_tokens
+        pretrained = self.measured["pretrain"].get("step_seconds", STEADY_SECONDS)  # none with `train.steps` 0
+        pace = pretrained * config.sft.batch_tokens / config.train.batch_tokens
         steps = max(SFT_STEPS, min(MOST_STEPS, int(STEADY_SECONDS / pace)))
         return sft.run(replaced(config, "sft", eval_every=steps // 2), run, steps)
 
@@ -281,7 +282,7 @@ class Rehearsal:
             self.problem("attention", "pretrain", f"attention falls back to XLA's, which is slow: {why}")
         often, rl_often = self.config.train.checkpoint_every, self.config.rl.checkpoint_every
         for name, every in (("pretrain", often), ("sft", often), ("rl", rl_often)):
-            m = self.measured.get(name, {"steps": 0})
+            m = {"steps": 0} | self.measured.get(name, {})
             if m["steps"] > every and (written := m["checkpoint_seconds"]) > (pause := every * m["step_seconds"]):
                 self.problem("save", name, f"a save takes {written:.3g} s, the {every} steps between two {pause:.3g} s")
             if (loader := m.get("loader_seconds", 0.0)) > m.get("step_seconds", 0.0):
@@ -305,7 +306,7 @@ class Rehearsal:
 
     def measure_report(self, facts: dict[str, Any], seconds: float) -> Measured:
         """Measure the report: it searches `eval.overlap_documents` documents for the exams' text."""
-        limit, documents = self.config.eval.overlap_documents, self.measured["prepare"]["documents"]
+        limit, documents = self.config.eval.overlap_documents, self.measured.get("prepare", {}).get("documents", 1)
         whole = documents * self.text_ratio
         return self.measure(facts, seconds, max(1.0, (whole if limit < 0 else min(limit, whole)) / max(1, documents)))
 
@@ -412,8 +413,9 @@ class Rehearsal:
     def exam_batches(self, name: str, scores: dict[str, Any]) -> float:
         """Return the work of a whole exam over that of the rehearsed batch."""
         if name == "bits_per_byte":
-            rows = {"text": (self.measured["prepare"]["val_rows"], self.text_ratio)}
-            if "conversations" in scores:
+            val = self.run.data / "rows" / "val"  # missing where the weights of `train.init` came without
+            rows = {"text": (len(Rows(val, verify=False)), self.text_ratio)} if "text" in scores else {}
+            if "conversations" in scores and "sft" in self.measured:
                 rows["conversations"] = (self.measured["sft"]["val_rows"], self.sft_ratio)
             whole = sum(held_out(self.config.eval.rows, *counted) for counted in rows.values())
             return whole / sum(scores[kind]["n"] for kind in rows)
