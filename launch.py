@@ -229,7 +229,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.command == "plan":
         prepare_plan(args.target)
-    if args.command not in ("train", "doctor"):  # those have something to do before it
+    # training joins other processes first, doctor says what is missing, and a plan for another target counts its own
+    if args.command in ("chat", "serve", "rehearse") or (args.command == "plan" and args.target == "auto"):
         from jaxchat.sharding import require_devices
 
         require_devices()
