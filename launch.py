@@ -230,7 +230,7 @@ def run(args: argparse.Namespace) -> int:
     if args.command == "plan":
         prepare_plan(args.target)
     # training joins other processes first, doctor says what is missing, and a plan for another target counts its own
-    if args.command in ("chat", "serve", "rehearse") or (args.command == "plan" and args.target == "auto"):
+    if args.command in ("chat", "serve", "rehearse", "compare") or (args.command == "plan" and args.target == "auto"):
         from jaxchat.sharding import require_devices
 
         require_devices()
