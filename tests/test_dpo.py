@@ -18,7 +18,10 @@ from jaxchat.errors import DataError, InterruptedRun, UsageError
 from jaxchat.log import read_metrics
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh
-from train import dpo, rl
+from jaxchat.tasks import get_task
+from jaxchat.tasks.base import TaskFiles
+from jaxchat.tasks.from_file import pair_of, read_pairs
+from train import dpo, evaluate, rl
 
 WORDS = ("tea", "ink", "oak", "sun", "map", "ice", "jar", "fox", "rug", "pen")
 
@@ -43,6 +46,10 @@ def settings(source, *more):
     return resolve(load_config("nano", [*shape, *sizes, "train.batch_tokens=128", f"rl.environment={source}", *more]))
 
 
+def pairs_of(config):
+    return read_pairs(config.rl.environment, TaskFiles.of(config, download=False))
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -59,7 +66,7 @@ def settings(source, *more):
     ],
 )  # fmt: skip
 def test_forms_of_pairs(row):
-    assert [spoken(side) for side in dpo.pair_of(row)] == ["Hi\nHello.", "Hi\nGo."]
+    assert [spoken(side) for side in pair_of(row)] == ["Hi\nHello.", "Hi\nGo."]
 
 
 @pytest.mark.parametrize(
@@ -76,9 +83,9 @@ def test_forms_of_pairs(row):
 )
 def test_what_is_no_pair_is_left_out(tmp_path, row):
     with pytest.raises(UsageError):
-        dpo.pair_of(row)
+        pair_of(row)
     config = settings(write(tmp_path / "pairs.jsonl", [*polite(40), row]))
-    train, held_out = dpo.read_pairs(config)
+    train, held_out = pairs_of(config)
     assert len(train) + len(held_out) == 40
     prompts = [{spoken(pair[0][:-1]) for pair in pairs} for pairs in (train, held_out)]
     assert all(prompts) and not prompts[0] & prompts[1]
@@ -87,10 +94,19 @@ def test_what_is_no_pair_is_left_out(tmp_path, row):
         rl.check(settings(write(tmp_path / "pairs.jsonl", [polite(1)[0], row])))
 
 
+def test_an_exam_asks_no_question_whose_preference_is_trained_on(tmp_path):
+    rows = polite(40)
+    exam = write(tmp_path / "exam.jsonl", [{"question": row["prompt"], "answer": row["chosen"]} for row in rows])
+    config = settings(write(tmp_path / "pairs.jsonl", rows), f'eval.exams=["{exam}"]')
+    evaluate.check(config)
+    asked = {spoken(one.prompt) for one in get_task(exam, TaskFiles.of(config, download=False)).examples()}
+    assert asked == {spoken(pair[0][:-1]) for pair in pairs_of(config).held_out}
+
+
 def test_the_updates_gradient_is_that_of_the_formula(tmp_path):
     config = settings(write(tmp_path / "pairs.jsonl", polite(20)), "rl.beta=0.5")
     run, mesh = write_run(tmp_path / "run"), make_mesh(config.mesh)
-    pairs = [tuple(dpo._rendered(tokenizer(), side) for side in pair) for pair in dpo.read_pairs(config)[0]]
+    pairs = [tuple(dpo._rendered(tokenizer(), side) for side in pair) for pair in pairs_of(config)[0]]
     learner = dpo.Learner(config, run, mesh, pairs, len(pairs), rl.question_order)
     params = jax.tree.map(lambda p: p + 0.02 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), learned())
     batch, chosen = learner.next_batch(SimpleNamespace(params=params), 0), rl.question_order(len(pairs), 42, 0)[:8]
@@ -111,7 +127,7 @@ def test_the_updates_gradient_is_that_of_the_formula(tmp_path):
     mask = rows["weights"].reshape(16, -1)
     np.testing.assert_allclose(weights.reshape(16, -1), expected * mask, rtol=1e-5)
     first = rows["targets"].reshape(16, -1)[0][mask[0] > 0].tolist()
-    assert tokenizer().decode(first[:-1]) == spoken(dpo.read_pairs(config)[0][chosen[0]][0][-1:])
+    assert tokenizer().decode(first[:-1]) == spoken(pairs_of(config)[0][chosen[0]][0][-1:])
 
 
 def test_a_preference_is_learned_and_resumed_bit_equal(tmp_path, monkeypatch):

@@ -21,87 +21,29 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxchat import distributed
-from jaxchat.chat import Message, normalize, render, render_prompt
+from jaxchat.chat import Message, render, render_prompt
 from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, replaced
-from jaxchat.data.sources import document_hash, find_files, limit_of_hashes, read_records, spoken
-from jaxchat.errors import DataError, UsageError
+from jaxchat.errors import DataError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh
-from jaxchat.tasks.base import OWN
-from jaxchat.tasks.conversations import LISTS, conversation_of
-from jaxchat.tasks.from_file import ANSWER, HELD_OUT, check_left_out, split_source
+from jaxchat.tasks.base import TaskFiles
+from jaxchat.tasks.from_file import read_pairs
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import TrainState, decided, make_nll_step
 
 from .curves import plot
 from .loop import StepBatch, Trainer, continued
 
-SIDES = ("chosen", "rejected")
 LENGTH_MULTIPLE = 64  # tokens that the longer of the two lengths of rows is rounded up to
-Pair = tuple[list[Message], list[Message]]  # the conversation with its chosen and with its rejected answer
-
-
-def is_preferences(source: str) -> bool:
-    """Return whether the first record of a `files:` source is a pair of answers."""
-    if not source.startswith(OWN) or split_source(source)[1]:
-        return False
-    _, record = next((item for path in find_files(source) for item in read_records(path)), ("", None))
-    return isinstance(record, dict) and record.keys() >= set(SIDES)
-
-
-def pair_of(record: Any) -> Pair:
-    """Return the two conversations of a record; `UsageError` says why it cannot be used.
-
-    The answers are texts, messages, or (as in UltraFeedback) whole conversations, then also without a prompt.
-    """
-    if not isinstance(record, dict) or not record.keys() >= set(SIDES):
-        raise UsageError(f"no {' and '.join(SIDES)}")
-    fields = {key: value for key, value in record.items() if key not in (*SIDES, *ANSWER, *LISTS) and value}
-    sides = []
-    for name in SIDES:
-        answer = record[name]
-        if isinstance(answer, list) and len(answer) == 1:  # the answer's message alone
-            answer = answer[0].get("content", answer[0].get("value")) if isinstance(answer[0], dict) else answer[0]
-        alone = isinstance(answer, str) and bool(fields)
-        whole = {"messages" if isinstance(answer, list) else "text": answer}
-        sides.append(normalize(conversation_of(fields | {"answer": answer} if alone else whole)[1]))
-    chosen, rejected = sides
-    if chosen[:-1] != rejected[:-1] or any(turns[-1]["role"] != "assistant" for turns in sides):
-        raise UsageError("the two answers do not follow the same messages")
-    if chosen == rejected:
-        raise UsageError("the two answers are the same")
-    return chosen, rejected
-
-
-def read_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
-    """Return the pairs to train on and those held out, a fifth by a hash of the prompt; `DataError` without both."""
-    source, records, left_out = config.rl.environment, 0, list[str]()
-    pairs: dict[float, list[Pair]] = {}  # by the hash of the prompt
-    for path in find_files(source):
-        for where, record in read_records(path, config.data.encoding):
-            records += 1
-            try:
-                pair = pair_of(record)
-            except UsageError as error:
-                left_out.append(f"{where}: {error}")
-                continue
-            pairs.setdefault(document_hash(spoken(pair[0][:-1])), []).append(pair)
-    check_left_out(source, records, left_out, config.sft.max_left_out)
-    try:
-        limit = limit_of_hashes(pairs, HELD_OUT)
-    except ValueError:
-        raise DataError(f"{source}: needs pairs of at least 2 prompts, one to train on and one held out") from None
-    train, held_out = ([p for h in pairs for p in pairs[h] if (h >= limit) == is_train] for is_train in (True, False))
-    say(f"  {source}: {len(train):,} preferences to train on, {len(held_out):,} held out")
-    return train, held_out
 
 
 def fitting(config: Config, tokenizer: Tokenizer) -> list[list[Any]]:
     """Return the pairs to train on and those held out as (ids, mask) of both answers, if they fit into the context."""
     kept = []
-    for pairs in read_pairs(config):
+    pairs_of = read_pairs(config.rl.environment, TaskFiles.of(config, download=False))
+    for pairs in (pairs_of.train, pairs_of.held_out):
         rendered = [tuple(_rendered(tokenizer, side) for side in pair) for pair in pairs]
         kept.append([pair for pair in rendered if max(len(ids) for ids, _ in pair) <= config.model.seq_len + 1])
         if len(kept[-1]) < len(pairs):

@@ -38,6 +38,7 @@ from jaxchat.scaling import fine_tuning_optim
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh, replicated
 from jaxchat.tasks import get_task
 from jaxchat.tasks.base import OWN, RIGHT, Example, TaskFiles, WrittenTask
+from jaxchat.tasks.from_file import is_preferences, read_pairs
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import Batch, TrainState, decided, make_nll_step
 
@@ -61,7 +62,7 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
 
     `limit`: see `Trainer`; with it every other answer gets a reward, so that there is something to learn from.
     """
-    if dpo.is_preferences(config.rl.environment):
+    if is_preferences(config.rl.environment):
         return dpo.run(config, run, question_order, rl_config, limit)
     tokenizer, mesh = Tokenizer.load(run.tokenizer), make_mesh(config.mesh)
     task, train_questions = environment(config)
@@ -98,8 +99,8 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Refuse, before any work, an environment without questions or with data that is not at hand."""
-    if dpo.is_preferences(config.rl.environment):
-        dpo.read_pairs(config)
+    if is_preferences(config.rl.environment):
+        read_pairs(config.rl.environment, TaskFiles.of(config, download=False))
         return
     (task, questions), rl = environment(config), config.rl
     if not task.examples():
@@ -119,7 +120,7 @@ def ready(config: Config, run: RunDir) -> None:
     """Refuse, before anything is trained, questions of which none fits into the context."""
     if not (run.tokenizer / "tokenizer.json").exists():
         return
-    if dpo.is_preferences(config.rl.environment):
+    if is_preferences(config.rl.environment):
         dpo.fitting(config, Tokenizer.load(run.tokenizer))
     else:
         fitting(config, Tokenizer.load(run.tokenizer), environment(config)[1])

@@ -1,4 +1,4 @@
-"""Exams and RL environments from a file of questions and answers, or with a `grade` of your own in Python.
+"""Exams and RL environments from a file: questions and answers, a `grade` of your own in Python, or preferences.
 
     files:sums.jsonl             rows with a question and its accepted answers, or with `choices`
     files:sums.jsonl#grade.py    the answers are graded by `grade(question, answer)` of a Python file, in the sandbox
@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxchat.chat import normalize
+from jaxchat.chat import Message, normalize
 from jaxchat.data.shards import cores
 from jaxchat.data.sources import document_hash, find_files, limit_of_hashes, read_records, spoken, suffix_of
 from jaxchat.errors import DataError, UsageError
@@ -52,6 +52,7 @@ ANSWER = (
     "completion", "answerkey", "label", "gold", "reward_model", "답변", "정답",
 )  # fmt: skip
 CHOICES = ("choices", "options")
+SIDES = ("chosen", "rejected")
 MATCHES = ("exact", "numeric", "regex")
 PROGRAM, PROGRAM_WITH_ANSWER = "grade(question, answer)", "grade(question, answer, expected)"
 SCORED = "scored"
@@ -63,6 +64,8 @@ NUMBER = re.compile(
     rf"(?:(?<![\w)])[-+])?[$€£₩¥]?(?:(?<![\w)])-)?(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d\d?(?!\d))?(?:\s?/\s?\d+)?"
 )
 QUOTES = " \t\n\"'`*_“”‘’「」『』.,!?;:。、…"  # around an answer; none of them is part of it
+State = tuple[tuple[Path, int, int], ...]  # the files of a source, with size and time
+Pair = tuple[list[Message], list[Message]]
 REGEX_GRADE = "import re\ndef grade(question, answer, expected): return any(re.search(p, answer) for p in expected)\n"
 
 
@@ -239,8 +242,11 @@ class Questions:
 
 def read_questions(source: str, files: TaskFiles) -> Questions:
     """Return the questions of a source; `DataError` if too many rows cannot be used, with the first."""
-    state = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths_of(source))
-    return _read(source, state, files.encoding, files.max_left_out)
+    return _read(source, _state_of(source), files.encoding, files.max_left_out)
+
+
+def _state_of(source: str) -> State:
+    return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths_of(source))
 
 
 def check_left_out(source: str, rows: int, left_out: Sequence[str], most: float) -> None:
@@ -253,7 +259,7 @@ def check_left_out(source: str, rows: int, left_out: Sequence[str], most: float)
 
 
 @functools.lru_cache(8)
-def _read(source: str, state: tuple[tuple[Path, int, int], ...], encoding: str, most: float) -> Questions:
+def _read(source: str, state: State, encoding: str, most: float) -> Questions:
     paths = [path for path, _, _ in state]
     program = kind = ""
     if split_source(source)[1]:
@@ -306,6 +312,76 @@ def example_of(row: dict[str, Any], program: str) -> Example | ChoiceExample:
     return Example(prompt, {program or match_of(row, answers) or default: answers})
 
 
+# Preferences
+
+
+class Pairs(NamedTuple):
+    """What a file of preferences holds. A pair is the conversation with its chosen and with its rejected answer."""
+
+    train: tuple[Pair, ...]
+    held_out: tuple[Pair, ...]  # a fifth of the prompts, by a hash
+
+
+def is_preferences(source: str) -> bool:
+    """Return whether the first record of a `files:` source is a pair of answers."""
+    if not source.startswith(OWN) or split_source(source)[1]:
+        return False
+    _, record = next((item for path in find_files(source) for item in read_records(path)), ("", None))
+    return isinstance(record, dict) and record.keys() >= set(SIDES)
+
+
+def pair_of(record: Any) -> Pair:
+    """Return the two conversations of a record; `UsageError` says why it cannot be used.
+
+    The answers are texts, messages, or (as in UltraFeedback) whole conversations, then also without a prompt.
+    """
+    if not isinstance(record, dict) or not record.keys() >= set(SIDES):
+        raise UsageError(f"no {' and '.join(SIDES)}")
+    fields = {key: value for key, value in record.items() if key not in (*SIDES, *ANSWER, *LISTS) and value}
+    sides = []
+    for name in SIDES:
+        answer = record[name]
+        if isinstance(answer, list) and len(answer) == 1:  # the answer's message alone
+            answer = answer[0].get("content", answer[0].get("value")) if isinstance(answer[0], dict) else answer[0]
+        alone = isinstance(answer, str) and bool(fields)
+        whole = {"messages" if isinstance(answer, list) else "text": answer}
+        sides.append(normalize(conversation_of(fields | {"answer": answer} if alone else whole)[1]))
+    chosen, rejected = sides
+    if chosen[:-1] != rejected[:-1] or any(turns[-1]["role"] != "assistant" for turns in sides):
+        raise UsageError("the two answers do not follow the same messages")
+    if chosen == rejected:
+        raise UsageError("the two answers are the same")
+    return chosen, rejected
+
+
+def read_pairs(source: str, files: TaskFiles) -> Pairs:
+    """Return the pairs of a source; `DataError` if too many rows cannot be used, or with fewer than two prompts."""
+    return _read_pairs(source, _state_of(source), files.encoding, files.max_left_out)
+
+
+@functools.lru_cache(1)
+def _read_pairs(source: str, state: State, encoding: str, most: float) -> Pairs:
+    records, left_out = 0, list[str]()
+    pairs: dict[float, list[Pair]] = {}  # by the hash of the prompt
+    for where, record in itertools.chain.from_iterable(read_records(path, encoding) for path, _, _ in state):
+        records += 1
+        try:
+            pair = pair_of(record)
+        except UsageError as error:
+            left_out.append(f"{where}: {error}")
+            continue
+        pairs.setdefault(document_hash(spoken(pair[0][:-1])), []).append(pair)
+    check_left_out(source, records, left_out, most)
+    try:
+        limit = limit_of_hashes(pairs, HELD_OUT)
+    except ValueError:
+        raise DataError(f"{source}: needs pairs of at least 2 prompts, one to train on and one held out") from None
+    train = tuple(pair for value in pairs for pair in pairs[value] if value >= limit)
+    held_out = tuple(pair for value in pairs for pair in pairs[value] if value < limit)
+    say(f"  {source}: {len(train):,} preferences to train on, {len(held_out):,} held out")
+    return Pairs(train, held_out)
+
+
 # Tasks
 
 
@@ -323,7 +399,10 @@ class FileExam(Task):
     @functools.cached_property
     def _examples(self) -> list[Any]:
         everything, trained = self.questions.examples, frozenset[str]()
-        if self.files.environment:
+        if is_preferences(self.files.environment):
+            pairs = read_pairs(self.files.environment, self.files).train
+            trained = frozenset(spoken(chosen[:-1]) for chosen, _ in pairs)
+        elif self.files.environment:
             trained = read_questions(self.files.environment, self.files).training
         asked = [example for example in everything if spoken(example.prompt) not in trained]
         if not asked:
