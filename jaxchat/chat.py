@@ -81,19 +81,20 @@ def normalize(messages: Sequence[Message]) -> list[Message]:
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise UsageError("messages: must be a list with at least one message")
-    turns: list[Message] = []
-    results = set()  # messages that are output of the calculator
     for i, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in ROLES:
             raise UsageError(f"messages[{i}]: role {role!r}; it must be {', '.join(ROLES)}")
+    turns: list[Message] = []
+    results = set()  # messages that are output of the calculator
+    for i, message in enumerate(messages):
         if i in results:
             continue
-        parts = _parts(message, i)
-        if ROLES[role] == "assistant":
+        role, parts = ROLES[message["role"]], _parts(message, i)
+        if role == "assistant":
             for number, (name, arguments) in enumerate(_calls(message, i), i + 1):
                 expression = _expression(arguments) if name in CALCULATORS else ""
-                if expression and number < len(messages) and _role(messages[number]) in RESULTS:
+                if expression and number < len(messages) and messages[number]["role"] in RESULTS:
                     results.add(number)
                     output = _text(messages[number], number)
                     _join(parts, [{"type": "python", "text": expression}, {"type": "python_output", "text": output}])
@@ -104,12 +105,12 @@ def normalize(messages: Sequence[Message]) -> list[Message]:
                 parts = [part | {"weight": 0} for part in parts]
         else:
             parts = [{"type": "text", "text": _text(message, i)}]
-        if not turns or turns[-1]["role"] != ROLES[role]:
-            if not turns and ROLES[role] == "assistant":
-                turns.append({"role": "user", "content": [{"type": "text", "text": ""}]})
-            turns.append({"role": ROLES[role], "content": parts})
-        else:
+        if not turns and role == "assistant":
+            turns.append({"role": "user", "content": [{"type": "text", "text": ""}]})
+        if turns and turns[-1]["role"] == role:
             _join(turns[-1]["content"], parts)
+        else:
+            turns.append({"role": role, "content": parts})
     return [t if t["role"] == "assistant" else t | {"content": t["content"][0]["text"]} for t in turns]
 
 
@@ -128,10 +129,6 @@ def _append(parts: list[Message], part: Message) -> None:
         parts[-1] = part | {"text": parts[-1]["text"] + part["text"]}
     else:
         parts.append(part)
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, dict) else None
 
 
 def _text(message: Message, index: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import re
 import time
@@ -52,6 +53,9 @@ def say(text: str, style: str | None = None) -> None:
     except OSError as error:
         if error.errno != errno.EIO:
             raise
+
+
+say_once = functools.cache(say)  # the same line once in a process
 
 
 def animated() -> bool:

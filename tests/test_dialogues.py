@@ -153,6 +153,10 @@ NAN = float("nan")
         ({"instruction": "", "input": Q, "output": A}, USUAL),
         ({"instruction": Q, "input": NAN, "output": A, "system": "s", "history": [[Q, A]]}, MORE),
         ({"instruction": Q, "context": "this", "response": A}, [("user", f"{Q}\n\nthis"), ("assistant", A)]),
+        ({"instruction": Q, "input": "this", "context": "that", "output": A},
+         [("user", f"{Q}\n\nthis\n\nthat"), ("assistant", A)]),
+        ({"messages": [], "instruction": Q, "output": A, "history": MESSAGES}, [*USUAL, *USUAL]),
+        ({"question": Q, "answer": [A, "also right"]}, USUAL),
         ({"prompt": Q, "completion": A}, USUAL),
         ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, USUAL),
         ({"system_prompt": "", "question": Q, "response": A}, USUAL),
@@ -178,7 +182,7 @@ def test_only_the_completion_is_learned():
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ("hello", "neither an object"), (5, "neither an object"), ({}, "no known form"), ([], "at least one message"),
+        ("hello", "neither an object"), (5, "neither an object"), ({}, "no known form"), ([], "no known form"),
         ({"text": "Once upon a time."}, "no known form .*text"), ({"messages": [5], "system": "s"}, r"messages\[1\]"),
         ({"messages": MESSAGES[:1]}, "no answer"), ({"conversations": [Q]}, "no answer"),
         ({"messages": [MESSAGES[0], MESSAGES[1] | {"weight": 0}]}, "no answer"),

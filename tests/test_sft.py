@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -197,7 +198,7 @@ def test_a_conversation_out_of_form_is_named(tmp_path, tokenizer, monkeypatch):
 def test_what_cannot_be_used_is_counted_and_told_once(tmp_path, tokenizer, monkeypatch):
     """In the facts, too; more than the limit stops the run."""
     said = []
-    monkeypatch.setattr(sft, "say", said.append)
+    monkeypatch.setattr(sft, "say_once", functools.cache(said.append))
     entry = talks(tmp_path / "talks.jsonl", 60)
     with open(tmp_path / "talks.jsonl", "a") as file:
         file.write(json.dumps({"messages": [{"role": "user", "content": "who answers?"}]}) + "\n")

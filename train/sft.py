@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from jaxchat import __version__, distributed
-from jaxchat.chat import Message, normalize
+from jaxchat.chat import Message
 from jaxchat.config import Config, replaced
 from jaxchat.data.packing import PackStats, Rows, pack_conversations, render_all, write_rows
 from jaxchat.data.shards import parallel_map, workers_for
 from jaxchat.data.sources import document_hash, limit_of_hashes, source_files, spoken
 from jaxchat.errors import DataError, UsageError
-from jaxchat.log import progress, say
+from jaxchat.log import progress, say, say_once
 from jaxchat.run_dir import RunDir, read_json, saved_steps, write_json
 from jaxchat.scaling import fine_tuning_optim
 from jaxchat.sharding import batch_devices, make_mesh
@@ -112,15 +112,8 @@ def ready(config: Config, run: RunDir) -> None:
         settings = sft_config(config, rows, batch_devices(make_mesh(config.mesh)))
         plausible.warn("sft", plausible.of_steps("sft", settings, rows, held_out or None))
         return
-    count = 0
     with progress("sft: reading the conversations", None) as bar:
-        for entry, _, conversation in bar.track(mixture(config)):
-            try:
-                normalize(conversation)
-            except UsageError as error:
-                raise DataError(f"sft.mixture: {entry}: a conversation is out of form: {error}") from None
-            count += 1
-    say(f"  sft: {count:,} conversations read")
+        say(f"  sft: {sum(1 for _ in bar.track(mixture(config))):,} conversations read")
 
 
 def sft_config(config: Config, rows: int, devices: int = 1) -> Config:
@@ -137,11 +130,6 @@ def sft_config(config: Config, rows: int, devices: int = 1) -> Config:
     config = dataclasses.replace(config, optim=fine_tuning_optim(config, sft.lr_ratio))
     config = replaced(config, "optim", warmdown_ratio=0.5, momentum=MOMENTUM, momentum_warmup_steps=MOMENTUM_STEPS)
     return replaced(config, "train", steps=steps, batch_tokens=batch * T, eval_every=sft.eval_every)
-
-
-@functools.cache  # once a process: the check before training reads them, too
-def _say_found(text: str) -> None:
-    say(text)
 
 
 def mixture(config: Config, left_out: dict[str, str] | None = None) -> Iterator[tuple[str, bool, Conversation]]:
@@ -178,7 +166,7 @@ def mixture(config: Config, left_out: dict[str, str] | None = None) -> Iterator[
         for conversation in conversations:
             yield entry, document_hash(text(conversation)) < limit, conversation
         if found.forms:
-            _say_found(f"  {name}: {found}")
+            say_once(f"  {name}: {found}")  # the check before training reads them, too
         if found.left_out and left_out is not None:
             left_out[entry] = f"{found.left_out:,}, first: {found.first}"
 

@@ -39,7 +39,7 @@ from jaxchat.config import DataConfig
 from jaxchat.data import lottery
 from jaxchat.data.hub import Hub
 from jaxchat.errors import DataError, UsageError
-from jaxchat.log import say
+from jaxchat.log import say, say_once
 
 # Files
 
@@ -96,11 +96,8 @@ def find_files(source: str) -> list[Path]:
         raise DataError(f"{source}: {what}; give {', '.join(SUFFIXES)} files (all but parquet also as .gz, .zst)")
     if left_out:
         total = left_out.total()
-        _say_once(f"  {source}: {total:,} file{'s' * (total > 1)} of other kinds left out: {kinds}")
+        say_once(f"  {source}: {total:,} file{'s' * (total > 1)} of other kinds left out: {kinds}", "yellow")
     return list(files.values())
-
-
-_say_once = functools.cache(functools.partial(say, style="yellow"))
 
 
 def file_id(path: str | Path) -> tuple[int, int]:

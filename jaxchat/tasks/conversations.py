@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -120,31 +121,31 @@ def file_conversations(
 ) -> Iterator[Conversation]:
     """Yield the conversations of `files:GLOB` or `hf:...`, in any form that `conversation_of` reads.
 
-    count: the most to yield. found: filled while they are read. `DataError` names the first record that cannot be used
-    if more than the share `max_left_out` cannot be, or if none can.
+    count: the most to yield, at least 1. found: filled while they are read. `DataError` names the first record that
+    cannot be used if more than the share `max_left_out` cannot be, or if none can.
     """
     data, found = data or DataConfig(), found or Found()
     paths = [path for path in source_files(source, data) if suffix_of(path) in RECORDS]
     if not paths:
         raise DataError(f"sft.mixture: {source}: conversations are read from {', '.join(RECORDS)} files")
-    records = (record for path in paths for record in read_records(path, data.encoding))
-    while count is None or found.forms.total() < count:
+    for where, record in (item for path in paths for item in read_records(path, data.encoding)):
         try:
-            where, record = next(records)
             form, conversation = conversation_of(record)
-        except StopIteration:
-            break
         except UsageError as error:
             found.left_out += 1
             found.first = found.first or f"{where}: {error}"
-        else:
-            found.forms[form] += 1
-            yield conversation
+            continue
+        found.forms[form] += 1
+        yield conversation
+        if found.forms.total() == count:
+            break
     used = found.forms.total()
+    if not used and not found.left_out:
+        raise DataError(f"sft.mixture: {source}: no conversations in it")
     if found.left_out > max_left_out * (used + found.left_out) or not used:
         raise DataError(
             f"sft.mixture: {source}: {found.left_out:,} of {used + found.left_out:,} conversations cannot be used "
-            f"(sft.max_left_out allows {max_left_out:.0%}); {found.first or 'it has none'}"
+            f"(sft.max_left_out allows {max_left_out:.0%}), first: {found.first}"
         )
 
 
@@ -156,7 +157,8 @@ def conversation_of(record: Any) -> tuple[str, Conversation]:
     if not isinstance(record, dict | list):
         raise UsageError(f"neither an object nor a list of messages, but {type(record).__name__}")
     record = record if isinstance(record, dict) else {"list": record}
-    fields = {str(key).lower(): value for key, value in record.items() if value is not None and value == value}
+    empty: tuple[Any, ...] = (None, [], {})
+    fields = {str(key).lower(): value for key, value in record.items() if value not in empty and value == value}
     kind = next((name for name in ("list", *LISTS) if isinstance(_decoded(fields.get(name)), list | dict)), "")
     text = next((fields[name] for name in MARKED_TEXTS if isinstance(fields.get(name), str)), "")
     if kind:
@@ -227,6 +229,8 @@ def _answered(fields: Any) -> tuple[str, Conversation]:
 
     def turns(name: str, role: str) -> Conversation:
         value = fields[name]
+        if name == answer and isinstance(value, list) and value and isinstance(value[0], str):
+            value = value[0]  # of several accepted answers
         if isinstance(value, list):
             return _messages(name, value)[1]
         value = str(value) if type(value) in (int, float) and value == value else value
@@ -237,16 +241,16 @@ def _answered(fields: Any) -> tuple[str, Conversation]:
     asked = turns(question, "user")
     if isinstance(fields[question], list):  # only the completion is learned
         asked = [m | {"weight": 0} if isinstance(m, dict) else m for m in asked]
-    context = next((name for name in CONTEXTS if name in fields and name not in (question, answer)), "")
-    if isinstance(more := fields.get(context), str) and more.strip():
-        asked.append({"role": "user", "content": more})  # joined with an empty line
-    history = fields.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) for pair in history):
-        raise UsageError("`history` is no list of pairs")
-    before = [message for pair in history for message in _messages("history", pair)[1]]
-    names = [name for name in ("system", question, context, "history", answer) if name in fields]
+    contexts = [name for name in CONTEXTS if name in fields and name not in (question, answer)]
+    more = [fields[name] for name in contexts if isinstance(fields[name], str) and fields[name].strip()]
+    asked += [{"role": "user", "content": text} for text in more]  # joined with empty lines
+    history = _decoded(fields.get("history") or [])
+    if not isinstance(history, list):
+        raise UsageError("`history` is no list of pairs, nor of messages")
+    listed = (_messages("history", one)[1] if isinstance(one, list) else [_message(one)] for one in history)
+    names = [name for name in ("system", question, *contexts, "history", answer) if name in fields]
     form = "Alpaca" if (question, answer) == ("instruction", "output") else "questions and answers"
-    return f"{form} ({', '.join(names)})", before + asked + turns(answer, "assistant")
+    return f"{form} ({', '.join(names)})", [*itertools.chain(*listed), *asked, *turns(answer, "assistant")]
 
 
 def is_other_bot(question: str, answer: str) -> bool:
