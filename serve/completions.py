@@ -79,7 +79,7 @@ class Completion(Call):
                 async with self.service.constraints:
                     constraint = await asyncio.to_thread(self.engine.constraint, **{kind: value})
             except UsageError as error:
-                raise ApiError(400, str(error), field) from None
+                raise bad_request(field, str(error)) from None
             groups = [(replace(request, constraint=constraint), seeds) for request, seeds in groups]
         await super().submit(groups)
 

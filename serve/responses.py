@@ -23,6 +23,11 @@ class ResponsesCall(ChatCall):
         self.id = self.id.replace("chatcmpl-", "resp_")
         self.log["id"], self._asked, self._events = self.id, body, 0
         self._status: Any = "in_progress"  # as far as the client knows: the engine is ahead of the stream
+        try:
+            self._response().model_dump_json()
+        except ValueError:  # before a stream has begun
+            fields = "metadata, instructions, tools or text"
+            raise ApiError(400, f"{fields}: nested too deeply, or with half a character") from None
 
     async def begin(self) -> None:
         with own_names():
@@ -106,6 +111,7 @@ def own_names() -> Iterator[None]:
         error = as_api_error(raised)
         for of_chat, own in (("messages", "input"), ("response_format", "text.format")):
             error.param = own if (error.param or "").startswith(of_chat) else error.param
+        error.detail = error.detail.replace("response_format", "text.format", 1)
         raise error from None
 
 
@@ -120,7 +126,7 @@ def chat_request(body: ResponsesRequest) -> ChatRequest:
         messages.append({"role": "system", "content": body.instructions})
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     for number, item in enumerate(items):
-        match item.get("type", "message"):
+        match item.get("type") or "message":
             case "message":
                 messages.append({"role": item.get("role"), "content": item.get("content")})
             case "function_call":

@@ -7,7 +7,7 @@ refused; other unknown fields are ignored.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException
@@ -23,58 +23,30 @@ MAX_BIASES = 300
 # Fields of OpenAI, vLLM and llama.cpp that would change the answer and are refused, each with the values that ask for
 # nothing. `NOTHING` asks for nothing in all of them.
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    "moderation": (),
-    "verbosity": ("medium",),
-    "suffix": (),
-    "best_of": (1,),
-    "use_beam_search": (),
-    "prompt_logprobs": (),
-    "prompt_embeds": (),
-    "truncate_prompt_tokens": (),
-    "truncation": ("disabled",),
-    "background": (),
-    "conversation": (),
-    "previous_response_id": (),
-    "allowed_token_ids": (),
-    "bad_words": (),
-    "logits_processors": (),
-    "include_stop_str_in_output": (),
-    "return_tokens_as_token_ids": (),
-    "return_token_ids": (),
-    "repetition_detection": (),
-    "vllm_xargs": (),
-    "documents": (),
-    "json_schema": (),
-    "regex": (),
-    "repeat_penalty": (1,),
-    "num_predict": (-1,),
-    "tfs_z": (1,),
-    "top_a": (0,),
-    "chat_template": (),
-    "guided_grammar": (),
-    "guided_whitespace_pattern": (),
-    "grammar": (),
-    "typical_p": (1,),
-    "mirostat": (0,),
-    "xtc_probability": (0,),
-    "dry_multiplier": (0,),
-    "dynatemp_range": (0,),
-    "n_predict": (-1,),
+# fmt: off
+UNSUPPORTED: dict[str, tuple[Any, ...]] = dict.fromkeys((
+    "audio", "web_search_options", "moderation", "suffix", "background", "conversation", "previous_response_id",
+    "use_beam_search", "prompt_logprobs", "prompt_embeds", "truncate_prompt_tokens", "allowed_token_ids", "bad_words",
+    "logits_processors", "include_stop_str_in_output", "return_tokens_as_token_ids", "return_token_ids",
+    "repetition_detection", "vllm_xargs", "documents", "chat_template", "guided_grammar", "guided_whitespace_pattern",
+    "json_schema", "regex", "grammar",
+), ()) | {
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],),
+    "verbosity": ("medium",), "truncation": ("disabled",), "best_of": (1,), "repeat_penalty": (1,), "tfs_z": (1,),
+    "top_a": (0,), "typical_p": (1,), "mirostat": (0,), "xtc_probability": (0,), "dry_multiplier": (0,),
+    "dynatemp_range": (0,), "n_predict": (-1,), "num_predict": (-1,),
 }
+UNSUPPORTED_RESPONSES = UNSUPPORTED | {
+    "prompt": (), "max_tokens": (), "max_completion_tokens": (), "logprobs": (), "top_logprobs": (0,), "n": (1,),
+}
+# fmt: on
 NO_CALLS = "this model calls no functions and answers in text; leave it out, or set it to auto or none"
-NOT_STORED = "no answer is stored here; send the whole conversation"
+NOT_STORED = "nothing is stored here; send the whole conversation"
+OTHER_NAME = "here its name is max_output_tokens"
 REASONS = {  # why a field is refused, and what to do
-    "tool_choice": NO_CALLS,
-    "function_call": NO_CALLS,
-    "conversation": NOT_STORED,
-    "previous_response_id": NOT_STORED,
-}
+    "tool_choice": NO_CALLS, "function_call": NO_CALLS, "conversation": NOT_STORED, "previous_response_id": NOT_STORED,
+    "prompt": NOT_STORED, "max_tokens": OTHER_NAME, "max_completion_tokens": OTHER_NAME,
+}  # fmt: skip
 
 
 def not_zero(tokens: int) -> int:
@@ -145,7 +117,7 @@ class ResponseFormat(Input):
     @model_validator(mode="after")
     def _check(self) -> ResponseFormat:
         if self.type == "json_schema" and not self.json_schema:
-            raise ValueError("response_format: json_schema is missing")
+            raise ValueError("json_schema is missing")
         return self
 
 
@@ -164,7 +136,9 @@ class StructuredOutputs(Input):
 
 
 class Sampling(Input):
-    """Fields that chat and completions share."""
+    """Fields that chat, completions and responses share."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
 
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=10, description="0: the likeliest token each time")
@@ -196,7 +170,7 @@ class Sampling(Input):
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for name, accepted in UNSUPPORTED.items():
+            for name, accepted in cls.unsupported.items():
                 if name in data and data[name] not in (*NOTHING, *accepted):
                     raise ValueError(f"{name}: {REASONS.get(name, 'not supported by this service; leave it out')}")
             if data.get("stream_options") is not None and not data.get("stream"):
@@ -280,6 +254,8 @@ class TextConfig(Input):
 class ResponsesRequest(Sampling):
     """OpenAI's Responses for text, with the sampling fields of chat completions."""
 
+    unsupported = UNSUPPORTED_RESPONSES
+
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
         description="a user's text, or items: messages, function_call, function_call_output"
     )
@@ -291,10 +267,6 @@ class ResponsesRequest(Sampling):
     metadata: dict[str, str] | None = Field(None, description="returned with the answer")
     include: list[str] | None = None
     store: bool | None = Field(None, description="nothing is stored")
-
-    prompt: None = Field(None, description="templates are stored elsewhere")
-    top_logprobs: Literal[0] | None = None
-    n: Literal[1] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ResponsesRequest:

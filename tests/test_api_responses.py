@@ -2,6 +2,7 @@
 
 import json
 
+import httpx
 import pytest
 from live_service import live, needs_openai, openai
 from small_model import GREETING, QUESTION
@@ -69,13 +70,18 @@ def test_a_calculator_call_stands_beside_the_text(service):
     assert service.post(PATH, {"input": [*QUESTION, message, *GREETING]}).status_code == 200
 
 
+def nested(depth):
+    return {"a": nested(depth - 1)} if depth else {}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [({"previous_response_id": "resp_1"}, "previous_response_id"), ({"conversation": "c"}, "conversation"),
      ({"background": True}, "background"), ({"tool_choice": "required"}, "tool_choice"), ({"n": 2}, "n"),
      ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"), ({"truncation": "auto"}, "truncation"),
      ({"prompt": {"id": "p"}}, "prompt"), ({"top_logprobs": 3}, "top_logprobs"),
-     ({"max_output_tokens": 0}, "max_output_tokens"),
+     ({"max_output_tokens": 0}, "max_output_tokens"), ({"max_tokens": 5}, "max_tokens"),
+     ({"logprobs": True}, "logprobs"),
      ({"include": ["message.output_text.logprobs"]}, "include"), ({"temperature": -1}, "temperature"),
      ({"input": []}, "input"), ({"input": 5}, "input"), ({"input": [{"type": "reasoning"}]}, "input"),
      ({"input": [{"type": "item_reference", "id": "i"}]}, "input[0]"), ({"input": [{"type": ["x"]}]}, "input[0]"),
@@ -87,6 +93,16 @@ def test_what_cannot_be_had_is_refused(service, fields, param):
     answer = service.post(PATH, {"input": SAID} | fields)
     assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(param), answer.text
     assert text_of(service.post(PATH, {"input": SAID, "store": True, "tools": [{"type": "web_search"}]})) == HELLO
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "fields", [{"metadata": {"a": "\ud800"}}, {"instructions": "\ud83d"}, {"tools": [nested(300)]}]
+)
+def test_what_cannot_be_returned_with_the_answer_is_refused(service, fields, stream):
+    body = json.dumps({"input": SAID, "stream": stream} | fields)  # httpx itself would not write half a character
+    answer = httpx.post(service.url + PATH, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
 
 
 def test_a_stream_is_the_whole_answer_in_pieces(service):

@@ -21,9 +21,14 @@ from jaxchat.errors import UsageError
 from jaxchat.tokenizer import Tokenizer
 
 MAX_CHARS = 50_000  # of a schema, a pattern, or all choices together
-JSON_FORM = {"whitespace_pattern": " ?", "lenient": False}  # with more of it a small model would never end
+JSON_FORM: Any = {"whitespace_pattern": " ?", "lenient": False}  # with more of it a small model would never end
 # what a step may cost: some 5 ms of a core
-LIMITS = {"step_lexer_fuel": 70_000, "max_lexer_states": 20_000, "max_grammar_size": 100_000, "verbose_errors": False}
+LIMITS: dict[str, Any] = {
+    "step_lexer_fuel": 70_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
 # Building a grammar can take any time and memory, and the library aborts where there is none left. So a new one is
 # built in a process of its own first.
 MEMORY, PROCESSOR_SECONDS, SECONDS = 2**30, 2, 10
