@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,21 +67,13 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # commands, flag, what
     ("train rehearse", "--stages", {"metavar": "A,B", "help": "only these stages"}),
     ("train rehearse", "--from", {"dest": "start", "metavar": "STAGE", "help": "this stage and those after it"}),
     ("chat serve", "run", {"nargs": "?", "metavar": "RUN", "help": "run directory (default runs/<tier>)"}),
-    (
-        "watch",
-        "run",
-        {"nargs": "?", "metavar": "RUN", "default": "runs/nano", "help": "run directory (default runs/nano)"},
-    ),
+    ("watch", "run", {"nargs": "?", "metavar": "RUN", "default": "runs/nano", "help": "default runs/nano"}),
     ("train", "--watch", {"action": "store_true", "help": "open a page that follows the run (command watch)"}),
     ("train watch", "--beside", {"metavar": "RUN", "help": "another run, drawn as a grey line behind this one"}),
     ("plan rehearse doctor compare", "--json", {"action": "store_true", "help": "print one JSON object"}),
     ("serve watch", "--host", {"help": "address to serve on (default 127.0.0.1)"}),
     ("serve", "--port", {"type": int, "help": "port to serve on (default 8000)"}),
-    (
-        "train watch",
-        "--port",
-        {"type": int, "default": 8001, "help": "port of the page that follows a run (default 8001)"},
-    ),
+    ("train watch", "--port", {"type": int, "default": 8001, "help": "port of that page (default 8001)"}),
     ("plan", "--target", {"default": "auto", "help": "auto, cpu:N, h100:N, v5e:RxC and others: docs/planning.md"}),
     ("plan", "--budget", {"metavar": "100usd", "help": "the deepest model that the money buys on --target"}),
     ("plan", "--hours", {"type": float, "metavar": "H", "help": "the deepest model that trains in the time"}),
@@ -156,29 +149,29 @@ def given_config(args: argparse.Namespace, default: str = "nano") -> tuple[Confi
         "data.cache_dir": args.cache_dir,
         "train.init": getattr(args, "init", None),
         "seed": args.seed,
-        "serve.host": getattr(args, "host", None),
-        "serve.port": getattr(args, "port", None),
     }
-    if args.command == "serve":  # from the environment, since everybody can see arguments
-        options["serve.api_keys"] = api_keys() or None
+    if args.command == "serve":  # the keys from the environment, since everybody can see arguments
+        options |= {"serve.host": args.host, "serve.port": args.port, "serve.api_keys": api_keys() or None}
     named = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None]
     overrides = [*args.set, *named]
-    keys = [item.partition("=")[0].strip() for item in overrides]
-    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+    names = Counter(item.partition("=")[0].strip() for item in overrides)
+    if twice := sorted(name for name, count in names.items() if count > 1):
         from jaxchat.log import say
 
         say(f"{', '.join(twice)}: given more than once; the last value counts", style="yellow")
     config = load_config(source, overrides)
     if config.train.init and not talks:
-        config = initialized(config, args, overrides, own, source == own)
+        config = initialized(config, args, overrides, names, own, source == own)
     return config, Path(chosen or Path("runs") / config.tier)
 
 
-def initialized(config: Config, args: argparse.Namespace, overrides: Sequence[str], own: Path, resumed: bool) -> Config:
+def initialized(
+    config: Config, args: argparse.Namespace, overrides: Sequence[str], names: Collection[str], own: Path, resumed: bool
+) -> Config:
     """Return a configuration with the model of its `train.init`, and with its settings where no tier is named.
 
     Where all chosen stages come after pretraining, the weights are taken as they are: `train.steps` is 0.
-    Args: own: the run's config.toml, if there is one; resumed: it was read.
+    Args: names: the keys of the overrides; own: the run's config.toml, if there is one; resumed: it was read.
     """
     from jaxchat.interop.initial import find, init_config, with_init_model
 
@@ -193,7 +186,6 @@ def initialized(config: Config, args: argparse.Namespace, overrides: Sequence[st
         known = init_config(init).model
         if not resumed and not args.tier and not args.config:
             config = load_config(replaced(init_config(init), "serve", model_name=""), overrides)
-    names = {override.partition("=")[0].strip() for override in overrides}
     config = with_init_model(replaced(config, "train", init=init), known, names)
     if "train.steps" not in names and not resumed:
         steps = config.train.steps or -1

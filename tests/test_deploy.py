@@ -130,6 +130,8 @@ def test_keys_come_from_a_secret_and_reach_the_service(monkeypatch):
     monkeypatch.setenv(variable["name"], "one, two")
     assert launch.given_config(launch.parse(["--serve"]))[0].serve.api_keys == ("one", "two")
     assert launch.given_config(launch.parse(["--chat"]))[0].serve.api_keys == ()
+    ports = [launch.given_config(launch.parse([name, "--port", "7"]))[0].serve.port for name in ("train", "serve")]
+    assert ports == [8000, 7], "the page that follows a training is another one"
 
 
 def test_what_the_service_imports_is_copied():
