@@ -214,6 +214,8 @@ def run(args: argparse.Namespace) -> int:
         if args.command == "export" and words and not words[0].startswith("-"):
             words = ["--run-dir", *words]
         return interop.main(lambda: interop.make_parser("python launch.py").parse_args([args.command, *words]))
+    if args.command in ("serve", "watch"):  # they ask no other machine
+        os.environ["no_proxy"] = "*"  # and Gradio's import fails at proxies that httpx cannot use
     if args.command == "watch":
         from serve.watch import watch
 
@@ -280,7 +282,6 @@ def run(args: argparse.Namespace) -> int:
     elif args.command == "serve":
         from serve.app import serve
 
-        os.environ["no_proxy"] = "*"  # it asks no other machine; Gradio's import fails at proxies that httpx cannot use
         serve(directory, config)
     else:
         with page_beside(args, root) if args.watch else contextlib.nullcontext():
