@@ -100,7 +100,7 @@ def test_an_exam_asks_no_question_whose_preference_is_trained_on(tmp_path):
     config = settings(write(tmp_path / "pairs.jsonl", rows), f'eval.exams=["{exam}"]')
     evaluate.check(config)
     asked = {spoken(one.prompt) for one in get_task(exam, TaskFiles.of(config, download=False)).examples()}
-    assert asked == {spoken(pair[0][:-1]) for pair in pairs_of(config).held_out}
+    assert asked == {spoken(pair[0][:-1]) for pair in pairs_of(config)[1]}
 
 
 def test_the_updates_gradient_is_that_of_the_formula(tmp_path):

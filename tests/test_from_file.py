@@ -195,3 +195,30 @@ def test_a_regular_expression_without_end_is_wrong(tmp_path):
     task.sandbox = Sandbox(Policy(cpu_seconds=1, seconds=2.0))
     assert task.grade_all([*task.examples() * 2], ["a" * 40 + "b", "aa"]) == [0.0, 1.0]
     assert NO_FILES.own == ()
+
+
+def test_messages_are_questions_too_with_their_answer_elsewhere_or_none_for_a_program(tmp_path):
+    asked = [
+        {"role": "user", "content": "one?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "two?"},
+    ]
+    source = write(tmp_path / "asked.jsonl", [{"messages": asked, "answer": "2"}])
+    (example,) = get_task(source).examples()
+    assert example.expected == {"numeric": ["2"]} and [turn["role"] for turn in example.prompt] == [
+        "user",
+        "assistant",
+        "user",
+    ]
+    write(tmp_path / "asked.jsonl", [{"messages": asked}])
+    with pytest.raises(DataError):
+        get_task(source)
+    (tmp_path / "grade.py").write_text("def grade(question, answer): return question == 'two?' and answer == '2'")
+    task = get_task(source + "#grade.py")
+    task.sandbox = Sandbox(Policy(cpu_seconds=1, seconds=2.0))
+    assert task.grade_all([*task.examples() * 2], ["2", "3"]) == [1.0, 0.0]
+
+
+def test_a_row_without_choices_among_others_is_left_out(tmp_path):
+    rows = [{"question": f"{i}?", "choices": ["a", "b"], "answer": 0} for i in range(30)]
+    assert len(get_task(write(tmp_path / "quiz.jsonl", [*rows, *sums(1)])).examples()) == 30

@@ -42,8 +42,7 @@ LENGTH_MULTIPLE = 64  # tokens that the longer of the two lengths of rows is rou
 def fitting(config: Config, tokenizer: Tokenizer) -> list[list[Any]]:
     """Return the pairs to train on and those held out as (ids, mask) of both answers, if they fit into the context."""
     kept = []
-    pairs_of = read_pairs(config.rl.environment, TaskFiles.of(config, download=False))
-    for pairs in (pairs_of.train, pairs_of.held_out):
+    for pairs in read_pairs(config.rl.environment, TaskFiles.of(config, download=False)):
         rendered = [tuple(_rendered(tokenizer, side) for side in pair) for pair in pairs]
         kept.append([pair for pair in rendered if max(len(ids) for ids, _ in pair) <= config.model.seq_len + 1])
         if len(kept[-1]) < len(pairs):

@@ -23,12 +23,7 @@ from jaxchat.tokenizer import Tokenizer
 MAX_CHARS = 50_000  # of a schema, a pattern, or all choices together
 JSON_FORM: Any = {"whitespace_pattern": " ?", "lenient": False}  # with more of it a small model would never end
 # what a step may cost: some 5 ms of a core
-LIMITS: dict[str, Any] = {
-    "step_lexer_fuel": 70_000,
-    "max_lexer_states": 20_000,
-    "max_grammar_size": 100_000,
-    "verbose_errors": False,
-}
+LIMITS: dict[str, Any] = {"step_lexer_fuel": 70_000, "max_lexer_states": 20_000, "max_grammar_size": 100_000}
 # Building a grammar can take any time and memory, and the library aborts where there is none left. So a new one is
 # built in a process of its own first.
 MEMORY, PROCESSOR_SECONDS, SECONDS = 2**30, 2, 10
@@ -42,14 +37,9 @@ try:
         resource.setrlimit(getattr(resource, "RLIMIT_" + kind), (most, most))
 except ImportError:  # Windows: the time alone is limited
     pass
-import llguidance
-class Bytes:
-    tokens, eos_token_id, bos_token_id = [*(bytes([i]) for i in range(256)), b"\\xffend"], 256, 256
-    special_token_ids = [256]
-    def __call__(self, text):
-        return list(text.encode() if isinstance(text, str) else text)
-tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Bytes()))
-matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=llguidance.LLParserLimits(**limits))
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+limits = LLParserLimits(**limits, verbose_errors=False)
+matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=limits)
 matcher.compute_bitmask()
 print(matcher.get_error())
 """
@@ -101,7 +91,9 @@ def constrain(vocabulary: llguidance.LLTokenizer, kind: str, value: Any) -> Cons
     grammar = _grammar(kind, value)
     if error := _error(grammar):
         raise UsageError(f"{kind}: {error}")
-    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
+    matcher = LLMatcher(
+        vocabulary, grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS, verbose_errors=False)
+    )
     return Constraint(matcher, -(-vocabulary.vocab_size // 32))
 
 

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 from jaxchat.chat import Message, normalize
 from jaxchat.data.shards import cores
@@ -30,22 +30,13 @@ from jaxchat.data.sources import document_hash, find_files, limit_of_hashes, rea
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import say
 from jaxchat.run_dir import sha256_file
-from jaxchat.tasks.base import (
-    OWN,
-    RIGHT,
-    ChoiceExample,
-    ChoiceTask,
-    Conversation,
-    Example,
-    Task,
-    TaskFiles,
-    WrittenTask,
-)
+from jaxchat.tasks.base import OWN, RIGHT, ChoiceExample, ChoiceTask, Example, Task, TaskFiles, WrittenTask
 from jaxchat.tasks.choice import LETTERS, choice_example
 from jaxchat.tasks.conversations import LISTS, conversation_of
 from jaxchat.tasks.humaneval import open_sandbox
 from jaxchat.tools.sandbox import Sandbox, SandboxError
 
+T = TypeVar("T")
 HELD_OUT = 0.2  # of the questions that RL trains on
 ANSWER = (
     "answers", "answer", "expected", "target", "ground_truth", "reference", "solution", "output", "response",
@@ -59,13 +50,12 @@ SCORED = "scored"
 TRIED = 8  # questions that `grade` is tried on before any work
 MARK = "####"  # before the result of a worked solution, as in GSM8K
 # with groups of three digits, a fraction, an exponent of at most two digits; the minus of 5-3 is none of 3
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 NUMBER = re.compile(
-    rf"(?:(?<![\w)])[-+])?[$€£₩¥]?(?:(?<![\w)])-)?(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d\d?(?!\d))?(?:\s?/\s?\d+)?"
+    r"(?:(?<![\w)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d\d?(?!\d))?(?:\s?/\s?\d+)?"
 )
 QUOTES = " \t\n\"'`*_“”‘’「」『』.,!?;:。、…"  # around an answer; none of them is part of it
 State = tuple[tuple[Path, int, int], ...]  # the files of a source, with size and time
-Pair = tuple[list[Message], list[Message]]
+Pair = tuple[list[Message], list[Message]]  # the conversation with its chosen and with its rejected answer
 REGEX_GRADE = "import re\ndef grade(question, answer, expected): return any(re.search(p, answer) for p in expected)\n"
 
 
@@ -101,37 +91,32 @@ def paths_of(source: str) -> list[Path]:
 def digest_of(sources: Iterable[str]) -> str:
     """Return a digest of the contents of all `files:` among the sources; "" without one."""
     digests = []
-    for source in sources:
-        if source.startswith(OWN):
-            try:
-                digests += [sha256_file(path) for path in paths_of(source)]
-            except DataError:  # said where it is needed
-                digests.append("missing")
+    for source in (source for source in sources if source.startswith(OWN)):
+        try:
+            digests += [sha256_file(path) for path in paths_of(source)]
+        except DataError:  # said where it is needed
+            digests.append("missing")
     return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
 
 
 # Rows
 
 
-def first_field(row: dict[str, Any], names: Sequence[str]) -> Any:
-    """Return the first of these fields that is there; `ValueError` without any."""
-    name = next((name for name in names if row.get(name) is not None), None)
-    if name is None:
+def first_field(row: dict[str, Any], names: Sequence[str], otherwise: Any = None) -> Any:
+    """Return the first of these fields that is there, or `otherwise`; `ValueError` without any."""
+    value = next((row[name] for name in names if row.get(name) is not None), otherwise or None)
+    if value is None:
         raise ValueError(f"no {names[0]}")
-    return row[name]
+    return value
 
 
-def prompt_of(row: dict[str, Any]) -> tuple[Conversation, str]:
-    """Return the messages before the answer, and the answer if the messages have it, in any form of SFT's files."""
-    listed = next((name for name in LISTS if isinstance(row.get(name), list)), "")
-    if listed and not row.keys() & set(ANSWER):
-        turns = normalize(conversation_of({listed: row[listed]})[1])
-        if turns[-1]["role"] == "assistant":
-            return turns[:-1], "".join(part["text"] for part in turns[-1]["content"] if part["type"] == "text")
+def prompt_of(row: dict[str, Any]) -> tuple[list[Message], str]:
+    """Return the messages before the answer, in any form of SFT's files, and the answer where they end with it."""
     fields = {name: value for name, value in row.items() if name not in ANSWER} | {"answer": "-"}
-    if listed:
+    if listed := next((name for name in LISTS if isinstance(row.get(name), list)), ""):
         fields["prompt"] = fields.pop(listed)
-    return normalize(conversation_of(fields)[1])[:-1], ""
+    *prompt, last = normalize(conversation_of(fields)[1])  # the last turn: the messages' answer, if any, and ours
+    return prompt, "".join(part["text"] for part in last["content"][:-1] if part["type"] == "text")
 
 
 def accepted(value: Any) -> list[str]:
@@ -142,57 +127,57 @@ def accepted(value: Any) -> list[str]:
     for item in value if isinstance(value, list | tuple) else [value]:
         if not isinstance(item, str | int | float) or (isinstance(item, float) and not math.isfinite(item)):
             raise ValueError(f"the answer {str(item)[:40]!r} is neither text nor number")
-        text = (str(item).lower() if isinstance(item, bool) else str(item)).strip()
-        text = text.rpartition(MARK)[2].strip() if MARK in text else text
-        if not text:
-            raise ValueError("the answer is empty")
-        texts.append(text)
-    if not texts:
-        raise ValueError("no accepted answer")
+        text = str(item).lower() if isinstance(item, bool) else str(item)
+        texts.append(text.rpartition(MARK)[2].strip())
+    if not all(texts) or not texts:
+        raise ValueError("the answer is empty")
     return list(dict.fromkeys(texts))
 
 
 def options_of(row: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Return (letters, options) of a multiple-choice row; two empty lists if it is none."""
-    value = next((row[name] for name in CHOICES if row.get(name) is not None), None)
-    if value is None and isinstance(row.get("a"), str) and isinstance(row.get("b"), str):
-        value = {letter: row[letter.lower()] for letter in LETTERS if isinstance(row.get(letter.lower()), str)}
-    if isinstance(value, dict):  # ARC's, or by letter
-        lists = isinstance(value.get("text"), list)
-        labels, texts = (value.get("label") or LETTERS, value["text"]) if lists else (list(value), list(value.values()))
-    else:
-        labels, texts = LETTERS, value or []
-    if not isinstance(texts, list) or (texts and not 2 <= len(texts) <= len(LETTERS)):
+    columns = {letter: row[letter.lower()] for letter in LETTERS if isinstance(row.get(letter.lower()), str)}
+    value = next((row[name] for name in CHOICES if row.get(name) is not None), columns if "B" in columns else [])
+    labels: Sequence[Any] = LETTERS
+    if isinstance(value, dict) and isinstance(value.get("text"), list):  # ARC's
+        labels, value = value.get("label") or LETTERS, value["text"]
+    elif isinstance(value, dict):  # by letter
+        labels, value = list(value), list(value.values())
+    if not isinstance(value, list) or (value and not 2 <= len(value) <= len(LETTERS)):
         raise ValueError(f"choices must be a list of 2 to {len(LETTERS)}")
-    return [str(label) for label in labels[: len(texts)]], [str(text) for text in texts]
+    return [str(label) for label in labels[: len(value)]], [str(text) for text in value]
 
 
-def choice_of(prompt: Conversation, row: dict[str, Any]) -> ChoiceExample:
+def choice_of(prompt: list[Message], row: dict[str, Any]) -> ChoiceExample:
     """Return the question of a multiple-choice row, whose answer is a letter, an option's text or number (from 0)."""
     letters, options = options_of(row)
     answer = first_field(row, (*ANSWER[1:], "correct"))
     (text,) = accepted(answer)
-    if isinstance(answer, int) or (text not in letters and text not in options and text.isdecimal()):
+    if isinstance(answer, int) or (text not in (*letters, *options) and text.isdecimal()):
         right = int(text)
     else:
-        places = letters if text.upper() in letters else options
-        right = places.index(text.upper() if places is letters else text)
+        right = letters.index(text.upper()) if text.upper() in letters else options.index(text)
     return choice_example(spoken(prompt), options, right)
 
 
+def plain(text: str) -> str:
+    """Return a text without currency, in compatible characters: ½ as 1/2, full-width digits as digits."""
+    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2044", "/")
+    return re.sub("[$€£₩¥]", "", text)
+
+
 def number_of(text: str) -> Fraction | None:
-    """Return the last number of a text; units, currency and commas between groups of three digits do not matter."""
-    found = NUMBER.findall(unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2044", "/"))
-    digits = re.sub(r"[,$€£₩¥\s]", "", found[-1]) if found else ""
-    if not digits or len(digits) > 40:  # reading 100 kB of digits would take a while
+    """Return the last number of a text, of at most 40 characters; None without one."""
+    number = re.sub(r"[,\s]", "", (NUMBER.findall(plain(text)) or [""])[-1])
+    top, _, bottom = number.partition("/")
+    if not 0 < len(number) <= 40 or (bottom and not int(bottom)):
         return None
-    top, _, bottom = digits.partition("/")
-    return Fraction(top) / int(bottom or 1) if bottom.strip("0") or not bottom else None
+    return Fraction(top) / int(bottom or 1)
 
 
 def is_number(text: str) -> bool:
     """Return whether the text is a number and nothing else, but for a percent sign."""
-    return bool(NUMBER.fullmatch(text.removesuffix("%").strip())) and number_of(text) is not None
+    return bool(NUMBER.fullmatch(plain(text).removesuffix("%").strip())) and number_of(text) is not None
 
 
 def normalized(text: str) -> str:
@@ -231,60 +216,70 @@ class Questions:
 
     @functools.cached_property
     def training(self) -> frozenset[str]:
-        """The prompts that RL trains on; `DataError` if there are fewer than two."""
-        hashes = {text: document_hash(text) for text in (spoken(example.prompt) for example in self.examples)}
-        try:
-            limit = limit_of_hashes(hashes.values(), HELD_OUT)
-        except ValueError:
-            raise DataError("rl.environment: needs at least 2 questions, one to train on and one held out") from None
-        return frozenset(text for text, value in hashes.items() if value >= limit)
+        return not_held_out(spoken(example.prompt) for example in self.examples)
+
+
+def not_held_out(prompts: Iterable[str]) -> frozenset[str]:
+    """Return the prompts that RL trains on: all but a fifth, by their hashes. `DataError` with fewer than two."""
+    hashes = {prompt: document_hash(prompt) for prompt in prompts}
+    try:
+        limit = limit_of_hashes(hashes.values(), HELD_OUT)
+    except ValueError:
+        raise DataError("rl.environment: needs at least 2 questions, one to train on and one held out") from None
+    return frozenset(prompt for prompt, value in hashes.items() if value >= limit)
 
 
 def read_questions(source: str, files: TaskFiles) -> Questions:
     """Return the questions of a source; `DataError` if too many rows cannot be used, with the first."""
-    return _read(source, _state_of(source), files.encoding, files.max_left_out)
+    return _read_questions(source, state_of(source), files.encoding, files.max_left_out)
 
 
-def _state_of(source: str) -> State:
+def state_of(source: str) -> State:
     return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths_of(source))
 
 
-def check_left_out(source: str, rows: int, left_out: Sequence[str], most: float) -> None:
-    """Say how many rows cannot be used, and the first; `DataError` above the limit."""
+def parsed(parse: Callable[[Any], T], source: str, paths: Iterable[Path], encoding: str, most: float) -> list[T]:
+    """Return all records that `parse` can use; `DataError` with the first other one if more than a share `most` is."""
+    items, left_out, first = list[T](), 0, ""
+    for where, record in itertools.chain.from_iterable(read_records(path, encoding) for path in paths):
+        try:
+            items.append(parse(record))
+        except (ValueError, UsageError, TypeError, LookupError, AttributeError) as error:
+            left_out, first = left_out + 1, first or f"{where}: {error}"
     if left_out:
-        text = f"{source}: {len(left_out):,} of {rows:,} rows cannot be used, the first {left_out[0]}"
-        if len(left_out) > most * rows:
+        text = f"{source}: {left_out:,} of {left_out + len(items):,} rows cannot be used, the first {first}"
+        if left_out > most * (left_out + len(items)):
             raise DataError(f"{text}; sft.max_left_out allows {most:.0%}")
         say(f"  {text}", style="yellow")
+    return items
 
 
 @functools.lru_cache(8)
-def _read(source: str, state: State, encoding: str, most: float) -> Questions:
-    paths = [path for path, _, _ in state]
-    program = kind = ""
+def _read_questions(source: str, state: State, encoding: str, most: float) -> Questions:
+    paths, program, kind, types = [path for path, _, _ in state], "", "", list[type]()
     if split_source(source)[1]:
         program = paths.pop().read_text(encoding="utf-8", errors="replace")
         kind = kind_of(program, source)
-    examples, left_out, repeated, rows = dict[str, Any](), list[str](), 0, 0
-    for where, row in itertools.chain.from_iterable(read_records(path, encoding) for path in paths):
-        rows += 1
-        try:
-            if not isinstance(row, dict):
-                raise ValueError("not an object with fields")
-            example = example_of({str(name).lower(): value for name, value in row.items()}, kind)
-            if examples and type(example) is not type(next(iter(examples.values()))):
-                raise ValueError("choices in some rows alone; make them two files")
-        except (ValueError, UsageError, TypeError, LookupError, AttributeError) as error:
-            left_out.append(f"{where}: {error}")
-            continue
-        repeated += (key := spoken(example.prompt)) in examples
-        examples.setdefault(key, example)
-    kinds = Counter("choice" if isinstance(e, ChoiceExample) else next(iter(e.expected)) for e in examples.values())
-    found = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-    say(f"  {source}: {len(examples):,} questions ({found})" + (f", {repeated:,} repeated" if repeated else ""))
-    check_left_out(source, rows, left_out, most)
+
+    def parse(row: Any) -> Any:
+        if not isinstance(row, dict):
+            raise ValueError("not an object with fields")
+        example = example_of({str(name).lower(): value for name, value in row.items()}, kind)
+        types.append(type(example))
+        if types[-1] is not types[0]:
+            raise ValueError("choices in some rows alone; make them two files")
+        return example
+
+    read = parsed(parse, source, paths, encoding, most)
+    examples = dict[str, Any]()
+    for example in read:
+        examples.setdefault(spoken(example.prompt), example)
     if not examples:
         raise DataError(f"{source}: no questions in it")
+    kinds = Counter("choice" if isinstance(e, ChoiceExample) else next(iter(e.expected)) for e in examples.values())
+    summary = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+    repeated = f", {len(read) - len(examples):,} repeated" if len(read) > len(examples) else ""
+    say(f"  {source}: {len(examples):,} questions ({summary}){repeated}")
     return Questions(tuple(examples.values()), program)
 
 
@@ -307,19 +302,12 @@ def example_of(row: dict[str, Any], program: str) -> Example | ChoiceExample:
         return choice_of(prompt, row)
     if program == PROGRAM:
         return Example(prompt, {PROGRAM: []})
-    answers = accepted(written or first_field(row, ANSWER))
+    answers = accepted(first_field(row, ANSWER, written))
     default = "numeric" if all(is_number(text) for text in answers) else "exact"
     return Example(prompt, {program or match_of(row, answers) or default: answers})
 
 
 # Preferences
-
-
-class Pairs(NamedTuple):
-    """What a file of preferences holds. A pair is the conversation with its chosen and with its rejected answer."""
-
-    train: tuple[Pair, ...]
-    held_out: tuple[Pair, ...]  # a fifth of the prompts, by a hash
 
 
 def is_preferences(source: str) -> bool:
@@ -354,32 +342,19 @@ def pair_of(record: Any) -> Pair:
     return chosen, rejected
 
 
-def read_pairs(source: str, files: TaskFiles) -> Pairs:
-    """Return the pairs of a source; `DataError` if too many rows cannot be used, or with fewer than two prompts."""
-    return _read_pairs(source, _state_of(source), files.encoding, files.max_left_out)
+def read_pairs(source: str, files: TaskFiles) -> tuple[list[Pair], list[Pair]]:
+    """Return the pairs to train on and those held out; `DataError` if too many rows cannot be used."""
+    return _read_pairs(source, state_of(source), files.encoding, files.max_left_out)
 
 
 @functools.lru_cache(1)
-def _read_pairs(source: str, state: State, encoding: str, most: float) -> Pairs:
-    records, left_out = 0, list[str]()
-    pairs: dict[float, list[Pair]] = {}  # by the hash of the prompt
-    for where, record in itertools.chain.from_iterable(read_records(path, encoding) for path, _, _ in state):
-        records += 1
-        try:
-            pair = pair_of(record)
-        except UsageError as error:
-            left_out.append(f"{where}: {error}")
-            continue
-        pairs.setdefault(document_hash(spoken(pair[0][:-1])), []).append(pair)
-    check_left_out(source, records, left_out, most)
-    try:
-        limit = limit_of_hashes(pairs, HELD_OUT)
-    except ValueError:
-        raise DataError(f"{source}: needs pairs of at least 2 prompts, one to train on and one held out") from None
-    train = tuple(pair for value in pairs for pair in pairs[value] if value >= limit)
-    held_out = tuple(pair for value in pairs for pair in pairs[value] if value < limit)
+def _read_pairs(source: str, state: State, encoding: str, most: float) -> tuple[list[Pair], list[Pair]]:
+    pairs = parsed(pair_of, source, [path for path, _, _ in state], encoding, most)
+    training = not_held_out(spoken(chosen[:-1]) for chosen, _ in pairs)
+    train = [pair for pair in pairs if spoken(pair[0][:-1]) in training]
+    held_out = [pair for pair in pairs if spoken(pair[0][:-1]) not in training]
     say(f"  {source}: {len(train):,} preferences to train on, {len(held_out):,} held out")
-    return Pairs(train, held_out)
+    return train, held_out
 
 
 # Tasks
@@ -400,8 +375,7 @@ class FileExam(Task):
     def _examples(self) -> list[Any]:
         everything, trained = self.questions.examples, frozenset[str]()
         if is_preferences(self.files.environment):
-            pairs = read_pairs(self.files.environment, self.files).train
-            trained = frozenset(spoken(chosen[:-1]) for chosen, _ in pairs)
+            trained = frozenset(spoken(chosen[:-1]) for chosen, _ in read_pairs(self.files.environment, self.files)[0])
         elif self.files.environment:
             trained = read_questions(self.files.environment, self.files).training
         asked = [example for example in everything if spoken(example.prompt) not in trained]
@@ -510,12 +484,12 @@ class WrittenExam(FileExam, WrittenTask):
                 parts = list(pool.map(lambda chunk: self.sandbox.call(program, "grade", chunk), chunks))
         except SandboxError as error:
             raise DataError(f"{self.source}: {error}") from None
-        return [
-            (SCORED, float(value))
-            if outcome == "returned" and 0 <= value <= 1
-            else ("returned a number that is not from 0 to 1" if outcome == "returned" else outcome, 0.0)
-            for outcome, value in itertools.chain.from_iterable(parts)
-        ]
+        results = []
+        for outcome, value in itertools.chain.from_iterable(parts):
+            if outcome == "returned":
+                outcome = SCORED if 0 <= value <= 1 else "returned a number that is not from 0 to 1"
+            results.append((outcome, float(value) if outcome == SCORED else 0.0))
+        return results
 
     def readings(self, example: Example, answer: str) -> dict[str, bool]:
         """Return whether an accepted answer stands anywhere in the answer ("lenient"), where all are `exact`."""
