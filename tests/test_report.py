@@ -191,6 +191,23 @@ def test_reinforcement_learning_has_its_column_curves_and_table(config, tmp_path
     assert (run.plots / "rl_rl.png").stat().st_size > 5000 and "plots/rl_rl.png" in text
 
 
+def test_preferences_have_their_figures_in_the_card(config, tmp_path):
+    run = make_run(tmp_path / "run")
+    stages = read_json(run.stages)
+    facts = {"environment": "files:pairs.jsonl", "steps": 30, "start": {"preferred": 0.5, "margin": 0.0}}
+    stages["rl"] = stages["sft"] | {"facts": facts | {"digest": "c" * 64, "params_sha256": "c" * 64}}
+    write_json(run.stages, stages)
+    path = run.stage("rl") / "metrics.jsonl"
+    rl_metrics(path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["reward"], lines[-1] = -0.5, lines[-1] | {"preferred": 0.875, "margin": 1.25}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.run(config, run)
+    table = run.report.read_text(encoding="utf-8").partition("## Reinforcement learning")[2].partition("##")[0]
+    assert "| 0.5 | 0.875 | 0.875 | 2 |" in table and "| 0 | 1.25 | 1.25 | 2 |" in table
+    assert read_json(run.root / "report.json")["curves"]["rl"]["preferred"] == [[29, 0.875]]
+
+
 def test_a_record_that_says_less_has_a_card_too(config, tmp_path):
     """Exams that only say why they were not run, scores without counts."""
     run = make_run(tmp_path / "run")

@@ -21,10 +21,15 @@ from jaxchat.log import read_metrics, say
 from jaxchat.run_dir import atomic_write
 
 POINTS = 500  # of one curve, at most; metrics.jsonl has every step
-RL_FIGURES = ("reward", "right", "length", "endless", "kl")  # and pass@k
+RL_FIGURES = ("reward", "right", "length", "endless", "kl", "preferred", "margin")  # and pass@k
 PANELS = {  # kind of picture -> curve -> title; a kind is drawn where its first curve is there
     "loss": {"loss": "training loss (nats per token)", "val_bpb": "held-out bits per byte"},
-    "rl": {"reward": "mean reward", "length": "tokens per answer", "kl": "KL to the start (nats per token)"},
+    "rl": {
+        "reward": "mean reward",
+        "length": "tokens per answer",
+        "kl": "KL to the start (nats per token)",
+        "preferred": "held-out pairs, share preferred",
+    },
     "dynamics": {
         "grad_norm": "gradient norm",
         "lr_mult": "learning rate (of the full one)",
@@ -92,7 +97,7 @@ def draw(points: Curves, kind: str, title: str) -> Figure:
                 axis.plot(x / scale, y, "o-" if rare else "-", linewidth=1.4 if key == "loss" else 1, **look)
             axis.set(title=name, xlabel=x_label)
             axis.grid(alpha=0.2)
-            if kind != "loss":
+            if kind != "loss" and axis.dataLim.y0 >= 0:  # a margin of DPO may be negative
                 axis.set_ylim(bottom=0)
             if len(keys) > 1:
                 axis.legend()

@@ -379,12 +379,13 @@ class Rehearsal:
         config, timings, steps = self.config.rl, facts["timings"], facts["steps"]
         saves, evaluations = times(steps, config.eval_every, config.checkpoint_every), times(steps, config.eval_every)
         loop = self.measure_loop("rl", timings, seconds, steps, saves)
-        last, answers = read_metrics(self.run.stage("rl") / "metrics.jsonl")[-1], config.prompts * config.samples
+        last, sampled = read_metrics(self.run.stage("rl") / "metrics.jsonl")[-1], "preferred" not in facts  # not in DPO
+        answers = config.prompts * (config.samples if sampled else 2)
         # a trained model ends its answers as SFT's end, the rehearsal's goes on to the limit
         expected = self.expected_length(config.environment, config.max_tokens)
-        shorter = min(1.0, expected / max(1.0, last["length"]))
+        shorter = min(1.0, expected / max(1.0, last["length"])) if sampled else 1.0
         rollout, update = last["rollout_seconds"], last["step_seconds"] - last["rollout_seconds"]
-        loop["work"]["step"] = (steps, rollout * shorter + update * LIVE)
+        loop["work"]["step"] = (steps, rollout * shorter + update * (LIVE if sampled else 1.0))
         scale = config.eval_prompts / max(1, self.small.rl.eval_prompts)
         add_work(loop, "evaluate", timings, 1 + evaluations, scale * shorter)
         rate = answers * last["length"] / last["step_seconds"]

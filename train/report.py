@@ -474,11 +474,13 @@ def _contamination(card: Card) -> list[Table]:
 
 def _rl(card: Card) -> Table:
     names = {"right": "accuracy", "length": "tokens per answer", "endless": "truncated", "kl": "KL to the start, nats"}
+    names |= {"preferred": "held-out pairs, share preferred", "margin": "held-out pairs, margin"}
     rows = [
         [names.get(name, name), f"{f['first']:.4g}", f"{f['last']:.4g}", f"{f['best']:.4g}", f"{f['values']:,}"]
         for name, f in card["rl_progress"].items()
     ]
-    note = "First and last: means over a tenth of the steps; of pass@k and KL the evaluations before and after."
+    note = "First and last: means over a tenth of the steps; of pass@k, KL and held-out pairs the evaluations "
+    note += "before and after."
     return Table("Reinforcement learning", ["", "first", "last", "greatest", "measured"], rows, note)
 
 
