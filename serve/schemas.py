@@ -22,9 +22,10 @@ MAX_STOP_TOKENS = 12
 MAX_BIASES = 300
 # Fields of OpenAI, vLLM and llama.cpp that would change the answer and are refused, each with the values that ask for
 # nothing. `NOTHING` asks for nothing in all of them.
+Refused = dict[str, tuple[Any, ...]]
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 # fmt: off
-UNSUPPORTED: dict[str, tuple[Any, ...]] = dict.fromkeys((
+UNSUPPORTED: Refused = dict.fromkeys((
     "audio", "web_search_options", "moderation", "suffix", "background", "conversation", "previous_response_id",
     "use_beam_search", "prompt_logprobs", "prompt_embeds", "truncate_prompt_tokens", "allowed_token_ids", "bad_words",
     "logits_processors", "include_stop_str_in_output", "return_tokens_as_token_ids", "return_token_ids",
@@ -71,6 +72,15 @@ class Input(BaseModel):
     """Base of what clients send. Strings are not converted to numbers, and numbers must be finite."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    unsupported: ClassVar[Refused] = {}  # fields that are refused, with values that ask for nothing
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, data: Any) -> Any:
+        for name, accepted in cls.unsupported.items() if isinstance(data, dict) else ():
+            if name in data and data[name] not in (*NOTHING, *accepted):
+                raise ValueError(f"{name}: {REASONS.get(name, 'not supported by this service; leave it out')}")
+        return data
 
     @field_validator("*", mode="before")
     @classmethod
@@ -122,23 +132,22 @@ class ResponseFormat(Input):
 
 
 class StructuredOutputs(Input):
-    """What an answer must be, in vLLM's form: one of the first four. The others change it and are not supported."""
+    """What an answer must be, in vLLM's form: one of these four."""
 
+    unsupported: ClassVar[Refused] = dict.fromkeys(
+        ("grammar", "structural_tag", "whitespace_pattern", "disable_any_whitespace", "disable_additional_properties"),
+        (),
+    )
     json_: dict[str, Any] | str | None = Field(None, alias="json", description="a JSON Schema")
     json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
-    grammar: None = None
-    structural_tag: None = None
-    whitespace_pattern: None = None
-    disable_any_whitespace: Literal[False] | None = None
-    disable_additional_properties: Literal[False] | None = None
 
 
 class Sampling(Input):
     """Fields that chat, completions and responses share."""
 
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
+    unsupported = UNSUPPORTED
 
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=10, description="0: the likeliest token each time")
@@ -166,29 +175,20 @@ class Sampling(Input):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for name, accepted in cls.unsupported.items():
-                if name in data and data[name] not in (*NOTHING, *accepted):
-                    raise ValueError(f"{name}: {REASONS.get(name, 'not supported by this service; leave it out')}")
-            if data.get("stream_options") is not None and not data.get("stream"):
-                raise ValueError("stream_options: only where stream is true")
-        return data
-
     @model_validator(mode="after")
-    def _check_constraint(self) -> Sampling:
+    def _check_sampling(self) -> Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only where stream is true")
         self.constraint()
         return self
 
     def constraint(self) -> tuple[str, str, Any] | None:
         """Return (field, kind, value) of what the answer must be; kind and value as `Engine.constraint` takes them."""
         format = self.response_format or ResponseFormat(type="text")
+        schemas = {"json_object": JSON_OBJECT, "json_schema": format.json_schema and format.json_schema.schema_}
         other = self.structured_outputs or StructuredOutputs(json=None)
         wanted = [
-            ("response_format", "json", JSON_OBJECT if format.type == "json_object" else None),
-            ("response_format", "json", format.json_schema and format.json_schema.schema_),
+            ("response_format", "json", schemas.get(format.type)),
             ("structured_outputs", "json", JSON_OBJECT if other.json_object else other.json_),
             ("structured_outputs", "regex", other.regex),
             ("structured_outputs", "choice", other.choice),
@@ -247,8 +247,8 @@ class CompletionRequest(Sampling):
 
 
 class TextConfig(Input):
+    unsupported = {"verbosity": ("medium",)}
     format: dict[str, Any] | None = Field(None, description="as response_format: text, json_object or json_schema")
-    verbosity: Literal["medium"] | None = None
 
 
 class ResponsesRequest(Sampling):

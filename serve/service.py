@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
-from jaxchat.chat import normalize
 from jaxchat.config import Config, ServeConfig
 from jaxchat.engine import Engine, Handle, QueueFull
 from jaxchat.errors import JaxchatError, UsageError
@@ -167,10 +166,7 @@ class Service:
             raise ApiError(404, f"no model {shown!r}; the model here is {self.model!r}", "model", "model_not_found")
 
     def conversation(self, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-        """Return the messages, which `jaxchat.chat.normalize` can read.
-
-        `ApiError` 400 names the message that cannot be used, or the first limit that the conversation exceeds.
-        """
+        """Return the messages as they were sent; `ApiError` 400 names the first limit that they exceed."""
         sent = [message.model_dump(exclude_none=True) for message in messages]
         total = 0
         for i, message in enumerate(sent):
@@ -180,10 +176,6 @@ class Service:
             check_length(self.limits.message_chars, f"messages[{i}].content", size)
             total += size
         check_length(self.limits.total_chars, "messages", total)
-        try:
-            normalize(sent)
-        except UsageError as error:
-            raise ApiError(400, str(error), "messages") from None
         return sent
 
 

@@ -11,6 +11,7 @@ and the weights of its batch do the rest. A row holds one answer, since attentio
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, replaced
 from jaxchat.errors import DataError
 from jaxchat.log import progress, say
-from jaxchat.run_dir import RunDir
+from jaxchat.run_dir import RunDir, atomic_write
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh
 from jaxchat.tasks.base import TaskFiles
 from jaxchat.tasks.from_file import read_pairs
@@ -144,15 +145,14 @@ class Learner:
         """Return the margins of pairs from their log p; the first call finds log p0 of all, or what was kept of it."""
         if self.reference is None:
             digest = hashlib.sha256(repr(self.pairs).encode()).hexdigest()[:12]
-            path = self.run.stage("rl") / f"reference_{digest}.npy"
-            kept = distributed.on_first(lambda: np.load(path).tolist() if path.is_file() else None)
+            path = self.run.stage("rl") / f"reference_{digest}.json"
+            kept = distributed.on_first(lambda: json.loads(path.read_text()) if path.is_file() else None)
             if kept is None:
                 start, _ = restore_params(self.run.stage("sft"))
                 start = jax.device_put(start, jax.tree.map(lambda array: array.sharding, params))
                 kept = self.all_log_likelihoods(start, range(len(self.pairs)), "dpo: log-likelihoods after SFT")
                 if distributed.index() == 0:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    np.save(path, kept)
+                    atomic_write(path, json.dumps(kept.tolist()))
             self.reference = np.array(kept)
         gained = now - self.reference[numbers]
         return self.config.rl.beta * (gained[:, 0] - gained[:, 1])

@@ -129,4 +129,5 @@ def _error(grammar: str) -> str:
         return f"takes longer than {SECONDS} s to prepare; simplify it"
     if trial.returncode:
         return "takes too much time or memory to prepare; simplify it"
-    return " ".join(trial.stdout.split())[:300]
+    error = " ".join(trial.stdout.split())[:300]
+    return "no text can match it" if error.startswith("NoExtensionBias") else error
