@@ -116,7 +116,8 @@ def normalize(messages: Sequence[Message]) -> list[Message]:
 
 def _join(parts: list[Message], more: list[Message]) -> None:
     """Append parts, with an empty line between two texts."""
-    last, first = parts[-1], more[0]
+    last = next((part for part in reversed(parts) if part["text"] or part["type"] != "text"), parts[-1])
+    first = more[0]
     if last["type"] == first["type"] == "text" and last["text"] and first["text"]:
         more = [first | {"text": "\n\n" + first["text"]}, *more[1:]]
     for part in more:

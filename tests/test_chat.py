@@ -170,6 +170,9 @@ def test_a_message_of_weight_0_is_not_learned(tokenizer):
     assert learned(tokenizer, [user("a"), first, user("b"), second]) == f"y{end}"
     assert learned(tokenizer, [user("a"), first, second]) == f"\n\ny{end}"
     assert learned(tokenizer, [user("a"), second, first]) == "y"
+    assert learned(tokenizer, [user("a"), first, assistant(""), first, second]) == f"\n\ny{end}"
+    whole = [part["text"] for part in normalize([second, assistant("") | {"weight": 0}, first])[1]["content"]]
+    assert "".join(whole) == "y\n\nx"
     assert learned(tokenizer, [user("a"), assistant(CALL) | {"weight": 0}]) == ""
     messages = [user("a"), first, second]
     assert learned(tokenizer, normalize(messages)) == learned(tokenizer, messages)

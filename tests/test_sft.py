@@ -54,7 +54,7 @@ def test_held_out_conversations_are_not_trained():
 def test_unknown_or_empty_mixtures_are_refused():
     with pytest.raises(UsageError, match="identty"):
         split_of(config_of("identty:5"))
-    for bad in ("identty", "identity:5x", "humaneval"):
+    for bad in ("identty", "identity:5x", "humaneval", "hf:nobody"):
         with pytest.raises(UsageError, match=bad):
             sft.check(config_of(bad))
     with pytest.raises(UsageError, match="identity stands there twice"):

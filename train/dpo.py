@@ -26,7 +26,7 @@ from jaxchat.chat import Message, render, render_prompt
 from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, replaced
 from jaxchat.errors import DataError
-from jaxchat.log import progress, say
+from jaxchat.log import progress, say, say_once
 from jaxchat.run_dir import RunDir, atomic_write
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh
 from jaxchat.tasks.base import TaskFiles
@@ -47,7 +47,7 @@ def fitting(config: Config, tokenizer: Tokenizer) -> list[list[Any]]:
         rendered = [tuple(_rendered(tokenizer, side) for side in pair) for pair in pairs]
         kept.append([pair for pair in rendered if max(len(ids) for ids, _ in pair) <= config.model.seq_len + 1])
         if len(kept[-1]) < len(pairs):
-            say(f"  {len(pairs) - len(kept[-1]):,} pairs are longer than the context and left out", style="yellow")
+            say_once(f"  {len(pairs) - len(kept[-1]):,} pairs are longer than the context and left out", "yellow")
         if not kept[-1]:
             raise DataError(f"{config.rl.environment}: no pair fits into the context of {config.model.seq_len} tokens")
     return kept

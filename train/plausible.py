@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.config import Config
-from jaxchat.log import say
+from jaxchat.data.sources import NO_TEXT
+from jaxchat.log import say_once
 
 FEW_STEPS = 10  # optimizer steps
 FEW_ROWS = 10  # held-out rows
 FEW_BYTES = 100_000  # of training text
-ABOUT = ("readme", "license", "licence", "copying", "notice", "changelog", "contributing")  # names of files on a text
 ZERO = 5e-4  # what is shown as 0.000
 STEPS_KEY = {"pretrain": "train.steps", "sft": "sft.epochs", "rl": "rl.steps"}
 
@@ -23,7 +23,7 @@ def of_text(paths: Sequence[str], size: int, copies: int, held_out: int) -> list
     `copies`: of the `held_out` documents, those that the training text has as well.
     """
     lines = []
-    if paths and all(Path(path).name.lower().startswith(ABOUT) for path in paths):
+    if paths and all(NO_TEXT.fullmatch(Path(path).name) for path in paths):
         lines.append(f"the only text is {Path(paths[0]).name}: is the data itself missing?")
     if size < FEW_BYTES:
         lines.append(f"the training text has {size:,} bytes: too little to learn a language from")
@@ -38,9 +38,8 @@ def of_steps(stage: str, config: Config, rows: int | None, held_out: int | None)
     steps, batch, key = config.train.steps, config.train.batch_tokens, STEPS_KEY.get(stage, "train.steps")
     lines = []
     if 0 < steps < FEW_STEPS:
-        lines.append(
-            f"{steps} optimizer step{'s' * (steps > 1)}: too few to learn from; raise {key}, or bring more data"
-        )
+        count = f"{steps} optimizer step{'s' * (steps > 1)}"
+        lines.append(f"{count}: too few to learn from; raise {key}, or bring more data")
     if rows is not None and batch > (size := rows * config.model.seq_len):
         lines.append(f"a batch of {batch:,} tokens is larger than all the training data ({size:,} tokens)")
     if held_out is not None and held_out < FEW_ROWS:
@@ -67,5 +66,5 @@ def of_score(bits_per_byte: float | None) -> list[str]:
 def warn(stage: str, lines: list[str]) -> list[str]:
     """Print the warnings of a stage and return them: the report card shows those in the fact `warnings`."""
     for line in lines:
-        say(f"  {stage}: {line}", style="yellow")
+        say_once(f"  {stage}: {line}", "yellow")  # the check before training finds the same
     return lines

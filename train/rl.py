@@ -32,7 +32,7 @@ from jaxchat.config import Config, MeshConfig, replaced
 from jaxchat.engine import Engine
 from jaxchat.errors import DataError, UsageError
 from jaxchat.kv_cache import serving_params
-from jaxchat.log import read_metrics, say
+from jaxchat.log import read_metrics, say, say_once
 from jaxchat.run_dir import RunDir, atomic_write
 from jaxchat.scaling import fine_tuning_optim
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh, replicated
@@ -135,7 +135,7 @@ def fitting(
     if not kept:
         raise DataError(f"rl.environment: no question fits into the context of {config.model.seq_len} tokens")
     if len(kept) < len(examples):
-        say(f"  {len(examples) - len(kept):,} questions are longer than the context and left out", style="yellow")
+        say_once(f"  {len(examples) - len(kept):,} questions are longer than the context and left out", "yellow")
     return [example for example, _ in kept[:count]], max(n for _, n in kept[:count])
 
 

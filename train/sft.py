@@ -208,7 +208,7 @@ def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str,
             f"bring them back, or remove {path.parent} to begin again"
         )
     counted = f"{train['conversations']:,} conversations in {train['rows']:,} rows"
-    say(f"  {counted}, {train['fill']:.2%} filled, {train['cut']:,} cut")
+    say_once(f"  {counted}, {train['fill']:.2%} filled, {train['cut']:,} cut")
     facts = {split: {key: meta[key] for key in FACTS} for split, meta in zip(SPLITS, metas, strict=True)}
     mute, used = train.get("mute", 0), sum(train["entries"].values())
     line = f"{mute:,} conversations have no answer inside the context of {config.model.seq_len:,} tokens"

@@ -621,10 +621,11 @@ def _units(source: str, text_bytes: int, data: DataConfig) -> tuple[Unit, ...]:
 
 def source_files(source: str, data: DataConfig, text_bytes: int = 0) -> list[Path]:
     """Return the files of `files:GLOB` or `hf:...` as `find_files` or `hub_files` do."""
-    cache = Path(data.cache_dir).expanduser() / "data"
-    if source.startswith("hf:"):
-        return hub_files(source, text_bytes, cache, data.mirror, column=data.column)
-    return find_files(source)
+    if not source.startswith("hf:"):
+        return find_files(source)
+    if not HUB_SOURCE.fullmatch(source):
+        raise UsageError(f"{source!r}: a data set on the hub is hf:OWNER/NAME[@REVISION][:PATTERN]")
+    return hub_files(source, text_bytes, Path(data.cache_dir).expanduser() / "data", data.mirror, column=data.column)
 
 
 def iterate_documents(source: str | DataConfig, split: str = "all", val_fraction: float = 0.01) -> Iterator[str]:

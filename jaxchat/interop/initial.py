@@ -45,11 +45,10 @@ def init_config(init: str) -> Config:
         return resolve(load_config(RunDir(folder).config))
     file = folder / "config.json"
     if stage or not file.is_file():
-        advice = "import them first (launch.py import --format nanochat)" if list(folder.glob("*.pt")) else ""
-        raise DataError(
-            f"train.init: {folder} is neither a run nor an exported folder; "
-            + (advice or "name a run directory, RUN:STAGE, or a folder of the format hf or orbax")
-        )
+        advice = "name a run directory, RUN:STAGE, or a folder of the format hf or orbax"
+        if any(folder.glob("*.pt")):
+            advice = "import it first (launch.py import --format nanochat)"
+        raise DataError(f"train.init: {folder} is neither a run nor an exported folder; {advice}")
     content = read_json(file)
     model = _orbax_model(content, file) if (folder / "params").is_dir() else config_from_hf(content, file)
     return resolve(Config(tier="imported", model=model, rl=RlConfig(environment="")))
@@ -66,9 +65,8 @@ def with_init_model(config: Config, model: ModelConfig, named: Collection[str]) 
         if key in POSITIONS:
             changes[key] = value
         elif value != theirs and not is_derived(value):
-            raise UsageError(
-                f"model.{key}: the weights of {config.train.init} have {theirs}, not {value}; leave it out"
-            )
+            init = config.train.init
+            raise UsageError(f"model.{key}: the weights of {init} have {theirs}, not {value}; leave it out")
     if "tokenizer.path" in named:
         raise UsageError("tokenizer.path: the tokenizer comes with the weights of train.init; leave one of them out")
     tokenizer = dataclasses.replace(config.tokenizer, path="", normalize="none")
@@ -98,9 +96,8 @@ def read_init(config: Config) -> Trained:
                 f"{', '.join(stages) or 'none'}. Finish it with launch.py --run-dir {folder}"
             )
         stage = stage or ("base" if config.train.steps and "base" in stages else stages[0])
-        model = dataclasses.replace(
-            load_trained(run, stage), imported={"format": "jaxchat", "from": folder.resolve().name}
-        )
+        origin = {"format": "jaxchat", "from": folder.resolve().name}
+        model = dataclasses.replace(load_trained(run, stage), imported=origin)
     elif (folder / "params").is_dir():
         model = _read_orbax(folder)
     else:
@@ -114,8 +111,8 @@ def read_init(config: Config) -> Trained:
             f"train.init: {folder}: its tokenizer has {model.tokenizer.vocab_size} tokens, the special ones of a chat "
             f"included, and its embedding {config.model.vocab_size} rows"
         )
-    origin = (model.imported or {}) | {"stage": model.stage, "params_sha256": params_sha256(model.params)}
-    return dataclasses.replace(model, imported=origin)
+    about = {"stage": model.stage, "params_sha256": params_sha256(model.params)}
+    return dataclasses.replace(model, imported=(model.imported or {}) | about)
 
 
 def _orbax_model(content: object, file: Path) -> ModelConfig:
