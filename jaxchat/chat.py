@@ -145,6 +145,8 @@ def _parts(message: Message, index: int) -> list[dict[str, Any]]:
     content = message.get("content")
     if content is None and message["role"] in ("assistant", *RESULTS):
         content = ""
+    if message["role"] in RESULTS and isinstance(content, dict | int | float):
+        content = _json(content)
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple):

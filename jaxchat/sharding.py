@@ -32,8 +32,8 @@ BATCH_AXES = ("data", "fsdp")  # a batch's rows are split over both
 SMALL = 4096  # values; splitting fewer is not worth a collective
 
 
-def require_devices() -> None:
-    """Raise `UsageError` where JAX was told to use a platform (JAX_PLATFORMS) that it cannot start here."""
+def require_devices(more: str = "; python launch.py doctor says what to install for more") -> None:
+    """Raise `UsageError` with advice where JAX was told to use a platform (JAX_PLATFORMS) that it cannot start here."""
     asked = getattr(jax.config, "jax_platforms", None)
     try:
         jax.local_devices()
@@ -41,7 +41,7 @@ def require_devices() -> None:
         if not asked:
             raise
         reason = f" ({first_line(error).partition(' (set JAX_PLATFORMS')[0]})" if str(error) else ""
-        advice = "unset it to take what is here; python launch.py doctor says what to install for more"
+        advice = f"unset it to take what is here{more}"
         raise UsageError(f"JAX_PLATFORMS={asked}: JAX finds no such device here{reason}; {advice}") from None
 
 

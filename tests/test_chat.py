@@ -129,6 +129,7 @@ CALCULATED = [{"type": "python", "text": "2*(3+4)"}, {"type": "python_output", "
         ([assistant("hi"), user("a")], [said("user", ""), said("assistant", "hi"), said("user", "a")]),
         ([S, assistant("hi")], [said("user", "s"), said("assistant", "hi")]),
         ([user("a"), {"role": "assistant"}], [said("user", "a"), said("assistant", "")]),
+        ([user("a"), result({"at": "대전", "t": 3}), result(7)], [said("user", 'a\n\n{"at": "대전", "t": 3}\n\n7')]),
         ([user("a"), calls(tool("w", '{"x": 1}')), result("r")],
          [said("user", "a"), said("assistant", '{"name": "w", "arguments": {"x": 1}}'), said("user", "r")]),
         ([user("a"), calls({"name": "w", "arguments": {"x": "é"}}, content="See:")],
@@ -208,7 +209,7 @@ def test_a_last_message_of_the_assistant_stays_open(tokenizer):
         ([user("x"), assistant("") | {"tool_calls": 5}], r"messages\[1\]: tool_calls"),
         ([user("x"), calls("f")], r"messages\[1\]: a tool call"),
         ([user("x"), calls({"function": {"name": 5}})], r"messages\[1\]: a tool call"),
-        ([user("x"), calls(tool("python", {"x": "1+1"})), result(5)], r"messages\[2\]: content"),
+        ([user("x"), calls(tool("python", {"x": "1+1"})), result([5])], r"messages\[2\]: "),
     ],
 )
 def test_malformed_conversations_are_refused_by_number(tokenizer, messages, words):

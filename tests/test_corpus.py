@@ -195,6 +195,20 @@ def test_json_is_read_whatever_is_around_its_records(tmp_path, monkeypatch, char
             list(files.read_records(tmp_path / "a.json"))
 
 
+def test_one_line_with_an_array_of_records_is_those_records(tmp_path):
+    path, pairs = tmp_path / "a.jsonl", [{"question": "a", "answer": 1}, {"question": "b", "answer": 2}]
+    said, line = [{"role": "user", "content": "a"}], json.dumps(pairs)
+    for text, records in {
+        f"\n{line}\n\n": pairs,
+        f"{line}\n{line}\n": [pairs, pairs],
+        json.dumps(said): [said],
+        '["a", "b"]': [["a", "b"]],
+        "[]": [[]],
+    }.items():
+        path.write_text(text)
+        assert [record for _, record in files.read_records(path)] == records
+
+
 def test_an_array_needs_no_memory_for_the_whole_file(tmp_path):
     import tracemalloc
 

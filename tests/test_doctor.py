@@ -71,6 +71,7 @@ def test_a_driver_that_does_not_start_is_said_and_the_rest_is_told():
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     text = " ".join(done.stdout.split())
     assert "JAX_PLATFORMS=cuda" in done.stderr.splitlines()[-1]
+    assert "doctor" not in done.stderr  # advice that was followed already
     for part in ("disk path", "free bytes", "sandbox level", "loopback: yes", f"jax: {jax.__version__}", "extras"):
         assert part in text, part
 

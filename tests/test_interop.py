@@ -221,7 +221,9 @@ MESSAGE = st.one_of(
         {"role": st.just("assistant")},
         optional={"content": st.none() | CONTENT | parts("text", "python", "python_output"),
                   "tool_calls": CALLS, "function_call": st.none() | FUNCTION}),
-    st.fixed_dictionaries({"role": st.just("tool")}, optional={"content": st.none() | CONTENT}),
+    st.fixed_dictionaries(
+        {"role": st.just("tool")},
+        optional={"content": st.none() | CONTENT | st.integers(-9, 99) | st.dictionaries(CONTENT, CONTENT)}),
 )  # fmt: skip
 CONVERSATION = st.lists(MESSAGE, min_size=1, max_size=7)
 

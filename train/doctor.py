@@ -22,7 +22,7 @@ import jax
 from jaxchat.attention import TOLERANCE, choose_backend, disagreement
 from jaxchat.config import Config, MeshConfig
 from jaxchat.data.shards import cores
-from jaxchat.errors import first_line
+from jaxchat.errors import UsageError, first_line
 from jaxchat.log import print_facts, waiting
 from jaxchat.sharding import make_mesh, require_devices
 from jaxchat.sizes import peak_flops
@@ -201,7 +201,7 @@ def doctor(config: Config, place: Path, as_json: bool) -> None:
         missing = {name: install_command(name) for name, there in result["extras"].items() if there is False}
         extras = {name: f"{why}: {missing.get(name, 'installed')}" for name, (_, why) in EXTRAS.items()}
         print_facts(result | {"extras": extras, "advice": result["advice"] or "nothing to do"})
-    require_devices()
+    require_devices("")
 
 
 def examine(config: Config, place: Path) -> dict[str, Any]:
@@ -221,8 +221,9 @@ def examine(config: Config, place: Path) -> dict[str, Any]:
             try:
                 found[name], lines = check()
             except Exception as error:  # a broken driver raises anything; this command is there to show it
-                found[name] = {"error": named(error)}
-                lines = [f"{name}: {named(error)}"]
+                known = isinstance(error, UsageError)  # said at the end
+                found[name] = {"error": str(error) if known else named(error)}
+                lines = [] if known else [f"{name}: {named(error)}"]
             advice += lines
     advice += [record.getMessage().splitlines()[0].rstrip(".") for record in records]
     return found | {"advice": advice}
@@ -253,6 +254,7 @@ def check_devices(config: Config) -> Finding:
     `memory_bytes`: what the process may take of one device; None where it is shared. `unused`: a line on an accelerator
     that JAX does not use, with what to install.
     """
+    require_devices("")
     unused = unused_accelerator()
     first, host = jax.local_devices()[0], hardware()
     values = {
@@ -273,6 +275,7 @@ def check_devices(config: Config) -> Finding:
 
 def check_attention(config: Config) -> Finding:
     """Compare the backend that training takes, and XLA's own, with the float32 reference."""
+    require_devices("")
     dtype = compute_dtype(config, make_mesh(MeshConfig()))
     chosen, why = choose_backend(config.model, dtype, jax.local_devices()[0])
     allowed, checks, advice = TOLERANCE[dtype.itemsize], {}, []

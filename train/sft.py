@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxchat import __version__, distributed
 from jaxchat.chat import Message
-from jaxchat.config import Config, replaced
+from jaxchat.config import Config, nearest, replaced
 from jaxchat.data.packing import PackStats, Rows, pack_conversations, render_all, write_rows
 from jaxchat.data.shards import parallel_map, workers_for
 from jaxchat.data.sources import document_hash, limit_of_hashes, source_files, spoken
@@ -29,7 +29,7 @@ from jaxchat.log import progress, say, say_once
 from jaxchat.run_dir import RunDir, read_json, saved_steps, write_json
 from jaxchat.scaling import fine_tuning_optim
 from jaxchat.sharding import batch_devices, make_mesh
-from jaxchat.tasks import get_task, parse_mixture_entry
+from jaxchat.tasks import TASKS, get_task, parse_mixture_entry
 from jaxchat.tasks.base import Task, TaskFiles, identity_digest
 from jaxchat.tasks.conversations import Found, chatterbot_pairs, chitchat_dialogues, file_conversations
 from jaxchat.tokenizer import ASSISTANT_END, Tokenizer
@@ -87,14 +87,18 @@ def check(config: Config) -> None:
     """
     if config.sft.exam_cases:
         evaluate.check(config)
-    tasks, names = [], [parse_mixture_entry(entry)[0] for entry in config.sft.mixture]
+    tasks: list[Task] = []
+    names = [parse_mixture_entry(entry)[0] for entry in config.sft.mixture]
     for name in names:
         if name.startswith(OWN):
             source_files(name, config.data)
         elif name not in NO_TASKS:
-            tasks.append(task := get_task(name, TaskFiles.of(config, download=True)))
-            if type(task).train_conversations is Task.train_conversations:
-                raise UsageError(f"sft.mixture: {name} is an exam alone, it has nothing to train on")
+            known = [task for task in TASKS if TASKS[task].train_conversations is not Task.train_conversations]
+            if name not in known:
+                known = ["files:GLOB", "hf:OWNER/NAME", *NO_TASKS, *known]
+                advice = f"{nearest(name, known)}; take one of {', '.join(known)}"
+                raise UsageError(f"sft.mixture: {name!r} is no data set to train on{advice}")
+            tasks.append(get_task(name, TaskFiles.of(config, download=True)))
         if names.count(name) > 1:
             raise UsageError(f"sft.mixture: {name} stands there twice; give it one count")
     for task in tasks:

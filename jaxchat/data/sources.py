@@ -162,8 +162,9 @@ def read_file(
 def read_records(path: Path, encoding: str = "auto", columns: Sequence[str] | None = None) -> Iterator[tuple[str, Any]]:
     """Yield (FILE:NUMBER, record) of every non-empty line of jsonl, row of parquet, or record of json.
 
-    A json file is an array of records, an object with one list of them, objects one after the other, or the messages of
-    one conversation. Only an object around a list is held in memory as a whole.
+    Of a jsonl file whose only line is an array of records: each of them. A json file is an array of records, an object
+    with one list of them, objects one after the other, or the messages of one conversation. Only an object around a
+    list is held in memory as a whole.
     `columns`: the only ones to read of a parquet file. `DataError` names the file, and the line that is not JSON.
     """
     with _named_errors(path, encoding):
@@ -178,14 +179,17 @@ def read_records(path: Path, encoding: str = "auto", columns: Sequence[str] | No
                 records = _json_records(path, file, columns or ())
                 yield from ((f"{path}:{number}", record) for number, record in enumerate(records, 1))
                 return
-            for number, line in enumerate(file, 1):
-                if (line := line.lstrip(BOM)).strip():
-                    try:
-                        record = json.loads(line)
-                    except (ValueError, RecursionError) as error:  # also numbers of too many digits
-                        advice = "a file whose records are no lines is read as .json"
-                        raise DataError(f"{path}:{number}: not JSON ({error}); {advice}") from None
-                    yield f"{path}:{number}", record
+            lines = ((number, text) for number, line in enumerate(file, 1) if (text := line.lstrip(BOM)).strip())
+            head = list(itertools.islice(lines, 2))
+            for number, line in itertools.chain(head, lines):
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:  # also numbers of too many digits
+                    advice = "a file whose records are no lines is read as .json"
+                    raise DataError(f"{path}:{number}: not JSON ({error}); {advice}") from None
+                array = len(head) == 1 and isinstance(record, list) and isinstance((record or [0])[0], dict)
+                items = record if array and not _is_message(record[0]) else [record]
+                yield from ((f"{path}:{i}", item) for i, item in enumerate(items, number))
 
 
 def _json_records(path: Path, file: IO[str], columns: Sequence[str]) -> Iterator[Any]:

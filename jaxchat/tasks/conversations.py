@@ -203,7 +203,8 @@ def _messages(kind: str, turns: Any) -> tuple[str, Conversation]:
         return f"texts in turn ({kind})", [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
     if isinstance(first, dict) and not {"role", "from", "speaker"} & first.keys():
         return f"questions and answers ({kind})", [message for turn in turns for message in _answered(turn)[1]]
-    keys = ", ".join(map(str, list(first)[:2])) if isinstance(first, dict) else ""
+    names = ("role", "from", "speaker", "content", "value", "text")
+    keys = ", ".join(name for name in names if name in first) if isinstance(first, dict) else ""
     return f"{'ShareGPT' if 'from' in keys else 'messages'} ({kind}: {keys})", [_message(turn) for turn in turns]
 
 
