@@ -21,7 +21,7 @@ from jaxchat.tokenizer import ASSISTANT_END, BOS
 
 from . import schemas
 from .completions import ChatCall, Completion, TextCall, check_ids, goes_on, token_name
-from .responses import ResponsesCall
+from .responses import ResponsesCall, own_names
 from .schemas import ERRORS, ApiError, ChatRequest, CompletionRequest, ResponsesRequest
 from .service import Service, as_api_error, check_length, run_until_one_ends
 
@@ -79,7 +79,8 @@ def routes(service: Service) -> APIRouter:
     )
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         """Answer a text or the items of a conversation, in the form of OpenAI's Responses."""
-        return await respond(call(ResponsesCall, body, request), request)
+        with own_names():
+            return await respond(call(ResponsesCall, body, request), request)
 
     @router.post("/tokenize", **admitted)
     async def tokenize(body: schemas.TokenizeRequest) -> schemas.Tokens:

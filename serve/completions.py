@@ -22,7 +22,7 @@ from .schemas import ApiError, ChatRequest, CompletionRequest, Sampling, bad_req
 from .service import Call, Service, as_api_error, check_fits, check_length
 from .worker import Group
 
-MAX_SCORING = 64  # requests that are scored or wait for it
+MAX_WAITING = 64  # requests that are scored, or whose constraints are prepared, or that wait for it
 SCORED_AT_ONCE = 8  # prompts; running answers go on between two such batches
 DONE = b"data: [DONE]\n\n"
 
@@ -74,12 +74,17 @@ class Completion(Call):
     async def submit(self, groups: Sequence[Group]) -> None:
         """Queue the answers, with the constraint that the request asks for. A new one is prepared beside the engine."""
         if wanted := self.body.constraint():
-            field, kind, value = wanted
+            (field, kind, value), service = wanted, self.service
+            if service.preparing >= MAX_WAITING:
+                raise QueueFull(f"{MAX_WAITING} requests wait for their constraints already; try again later")
+            service.preparing += 1
             try:
-                async with self.service.constraints:
+                async with service.constraints:
                     constraint = await asyncio.to_thread(self.engine.constraint, **{kind: value})
             except UsageError as error:
                 raise bad_request(field, str(error)) from None
+            finally:
+                service.preparing -= 1
             groups = [(replace(request, constraint=constraint), seeds) for request, seeds in groups]
         await super().submit(groups)
 
@@ -245,8 +250,8 @@ class TextCall(Completion):
     async def _score(self) -> None:
         """Give the echoed prompts their log-probabilities. `QueueFull` where too many clients wait for theirs."""
         service = self.service
-        if service.scoring >= MAX_SCORING:
-            raise QueueFull(f"{MAX_SCORING} requests wait for scores already; try again later")
+        if service.scoring >= MAX_WAITING:
+            raise QueueFull(f"{MAX_WAITING} requests wait for scores already; try again later")
         service.scoring += 1
         try:
             for i in range(0, len(self.prompts), SCORED_AT_ONCE):

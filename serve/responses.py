@@ -18,8 +18,7 @@ class ResponsesCall(ChatCall):
     """An answer to the items of a conversation."""
 
     def __init__(self, service: Service, client: str, log_fields: dict[str, Any] | None, body: ResponsesRequest):
-        with own_names():
-            super().__init__(service, client, log_fields, chat_request(body))
+        super().__init__(service, client, log_fields, chat_request(body))
         self.id = self.id.replace("chatcmpl-", "resp_")
         self.log["id"], self._asked, self._events = self.id, body, 0
         self._status: Any = "in_progress"  # as far as the client knows: the engine is ahead of the stream
@@ -28,10 +27,6 @@ class ResponsesCall(ChatCall):
         except ValueError:  # before a stream has begun
             fields = "metadata, instructions, tools or text"
             raise ApiError(400, f"{fields}: nested too deeply, or with half a character") from None
-
-    async def begin(self) -> None:
-        with own_names():
-            await super().begin()
 
     async def collect(self) -> schemas.Response:
         """Return the answer, once it is finished."""

@@ -148,7 +148,8 @@ class Service:
         self.answering = 0  # requests under way
         self.scoring = 0  # requests whose texts are scored or wait for it
         self.scores = asyncio.Lock()  # one batch at a time
-        self.constraints = asyncio.Lock()  # one is prepared at a time
+        self.preparing = 0  # requests whose constraints are prepared or wait for it
+        self.constraints = asyncio.Lock()  # one at a time
 
     async def identify(self, connection: HTTPConnection) -> None:
         """Check the key; `connection.state.client` is the client's name."""

@@ -328,7 +328,18 @@ def test_choices_and_patterns(service):
     assert {choice["message"]["content"] for choice in answer["choices"]} <= {"네", "아니오"}
     assert post(service, guided_regex="[0-9]{4}").json()["choices"][0]["message"]["content"].isdigit()
     assert post(service, response_format={"type": "json_object"}).json()["choices"][0]["message"]["content"][0] == "{"
-    assert post(service, response_format={"type": "text"}).json()["choices"][0]["message"]["content"] == HELLO
+    for more in ({}, {"json_schema": {"schema": PERSON}}):
+        assert (
+            post(service, response_format={"type": "text"} | more).json()["choices"][0]["message"]["content"] == HELLO
+        )
+
+
+def test_constraints_wait_in_a_queue_of_limited_length(service):
+    body = {"guided_regex": "["}
+    assert post(service, **body).status_code == 400 and service.service.preparing == 0
+    service.service.preparing = 64
+    assert post(service, **body).status_code == 429 and post(service).status_code == 200
+    service.service.preparing = 0
 
 
 def test_a_constraint_turns_the_calculator_off(service):

@@ -40,6 +40,7 @@ def grades(source, *answers):
         ({"question": "units", "answer": "12 km", "match": "numeric"}, "numeric", ["12 miles"], ["km"]),
         ({"question": "days?", "answers": ["365", "365 days"]}, "exact", ["365 Days!", "365"], ["366"]),
         ({"question": "squad", "answers": {"text": ["Ann", "Bob"]}}, "exact", ["bob"], ["Eve"]),
+        ({"input": [{"role": "user", "content": "evals"}], "ideal": "4"}, "numeric", ["4"], ["5"]),
         ({"question": "regex", "answer": r"^(?i)no\b", "match": "regex"}, None, [], []),
         ({"question": "regex", "answer": r"(?i)\bno\b", "match": "regex"}, "regex", ["Oh no, never"], ["know"]),
         ({"instruction": "Add.", "input": "1 and 2", "output": "3"}, "numeric", ["3"], ["4"]),

@@ -40,7 +40,7 @@ T = TypeVar("T")
 HELD_OUT = 0.2  # of the questions that RL trains on
 ANSWER = (
     "answers", "answer", "expected", "target", "ground_truth", "reference", "solution", "output", "response",
-    "completion", "answerkey", "label", "gold", "reward_model", "답변", "정답",
+    "completion", "answerkey", "label", "gold", "ideal", "reward_model", "답변", "정답",
 )  # fmt: skip
 CHOICES = ("choices", "options")
 SIDES = ("chosen", "rejected")
