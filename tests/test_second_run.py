@@ -9,11 +9,11 @@ import time
 import jax
 import numpy as np
 import pytest
-from whole_run import STEPS, finish, records, start
+from whole_run import STEPS, arguments, finish, records, start
 
 import launch
 from jaxchat.checkpoint import params_sha256, trained_params
-from jaxchat.config import flatten, load_config, replaced
+from jaxchat.config import flatten, load_config, replaced, to_toml
 from jaxchat.errors import UsageError
 from jaxchat.interop.initial import find, init_config, read_init, with_init_model
 from jaxchat.log import read_metrics
@@ -42,7 +42,7 @@ def talks(path):
 # More steps
 
 
-def test_a_finished_pretraining_goes_on_and_what_came_after_is_done_again(finished, tmp_path, capsys):
+def test_a_finished_pretraining_goes_on_and_what_came_after_is_done_again(corpus, finished, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     before = records(run)
@@ -58,6 +58,8 @@ def test_a_finished_pretraining_goes_on_and_what_came_after_is_done_again(finish
     assert rate[STEPS] > rate[STEPS - 1] and rate[-1] < max(rate[STEPS:])
     for change in (f"train.steps={STEPS}", "optim.matrix_lr=0.01"):
         assert launch.main(["--run-dir", str(run), "--stages", "pretrain", "--set", change]) == 2
+    longer = arguments(corpus, run, "--stages", "pretrain", "--set", f"train.steps={STEPS + 6}")
+    assert launch.main(longer) == 0  # the tier derives other values for so many steps
     assert records(run) == after
 
 
@@ -69,12 +71,16 @@ def test_only_a_longer_horizon_is_an_extension():
     assert not is_extension({"train.steps": (12, 24), "seed": (1, 2)}) and not is_extension({"prepare.digest": (1, 2)})
 
 
-def test_what_a_longer_run_would_derive_stays_as_it_is_in_the_run(finished):
+def test_what_a_longer_run_would_derive_stays_as_it_is_in_the_run(finished, tmp_path):
     run, before = RunDir(finished), flatten(load_config(finished / "config.toml"))
     longer = replaced(load_config("nano"), "train", steps=2 * STEPS)
     assert flatten(with_settings_of(run, longer))["optim.weight_decay"] == before["optim.weight_decay"]
     shorter = replaced(longer, "train", steps=STEPS - 1)
     assert with_settings_of(run, shorter) == shorter
+    killed = RunDir(tmp_path / "run")  # before the record was written
+    shutil.copytree(finished, killed.root, ignore=shutil.ignore_patterns("base", "sft", "rl", "export", "data"))
+    killed.config.write_text(to_toml(replaced(load_config(finished / "config.toml"), "train", steps=2 * STEPS)))
+    assert flatten(with_settings_of(killed, longer))["optim.weight_decay"] == before["optim.weight_decay"]
 
 
 @pytest.mark.slow  # 40 s: three processes

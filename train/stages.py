@@ -296,14 +296,16 @@ def _run_stage(stage: Stage, config: Config, run: RunDir, records: dict[str, Rec
 
 
 def with_settings_of(run: RunDir, given: Config) -> Config:
-    """Return a configuration that asks for a longer pretraining than the run's with its values for what is left open.
+    """Return a configuration of a pretraining that is or becomes longer with the run's values for what is left open.
 
     A longer horizon would derive another weight decay, batch and amount of text. Others are returned unchanged.
     """
     if not run.config.exists():
         return given
     before, now = flatten(load_config(run.config)), flatten(given)
-    if not any(now[key] > before[key] for key in HORIZON):
+    record = run.records().get("pretrain", {})
+    begun = before | record.get("inputs", {})  # config.toml has the new horizon before the record has
+    if "extended" not in record and not any(now[key] > begun[key] for key in HORIZON):
         return given
     sections = ("model.", "data.", "train.", "optim.")
     kept = {key for key, value in now.items() if key.startswith(sections) and is_derived(value)} - {"train.steps"}
