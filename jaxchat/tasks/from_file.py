@@ -54,7 +54,6 @@ NUMBER = re.compile(
     r"(?:(?<![\w)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d\d?(?!\d))?(?:\s?/\s?\d+)?"
 )
 QUOTES = " \t\n\"'`*_“”‘’「」『』.,!?;:。、…"  # around an answer; none of them is part of it
-State = tuple[tuple[Path, int, int], ...]  # the files of a source, with size and time
 Pair = tuple[list[Message], list[Message]]  # the conversation with its chosen and with its rejected answer
 REGEX_GRADE = "import re\ndef grade(question, answer, expected): return any(re.search(p, answer) for p in expected)\n"
 
@@ -229,13 +228,18 @@ def not_held_out(prompts: Iterable[str]) -> frozenset[str]:
     return frozenset(prompt for prompt, value in hashes.items() if value >= limit)
 
 
-def read_questions(source: str, files: TaskFiles) -> Questions:
-    """Return the questions of a source; `DataError` if too many rows cannot be used, with the first."""
-    return _read_questions(source, state_of(source), files.encoding, files.max_left_out)
+def until_changed(read: Callable[[str, list[Path], str, float], T]) -> Callable[[str, TaskFiles], T]:
+    """Cache what `read` returns of a source and its paths until one of its files has another size or time."""
 
+    @functools.lru_cache(8)
+    def cached(source: str, state: tuple[tuple[Path, int, int], ...], encoding: str, most: float) -> T:
+        return read(source, [path for path, _, _ in state], encoding, most)
 
-def state_of(source: str) -> State:
-    return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths_of(source))
+    def current(source: str, files: TaskFiles) -> T:
+        state = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths_of(source))
+        return cached(source, state, files.encoding, files.max_left_out)
+
+    return current
 
 
 def parsed(parse: Callable[[Any], T], source: str, paths: Iterable[Path], encoding: str, most: float) -> list[T]:
@@ -254,9 +258,10 @@ def parsed(parse: Callable[[Any], T], source: str, paths: Iterable[Path], encodi
     return items
 
 
-@functools.lru_cache(8)
-def _read_questions(source: str, state: State, encoding: str, most: float) -> Questions:
-    paths, program, kind, types = [path for path, _, _ in state], "", "", list[type]()
+@until_changed
+def read_questions(source: str, paths: list[Path], encoding: str, most: float) -> Questions:
+    """Return the questions of a source; `DataError` if too many rows cannot be used, with the first."""
+    program, kind, types = "", "", list[type]()
     if split_source(source)[1]:
         program = paths.pop().read_text(encoding="utf-8", errors="replace")
         kind = kind_of(program, source)
@@ -342,14 +347,10 @@ def pair_of(record: Any) -> Pair:
     return chosen, rejected
 
 
-def read_pairs(source: str, files: TaskFiles) -> tuple[list[Pair], list[Pair]]:
+@until_changed
+def read_pairs(source: str, paths: list[Path], encoding: str, most: float) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs to train on and those held out; `DataError` if too many rows cannot be used."""
-    return _read_pairs(source, state_of(source), files.encoding, files.max_left_out)
-
-
-@functools.lru_cache(1)
-def _read_pairs(source: str, state: State, encoding: str, most: float) -> tuple[list[Pair], list[Pair]]:
-    pairs = parsed(pair_of, source, [path for path, _, _ in state], encoding, most)
+    pairs = parsed(pair_of, source, paths, encoding, most)
     training = not_held_out(spoken(chosen[:-1]) for chosen, _ in pairs)
     train = [pair for pair in pairs if spoken(pair[0][:-1]) in training]
     held_out = [pair for pair in pairs if spoken(pair[0][:-1]) not in training]
@@ -366,10 +367,8 @@ class FileExam(Task):
     def __init__(self, source: str, name: str, files: TaskFiles):
         super().__init__(files)
         self.source, self.name, self.title = source, name, name.replace("_", " ")
-
-    @functools.cached_property
-    def questions(self) -> Questions:
-        return read_questions(self.source, self.files)
+        self.questions = read_questions(source, files)
+        self._outcomes = Counter[str]()  # of programs and regular expressions
 
     @functools.cached_property
     def _examples(self) -> list[Any]:
@@ -406,10 +405,6 @@ class WrittenExam(FileExam, WrittenTask):
     """An exam or RL environment of written answers, compared with the accepted ones or graded by a program."""
 
     max_tokens = 512  # as GSM8K's
-
-    @functools.cached_property
-    def _outcomes(self) -> Counter[str]:
-        return Counter()
 
     @functools.cached_property
     def sandbox(self) -> Sandbox:
