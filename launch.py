@@ -175,12 +175,12 @@ def initialized(
     """
     from jaxchat.interop.initial import find, init_config, with_init_model
 
-    init, saved = config.train.init.rstrip("/"), load_config(own) if own.exists() else None
+    init, saved = config.train.init.rstrip("/"), load_config(own) if args.run_dir and own.exists() else None
     if args.command == "train" and not args.run_dir:
         raise UsageError("train.init: a run from given weights needs a directory of its own; add --run-dir runs/NAME")
     if saved and saved.train.init == init:  # the folder need not be there any more
         known = saved.model
-    elif find(init)[0].resolve() == own.parent.resolve():
+    elif args.run_dir and find(init)[0].resolve() == own.parent.resolve():
         raise UsageError("train.init: is the run directory itself; give a new --run-dir, or raise train.steps instead")
     else:
         known = init_config(init).model

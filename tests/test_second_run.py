@@ -139,6 +139,16 @@ def test_pretraining_from_given_weights_on_other_text(corpus, finished, tmp_path
     assert finished.name in json.loads((run / "report.json").read_text())["pretrain"]["init"]["from"]
 
 
+def test_a_plan_may_start_from_the_run_that_lies_in_the_usual_place(finished, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "nano").symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+    config, _ = launch.given_config(launch.parse(["plan", "--init", "runs/nano"]))
+    assert config.train.init == "runs/nano" and config.model.depth == 2
+    with pytest.raises(UsageError, match="itself"):
+        launch.given_config(launch.parse(["plan", "--init", "runs/nano", "--run-dir", "runs/nano"]))
+
+
 def test_exports_are_the_weights_of_their_run(finished):
     config = replaced(init_config(str(finished)), "train", init=str(finished), steps=0)
     ours = read_init(config)
