@@ -284,10 +284,9 @@ def run(args: argparse.Namespace) -> int:
 
         serve(directory, config)
     else:
-        with page_beside(args, root) if args.watch else contextlib.nullcontext():
-            if args.watch and not config.train.sample_every:
-                config = replaced(config, "train", sample_every=config.train.eval_every)
-            train(args, config, directory, derivations(given, config))
+        if args.watch and not config.train.sample_every:
+            config = replaced(config, "train", sample_every=config.train.eval_every)
+        train(args, config, directory, derivations(given, config))
     return 0
 
 
@@ -304,8 +303,12 @@ def page_beside(args: argparse.Namespace, root: Path) -> Iterator[None]:
             yield
         except RunInUse as error:
             say(f"{error.owner} trains this run already: the page shows it")
+        except Exception:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                page.wait(4)  # who has it open asks every three seconds, and sees why
+            raise
         if page.poll() is None:
-            say("the page stays open until Ctrl-C")
+            say("the page stays open until Ctrl-C", keep=False)
         with contextlib.suppress(KeyboardInterrupt, InterruptedRun):
             page.wait()
     finally:
@@ -341,11 +344,13 @@ def train(args: argparse.Namespace, config: Config, directory: RunDir, reasons: 
     require_devices()
     keep_programs(config.data.cache_dir)
     say(f"jaxchat {config.tier} in {directory.root}")
-    if not console.quiet:
-        before_training(config, directory, {stage.name for stage in stages} & set(unfinished(config, directory)))
-    run_stages(config, directory, stages, reasons)
-    if not console.quiet:
-        summarize(directory, unfinished(config, directory))
+    with page_beside(args, directory.root) if args.watch and not console.quiet else contextlib.nullcontext():
+        if not console.quiet:
+            before_training(config, directory, {stage.name for stage in stages} & set(unfinished(config, directory)))
+        run_stages(config, directory, stages, reasons)
+        if not console.quiet:
+            summarize(directory, unfinished(config, directory))
+        distributed.stop()  # the other processes do not wait for the page
 
 
 # The process: environment, several processes, signals, exit codes

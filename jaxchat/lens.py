@@ -68,7 +68,7 @@ def look(run: RunDir, stage: str, step: int, ids: Sequence[int]) -> dict[str, An
         for row, p in zip(best, probabilities, strict=True)
     ]
     names = {i: name for name, i in tokenizer.special.items()}
-    texts = [names.get(i) or tokenizer.decode([i]) for i in ids]
+    texts = [names.get(i, text) for i, text in zip(ids, tokenizer.pieces(ids), strict=True)]
     return {"texts": texts, "layers": layers, "attention": weights.astype(float).round(3).tolist()}
 
 

@@ -45,9 +45,13 @@ def note(text: str = "", **facts: Any) -> None:
             file.write(json.dumps({"time": round(time.time(), 3), "text": text.strip()} | facts) + "\n")
 
 
-def say(text: str, style: str | None = None) -> None:
-    """Print one line if the terminal is still there; rich markup inside `text` is not interpreted."""
-    note(text)
+def say(text: str, style: str | None = None, keep: bool = True) -> None:
+    """Print one line if the terminal is still there; rich markup inside `text` is not interpreted.
+
+    `keep`: among the messages of the run, too.
+    """
+    if keep:
+        note(text)
     try:
         console.print(text, style=style, markup=False, soft_wrap=True)
     except OSError as error:
@@ -127,18 +131,16 @@ class MetricsFile:
 
     def amend(self, scores: dict[str, Any]) -> None:
         """Add evaluation results to the newest record."""
-        records = read_metrics(self.path) if self.write else []
-        if records:
-            records[-1] |= scores
-            self._rewrite(records)
+        data = self.path.read_bytes() if self.write and self.path.exists() else b""
+        if data:
+            last = data.rfind(b"\n", 0, -1) + 1
+            atomic_write(self.path, data[:last] + json.dumps(json.loads(data[last:]) | scores).encode() + b"\n")
 
     def truncate_to(self, step: int) -> None:
         """Keep the records of steps below `step`; a torn last line (from a kill) goes, too."""
         if self.write and self.path.exists():
-            self._rewrite([r for r in read_metrics(self.path) if r["step"] < step])
-
-    def _rewrite(self, records: list[dict[str, Any]]) -> None:
-        atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in records))
+            records = [r for r in read_metrics(self.path) if r["step"] < step]
+            atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in records))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ alone (`special`), so "<|bos|>" typed by a person is seven ordinary characters. 
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import json
@@ -142,6 +143,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ordinary tokens among ids; bytes that are no UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Return the text that each id adds to what `decode` returns; "" where a character goes on in the next one."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return [decoder.decode(self.token_bytes(id), i == len(ids)) for i, id in enumerate(ids, 1)]
 
     def byte_lengths(self) -> np.ndarray:
         """Return the number of bytes of each token, (V,) int32; 0 for special tokens."""

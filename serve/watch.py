@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import contextlib
 import hmac
 import http.client
 import ipaddress
 import json
 import math
+import os
 import re
 import sys
 import time
-from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,8 @@ RUNNING, ENDED = "running", "ended"
 class Lines:
     """A file of JSON objects, one a line, that another process writes; `read` takes in what is new.
 
-    A cut last line waits for its rest. A file that was replaced or shortened is read again from its start.
+    A cut last line waits for its rest. A file that was replaced by one that begins as the old one (scores were added to
+    its last line, or a newer copy has come) goes on; any other is read again from its start.
     """
 
     def __init__(self, path: Path):
@@ -57,70 +57,88 @@ class Lines:
         self.clear()
 
     def clear(self) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.count, self.changed, self._read, self._file = 0, 0.0, 0, 0
+        self.records: dict[int, dict[str, Any]] = {}  # by their place in the file
+        self.changed, self._read, self._file, self._last = 0.0, 0, 0, b""
 
-    def add(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
+    def add(self, at: int, record: dict[str, Any]) -> None:
+        self.records[at] = record
 
     def read(self) -> None:
         try:
-            stat = self.path.stat()
-            if stat.st_ino != self._file or stat.st_size < self._read:
-                self.clear()
-                self._file = stat.st_ino
-            self.changed = stat.st_mtime
-            if stat.st_size == self._read:
-                return
             with open(self.path, "rb") as file:
+                stat = os.fstat(file.fileno())
+                if stat.st_ino != self._file or stat.st_size < self._read:
+                    file.seek(self._read - len(self._last))
+                    if self._last and file.readline().startswith(self._last.rstrip(b"}\n")):
+                        self._read -= len(self._last)
+                    else:
+                        self.clear()
+                self._file, self.changed = stat.st_ino, stat.st_mtime
                 file.seek(self._read)
-                data = file.read()
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    with contextlib.suppress(ValueError, RecursionError):
+                        if isinstance(record := json.loads(line), dict):
+                            self.add(self._read, record)
+                    self._read, self._last = self._read + len(line), line
         except OSError:  # not there yet, or not any more
             self.clear()
-            return
-        whole = data[: data.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in whole.splitlines():
-            with contextlib.suppress(ValueError):
-                if isinstance(record := json.loads(line), dict):
-                    self.count += 1
-                    self.add(record)
+
+
+class Curve:
+    """A curve of at most `POINTS` points, each the mean of the steps it stands for; of too many, two become one."""
+
+    def __init__(self) -> None:
+        self._width = 1  # steps of a point
+        self._points: list[list[float]] = []  # last step, sum and count of the finite values, count of steps
+
+    def add(self, step: int, value: float | None) -> None:
+        finite = [value] if value is not None and math.isfinite(value) else []
+        new, points = [float(step), sum(finite), len(finite), 1], self._points
+        if points and points[-1][3] < self._width:
+            points[-1] = _joined(points[-1], new)
+        else:
+            points.append(new)
+        if len(points) > POINTS:
+            self._width *= 2
+            self._points = [_joined(*points[i : i + 2]) for i in range(0, len(points), 2)]
+
+    def points(self) -> list[list[float | None]]:
+        """Return pairs of step and value; the value is null where no step has a finite one."""
+        return [[int(step), float(f"{total / count:.6g}") if count else None] for step, total, count, _ in self._points]
+
+
+def _joined(first: list[float], *rest: list[float]) -> list[float]:
+    for point in rest:
+        first = [point[0], *(a + b for a, b in zip(first[1:], point[1:], strict=True))]
+    return first
 
 
 class Curves(Lines):
-    """The curves of a `metrics.jsonl` as columns of numbers: of a long run, records would fill the memory."""
+    """The curves of a `metrics.jsonl`: of a long run, its records would fill the memory."""
 
     def clear(self) -> None:
         super().clear()
         self.last: dict[str, Any] = {}
-        self.columns: dict[str, tuple[array[float], array[float]]] = {}  # name -> steps, values; NaN where not finite
+        self.curves: dict[str, Curve] = {}
         self.step_seconds: list[float] = []  # of the newest steps
 
-    def add(self, record: dict[str, Any]) -> None:
-        self.last = record
+    def add(self, at: int, record: dict[str, Any]) -> None:
         step = record.get("step")
         if not isinstance(step, int):
             return
-        for name, value in record.items():
-            if value is None or (isinstance(value, int | float) and name not in ("step", "tokens")):
-                steps, values = self.columns.setdefault(name, (array("d"), array("d")))
-                steps.append(step + 1)
-                values.append(math.nan if value is None else value)
+        new = record.keys() - self.last.keys() if self.last.get("step") == step else record.keys()
+        for name in new - {"step", "tokens"}:
+            if record[name] is None or isinstance(record[name], int | float):
+                self.curves.setdefault(name, Curve()).add(step + 1, record[name])
+        self.last = record
         self.step_seconds = [*self.step_seconds[-19:], record.get("step_seconds") or 0.0]
 
-    def thinned(self) -> dict[str, list[list[float | None]]]:
-        """Return [step, value] points; each is the mean of the steps it stands for, null where none is finite."""
-        return {name: _thinned(*column) for name, column in self.columns.items() if any(map(math.isfinite, column[1]))}
-
-
-def _thinned(steps: Sequence[float], values: Sequence[float]) -> list[list[float | None]]:
-    width = -(-len(steps) // POINTS)
-    points: list[list[float | None]] = []
-    for i in range(0, len(steps), width):
-        finite = [value for value in values[i : i + width] if math.isfinite(value)]
-        mean = float(f"{sum(finite) / len(finite):.6g}") if finite else None
-        points.append([steps[min(i + width, len(steps)) - 1], mean])
-    return points
+    def points(self) -> dict[str, list[list[float | None]]]:
+        """Return the points of every curve that has a finite one."""
+        found = {name: curve.points() for name, curve in self.curves.items()}
+        return {name: points for name, points in found.items() if any(value is not None for _, value in points)}
 
 
 class Watched:
@@ -137,7 +155,11 @@ class Watched:
 
     def newest(self, key: str) -> Any:
         """Return the value of this key in the newest message that has it; None where none does."""
-        return next((m[key] for m in reversed(self.messages.records) if key in m), None)
+        return self.told(key).get(key)
+
+    def told(self, *keys: str) -> dict[str, Any]:
+        """Return the newest message with one of these keys, {} where none has."""
+        return next((m for m in reversed(self.messages.records.values()) if any(key in m for key in keys)), {})
 
     def state(self) -> dict[str, Any]:
         """Return everything but the curves, as JSON; `error` says why something cannot be shown."""
@@ -146,7 +168,7 @@ class Watched:
         records, error = dict[str, Any](), ""
         try:
             records = self.run.records()
-        except JaxchatError as damaged:  # half written on another machine's disk, or of another version
+        except (JaxchatError, OSError) as damaged:  # half written on another machine's disk, or of another version
             error = str(damaged)
         state |= {"error": error, "found": bool(records or self.messages.records), "status": self.status(records)}
         state |= {"stages": self.stages(records, state["status"]), "now": self.now(records), "exams": self.exams()}
@@ -154,20 +176,18 @@ class Watched:
         price = self.newest("usd_per_hour")
         state["cost"] = None if price is None else price * hours
         state["memory"] = self.newest("memory_bytes")
-        state["messages"] = [m for m in self.messages.records if m.get("text")][-MESSAGES:]
+        state["messages"] = [m for m in self.messages.records.values() if m.get("text")][-MESSAGES:]
         state["samples"] = self.samples()
-        state["versions"] = {folder: f"{c.count}-{c.changed}" for folder, c in self.curves.items() if c.count}
+        state["versions"] = {folder: c.changed for folder, c in self.curves.items() if c.last}
         state["trained"] = any(saved_steps(self.run.stage(folder)) for folder in TRAINED)
         return state
 
     def status(self, records: Mapping[str, Any]) -> str:
         """Return "waiting" (nothing there), "training", "silent" (for too long), "stopped" or "done"."""
-        messages = self.messages.records
-        if not messages:
-            running = any(record["status"] == RUNNING for record in records.values())
-            return "silent" if running else "done" if records else "waiting"
-        newest: dict[str, Any] = next((m for m in reversed(messages) if ENDED in m or "stage" in m), {})
-        if end := newest.get(ENDED):
+        if not self.messages.records:  # of an older version
+            kinds = {record["status"] for record in records.values()}
+            return "silent" if RUNNING in kinds else "stopped" if kinds - {"done"} else "done" if kinds else "waiting"
+        if end := self.told(ENDED, "stage").get(ENDED):
             return "done" if end == "done" else "stopped"
         pace = max((sum(c.step_seconds) for c in self.curves.values() if c.step_seconds), default=0.0)
         quiet = time.time() - max(self.messages.changed, *(c.changed for c in self.curves.values()))
@@ -175,7 +195,7 @@ class Watched:
 
     def stages(self, records: Mapping[str, Any], status: str) -> list[dict[str, Any]]:
         """Return name, status and seconds of every stage, the wanted ones that have not begun among them."""
-        begun: dict[str, Any] = next((m for m in reversed(self.messages.records) if "stage" in m), {})
+        begun = self.told("stage")
         names = [*records, *(name for name in self.newest("stages") or () if name not in records)]
         rows = []
         for name in names:
@@ -192,7 +212,8 @@ class Watched:
         if not folders:
             return None
         folder, curves = folders[-1], self.curves[folders[-1]]
-        steps = next((m["steps"] for m in reversed(self.messages.records) if m.get("folder") == folder), None)
+        begun = self.told("folder")
+        steps = begun.get("steps") if begun.get("folder") == folder else None
         last, seconds = curves.last, sorted(curves.step_seconds)
         step = last.get("step", -1) + 1
         left = None if steps is None or not seconds else max(0, steps - step) * seconds[len(seconds) // 2]
@@ -203,7 +224,7 @@ class Watched:
         """Return the scores of every stage's exams: {folder: {name: {"metric", "interval"}}}."""
         result: dict[str, dict[str, Any]] = {}
         for folder in TRAINED:
-            with contextlib.suppress(DataError, AttributeError, KeyError, TypeError):
+            with contextlib.suppress(DataError, OSError, AttributeError, KeyError, TypeError):
                 scores = read_json(self.run.eval(folder))["tasks"].items()
                 result[folder] = {k: {"metric": s["metric"], "interval": s.get("interval")} for k, s in scores}
         return result
@@ -243,13 +264,8 @@ class Watch:
         self._pages = Starlette(routes=routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app: ASGIApp = self._pages
-        if scope["type"] in ("http", "websocket"):
-            watching = scope["path"] == "/watch" or scope["path"].startswith("/watch/")
-            if refusal := self._refuse(scope) if watching or not self.chat else None:
-                app = refusal
-            elif self.chat and not watching:
-                app = self.chat
+        watching = scope["path"].split("/")[1] == "watch"
+        app = self._refuse(scope) or (self._pages if watching else self.chat or self._pages)
         await app(scope, receive, send)
 
     def _refuse(self, scope: Scope) -> Response | None:
@@ -257,46 +273,41 @@ class Watch:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if self.keys:
             scheme, _, value = headers.get("authorization", "").partition(" ")
-            with contextlib.suppress(binascii.Error, ValueError):
-                value = (
-                    base64.b64decode(value, validate=True).decode().partition(":")[2] if scheme == "Basic" else value
-                )
+            if scheme == "Basic":
+                with contextlib.suppress(ValueError):
+                    value = base64.b64decode(value, validate=True).decode().partition(":")[2]
             if not any(hmac.compare_digest(key, value.encode()) for key in self.keys):
                 return Response("the password is an API key", 401, {"WWW-Authenticate": 'Basic realm="jaxchat"'})
         elif re.sub(r":\d+$", "", headers.get("host", "")) not in (*LOCAL, self.host):
             return Response("this page is for this machine only", 403)  # a name that another site gave this address
-        if scope.get("method") == "POST" and headers.get("sec-fetch-site", "same-origin") not in (
-            "same-origin",
-            "none",
-        ):
+        site = headers.get("sec-fetch-site", "none")
+        if site not in ("same-origin", "none") and (scope["type"] == "websocket" or scope["method"] == "POST"):
             return Response("not from another page", 403)
         return None
 
-    # Routes; they read files, each for milliseconds
+    # Routes; they read files for milliseconds, one after the other
 
-    def state(self, request: Request) -> Response:
+    async def state(self, request: Request) -> Response:
         chat = "on" if self.chat else "starting" if self._chat_task else "off"
-        chats = {"chat": chat, "chat_error": self.chat_error}
-        return JSONResponse(
-            self.watched.state() | chats | {"beside": self.beside and self.beside.run.root.resolve().name}
-        )
+        beside = self.beside and self.beside.run.root.resolve().name
+        return JSONResponse(self.watched.state() | {"chat": chat, "chat_error": self.chat_error, "beside": beside})
 
-    def curves(self, request: Request) -> Response:
+    async def curves(self, request: Request) -> Response:
         """Answer with the curves of one stage, of this run and of the one beside it."""
         folder = request.query_params.get("stage", "base")
         found = []
         for watched in filter(None, (self.watched, self.beside)):
             watched.refresh()
-            found.append(watched.curves[folder].thinned() if folder in watched.curves else {})
+            found.append(watched.curves[folder].points() if folder in watched.curves else {})
         return JSONResponse({"run": found[0], "beside": found[1] if len(found) > 1 else None})
 
-    def sample(self, request: Request) -> Response:
+    async def sample(self, request: Request) -> Response:
         folder, step = request.query_params.get("stage", ""), request.query_params.get("step", "")
         if folder not in TRAINED or not step.isdecimal():
             return JSONResponse({"error": "there is no such sample"}, 404)
         try:
             return JSONResponse(read_json(self.watched.run.stage(folder) / "samples" / f"step_{int(step):06d}.json"))
-        except DataError as error:
+        except (DataError, OSError) as error:
             return JSONResponse({"error": str(error)}, 404)
 
     async def lens(self, request: Request) -> Response:
@@ -317,8 +328,10 @@ class Watch:
             try:
                 output, errors = await asyncio.wait_for(process.communicate(json.dumps(ids).encode()), LENS_SECONDS)
             except TimeoutError:
-                process.kill()
                 return JSONResponse({"error": f"no answer within {LENS_SECONDS} s"}, 503)
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # it has ended, as it should
+                    process.kill()
         with contextlib.suppress(ValueError):
             return JSONResponse(json.loads(output))
         last = (errors.decode(errors="replace").strip().splitlines() or ["it was killed; too little memory?"])[-1]
@@ -366,6 +379,7 @@ def make_chat(run: RunDir, host: str, keys: Sequence[bytes]) -> tuple[Any, Any]:
     from .service import Service
     from .worker import Worker
 
+    os.environ["no_proxy"] = "*"  # as for `launch.py serve`
     trained_stages(run)
     config = replaced(resolve(load_config(run.config)), "serve", host=host, api_keys=tuple(k.decode() for k in keys))
     worker = Worker(lambda worker: load(run, config, worker))
@@ -405,7 +419,7 @@ def watch(run: Path, host: str, port: int, keys: Sequence[str], beside: Path | N
     try:
         listening = bind(host, port)
     except UsageError:
-        if open_already(host, port, run):
+        if open_already(host, port, run, keys):
             say(f"watching {run}: http://{host}:{port}/watch, opened before")
             return
         raise
@@ -416,10 +430,10 @@ def watch(run: Path, host: str, port: int, keys: Sequence[str], beside: Path | N
         Server(Watch(run, beside, keys, host)).run(sockets=[listening])
 
 
-def open_already(host: str, port: int, run: Path) -> bool:
+def open_already(host: str, port: int, run: Path, keys: Sequence[str]) -> bool:
     """Return whether the page of this run answers there."""
     with contextlib.suppress(OSError, ValueError):
         connection = http.client.HTTPConnection(host, port, timeout=3)
-        connection.request("GET", "/watch/state")
+        connection.request("GET", "/watch/state", headers={"Authorization": f"Bearer {keys[0]}"} if keys else {})
         return bool(json.loads(connection.getresponse().read()).get("path") == str(run.resolve()))
     return False

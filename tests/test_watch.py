@@ -20,6 +20,7 @@ from jaxchat.checkpoint import restore_params
 from jaxchat.config import load_config
 from jaxchat.errors import UsageError
 from jaxchat.lens import lens
+from jaxchat.log import MetricsFile
 from jaxchat.model import hidden, logits
 from jaxchat.run_dir import RunDir
 from serve.watch import POINTS, Curves, Lines, Watch, Watched, watch
@@ -29,47 +30,64 @@ def client(root, beside=None, keys=(), base_url="http://127.0.0.1"):
     return TestClient(Watch(root, beside, keys, "127.0.0.1"), base_url=base_url, follow_redirects=False)
 
 
+def read(lines):
+    lines.read()
+    return list(lines.records.values())
+
+
 def test_lines_that_are_cut_wait_for_their_rest(tmp_path):
     lines = Lines(tmp_path / "x.jsonl")
-    lines.read()
-    assert lines.records == []
+    assert read(lines) == []
     lines.path.write_text('{"a": 1}\n{"a"')
-    lines.read()
-    assert lines.records == [{"a": 1}]
+    assert read(lines) == [{"a": 1}]
     with open(lines.path, "a") as file:
         file.write(': 2}\nnot json\n{"a": 3}\n')
-    lines.read()
-    assert lines.records == [{"a": 1}, {"a": 2}, {"a": 3}]
+    assert read(lines) == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
 @pytest.mark.parametrize("replace", [True, False], ids=["replaced", "shortened"])
 def test_a_file_that_begins_anew_is_read_anew(tmp_path, replace):
     lines = Lines(tmp_path / "x.jsonl")
     lines.path.write_text('{"a": 1}\n{"a": 2}\n')
-    lines.read()
+    assert len(read(lines)) == 2
     if replace:
         (tmp_path / "new").write_text('{"b": 1}\n{"b": 2}\n{"b": 3}\n')
         (tmp_path / "new").rename(lines.path)
     else:
         lines.path.write_text('{"b": 1}\n')
-    lines.read()
-    assert lines.records == [{"b": i + 1} for i in range(3 if replace else 1)]
+    assert read(lines) == [{"b": i + 1} for i in range(3 if replace else 1)]
     lines.path.unlink()
-    lines.read()
-    assert lines.records == []
+    assert read(lines) == []
 
 
-def test_curves_are_thinned_to_means_and_keep_gaps(tmp_path):
+def test_scores_that_are_added_to_the_last_line_are_taken_in_without_reading_all_again(tmp_path):
+    curves, seen = Curves(tmp_path / "metrics.jsonl"), []
+    metrics = MetricsFile(curves.path)
+    curves.add = lambda at, record: (seen.append(record), Curves.add(curves, at, record))
+    for step in range(3):
+        metrics.append({"step": step, "loss": 1.0})
+    curves.read()
+    metrics.amend({"val_bpb": 2.0})
+    metrics.append({"step": 3, "loss": 2.0})
+    curves.read()
+    assert [record["step"] for record in seen] == [0, 1, 2, 2, 3]
+    assert curves.points() == {"loss": [[1, 1.0], [2, 1.0], [3, 1.0], [4, 2.0]], "val_bpb": [[3, 2.0]]}
+    metrics.truncate_to(1)
+    curves.read()
+    assert curves.points() == {"loss": [[1, 1.0]]}
+
+
+def test_curves_have_few_points_that_are_means_and_keep_gaps(tmp_path):
     curves = Curves(tmp_path / "metrics.jsonl")
     n = 10 * POINTS
-    losses = [None if i < 20 else float(i) for i in range(n)]
+    losses = [None if i < 32 else float(i) for i in range(n)]
     curves.path.write_text(
         "".join(json.dumps({"step": i, "loss": x, "tokens": i}) + "\n" for i, x in enumerate(losses))
     )
     curves.read()
-    points = curves.thinned()["loss"]
-    assert len(points) == POINTS and points[:2] == [[10, None], [20, None]] and points[2] == [30, 24.5]
-    assert points[-1] == [n, n - 5.5] and "tokens" not in curves.thinned()
+    points = curves.points()["loss"]
+    assert POINTS / 2 < len(points) <= POINTS and points[:3] == [[16, None], [32, None], [48, 39.5]]
+    assert points[-1] == [n, n - 8.5] and "tokens" not in curves.points()
 
 
 def test_a_directory_without_a_run_is_waited_for(tmp_path):

@@ -175,14 +175,15 @@ def _answer(tokenizer: Tokenizer, result: Turn) -> dict[str, Any]:
     """Return the text of an answer, and its tokens where their probabilities are known."""
     answer: dict[str, Any] = {"text": shown(result)}
     if result.logprobs:
+        pieces = tokenizer.pieces([token.id for token in result.logprobs])
         answer["tokens"] = [
             {
                 "id": token.id,
-                "text": tokenizer.decode([token.id]),
+                "text": text,
                 "p": None if forced else round(math.exp(token.logprob), 4),
                 "top": [] if forced else [[tokenizer.decode([i]), round(math.exp(p), 4)] for i, p in token.top],
             }
-            for token, forced in zip(result.logprobs, result.forced, strict=True)
+            for token, forced, text in zip(result.logprobs, result.forced, pieces, strict=True)
         ]
     return answer
 

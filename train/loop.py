@@ -251,7 +251,7 @@ class Trainer:
         status = "  ".join([*shown, f"{rate:,.0f} tok/s", *([f"MFU {mfu:.1%}"] if mfu else [])])
         if not animated() and now - self.said > SAY_SECONDS:
             self.said, steps = now, self.config.train.steps
-            say(f"  step {index + 1:,} of {steps:,}  {status}  {(steps - index - 1) * seconds:.0f} s left")
+            say(f"  step {index + 1:,} of {steps:,}  {status}  {(steps - index - 1) * seconds:.0f} s left", keep=False)
         bar.advance()
         bar.update(status)
 
