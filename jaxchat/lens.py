@@ -21,7 +21,7 @@ import numpy as np
 from jaxchat.attention import attention
 from jaxchat.checkpoint import restore_params
 from jaxchat.config import ModelConfig, load_config
-from jaxchat.errors import JaxchatError
+from jaxchat.errors import DataError, JaxchatError
 from jaxchat.model import Layer, Params, embed, forward, logits, loop_layers, norm
 from jaxchat.run_dir import RunDir
 from jaxchat.sizes import windows
@@ -60,6 +60,8 @@ def lens(config: ModelConfig, params: Params, ids: Sequence[int]) -> tuple[np.nd
 def look(run: RunDir, stage: str, step: int, ids: Sequence[int]) -> dict[str, Any]:
     """Return {"texts": (T), "layers": (L) lists of [text, probability], "attention": (L, H, T)} of a checkpoint."""
     config, tokenizer = load_config(run.config).model, Tokenizer.load(run.tokenizer)
+    if len(ids) > config.seq_len or not all(0 <= i < config.vocab_size for i in ids):
+        raise DataError(f"no text of this model: at most {config.seq_len} tokens, each below {config.vocab_size}")
     params, _ = restore_params(run.stage(stage), step=step)
     probabilities, weights = lens(config, params, ids)
     best = np.argsort(-probabilities, axis=-1)[:, :TOP]

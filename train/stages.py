@@ -222,7 +222,7 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
             note(first_line(error), ended="failed")
             raise
         else:
-            note(ended="done")
+            note("the stages are done", ended="done")
         finally:
             keep_messages(None)
     distributed.broadcast(None)
