@@ -13,6 +13,7 @@ import hmac
 import http.client
 import ipaddress
 import json
+import logging
 import math
 import os
 import re
@@ -357,7 +358,7 @@ class Watch:
                     await self._end.wait()
             finally:
                 self.chat = None
-                await asyncio.to_thread(worker.close)
+                worker.close(wait=0)
         except Exception as error:
             self.chat_error = str(error) or type(error).__name__
         finally:
@@ -366,7 +367,7 @@ class Watch:
     async def close(self) -> None:
         self._end.set()
         if self._chat_task:
-            await asyncio.wait([self._chat_task], timeout=5)
+            await asyncio.wait([self._chat_task], timeout=1)
 
 
 def make_chat(run: RunDir, host: str, keys: Sequence[bytes]) -> tuple[Any, Any]:
@@ -402,8 +403,11 @@ class Server(uvicorn.Server):
         self._watch = watch
 
     async def shutdown(self, sockets: Any = None) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # requests that are cut off are no faults
         await self._watch.close()
         await super().shutdown(sockets)
+        if "jax" in sys.modules:  # threads of the chat may be compiling for seconds; there is nothing to lose
+            os._exit(0)
 
 
 def watch(run: Path, host: str, port: int, keys: Sequence[str], beside: Path | None = None) -> None:
