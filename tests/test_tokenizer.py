@@ -108,6 +108,14 @@ def test_bytes_of_tokens_add_up_and_may_split_a_character(tokenizer):
     assert {tokenizer.token_bytes(i) for i in range(VOCAB)} >= {bytes([b]) for b in range(256)}
 
 
+def test_pieces_add_up_to_the_text_and_hold_whole_characters(tokenizer):
+    for text in HARD_TEXTS:
+        ids = tokenizer.encode(text)
+        pieces = tokenizer.pieces(ids)
+        assert len(pieces) == len(ids) and "".join(pieces) == text
+    assert tokenizer.pieces(tokenizer.encode("é")[:1])[-1] in ("é", "\ufffd")  # cut
+
+
 def test_digits_go_in_groups_of_at_most_two():
     tokenizer = train_tokenizer([" ".join(f"{n} x{n}y 2024 １２３" for n in range(3000))], 350, 10**9, 10**9)
     tokens = [tokenizer.token_bytes(i).decode("utf-8", "ignore") for i in range(350)]

@@ -13,6 +13,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 from whole_run import ROOT, arguments, start
 
@@ -118,6 +119,10 @@ def test_a_damaged_record_is_said(tmp_path):
 def test_only_this_machine_or_who_has_a_key(tmp_path):
     assert client(tmp_path, base_url="http://evil.example:8001").get("/watch/state").status_code == 403
     assert client(tmp_path, base_url="http://localhost:8001").get("/watch/state").status_code == 200
+    page = Watch(tmp_path, None, [], "127.0.0.1")
+    page.chat = JSONResponse("the chat")  # it is for this machine only, too
+    for host, code in (("127.0.0.1", 200), ("evil.example", 403)):
+        assert TestClient(page, base_url=f"http://{host}").get("/v1/models").status_code == code
     closed = client(tmp_path, keys=["secret"], base_url="http://elsewhere:8001")
     assert closed.get("/watch").status_code == 401
     basic = base64.b64encode(b"anybody:secret").decode()
