@@ -219,6 +219,7 @@ def run(args: argparse.Namespace) -> int:
     if args.command == "watch":
         from serve.watch import watch
 
+        os.environ["no_proxy"] = "*"  # as for `serve`
         watch(Path(args.run), args.host or "127.0.0.1", args.port, api_keys(), args.beside and Path(args.beside))
         return 0
     if args.command == "plan":

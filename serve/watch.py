@@ -171,14 +171,12 @@ class Watched:
             records = self.run.records()
         except (JaxchatError, OSError) as damaged:  # half written on another machine's disk, or of another version
             error = str(damaged)
-        state |= {"error": error, "found": bool(records or self.messages.records), "status": self.status(records)}
-        state |= {"stages": self.stages(records, state["status"]), "now": self.now(records), "exams": self.exams()}
+        status = self.status(records)
+        state |= {"error": error, "status": status, "stages": self.stages(records, status), "now": self.now(records)}
         hours = sum(stage["seconds"] or 0 for stage in state["stages"]) / 3600
-        price = self.newest("usd_per_hour")
-        state["cost"] = None if price is None else price * hours
-        state["memory"] = self.newest("memory_bytes")
+        state |= {"cost": (self.newest("usd_per_hour") or 0) * hours, "memory": self.newest("memory_bytes")}
+        state |= {"exams": self.exams(), "samples": self.samples()}
         state["messages"] = [m for m in self.messages.records.values() if m.get("text")][-MESSAGES:]
-        state["samples"] = self.samples()
         state["versions"] = {folder: c.changed for folder, c in self.curves.items() if c.last}
         state["trained"] = any(saved_steps(self.run.stage(folder)) for folder in TRAINED)
         return state
@@ -380,7 +378,6 @@ def make_chat(run: RunDir, host: str, keys: Sequence[bytes]) -> tuple[Any, Any]:
     from .service import Service
     from .worker import Worker
 
-    os.environ["no_proxy"] = "*"  # as for `launch.py serve`
     trained_stages(run)
     config = replaced(resolve(load_config(run.config)), "serve", host=host, api_keys=tuple(k.decode() for k in keys))
     worker = Worker(lambda worker: load(run, config, worker))

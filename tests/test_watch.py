@@ -93,7 +93,7 @@ def test_curves_have_few_points_that_are_means_and_keep_gaps(tmp_path):
 
 def test_a_directory_without_a_run_is_waited_for(tmp_path):
     state = client(tmp_path / "nothing").get("/watch/state").json()
-    assert state["status"] == "waiting" and not state["found"] and state["stages"] == [] and not state["error"]
+    assert state["status"] == "waiting" and state["stages"] == [] and not state["error"]
 
 
 def test_the_status_follows_the_messages(tmp_path):
