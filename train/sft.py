@@ -156,10 +156,10 @@ def mixture(config: Config, left_out: dict[str, str] | None = None) -> Iterator[
         text: Callable[[Any], str] = json.dumps
         limit, found = fraction, Found()
         if name.startswith(OWN):
-            limits: dict[str, Any] = {"count": count, "max_left_out": config.sft.max_left_out}
-            text, read = spoken, functools.partial(file_conversations, name, config.data, **limits)
+            options: dict[str, Any] = {"count": count, "max_left_out": config.sft.max_left_out}
+            text, read = spoken, functools.partial(file_conversations, name, config.data, **options)
             conversations = read(found=found)
-            hashes = (document_hash(spoken(conversation)) for conversation in read())
+            hashes = map(document_hash, map(spoken, read()))
             with contextlib.suppress(ValueError):  # fewer than two different ones
                 limit = limit_of_hashes(hashes, fraction)  # reads no further than needed
         elif name in CHATTERBOT:
@@ -214,11 +214,11 @@ def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str,
     counted = f"{train['conversations']:,} conversations in {train['rows']:,} rows"
     say_once(f"  {counted}, {train['fill']:.2%} filled, {train['cut']:,} cut")
     facts = {split: {key: meta[key] for key in FACTS} for split, meta in zip(SPLITS, metas, strict=True)}
-    mute, used = train.get("mute", 0), sum(train["entries"].values())
+    mute, entries = train.get("mute", 0), train["entries"]
     line = f"{mute:,} conversations have no answer inside the context of {config.model.seq_len:,} tokens"
     lines = plausible.warn("sft", [f"{line} and teach nothing; raise model.seq_len, or shorten them"] if mute else [])
-    warnings = {"warnings": lines if mute > FEW_MUTE * used else []}
-    return {"conversations": train["entries"], "left_out": train.get("left_out", {}), "mute": mute} | warnings | facts
+    warnings = {"warnings": lines if mute > FEW_MUTE * sum(entries.values()) else []}
+    return {"conversations": entries, "left_out": train.get("left_out", {}), "mute": mute} | warnings | facts
 
 
 def _origin(config: Config) -> str:

@@ -239,8 +239,7 @@ def _run_stage(stage: Stage, config: Config, run: RunDir, records: dict[str, Rec
             text = ", ".join(f"{key} ({before!r} -> {now!r})" for key, (before, now) in changed.items())
             advice = "take them back, or choose another --run-dir"
             raise UsageError(f"stage {stage.name}: {run.root} was made with other settings: {text}; {advice}")
-        # a setting that is new since then stays absent
-        inputs = previous["inputs"] | {key: inputs[key] for key in changed}
+        inputs = previous["inputs"] | {key: inputs[key] for key in changed}  # a newer setting stays absent
     if previous and done and not changed and not missing:
         say(f"{stage.name:<10} done ({previous['seconds']:.0f} s), nothing to do")
         return
