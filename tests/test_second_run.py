@@ -16,6 +16,7 @@ from jaxchat.checkpoint import params_sha256, trained_params
 from jaxchat.config import flatten, load_config, replaced, to_toml
 from jaxchat.errors import UsageError
 from jaxchat.interop.initial import find, init_config, read_init, with_init_model
+from jaxchat.interop.trained import load_trained, write_orbax
 from jaxchat.log import read_metrics
 from jaxchat.run_dir import RunDir
 from train.stages import is_extension, with_settings_of
@@ -161,6 +162,17 @@ def test_exports_are_the_weights_of_their_run(finished):
         rows = theirs.params["unembedding"][: config.model.vocab_size]  # their padding does not go out
         assert np.array_equal(rows, ours.params["unembedding"][: config.model.vocab_size])
         assert theirs.tokenizer.digest == ours.tokenizer.digest and theirs.imported["format"] == kind
+
+
+@pytest.mark.slow  # 6 s
+def test_weights_of_16_bits_are_trained_in_float32(finished, tmp_path):
+    write_orbax(load_trained(RunDir(finished), "sft", dtype="bfloat16"), tmp_path / "half")
+    run, command = tmp_path / "run", ["--init", str(tmp_path / "half"), "--stages", "sft", "--run-dir"]
+    mixture = f'sft.mixture=["files:{talks(tmp_path / "talks.jsonl")}"]'
+    assert launch.main([*command, str(run), "--set", mixture]) == 0
+    base = trained_params(RunDir(run), "base")
+    assert records(run)["pretrain"]["params_sha256"] == params_sha256(base)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(base)} == {"float32"}
 
 
 def test_how_weights_are_named(finished, tmp_path):

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Collection
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
@@ -80,7 +81,7 @@ def init_tokenizer(init: str) -> Tokenizer:
 
 
 def read_init(config: Config) -> Trained:
-    """Load the weights of `train.init` as host arrays; `imported` says where they are from, with their SHA-256.
+    """Load the weights of `train.init` as host arrays in float32; `imported` says where they are from.
 
     Of a run without a named stage: the base model to pretrain, else (`train.steps` = 0) the furthest stage that is
     done. `DataError` where there are no whole weights of the configuration's model.
@@ -111,8 +112,9 @@ def read_init(config: Config) -> Trained:
             f"train.init: {folder}: its tokenizer has {model.tokenizer.vocab_size} tokens, the special ones of a chat "
             f"included, and its embedding {config.model.vocab_size} rows"
         )
-    about = {"stage": model.stage, "params_sha256": params_sha256(model.params)}
-    return dataclasses.replace(model, imported=(model.imported or {}) | about)
+    params = jax.tree.map(lambda leaf: leaf.astype("float32", copy=False), model.params)  # as training keeps them
+    about = {"stage": model.stage, "params_sha256": params_sha256(params)}
+    return dataclasses.replace(model, params=params, imported=(model.imported or {}) | about)
 
 
 def _orbax_model(content: object, file: Path) -> ModelConfig:
