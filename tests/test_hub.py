@@ -141,6 +141,14 @@ def test_an_unreachable_hub_is_named(server, tmp_path, monkeypatch):
         hub_files("hf:someone/other", 0, tmp_path, endpoint=server.url)
 
 
+def test_an_unreachable_hub_is_asked_for_a_known_commit_without_the_waits_of_the_client(server, tmp_path, caplog):
+    server.close()
+    begin = time.monotonic()
+    with pytest.raises(DataError, match="someone/other could not be downloaded"):
+        hub_files(f"hf:someone/other@{'a' * 40}", 0, tmp_path, endpoint=server.url)
+    assert time.monotonic() - begin < 5 and not caplog.records
+
+
 def test_a_full_disk_is_noticed_before_and_during_a_download(server, tmp_path, monkeypatch):
     hub_files(SOURCE, 1, tmp_path, endpoint=server.url)
     with monkeypatch.context() as patch:

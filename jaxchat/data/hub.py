@@ -65,7 +65,9 @@ class Hub:
 
     def __init__(self, repo: str, revision: str, cache: Path, endpoint: str | None = None, mirror: str = ""):
         from huggingface_hub import HfApi
+        from huggingface_hub.utils import logging
 
+        logging.set_verbosity_error()
         self.repo, self.revision, self._endpoint, self._api = repo, revision, endpoint, HfApi(endpoint=endpoint)
         self._mirror = mirror
         self.folder = cache / repo.replace("/", "--") / re.sub(r"[^\w.-]", "--", revision)
@@ -79,6 +81,7 @@ class Hub:
         from huggingface_hub.hf_api import RepoFile
 
         def ask() -> list[dict[str, Any]]:
+            self._api.dataset_info(self.repo, revision=self.commit)  # fails at once, the list after 5 tries of its own
             tree = self._api.list_repo_tree(self.repo, revision=self.commit, repo_type="dataset", recursive=True)
             return [
                 {"path": f.path, "size": f.size, "sha256": f.lfs.sha256 if f.lfs else "", "git": f.blob_id}
@@ -122,9 +125,8 @@ class Hub:
 
     def _download(self, file: dict[str, Any]) -> None:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import disable_progress_bars, logging
+        from huggingface_hub.utils import disable_progress_bars
 
-        logging.set_verbosity_error()
         if not animated():
             disable_progress_bars()
 
