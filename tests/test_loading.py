@@ -60,8 +60,9 @@ def test_a_base_model_continues_what_is_said(run):
     assert not base.chats and chat.chats
     assert base.chat_request(talk).tokens == base.text_request("some text to").tokens != chat.chat_request(talk).tokens
     assert base.chat(talk, max_tokens=5) == base.generate([base.text_request("some text to", max_tokens=5)])[0].text
-    with pytest.raises(UsageError, match="role 'assistant' where 'user' is due"):
-        base.chat_request(talk[1:])
+    assert base.chat_request(talk[1:]).tokens == base.text_request("text to").tokens
+    with pytest.raises(UsageError, match="role 'narrator'"):
+        base.chat_request([{"role": "narrator", "content": "x"}])
 
 
 def test_other_parameters_than_the_stage_recorded_are_refused(run, tmp_path):
