@@ -176,7 +176,10 @@ def check_recorded(run: RunDir, stage: str, params: Any) -> None:
     """Raise `DataError` where `params` are not those that the finished stage recorded. All processes must call it."""
     record = recorded(run, stage)
     known = record.get("params_sha256") if record.get("status") == "done" else None
-    if known and known != params_sha256(params):
+    # imported weights may be recorded in 16 bits, of which training makes float32 without a loss
+    kinds = (None, "bfloat16", "float16") if "imported" in record else (None,)
+    versions = (params if kind is None else jax.tree.map(lambda p, k=kind: p.astype(k), params) for kind in kinds)
+    if known and known not in map(params_sha256, versions):
         raise DataError(
             f"{run.stage(stage)}: its newest checkpoint is damaged (the SHA-256 of its parameters is not the recorded "
             f"one); {RESTORE}"

@@ -3,12 +3,13 @@
 import dataclasses
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxchat import model as gpt
-from jaxchat.checkpoint import Checkpoints, params_sha256
+from jaxchat.checkpoint import Checkpoints, check_recorded, params_sha256
 from jaxchat.config import Config, ModelConfig, to_toml
 from jaxchat.engine import Engine, Request, load_run
 from jaxchat.errors import DataError, UsageError
@@ -78,6 +79,21 @@ def test_other_parameters_than_the_stage_recorded_are_refused(run, tmp_path):
     with pytest.raises(DataError, match=r"base: its newest checkpoint is damaged .*SHA-256"):
         load_run(own, "base")
     load_run(own, "sft")  # has no record
+
+
+def test_imported_weights_of_16_bits_are_themselves_in_float32(run, tmp_path):
+    own, params = RunDir(tmp_path), load_run(run, "base")[1]
+    half = jax.tree.map(lambda p: np.asarray(p).astype("bfloat16"), params)
+    record = {"status": "done", "start": "", "seconds": 1.0, "inputs": {}, "facts": {"digest": ""}}
+    record["params_sha256"] = params_sha256(half)
+    wide = jax.tree.map(lambda p: p.astype("float32"), half)
+    write_json(own.stages, {"pretrain": record | {"imported": {}}})
+    check_recorded(own, "base", wide)
+    with pytest.raises(DataError):
+        check_recorded(own, "base", params)
+    write_json(own.stages, {"pretrain": record})
+    with pytest.raises(DataError):
+        check_recorded(own, "base", wide)
 
 
 def test_what_is_missing_is_named(run, tmp_path):
