@@ -90,7 +90,7 @@ def test_imported_weights_of_16_bits_are_themselves_in_float32(run, tmp_path):
     write_json(own.stages, {"pretrain": record | {"imported": {}}})
     check_recorded(own, "base", wide)
     with pytest.raises(DataError):
-        check_recorded(own, "base", params)
+        check_recorded(own, "base", load_run(run, "sft")[1])
     write_json(own.stages, {"pretrain": record})
     with pytest.raises(DataError):
         check_recorded(own, "base", wide)
