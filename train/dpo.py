@@ -28,14 +28,13 @@ from jaxchat.config import Config, replaced
 from jaxchat.errors import DataError
 from jaxchat.log import progress, say, say_once
 from jaxchat.run_dir import RunDir, atomic_write
-from jaxchat.sharding import batch_devices, batch_sharding, make_mesh
+from jaxchat.sharding import batch_devices, batch_sharding
 from jaxchat.tasks.base import TaskFiles
 from jaxchat.tasks.from_file import read_pairs
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import TrainState, decided, make_nll_step
 
-from .curves import plot
-from .loop import StepBatch, Trainer, continued
+from .loop import StepBatch
 
 LENGTH_MULTIPLE = 64  # tokens that the longer of the two lengths of rows is rounded up to
 
@@ -53,32 +52,18 @@ def fitting(config: Config, tokenizer: Tokenizer) -> list[list[Any]]:
     return kept
 
 
-def run(config: Config, run: RunDir, order: Any, settings: Any, limit: int = 0) -> dict[str, Any]:
-    """Train from `sft/` into `rl/`; facts: pairs, steps, held-out `preferred` and `margin`, `params_sha256`.
+def prepare(
+    config: Config, run: RunDir, tokenizer: Tokenizer, mesh: Mesh, order: Any, settings: Any
+) -> tuple[Config, Learner, dict[str, Any]]:
+    """Return the loop's configuration, what gives it batches, and facts: environment, pairs (`questions`), steps.
 
     order: (count, seed, epoch) -> the order of an epoch. settings: (config, count, devices) -> the loop's.
     """
-    tokenizer, mesh = Tokenizer.load(run.tokenizer), make_mesh(config.mesh)
     train, held_out = fitting(config, tokenizer)
     config = settings(config, len(train), batch_devices(mesh))
     learner = Learner(config, run, mesh, [*train, *held_out[: config.rl.eval_prompts]], len(train), order)
     say(f"  dpo: {len(train):,} pairs, {config.train.steps:,} steps of {config.rl.prompts}")
-    trainer = Trainer(
-        config,
-        run.stage("rl"),
-        tokenizer.byte_lengths(),
-        next_batch=learner.next_batch,
-        start=lambda state: continued(run, "sft", state),
-        evaluators=[learner.scores],
-        score_start=True,
-        title="dpo",
-        limit=limit,
-    )
-    facts = trainer.run()
-    if distributed.index() == 0:
-        plot(run.stage("rl") / "metrics.jsonl", "rl", run.stage("rl") / "reward.png", "DPO")
-    about = {"environment": config.rl.environment, "questions": len(train), "steps": config.train.steps}
-    return about | facts
+    return config, learner, {"environment": config.rl.environment, "questions": len(train), "steps": config.train.steps}
 
 
 def _rendered(tokenizer: Tokenizer, turns: list[Message]) -> tuple[list[int], list[int]]:

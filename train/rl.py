@@ -62,29 +62,23 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
 
     `limit`: see `Trainer`; with it every other answer gets a reward, so that there is something to learn from.
     """
-    if is_preferences(config.rl.environment):
-        return dpo.run(config, run, question_order, rl_config, limit)
     tokenizer, mesh = Tokenizer.load(run.tokenizer), make_mesh(config.mesh)
-    task, train_questions = environment(config)
-    questions, longest = fitting(config, tokenizer, train_questions)
-    exam, longest_exam = fitting(config, tokenizer, task.examples(), config.rl.eval_prompts)
-    room = max(longest, longest_exam) + config.rl.max_tokens
-    capacity = min(config.model.seq_len, -(-room // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
-    settings = rl_config(config, len(questions), batch_devices(mesh))
-    worker = RolloutWorker(settings, run, task, tokenizer, mesh, capacity, questions, exam, made_up_rewards=limit > 0)
-    about = {"environment": task.name, "questions": len(questions), "steps": settings.train.steps}
-    batch = f"{config.rl.prompts} x {config.rl.samples} answers"
-    say(f"  {task.name}: {len(questions):,} questions, {settings.train.steps:,} steps of {batch}")
+    title = "dpo" if is_preferences(config.rl.environment) else "rl"
+    learner: dpo.Learner | RolloutWorker
+    if title == "dpo":
+        settings, learner, about = dpo.prepare(config, run, tokenizer, mesh, question_order, rl_config)
+    else:
+        settings, learner, about = prepare(config, run, tokenizer, mesh, made_up_rewards=limit > 0)
     trainer = Trainer(
         settings,
         run.stage("rl"),
         tokenizer.byte_lengths(),
-        next_batch=worker.next_batch,
+        next_batch=learner.next_batch,
         start=lambda state: continued(run, "sft", state),
-        evaluators=[worker.scores],
+        evaluators=[learner.scores],
         sampler=sampler(config, run, tokenizer, "rl"),
         score_start=True,
-        title="rl",
+        title=title,
         limit=limit,
     )
     facts = trainer.run()
@@ -93,8 +87,24 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
         line = f"no group of answers differed in its rewards in {len(groups):,} steps: nothing was learned"
         facts["warnings"] += plausible.warn("rl", [line])
     if distributed.index() == 0:
-        plot(run.stage("rl") / "metrics.jsonl", "rl", run.stage("rl") / "reward.png", "RL")
+        plot(run.stage("rl") / "metrics.jsonl", "rl", run.stage("rl") / "reward.png", title.upper())
     return about | facts
+
+
+def prepare(
+    config: Config, run: RunDir, tokenizer: Tokenizer, mesh: Mesh, made_up_rewards: bool
+) -> tuple[Config, RolloutWorker, dict[str, Any]]:
+    """Return the loop's configuration, what gives it batches, and facts: environment, questions, steps."""
+    task, train_questions = environment(config)
+    questions, longest = fitting(config, tokenizer, train_questions)
+    exam, longest_exam = fitting(config, tokenizer, task.examples(), config.rl.eval_prompts)
+    room = max(longest, longest_exam) + config.rl.max_tokens
+    capacity = min(config.model.seq_len, -(-room // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    settings = rl_config(config, len(questions), batch_devices(mesh))
+    worker = RolloutWorker(settings, run, task, tokenizer, mesh, capacity, questions, exam, made_up_rewards)
+    steps, batch = settings.train.steps, f"{config.rl.prompts} x {config.rl.samples} answers"
+    say(f"  {task.name}: {len(questions):,} questions, {steps:,} steps of {batch}")
+    return settings, worker, {"environment": task.name, "questions": len(questions), "steps": steps}
 
 
 def check(config: Config) -> None:
