@@ -22,7 +22,7 @@ from jaxchat.attention import (
     trusted_backend,
 )
 from jaxchat.config import MeshConfig, ModelConfig, load_config
-from jaxchat.engine import Engine
+from jaxchat.engine import Engine, Request
 from jaxchat.engine.scoring import Scorer, Span
 from jaxchat.errors import UsageError
 from jaxchat.scaling import resolve, resolve_model
@@ -49,7 +49,7 @@ def draw(T, H=4, K=2, N=8):
 @pytest.mark.parametrize("backend", ["xla", "blocked"])
 @pytest.mark.parametrize(
     ("T", "window", "bound"),
-    [(1, 5, 30.0), (300, 130, 30.0), (300, 5, math.inf), (300, 1000, math.inf)],
+    [(1, 5, 30.0), (100, 0, 30.0), (300, 130, 30.0), (300, 5, math.inf), (300, 1000, math.inf)],
 )
 def test_backends_equal_the_reference(backend, T, window, bound):
     q, k, v = draw(T)
@@ -65,15 +65,16 @@ def test_gradients_agree(window):
         return lambda *args: jnp.sin(attention(*args, window, backend, bound)).sum()
 
     exact = jax.jit(jax.grad(scalar("xla", float("inf")), (0, 1, 2)))(q, k, v)
-    for bound in (30.0, float("inf")) if window == 5 else (30.0,):
+    for bound in (30.0, float("inf")):
         for a, b in zip(exact, jax.jit(jax.grad(scalar("blocked", bound), (0, 1, 2)))(q, k, v), strict=True):
             np.testing.assert_allclose(a, b, atol=3e-5)
 
 
-def test_large_scores_give_no_nan():
+@pytest.mark.parametrize("backend", ["xla", "blocked"])
+def test_large_scores_give_no_nan(backend):
     """A key that must not be seen may score far above all that may."""
     q, k, v = (20.0 * a for a in draw(150))
-    gradients = jax.jit(jax.grad(lambda *a: jnp.sin(attention(*a, 5, "blocked")).sum(), (0, 1, 2)))(q, k, v)
+    gradients = jax.jit(jax.grad(lambda *a: jnp.sin(attention(*a, 5, backend)).sum(), (0, 1, 2)))(q, k, v)
     assert all(np.isfinite(g).all() for g in gradients)
 
 
@@ -185,16 +186,18 @@ def test_engine_and_scorer_fall_back_as_training_does():
     """cuDNN cannot run on a CPU: what it would have crashed gives what XLA's attention gives."""
     params = gpt.init_params(CONFIG, seed=0)
     params["unembedding"] = jax.random.normal(jax.random.key(1), params["unembedding"].shape)  # nothing is likely yet
-    text = list(range(40, 60))
+    request = Request(list(range(40, 90)), max_tokens=8)
+    text = Span(list(range(40, 90)), 3, 50)
     found = {}
-    for backend in ("cudnn", "xla"):
+    for backend in ("cudnn", "xla", "auto"):
         config = dataclasses.replace(CONFIG, attention=backend)
         engine = Engine(config, params, tokenizer(), slots=1)
-        assert engine.programs.config.attention == "xla"
-        (tokens,) = engine.score([text])
-        ((score,),) = Scorer(config, params, batch_rows=1).spans([[Span(text, 3, 20)]])
-        found[backend] = [t.logprob for t in tokens[1:]], score.loss
+        assert engine.programs.config.attention == ("blocked" if backend == "auto" else "xla")
+        (tokens,) = engine.score([request.tokens])
+        ((score,),) = Scorer(config, params, batch_rows=1).spans([[text]])
+        found[backend] = engine.generate([request])[0].tokens, [t.logprob for t in tokens[1:]], score.loss
     assert found["cudnn"] == found["xla"]
+    assert found["auto"][0] == found["xla"][0] and found["auto"][2] == pytest.approx(found["xla"][2], rel=1e-4)
 
 
 @pytest.mark.parametrize(

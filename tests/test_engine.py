@@ -101,7 +101,7 @@ def test_chat_and_stream_give_the_same_text_and_no_half_characters():
 )
 def test_results_do_not_depend_on_slots_chunks_or_company(options, group, monkeypatch):
     monkeypatch.setattr(programs, "PREFILL_GROUP", {"cpu": group})
-    requests = random_requests(8, seed=3)
+    requests = random_requests(12, seed=3)
     alone = [shared().generate([request])[0].tokens for request in requests]
     together = [result.tokens for result in engine(**options).generate(requests)]
     assert together == alone
@@ -122,7 +122,7 @@ def test_after_warm_up_nothing_compiles():
     heard = []
     own.programs.warm_up(lambda done, total: heard.append((done, total)))
     assert heard[-1][0] == heard[-1][1] == len(heard) > 10
-    requests = random_requests(40, seed=5)
+    requests = random_requests(100, seed=5)
     compiled = []
     listener = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listener)
