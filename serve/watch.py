@@ -43,7 +43,7 @@ SILENT_SECONDS = 120.0  # without a word, besides twenty steps, after which a tr
 LENS_SECONDS = 120  # after which a question about a token is given up
 LOCAL = ("localhost", "127.0.0.1", "[::1]")  # names of this machine in the address of a browser
 PAGE = Path(__file__).with_name("watch.html")
-RUNNING, ENDED = "running", "ended"
+RUNNING, ENDED = "running", "ended"  # status of a record in stages.json; key of the message at the end
 
 
 class Lines:

@@ -76,9 +76,9 @@ def test_rows_are_made_once_and_conversations_without_an_answer_in_reach_are_lef
     config, run = config_of(corpus, f'sft.mixture=["files:{path}"]'), RunDir(tmp_path / "run")
     tokenizer.save(run.tokenizer)
     facts = sft.prepare_rows(config, run, tokenizer)
-    assert 10 <= facts["mute"] <= 20 and f"{facts['mute']} conversations" in facts["warnings"][0]
+    assert 10 <= facts["no_target"] <= 20 and f"{facts['no_target']} conversations" in facts["warnings"][0]
     rows, used = Rows(run.data / "sft" / "train"), sum(facts["conversations"].values())
-    assert used + facts["mute"] + facts["val"]["conversations"] == 80 and facts["train"]["conversations"] == used
+    assert used + facts["no_target"] + facts["val"]["conversations"] == 80 and facts["train"]["conversations"] == used
     assert all(weights.any() for _, weights in (rows[i] for i in range(len(rows))))
     times = [p.stat().st_mtime_ns for p in sorted(run.data.rglob("*.bin"))]
     sft.ready(config, run)

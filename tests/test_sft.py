@@ -204,7 +204,7 @@ def test_what_cannot_be_used_is_counted_and_told_once(tmp_path, tokenizer, monke
         file.write(json.dumps({"messages": [{"role": "user", "content": "who answers?"}]}) + "\n")
     config, place = config_of(entry), f"{tmp_path}/talks.jsonl:61: no answer"
     facts = prepared(config, RunDir(tmp_path), tokenizer)
-    assert facts["conversations"][entry] + facts["val"]["conversations"] + facts["mute"] == 60
+    assert facts["conversations"][entry] + facts["val"]["conversations"] + facts["no_target"] == 60
     assert facts["left_out"][entry].startswith(f"1, first: {place}")
     sft.check(config)
     assert len(list(mixture(config))) == 60

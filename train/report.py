@@ -548,8 +548,8 @@ def _facts(card: Card) -> Table:
         if sft.get("left_out"):
             facts["SFT left out"] = "; ".join(f"{name}: {what}" for name, what in sft["left_out"].items())
         facts["SFT rows"] = f"{packed['rows']:,}, {packed['fill']:.1%} filled; {packed['cut']:,} conversations cut"
-        if mute := sft.get("mute"):
-            facts["SFT conversations without an answer inside the context"] = f"{mute:,}"
+        if no_target := sft.get("no_target"):
+            facts["SFT conversations without an answer inside the context"] = f"{no_target:,}"
     if "environment" in rl:
         facts["RL environment"] = rl["environment"]
     for name, stage in (("pretraining", train), ("SFT", sft), ("RL", rl)):

@@ -41,7 +41,9 @@ Conversation = list[Message]
 Rendering = tuple[np.ndarray, np.ndarray]  # ids and mask of one conversation
 SPLITS = ("train", "val")
 FACTS = ("rows", "conversations", "cut", "fill")
-FEW_MUTE = 0.01  # of the conversations: so many without an answer in the context may stay, as rows without targets
+FEW_WITHOUT_TARGET = (
+    0.01  # of the conversations: so many without an answer in the context may stay, as rows without targets
+)
 CHATTERBOT = {"chatterbot": "english", "chatterbot_korean": "korean"}
 OWN = ("files:", "hf:")  # sources of conversations of one's own
 NO_TASKS = ("chitchat", *CHATTERBOT)  # conversations of packages; everything else is a task, or files
@@ -190,7 +192,7 @@ def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str,
     if not metas or (not begun and any(meta.get("origin") != origin for meta in metas)):
         left_out = dict[str, str]()
         rendered = _render(config, run, tokenizer, left_out)
-        mute = _without_mute(rendered, config.model.seq_len + 1)
+        no_target = _drop_without_target(rendered, config.model.seq_len + 1)
         repeats = {entry: parse_mixture_entry(entry)[2] for entry in config.sft.mixture}
         epochs = [  # each epoch is packed for itself, so that no row holds a conversation twice
             [one for entry, times in repeats.items() if times > epoch for one in rendered[entry, False]]
@@ -198,7 +200,7 @@ def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str,
         ]
         held_out = [[one for entry in repeats for one in rendered[entry, True]]]
         counts = [{entry: len(rendered[entry, held]) for entry in repeats} for held in (False, True)]
-        about = {"left_out": left_out, "origin": origin, "mute": mute, "seconds": time.perf_counter() - begin}
+        about = {"left_out": left_out, "origin": origin, "no_target": no_target, "seconds": time.perf_counter() - begin}
         metas = [
             write_split(config, run, tokenizer, split, pieces, {"entries": entries} | about)
             for split, pieces, entries in zip(SPLITS, (epochs, held_out), counts, strict=True)
@@ -214,11 +216,13 @@ def prepare_rows(config: Config, run: RunDir, tokenizer: Tokenizer) -> dict[str,
     counted = f"{train['conversations']:,} conversations in {train['rows']:,} rows"
     say_once(f"  {counted}, {train['fill']:.2%} filled, {train['cut']:,} cut")
     facts = {split: {key: meta[key] for key in FACTS} for split, meta in zip(SPLITS, metas, strict=True)}
-    mute, entries = train.get("mute", 0), train["entries"]
-    line = f"{mute:,} conversations have no answer inside the context of {config.model.seq_len:,} tokens"
-    lines = plausible.warn("sft", [f"{line} and teach nothing; raise model.seq_len, or shorten them"] if mute else [])
-    warnings = {"warnings": lines if mute > FEW_MUTE * sum(entries.values()) else []}
-    return {"conversations": entries, "left_out": train.get("left_out", {}), "mute": mute} | warnings | facts
+    no_target, entries = train.get("no_target", 0), train["entries"]
+    line = f"{no_target:,} conversations have no answer inside the context of {config.model.seq_len:,} tokens"
+    lines = plausible.warn(
+        "sft", [f"{line} and teach nothing; raise model.seq_len, or shorten them"] if no_target else []
+    )
+    warnings = {"warnings": lines if no_target > FEW_WITHOUT_TARGET * sum(entries.values()) else []}
+    return {"conversations": entries, "left_out": train.get("left_out", {}), "no_target": no_target} | warnings | facts
 
 
 def _origin(config: Config) -> str:
@@ -236,20 +240,20 @@ def _origin(config: Config) -> str:
     return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _without_mute(rendered: dict[tuple[str, bool], list[Rendering]], row_len: int) -> int:
+def _drop_without_target(rendered: dict[tuple[str, bool], list[Rendering]], row_len: int) -> int:
     """Take conversations out whose answers all lie beyond the context; returns how many there are.
 
     A few may stay. `DataError` where no other is left to train on.
     """
-    audible = {key: [one for one in pieces if one[1][:row_len].any()] for key, pieces in rendered.items()}
-    before, left = (sum(map(len, of.values())) for of in (rendered, audible))
-    if not any(pieces for (_, held_out), pieces in audible.items() if not held_out):
+    kept = {key: [one for one in pieces if one[1][:row_len].any()] for key, pieces in rendered.items()}
+    before, left = (sum(map(len, of.values())) for of in (rendered, kept))
+    if not any(pieces for (_, held_out), pieces in kept.items() if not held_out):
         raise DataError(
             f"sft.mixture: none of the {before:,} conversations has an answer inside the context of {row_len - 1:,} "
             "tokens; raise model.seq_len, or shorten what comes before the first answer"
         )
-    if before - left > FEW_MUTE * before:
-        rendered |= audible
+    if before - left > FEW_WITHOUT_TARGET * before:
+        rendered |= kept
     return before - left
 
 

@@ -204,7 +204,7 @@ def run_stages(config: Config, run: RunDir, stages: Sequence[Stage], reasons: di
             if stage in left:
                 stage.check(config)
             if stage.name == "pretrain" and config.train.init and stage.missing(run):
-                read_init(config)  # whole and of this model, before any text is
+                read_init(config)  # whole and of this model, before any text is read
             if "imported" in records.get(stage.name, {}):
                 _refuse_training(stage, config, run)
         if any(stage.joint for stage in left):
