@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import hashlib
 import random
 from pathlib import Path
 
@@ -26,11 +25,11 @@ def numbered(first, count):
 
 
 def by_hand(questions, documents):
-    """(questions looked up, questions found, grams, grams found) with sets of tuples."""
+    """(questions looked up, questions found) with sets of tuples."""
     seen = {tuple(d[i : i + N]) for d in documents for i in range(len(d) - N + 1)}
     grams = [[tuple(q[i : i + N]) for i in range(len(q) - N + 1)] for q in questions]
     found = [[gram in seen for gram in one] for one in grams]
-    return sum(map(bool, grams)), sum(map(any, found)), sum(map(len, grams)), sum(map(sum, found))
+    return sum(map(bool, grams)), sum(map(any, found))
 
 
 def look_up(questions, documents):
@@ -38,8 +37,7 @@ def look_up(questions, documents):
     assert read == len(documents)
     x = scores["x"]
     assert x["questions"] == len(questions) and x["share"] == x["found"] / max(1, x["looked_up"])
-    assert x["gram_share"] == x["grams_found"] / max(1, x["grams"])
-    return x["looked_up"], x["found"], x["grams"], x["grams_found"]
+    return x["looked_up"], x["found"]
 
 
 def test_words_are_lower_case_letters_and_digits_of_any_language():
@@ -60,28 +58,27 @@ def test_case_and_punctuation_do_not_hide_a_question_and_twelve_words_are_none()
     question = "Which of these, then, is (most likely) the CAUSE of the long winter nights? Say why."
     document = "foo bar\nwhich of these then is most likely the cause of the long winter nights -- say: why. Baz"
     other = "An entirely different question about the number of moons that go around the planet Jupiter today"
-    assert look_up([question, other], [document])[:2] == (2, 1)
+    assert look_up([question, other], [document]) == (2, 1)
     words = numbered(0, 20)
     assert look_up([" ".join(words), other], [" ".join(words[:12]), " ".join(words[12:])])[1] == 0
-    assert look_up([" ".join(words), other], [" ".join(words[3 : 3 + N])])[1:] == (1, 8 + 16 - N + 1, 1)
+    assert look_up([" ".join(words), other], [" ".join(words[3 : 3 + N])])[1] == 1
 
 
 def test_the_frame_that_all_questions_share_is_not_looked_up():
     questions = [f"Multiple choice question: {' '.join(numbered(40 * i, 20))} Respond with the letter." for i in (1, 2)]
-    looked_up, found, grams, seen = look_up(questions, [" ".join(numbered(40, 20))])
-    assert (looked_up, found, grams, seen) == (2, 1, 16, 8)
+    assert look_up(questions, [" ".join(numbered(40, 20))]) == (2, 1)
+    assert [len(grams) for grams in contamination.question_grams(questions)] == [8, 8]
 
 
 def test_short_questions_and_empty_exams_are_counted_and_not_looked_up():
-    assert look_up(["too short", "and this as well"], ["too short and this as well"]) == (0, 0, 0, 0)
-    assert look_up([], ["text"]) == (0, 0, 0, 0)
+    assert look_up(["too short", "and this as well"], ["too short and this as well"]) == (0, 0)
+    assert look_up([], ["text"]) == (0, 0)
 
 
-def test_hashes_are_the_same_everywhere():
+def test_equal_grams_have_equal_hashes():
     hashes = [contamination.grams(numbered(i, 15)) for i in range(6)]
     assert [len(own) for own in hashes] == [3] * 6 and contamination.grams(numbered(0, 12)).tolist() == []
     assert len(np.unique(np.concatenate(hashes))) == 8  # w0.. to w7.. begin eight different ones
-    assert contamination.word_hash("w3") == int.from_bytes(hashlib.blake2b(b"w3", digest_size=8).digest(), "little")
 
 
 # As a part of a run

@@ -136,19 +136,23 @@ def test_slow_attention_does_not_stop_a_rehearsal(monkeypatch):
     assert check_attention(rehearse.smaller(large, 1, 1), make_mesh(large.mesh)) == "it cannot run"
 
 
-def test_time_of_a_stage():
-    """Start, half of the compiling, steps, and five evaluations of five times the rows, of which one compiled."""
-    loop = {"fixed": 2.0, "compile": 10.0, "work": {"step": (1000, 0.5)}}
-    rehearse.add_work(loop, "validate", {"validate": [6.0, 1.0]}, 5, scale=5.0)
-    rehearse.add_work(loop, "never", {"never": [6.0, 1.0]}, 0)
-    assert rehearse.stage_seconds(loop, 0.5) == pytest.approx(2 + 0.5 * (10 + 5) + 500 + 25)
+def test_time_of_a_training(tmp_path):
+    """What the rehearsal took, 996 more steps, and three more evaluations; the first step and evaluation compiled."""
+    found = rehearse.Rehearsal(config(), RunDir(tmp_path), {})
+    steps = [{"step_seconds": seconds} for seconds in (9.0, 0.5, 0.5, 0.5)]
+    (tmp_path / "base" / "4").mkdir(parents=True)
+    (tmp_path / "base" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    timings = {"validate": [6.0, 1.0], "never": [6.0], "written": [2.0]}
+    loop = found.measure_loop("base", {"timings": timings}, 20.0, 1000, 512, {"validate": 5, "sample": 3})
+    assert loop["run_seconds"] == pytest.approx(20 + 996 * 0.5 + 3 * 1)
+    assert (loop["tokens_per_second"], loop["checkpoint_seconds"], loop["mfu"]) == (1024, 2.0, None)
     assert rehearse.times(1000, 200, 400) == 5 and rehearse.times(1000, 0) == 1 and rehearse.times(1000, 300, 400) == 6
 
 
 def test_the_whole_run_from_what_was_measured(tmp_path):
     found = rehearse.Rehearsal(config(), RunDir(tmp_path), {})
-    found.measured |= {"attention": {"fallback": ""}, "compile_share": 0.0}
-    found.measured["prepare"] = {"seconds": 5.0, "work": {"all": (10.0, 5.0)}}
+    found.measured |= {"attention": {"fallback": ""}}
+    found.measured["prepare"] = {"seconds": 5.0, "run_seconds": 50.0}
     result, parts = found.result(), {p.name: p.bytes for p in disk_parts(config())}
     assert result["ok"] and result["total"]["seconds"] == result["stages"]["prepare"]["seconds"] == 50
     assert result["stages"]["prepare"]["disk_bytes"] == parts["rows"] + parts["token shards"]
@@ -167,11 +171,10 @@ def test_dollars_are_devices_times_hours_times_price():
         ({}, None),
         ({"attention": {"backend": "xla", "fallback": "no cuDNN"}}, "attention"),
         ({"pretrain": {"checkpoint_seconds": 101.0}}, "save"),
-        ({"pretrain": {"loader_seconds": 0.6}}, "loader"),
     ],
 )
 def test_what_would_go_wrong(tmp_path, change, kind):
-    loop = {"steps": 1000, "step_seconds": 0.5, "checkpoint_seconds": 3.0, "loader_seconds": 0.1}
+    loop = {"steps": 1000, "step_seconds": 0.5, "checkpoint_seconds": 3.0}
     found = rehearse.Rehearsal(config(), RunDir(tmp_path), {})
     found.measured |= {"attention": {"backend": "blocked", "fallback": ""}, "pretrain": loop}
     found.measured |= {key: found.measured[key] | value for key, value in change.items()}

@@ -6,8 +6,6 @@ bytes in a row of what the model wrote. The training documents stream past, so m
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import itertools
 import re
 from collections import defaultdict
@@ -28,9 +26,8 @@ from jaxchat.tasks.base import Task, TaskFiles
 WORDS = 13  # in a row that a question and a document share
 WINDOW = 24  # bytes; shorter passages stand in any two texts of one language
 LONG_PASSAGE = 100  # bytes from which on a passage counts as memorized
-FORMAT = 1  # of `eval/overlap.json`
+FORMAT = 2  # of `eval/overlap.json`
 CORE_PREFIX = "core: "  # before the names of CORE's tasks, some of which are also chat exams
-CACHED_WORDS = 1 << 20  # different words whose hashes are remembered
 WORD = re.compile(r"[^\W_]+")
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -56,15 +53,9 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-@functools.lru_cache(CACHED_WORDS)
-def word_hash(word: str) -> int:
-    """Return 64 bits, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
 def grams(text: Sequence[str]) -> np.ndarray:
-    """Return the hashes of all 13-grams of the words of one text."""
-    return hashes(np.array([word_hash(word) for word in text], np.uint64), WORDS)
+    """Return the hashes of all 13-grams of the words of one text; another process has others."""
+    return hashes(np.array([hash(word) for word in text], np.int64).view(np.uint64), WORDS)
 
 
 def question_grams(texts: Sequence[str]) -> list[np.ndarray]:
@@ -101,11 +92,10 @@ def search(exams: dict[str, list[np.ndarray]], documents: Iterable[str]) -> tupl
         seen |= wanted.intersection(grams(words(document)).tolist())
     scores = {}
     for name, questions in exams.items():
-        found = [sum(gram in seen for gram in question.tolist()) for question in questions]
-        n, matched = sum(len(question) > 0 for question in questions), sum(number > 0 for number in found)
-        whole = {"questions": len(questions), "looked_up": n, "found": matched, "share": matched / max(1, n)}
-        n, matched = sum(map(len, questions)), sum(found)
-        scores[name] = whole | {"grams": n, "grams_found": matched, "gram_share": matched / max(1, n)}
+        looked_up = [question.tolist() for question in questions if len(question)]
+        found = sum(not seen.isdisjoint(question) for question in looked_up)
+        share = found / max(1, len(looked_up))
+        scores[name] = {"questions": len(questions), "looked_up": len(looked_up), "found": found, "share": share}
     return scores, read
 
 
@@ -134,10 +124,8 @@ def exam_contamination(config: Config, run: RunDir, train_documents: int | None)
             reasons[name] = {"reason": str(error)}
     try:
         source = [fingerprint(open_corpus(config.data)), config.data.val_fraction, config.eval.overlap_documents]
-        digests = {
-            name: hashlib.sha256(b"".join(map(bytes, questions))).hexdigest() for name, questions in exams.items()
-        }
-        inputs = {"format": FORMAT, "source": source, "exams": digests}
+        sizes = {name: sum(map(len, questions)) for name, questions in exams.items()}
+        inputs = {"format": FORMAT, "source": source, "exams": sizes}
         result = read_json(path) if path.exists() else {}
         if result.get("inputs") != inputs:
             scores, read = search(exams, training_documents(config)) if exams else ({}, 0)

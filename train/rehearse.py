@@ -16,40 +16,36 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import jax
 from rich.console import Console
 
 from jaxchat.attention import trusted_backend
-from jaxchat.chat import render
 from jaxchat.config import Config, replaced
-from jaxchat.data.loader import THREADS, Batches
-from jaxchat.data.packing import Rows
 from jaxchat.data.shards import cores
 from jaxchat.data.sources import interleaved, open_corpus
 from jaxchat.engine import Engine
 from jaxchat.engine.scoring import rows_at_once
-from jaxchat.errors import DataError, InterruptedRun, JaxchatError, first_line
+from jaxchat.errors import DataError, InterruptedRun, first_line
 from jaxchat.log import print_facts, read_metrics, say
 from jaxchat.run_dir import RunDir, read_json, saved_steps
 from jaxchat.sharding import batch_devices, make_mesh, micro_batch
 from jaxchat.tasks import TASKS, get_task, parse_mixture_entry
-from jaxchat.tasks.base import GeneratedTask, Task, TaskFiles
-from jaxchat.tokenizer import TRAIN_CHARS, Tokenizer
+from jaxchat.tasks.base import TaskFiles
+from jaxchat.tokenizer import TRAIN_CHARS
 from jaxchat.train_state import compute_dtype
 
 from . import evaluate, pretrain, rl, sft
-from .doctor import hardware, peak_rss, unused_accelerator
+from .doctor import existing, hardware, memory_peak, unused_accelerator
 from .plan import CONVERSATIONS, LONGEST_HOURS, UNKNOWN, check_room, disk_parts, rl_steps, text_bytes, used
 from .stages import Stage, run_stages
 from .targets import usd
 
 HALF = 4  # steps of pretraining before the save that the other half resumes from
-SFT_STEPS, RL_STEPS = 4, 2
-STEADY_SECONDS = 6.0  # of steps to measure the pace with: short steps are repeated
-MOST_STEPS = 32
+STEADY_SECONDS, MOST_STEPS = 6.0, 32  # of the other half: short steps are repeated
+SFT_STEPS, RL_STEPS = 8, 2
 SAMPLE_BYTES, MOST_PARTS = 16_000_000, 8  # of text: so much for each core, at most
 MOST_CONVERSATIONS = 30_000  # taken of a mixture
 STAND_IN = "word_problems"  # for conversations and questions that are missing
@@ -72,9 +68,7 @@ def rehearse(
         with contextlib.suppress(DataError):  # listed when the stage meets it again
             stage.check(config)
     place = directory.root.absolute()
-    new_parents = [p for p in place.parents if not p.exists()]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{place.name}-rehearsal-", dir=place.parent))
+    folder = Path(tempfile.mkdtemp(prefix=f"{place.name}-rehearsal-", dir=existing(place.parent)))
     try:
         rehearsal = Rehearsal(config, RunDir(folder), reasons)
         try:  # beside what the real run has written already
@@ -94,9 +88,6 @@ def rehearse(
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another process uses them by now
-                for parent in new_parents:
-                    parent.rmdir()
     if as_json:
         print(json.dumps(result))
     else:
@@ -107,8 +98,8 @@ def rehearse(
 class Rehearsal:
     """One rehearsal: the real configuration, the smaller one, what was measured and what went wrong.
 
-    Of a stage, `before_STAGE` chooses its data, `run_STAGE` replaces its run, and `measure_STAGE` returns its figures,
-    of which `stage_seconds` makes the time of the real stage.
+    Of a stage, `before_STAGE` chooses its data, `run_STAGE` replaces its run, and `measure_STAGE` returns its figures.
+    Of these, `run_seconds` are predicted: what the rehearsal took, and what the run does more often.
     """
 
     def __init__(self, config: Config, run: RunDir, reasons: dict[str, str]):
@@ -120,7 +111,7 @@ class Rehearsal:
         self.files = TaskFiles.of(config, download=True)
         self.problems: list[dict[str, str]] = []
         self.made_up: list[str] = []
-        self.measured: Measured = {"machine": hardware(), "compile_share": 1.0}
+        self.measured: Measured = {"machine": hardware()}
         self.text_ratio = self.sft_ratio = 1.0  # of the run over the rehearsal
 
     def problem(self, kind: str, stage: str, error: object) -> None:
@@ -129,6 +120,11 @@ class Rehearsal:
         if (found := {"kind": kind, "stage": stage, "text": text}) not in self.problems:
             self.problems.append(found)
             say(f"  {stage}: {text}", style="yellow")
+
+    def replace(self, kind: str, stage: str, error: object, what: str) -> None:
+        """List data that cannot be had and what stands in for it."""
+        self.problem(kind, stage, error)
+        self.made_up.append(what)
 
     def run_all(self, stages: Sequence[Stage]) -> None:
         """Run and measure the stages in order; after a failure those that do not need the failed stage go on."""
@@ -152,13 +148,11 @@ class Rehearsal:
                 continue
             record = self.run.records()[stage.name]
             measure = getattr(self, f"measure_{stage.name}", self.measure)
-            self.measured[stage.name] = {"seconds": record["seconds"]} | measure(record["facts"], record["seconds"])
+            self.measured[stage.name] = measure(record["facts"], record["seconds"]) | {"seconds": record["seconds"]}
         if "pretrain" in self.measured:
             self.answer()
         self.compare()
-        stats = [device.memory_stats() or {} for device in jax.local_devices()]
-        peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
-        self.measured["peak_memory_bytes"] = max(peaks, default=peak_rss())
+        self.measured["peak_memory_bytes"] = memory_peak()
 
     # What the stages are given
 
@@ -168,13 +162,14 @@ class Rehearsal:
         try:
             self.take_text("sample", interleaved(open_corpus(data), "all", 0.0))
         except (DataError, OSError) as error:
-            self.problem("hub" if "hf:" in data.source else "data", "prepare", error)
-            self.take_text("made-up", made_up_documents(self.config.model.vocab_size), f"{data.source} cannot be had")
+            kind = "hub" if "hf:" in data.source else "data"
+            self.replace(kind, "prepare", error, f"text ({data.source} cannot be had)")
+            self.take_text("made-up", made_up_documents(self.config.model.vocab_size), 1)
 
-    def take_text(self, name: str, documents: Iterator[str], made_up: str = "") -> None:
-        """Train on the beginning of the documents; `made_up`: why they are."""
-        folder, parts = self.run.root / "text" / name, min(cores(), MOST_PARTS)
-        limit = SAMPLE_BYTES * (1 if made_up else parts)
+    def take_text(self, name: str, documents: Iterator[str], parts: int | None = None) -> None:
+        """Train on the beginning of the documents, so much for each of `parts` (None: cores)."""
+        folder, parts = self.run.root / "text" / name, parts or min(cores(), MOST_PARTS)
+        limit = SAMPLE_BYTES * parts
         folder.mkdir(parents=True, exist_ok=True)
         size = 0
         with contextlib.ExitStack() as stack:
@@ -184,7 +179,6 @@ class Rehearsal:
                 size += len(document.encode("utf-8", "replace"))
                 if size >= limit:
                     break
-        self.made_up += [f"text ({made_up})"] if made_up else []
         all_of_it = size < limit and "hf:" not in self.config.data.source
         whole = size if all_of_it else max(size, round(text_bytes(self.config)))
         self.small = replaced(self.small, "data", source=f"files:{folder}", encoding="auto", column="text")
@@ -193,44 +187,41 @@ class Rehearsal:
 
     def before_sft(self) -> None:
         """Take a small mixture whole and a share of a large one; generated conversations for a missing data set."""
-        entries: dict[str, tuple[int | None, int]] = {}
-        missing = 0.0  # tokens
+        mixture: dict[str, tuple[int | None, int]] = {}
+        missing = 0.0  # conversations of the stand-in
         for entry in self.config.sft.mixture:
             name, count, epochs = parse_mixture_entry(entry)
-            known, tokens = CONVERSATIONS.get(name, UNKNOWN)
-            if name in TASKS and not isinstance(task := get_task(name, self.files), GeneratedTask):
-                count = count or known
-                try:
-                    task.fetch()
-                except DataError as error:
-                    missing += count * epochs * tokens
-                    self.problem("data", "sft", error)
-                    self.made_up.append(f"conversations of {name} ({STAND_IN} instead)")
-                    continue
-            entries[name] = (count, epochs)
+            try:
+                if name in TASKS:
+                    get_task(name, self.files).fetch()
+                mixture[name] = (count, epochs)
+            except DataError as error:
+                known, tokens = CONVERSATIONS.get(name, UNKNOWN)
+                missing += (count or known) * epochs * tokens / CONVERSATIONS[STAND_IN][1]
+                self.replace("data", "sft", error, f"conversations of {name} ({STAND_IN} instead)")
         if missing:
-            known, tokens = CONVERSATIONS[STAND_IN]
-            count, epochs = entries.get(STAND_IN, (0, 1))
-            entries[STAND_IN] = (round((known if count is None else count) * epochs + missing / tokens), 1)
-        total = sum(
-            (count or CONVERSATIONS.get(name, UNKNOWN)[0]) * epochs for name, (count, epochs) in entries.items()
-        )
+            count, epochs = mixture.get(STAND_IN, (0, 1))
+            own = CONVERSATIONS[STAND_IN][0] if count is None else count
+            mixture[STAND_IN] = (round(own * epochs + missing), 1)
+        known_counts = {name: count or CONVERSATIONS.get(name, UNKNOWN)[0] for name, (count, _) in mixture.items()}
+        total = sum(known_counts[name] * epochs for name, (_, epochs) in mixture.items())
         share = min(1.0, MOST_CONVERSATIONS / max(1, total))
-        mixture = []
-        for name, (count, epochs) in entries.items():
-            taken = count if share == 1.0 or count is None else max(1, round(count * share))
-            mixture.append(f"{name}{'' if taken is None else f':{taken}'}*{epochs}")
+        entries = []
+        for name, (count, epochs) in mixture.items():
+            cut = share < 1 and (count is not None or name in CONVERSATIONS)  # what has no known size is taken whole
+            taken = max(1, round(known_counts[name] * share)) if cut else count
+            entries.append(f"{name}{'' if taken is None else f':{taken}'}*{epochs}")
         self.sft_ratio = 1 / share
         # as many epochs more, so that the schedule has the real number of steps
-        self.small = replaced(self.small, "sft", mixture=tuple(mixture), epochs=self.config.sft.epochs / share)
+        self.small = replaced(self.small, "sft", mixture=tuple(entries), epochs=self.config.sft.epochs / share)
 
     def before_rl(self) -> None:
         """Take a generated task instead of an environment whose questions are missing."""
         try:
             rl.check(self.config)
         except DataError as error:
-            self.problem("data", "rl", error)
-            self.made_up.append(f"questions of {self.config.rl.environment} for RL ({STAND_IN} instead)")
+            what = f"questions of {self.config.rl.environment} for RL ({STAND_IN} instead)"
+            self.replace("data", "rl", error, what)
             steps = rl_steps(self.config)
             self.small = replaced(self.small, "rl", environment=STAND_IN, steps=steps, format_bonus=0.0)
 
@@ -241,20 +232,14 @@ class Rehearsal:
         if config.train.steps == 0:
             return pretrain.run(config, run)
         pretrain.run(replaced(config, "train", eval_every=0, sample_every=0), run, HALF)
-        begin = time.perf_counter()
         steps = [record["step_seconds"] for record in read_metrics(run.stage("base") / "metrics.jsonl")]
         last = HALF + max(HALF, min(MOST_STEPS, int(STEADY_SECONDS / min(steps[1:] or steps))))
         middle = last // 2
         sample_every = middle if config.train.sample_every else 0
-        second = pretrain.run(replaced(config, "train", eval_every=middle, sample_every=sample_every), run, last)
-        return second | {"wall": time.perf_counter() - begin}
+        return pretrain.run(replaced(config, "train", eval_every=middle, sample_every=sample_every), run, last)
 
     def run_sft(self, config: Config, run: RunDir) -> dict[str, Any]:
-        """Train for `STEADY_SECONDS` by the pace of pretraining, with two evaluations."""
-        pretrained = self.measured["pretrain"].get("step_seconds", STEADY_SECONDS)  # none with `train.steps` 0
-        pace = pretrained * config.sft.batch_tokens / config.train.batch_tokens
-        steps = max(SFT_STEPS, min(MOST_STEPS, int(STEADY_SECONDS / pace)))
-        return sft.run(replaced(config, "sft", eval_every=steps // 2), run, steps)
+        return sft.run(replaced(config, "sft", eval_every=SFT_STEPS // 2), run, SFT_STEPS)
 
     def run_rl(self, config: Config, run: RunDir) -> dict[str, Any]:
         return rl.run(config, run, RL_STEPS)
@@ -285,14 +270,11 @@ class Rehearsal:
             m = {"steps": 0} | self.measured.get(name, {})
             if m["steps"] > every and (written := m["checkpoint_seconds"]) > (pause := every * m["step_seconds"]):
                 self.problem("save", name, f"a save takes {written:.3g} s, the {every} steps between two {pause:.3g} s")
-            if (loader := m.get("loader_seconds", 0.0)) > m.get("step_seconds", 0.0):
-                text = f"the loader needs {loader:.3g} s for a batch, a step takes {m['step_seconds']:.3g} s"
-                self.problem("loader", name, text)
 
-    # What they leave behind: `fixed` and `compile` seconds, and `work`: name -> (how often in the run, seconds)
+    # What they leave behind
 
     def measure(self, facts: dict[str, Any], seconds: float, times: float = 1.0) -> Measured:
-        return {"work": {"all": (times, seconds)}}
+        return {"run_seconds": times * seconds}
 
     def measure_tokenizer(self, facts: dict[str, Any], seconds: float) -> Measured:
         """Counting words grows with the text; merging grows less, so this is a bound."""
@@ -301,8 +283,7 @@ class Rehearsal:
 
     def measure_prepare(self, facts: dict[str, Any], seconds: float) -> Measured:
         """Tokenizing and packing read every byte once; the download is not counted."""
-        found = {"documents": facts["train"]["documents"], "val_rows": facts["val"]["rows"]}
-        return found | self.measure(facts, seconds, self.text_ratio)
+        return self.measure(facts, seconds, self.text_ratio) | {"documents": facts["train"]["documents"]}
 
     def measure_report(self, facts: dict[str, Any], seconds: float) -> Measured:
         """Measure the report: it searches `eval.overlap_documents` documents for the exams' text."""
@@ -311,89 +292,74 @@ class Rehearsal:
         return self.measure(facts, seconds, max(1.0, (whole if limit < 0 else min(limit, whole)) / max(1, documents)))
 
     def measure_loop(
-        self, name: str, timings: dict[str, Any], wall: float, steps: int, saves: int, resumed: int = 0
+        self, name: str, facts: dict[str, Any], seconds: float, steps: int, step_tokens: int, counts: dict[str, float]
     ) -> Measured:
-        """Measure a training: its pace without the steps that compile, and everything beside the steps.
+        """Measure a training of `steps` steps; `counts`: how often the run saves, validates, evaluates and samples.
 
-        `timings` and `wall` are of the steps from the one that it `resumed` at. `steps` and `saves` are the run's.
+        The first of each of them, and the first step, compile; the last one says how long it takes from then on.
         """
-        records = read_metrics(self.run.stage(name) / "metrics.jsonl")
-        spent = [record["step_seconds"] for record in records]
-        steady = [record for i, record in enumerate(records) if i not in (0, resumed)] or records
-        step = median(record["step_seconds"] for record in steady)
-        mfu = [record["mfu"] for record in steady if record.get("mfu") is not None]
-        beside = sum(sum(timings.get(key, [])) for key in ("save", "validate", "evaluate", "sample"))
+        records, timings = read_metrics(self.run.stage(name) / "metrics.jsonl"), facts["timings"]
+        step = median(record["step_seconds"] for record in records[1:] or records)
+        mfu = [record["mfu"] for record in records[1:] if record.get("mfu") is not None]
+        often = {kind: (count, timings[kind]) for kind, count in counts.items() if timings.get(kind)}
+        more = sum((count - len(spent)) * spent[-1] for count, spent in often.values())
         newest = self.run.stage(name) / str(saved_steps(self.run.stage(name))[-1])
         return {
             "steps": steps,
-            "rehearsed_steps": len(spent),
+            "rehearsed_steps": len(records),
             "step_seconds": step,
+            "tokens_per_second": step_tokens / step,
             "mfu": median(mfu) if mfu else None,
             "checkpoint_seconds": max(timings["written"]),
             "checkpoint_bytes": used(newest),
-            "fixed": max(0.0, wall - sum(spent[resumed:]) - beside),
-            "compile": max(0.0, spent[0] - step),
-            "work": {"step": (steps, step), "save": (saves, timings["save"][-1])},
+            "run_seconds": max(0.0, seconds + more + (steps - len(records)) * step),
         }
 
     def measure_pretrain(self, facts: dict[str, Any], seconds: float) -> Measured:
-        if self.config.train.steps == 0:
+        train = self.config.train
+        if train.steps == 0:
             return self.measure(facts, seconds)
-        train, timings = self.config.train, facts["timings"]
-        saves = times(train.steps, train.eval_every, train.checkpoint_every, train.sample_every)
-        loop = self.measure_loop("base", timings, facts["wall"], train.steps, saves, HALF)
-        if loop["compile"] > 0 and jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-            # the real run reads programs from the cache, as the second half did
-            again = read_metrics(self.run.stage("base") / "metrics.jsonl")[HALF]["step_seconds"]
-            share = (again - loop["step_seconds"]) / loop["compile"]
-            self.measured["compile_share"] = min(1.0, max(0.0, share))
-        rows = Rows(self.run.data / "rows" / "train", verify=False)
-        batches = Batches(rows, *micro_batch(self.config, batch_devices(self.mesh)), self.config.seed)
-        loading = []
-        for number in range(HALF):
-            begin = time.perf_counter()
-            batches.batch(number)
-            loading.append(time.perf_counter() - begin)
-        rehearsed = self.measured["prepare"]["val_rows"]
-        scale = held_out(train.eval_rows, rehearsed, self.text_ratio) / min(self.small.train.eval_rows, rehearsed)
-        add_work(loop, "validate", timings, times(train.steps, train.eval_every), scale)
-        add_work(loop, "sample", timings, train.steps // train.sample_every + 2 if train.sample_every else 0)
-        return loop | {
-            "tokens_per_second": train.batch_tokens / loop["step_seconds"],
-            "restore_seconds": timings["start"][0],
-            "loader_seconds": min(loading) / THREADS,
+        rows = train.eval_rows / max(1, self.small.train.eval_rows)
+        counts = {
+            "save": times(train.steps, train.eval_every, train.checkpoint_every, train.sample_every),
+            "validate": rows * times(train.steps, train.eval_every),
+            "sample": train.steps // train.sample_every + 2 if train.sample_every else 0,
         }
+        loop = self.measure_loop("base", facts, seconds, train.steps, train.batch_tokens, counts)
+        return loop | {"restore_seconds": facts["timings"]["start"][0]}
 
     def measure_sft(self, facts: dict[str, Any], seconds: float) -> Measured:
-        settings, timings, steps = self.config.sft, facts["timings"], facts["steps"]
-        saves = times(steps, settings.eval_every, self.config.train.checkpoint_every)
-        loop = self.measure_loop("sft", timings, seconds - facts["rows_seconds"], steps, saves)
-        evaluations, val_rows = times(steps, settings.eval_every), facts["val"]["rows"]
-        run_rows = held_out(self.config.train.eval_rows, val_rows, self.sft_ratio)
-        add_work(loop, "validate", timings, evaluations, run_rows / max(1, min(self.small.train.eval_rows, val_rows)))
-        add_work(loop, "evaluate", timings, evaluations, settings.exam_cases / max(1, self.small.sft.exam_cases))
-        loop["work"]["render"] = (self.sft_ratio, facts["rows_seconds"])
-        return loop | {"val_rows": val_rows, "tokens_per_second": settings.batch_tokens / loop["step_seconds"]}
+        settings, steps = self.config.sft, facts["steps"]
+        evaluations = times(steps, settings.eval_every)
+        counts = {
+            "save": times(steps, settings.eval_every, self.config.train.checkpoint_every),
+            "validate": evaluations * self.config.train.eval_rows / max(1, self.small.train.eval_rows),
+            "evaluate": evaluations * settings.exam_cases / max(1, self.small.sft.exam_cases),
+        }
+        rendering = (self.sft_ratio - 1) * facts["rows_seconds"]
+        return self.measure_loop("sft", facts, seconds + rendering, steps, settings.batch_tokens, counts)
 
     def measure_rl(self, facts: dict[str, Any], seconds: float) -> Measured:
-        config, timings, steps = self.config.rl, facts["timings"], facts["steps"]
-        saves, evaluations = times(steps, config.eval_every, config.checkpoint_every), times(steps, config.eval_every)
-        loop = self.measure_loop("rl", timings, seconds, steps, saves)
-        last, sampled = read_metrics(self.run.stage("rl") / "metrics.jsonl")[-1], "preferred" not in facts  # not in DPO
-        answers = config.prompts * (config.samples if sampled else 2)
+        config, steps, sampled = self.config.rl, facts["steps"], "preferred" not in facts  # not in DPO
+        last = read_metrics(self.run.stage("rl") / "metrics.jsonl")[-1]
+        answers, rollout = config.prompts * (config.samples if sampled else 2), last["rollout_seconds"]
         # a trained model ends its answers as SFT's end, the rehearsal's goes on to the limit
         expected = self.expected_length(config.environment, config.max_tokens)
         shorter = min(1.0, expected / max(1.0, last["length"])) if sampled else 1.0
-        rollout, update = last["rollout_seconds"], last["step_seconds"] - last["rollout_seconds"]
-        loop["work"]["step"] = (steps, rollout * shorter + update * (LIVE if sampled else 1.0))
-        scale = config.eval_prompts / max(1, self.small.rl.eval_prompts)
-        add_work(loop, "evaluate", timings, 1 + evaluations, scale * shorter)
-        rate = answers * last["length"] / last["step_seconds"]
-        return loop | {"answers": answers, "rollout_seconds": rollout, "tokens_per_second": rate}
+        scale = shorter * config.eval_prompts / max(1, self.small.rl.eval_prompts)
+        counts = {
+            "save": times(steps, config.eval_every, config.checkpoint_every),
+            "evaluate": scale * (1 + times(steps, config.eval_every)),
+        }
+        loop = self.measure_loop("rl", facts, seconds, steps, round(answers * last["length"]), counts)
+        if sampled:
+            less = rollout * (1 - shorter) + (last["step_seconds"] - rollout) * (1 - LIVE)
+            loop["run_seconds"] = max(0.0, loop["run_seconds"] - (steps - RL_STEPS) * less)
+        return loop | {"answers": answers, "rollout_seconds": rollout}
 
     def measure_eval(self, facts: dict[str, Any], seconds: float) -> Measured:
         """Measure the exams: every batch takes as long as the second; the first also compiles and loads."""
-        found: Measured = {"exams": {}, "fixed": seconds, "compile": 0.0, "work": {}}
+        found: Measured = {"exams": {}, "run_seconds": seconds}
         for stage in evaluate.STAGES:
             if not self.run.eval(stage).exists():
                 continue
@@ -404,47 +370,32 @@ class Rehearsal:
                 self.problem("data", "eval", f"{name}: {why}")
             rates = found["exams"].setdefault(stage, {})
             for name, scores in asked.items():
-                once, again = scores["seconds"], scores["again_seconds"]
+                again = scores["again_seconds"]
                 rates[name] = {"questions_per_second": scores["n"] / max(1e-9, again)}
-                found["fixed"] -= once + again
-                found["compile"] += max(0.0, once - again)
-                found["work"][f"{stage}, {name}"] = (self.exam_batches(name, scores), again)
-        return found | {"fixed": max(0.0, found["fixed"])}
+                found["run_seconds"] += (self.exam_batches(name, scores) - 2) * again  # it was asked twice
+        return found | {"run_seconds": max(0.0, found["run_seconds"])}
 
     def exam_batches(self, name: str, scores: dict[str, Any]) -> float:
         """Return the work of a whole exam over that of the rehearsed batch."""
         if name == "bits_per_byte":
-            val = self.run.data / "rows" / "val"  # missing where the weights of `train.init` came without
-            rows = {"text": (len(Rows(val, verify=False)), self.text_ratio)} if "text" in scores else {}
-            if "conversations" in scores and "sft" in self.measured:
-                rows["conversations"] = (self.measured["sft"]["val_rows"], self.sft_ratio)
-            whole = sum(held_out(self.config.eval.rows, *counted) for counted in rows.values())
-            return whole / sum(scores[kind]["n"] for kind in rows)
+            return self.config.eval.rows / max(1, self.small.eval.rows)
         times = scores["questions"] / max(1, scores["n"])
         if "endless" in scores:  # a trained model ends its answers sooner
-            most = get_task(name, TaskFiles.of(self.config, download=False)).max_tokens  # type: ignore[attr-defined]
-            expected, truncated = self.expected_length(name, most), scores["endless"] / max(1, scores["n"])
-            times *= min(1.0, expected / max(1.0, truncated * most + (1 - truncated) * expected))
+            most: int = get_task(name, self.files).max_tokens  # type: ignore[attr-defined]
+            times *= self.expected_length(name, most) / most
         return times
 
-    def expected_length(self, name: str, most: int) -> float:
-        """Tokens of an answer to a task, as the mixture teaches it; the most that one may have where it does not."""
-        lengths = []
-        if name in {parse_mixture_entry(entry)[0] for entry in self.config.sft.mixture}:
-            tokenizer = Tokenizer.load(self.run.tokenizer)
-            with contextlib.suppress(JaxchatError):
-                task: Task = get_task(name, TaskFiles.of(self.config, download=False))
-                for conversation in itertools.islice(task.train_conversations(200, self.config.seed), 200):
-                    answers = sum(message["role"] == "assistant" for message in conversation)
-                    lengths.append(sum(render(tokenizer, conversation)[1]) / max(1, answers))
-        return min(float(most), fmean(lengths)) if lengths else float(most)
+    def expected_length(self, name: str, most: int) -> int:
+        """Return the tokens of an answer to a task that the mixture teaches; else the most that one may have."""
+        taught = {parse_mixture_entry(entry)[0] for entry in self.config.sft.mixture}
+        return min(most, CONVERSATIONS.get(name, UNKNOWN)[1]) if name in taught else most
 
     def result(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
         m, stages = self.measured, {}
         parts = disk_parts(self.config)
-        for name in (name for name, found in m.items() if isinstance(found, dict) and "work" in found):
-            seconds = stage_seconds(m[name], m["compile_share"])
+        for name in (name for name, found in m.items() if isinstance(found, dict) and "run_seconds" in found):
+            seconds = m[name]["run_seconds"]
             stages[name] = {
                 "rehearsed_seconds": m[name]["seconds"],
                 "seconds": seconds,
@@ -471,24 +422,6 @@ class Rehearsal:
             },
             "rehearsal_seconds": time.perf_counter() - self.begin,
         }
-
-
-def stage_seconds(measured: Measured, share: float) -> float:
-    """Return the seconds of a whole stage; `share`: of the compile time that counts."""
-    work = sum(count * seconds for count, seconds in measured["work"].values())
-    return float(measured.get("fixed", 0.0) + share * measured.get("compile", 0.0) + work)
-
-
-def add_work(loop: Measured, name: str, timings: dict[str, list[float]], count: int, scale: float = 1.0) -> None:
-    """Add what happens `count` times beside the steps, by its timings: the first ones compile, the last does not."""
-    if count and (seconds := timings.get(name)):
-        loop["compile"] += sum(max(0.0, longer - seconds[-1]) for longer in seconds[:-1])
-        loop["work"][name] = (count * scale, seconds[-1])
-
-
-def held_out(limit: int, rows: int, ratio: float) -> int:
-    """Return the held-out rows that the run evaluates, from those of the rehearsal."""
-    return min(limit, max(1, round(rows * ratio)))
 
 
 def times(steps: int, *every: int) -> int:
@@ -533,7 +466,7 @@ def made_up_documents(vocabulary: int, words: int = 250) -> Iterator[str]:
 # On the terminal
 
 SHOWN = ("steps", "step_seconds", "tokens_per_second", "mfu", "checkpoint_bytes", "checkpoint_seconds",
-         "restore_seconds", "loader_seconds")  # fmt: skip
+         "restore_seconds")  # fmt: skip
 
 
 def show(result: dict[str, Any]) -> None:
@@ -542,7 +475,7 @@ def show(result: dict[str, Any]) -> None:
     for name, found in result["measured"].items():
         if name == "eval":
             rows |= {f"exams_of_{stage}": exams for stage, exams in found["exams"].items()}
-        elif not isinstance(found, dict) or "work" not in found:
+        elif not isinstance(found, dict) or "run_seconds" not in found:
             rows[name] = found
         elif "step_seconds" in found:
             rows[name] = {key: found[key] for key in SHOWN if key in found}

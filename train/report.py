@@ -457,9 +457,9 @@ def _contamination(card: Card) -> list[Table]:
         if "reason" in exam:
             reasons += f" {name}: {exam['reason']}."
             continue
-        shares = [f"{exam[key]:.1%}" if exam["looked_up"] else "-" for key in ("share", "gram_share")]
-        rows.append([name, f"{exam['looked_up']:,} of {exam['questions']:,}", *shares, f"{exam['grams']:,}"])
-    head = ["exam", "questions looked up", "with a match", f"{size}-grams found", f"{size}-grams"]
+        share = f"{exam['share']:.1%}" if exam["looked_up"] else "-"
+        rows.append([name, f"{exam['looked_up']:,} of {exam['questions']:,}", share])
+    head = ["exam", "questions looked up", "with a match"]
     share = f", {found['document_share']:.1%} of it" if found.get("document_share") is not None else ""
     note = (
         f"A match: {size} words in a row, in lower case and without punctuation, that a training document has, too. "
