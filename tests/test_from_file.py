@@ -9,7 +9,7 @@ from jaxchat.errors import DataError, UsageError
 from jaxchat.scaling import resolve
 from jaxchat.tasks import get_task
 from jaxchat.tasks.base import NO_FILES, TaskFiles
-from jaxchat.tasks.from_file import ChoiceExam, digest_of, name_of, same_number
+from jaxchat.tasks.from_file import digest_of, name_of, same_number
 from jaxchat.tools.sandbox import Policy, Sandbox
 from train import evaluate, rl
 
@@ -76,22 +76,14 @@ def test_few_bad_rows_are_left_out_and_repeated_questions_are_asked_once(tmp_pat
         get_task(write(tmp_path / "sums.jsonl", [sums()[0], {"question": "?"}]))
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"question": "q", "choices": ["no", "yes", "maybe"], "answer": 1},
-        {"question": "q", "choices": ["no", "yes", "maybe"], "answer": "B"},
-        {"question": "q", "options": ["no", "yes", "maybe"], "answer": "yes"},
-        {"question": "q", "A": "no", "B": "yes", "C": "maybe", "answer": "b"},
-        {"question": "q", "choices": {"text": ["no", "yes", "maybe"], "label": ["1", "2", "3"]}, "answerKey": "2"},
-    ],
-)
-def test_rows_with_choices_are_a_multiple_choice_exam(tmp_path, row):
-    (tmp_path / "quiz.json").write_text(json.dumps([row, row | {"question": "r"}]))
-    task = get_task(f"files:{tmp_path}/quiz.json")
-    assert isinstance(task, ChoiceExam) and task.chance == pytest.approx(1 / 3)
-    assert [example.right for example in task.examples()] == [1, 1]
-    config = resolve(load_config("nano", [f"rl.environment=files:{tmp_path}/quiz.json"]))
+@pytest.mark.parametrize("more", [{"choices": ["no", "yes"]}, {"options": {"A": "no"}}, {"A": "no", "B": "yes"}])
+def test_choices_are_refused_and_not_asked_without_them(tmp_path, more):
+    with pytest.raises(DataError, match="choices"):
+        get_task(write(tmp_path / "quiz.jsonl", [{"question": "q", "answer": "B"} | more]))
+
+
+def test_a_multiple_choice_exam_is_no_environment():
+    config = resolve(load_config("nano", ["rl.environment=mmlu"]))
     with pytest.raises(UsageError, match=r"rl\.environment"):
         rl.environment(config)
 
@@ -218,8 +210,3 @@ def test_messages_are_questions_too_with_their_answer_elsewhere_or_none_for_a_pr
     task = get_task(source + "#grade.py")
     task.sandbox = Sandbox(Policy(cpu_seconds=1, seconds=2.0))
     assert task.grade_all([*task.examples() * 2], ["2", "3"]) == [1.0, 0.0]
-
-
-def test_a_row_without_choices_among_others_is_left_out(tmp_path):
-    rows = [{"question": f"{i}?", "choices": ["a", "b"], "answer": 0} for i in range(30)]
-    assert len(get_task(write(tmp_path / "quiz.jsonl", [*rows, *sums(1)])).examples()) == 30

@@ -10,7 +10,7 @@ from jaxchat.tasks.base import NO_FILES, OWN, Task, TaskFiles
 from jaxchat.tasks.choice import MMLU, ArcChallenge, ArcEasy
 from jaxchat.tasks.conversations import SmolTalk
 from jaxchat.tasks.core import Core
-from jaxchat.tasks.from_file import file_task, name_of
+from jaxchat.tasks.from_file import FileExam, name_of
 from jaxchat.tasks.generated import Arithmetic, Lottery, SpellingBee, WordProblems
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.humaneval import HumanEval
@@ -33,7 +33,7 @@ def get_task(name: str, files: TaskFiles = NO_FILES) -> Task:
     """Return the task of that name, or of a source files:...; `UsageError` lists the known ones."""
     source = name if name.startswith(OWN) else next((own for own in files.own if own_name(own) == name), None)
     if source:
-        return file_task(source, own_name(source), files)
+        return FileExam(source, own_name(source), files)
     if name not in TASKS:
         raise UsageError(f"task {name!r} is unknown{nearest(name, TASKS)}; tasks: {', '.join(TASKS)}")
     return TASKS[name](files)

@@ -1,6 +1,6 @@
 """Exams and RL environments from a file: questions and answers, a `grade` of your own in Python, or preferences.
 
-    files:sums.jsonl             rows with a question and its accepted answers, or with `choices`
+    files:sums.jsonl             rows with a question and its accepted answers
     files:sums.jsonl#grade.py    the answers are graded by `grade(question, answer)` of a Python file, in the sandbox
 
 See `docs/finetune.md` for the fields. What RL trains on is no exam: a fifth of its questions is held out, by a hash of
@@ -30,8 +30,7 @@ from jaxchat.data.sources import document_hash, find_files, limit_of_hashes, rea
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import say
 from jaxchat.run_dir import sha256_file
-from jaxchat.tasks.base import OWN, RIGHT, ChoiceExample, ChoiceTask, Example, Task, TaskFiles, WrittenTask
-from jaxchat.tasks.choice import LETTERS, choice_example
+from jaxchat.tasks.base import OWN, RIGHT, Example, TaskFiles, WrittenTask
 from jaxchat.tasks.conversations import LISTS, conversation_of
 from jaxchat.tasks.humaneval import open_sandbox
 from jaxchat.tools.sandbox import Sandbox, SandboxError
@@ -42,10 +41,9 @@ ANSWER = (
     "answers", "answer", "expected", "target", "ground_truth", "reference", "solution", "output", "response",
     "completion", "answerkey", "label", "gold", "ideal", "reward_model", "답변", "정답",
 )  # fmt: skip
-CHOICES = ("choices", "options")
 SIDES = ("chosen", "rejected")
 MATCHES = ("exact", "numeric", "regex")
-PROGRAM, PROGRAM_WITH_ANSWER = "grade(question, answer)", "grade(question, answer, expected)"
+PROGRAM = "grade"
 SCORED = "scored"
 TRIED = 8  # questions that `grade` is tried on before any work
 MARK = "####"  # before the result of a worked solution, as in GSM8K
@@ -133,32 +131,6 @@ def accepted(value: Any) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def options_of(row: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Return (letters, options) of a multiple-choice row; two empty lists if it is none."""
-    columns = {letter: row[letter.lower()] for letter in LETTERS if isinstance(row.get(letter.lower()), str)}
-    value = next((row[name] for name in CHOICES if row.get(name) is not None), columns if "B" in columns else [])
-    labels: Sequence[Any] = LETTERS
-    if isinstance(value, dict) and isinstance(value.get("text"), list):  # ARC's
-        labels, value = value.get("label") or LETTERS, value["text"]
-    elif isinstance(value, dict):  # by letter
-        labels, value = list(value), list(value.values())
-    if not isinstance(value, list) or (value and not 2 <= len(value) <= len(LETTERS)):
-        raise ValueError(f"choices must be a list of 2 to {len(LETTERS)}")
-    return [str(label) for label in labels[: len(value)]], [str(text) for text in value]
-
-
-def choice_of(prompt: list[Message], row: dict[str, Any]) -> ChoiceExample:
-    """Return the question of a multiple-choice row, whose answer is a letter, an option's text or number (from 0)."""
-    letters, options = options_of(row)
-    answer = first_field(row, (*ANSWER[1:], "correct"))
-    (text,) = accepted(answer)
-    if isinstance(answer, int) or (text not in (*letters, *options) and text.isdecimal()):
-        right = int(text)
-    else:
-        right = letters.index(text.upper()) if text.upper() in letters else options.index(text)
-    return choice_example(spoken(prompt), options, right)
-
-
 def plain(text: str) -> str:
     """Return a text without currency, in compatible characters: ½ as 1/2, full-width digits as digits."""
     text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2044", "/")
@@ -192,9 +164,9 @@ def same_number(answer: str, expected: str) -> bool:
 
 
 def match_of(row: dict[str, Any], answers: list[str]) -> str:
-    """Return the row's way to compare, "" where it names none; `ValueError` if it cannot work."""
-    match = row.get("match") or ""
-    if match and match not in MATCHES:
+    """Return how a row's answers are compared; `ValueError` if that cannot work."""
+    match = row.get("match") or ("numeric" if all(map(is_number, answers)) else "exact")
+    if match not in MATCHES:
         raise ValueError(f"match {str(match)[:40]!r} is unknown; take {', '.join(MATCHES)}")
     if match == "numeric" and any(number_of(text) is None for text in answers):
         raise ValueError("match is numeric, and the answer has no number")
@@ -203,15 +175,16 @@ def match_of(row: dict[str, Any], answers: list[str]) -> str:
             re.compile(text)
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"not a regular expression: {text[:40]!r} ({error})") from None
-    return match
+    return str(match)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What a source holds. `expected` of a written example is {how it is compared: accepted answers}."""
+    """What a source holds. `expected` of an example is {how it is compared: accepted answers}."""
 
-    examples: tuple[Any, ...]  # all `Example`s, or all `ChoiceExample`s, no two with the same prompt
+    examples: tuple[Example, ...]  # no two with the same prompt
     program: str  # text of the Python file; "": none
+    arguments: int  # of its function `grade`: 2, or 3 with the accepted answers
 
     @functools.cached_property
     def training(self) -> frozenset[str]:
@@ -261,35 +234,23 @@ def parsed(parse: Callable[[Any], T], source: str, paths: Iterable[Path], encodi
 @until_changed
 def read_questions(source: str, paths: list[Path], encoding: str, most: float) -> Questions:
     """Return the questions of a source; `DataError` if too many rows cannot be used, with the first."""
-    program, kind, types = "", "", list[type]()
+    program, arguments = "", 0
     if split_source(source)[1]:
         program = paths.pop().read_text(encoding="utf-8", errors="replace")
-        kind = kind_of(program, source)
-
-    def parse(row: Any) -> Any:
-        if not isinstance(row, dict):
-            raise ValueError("not an object with fields")
-        example = example_of({str(name).lower(): value for name, value in row.items()}, kind)
-        types.append(type(example))
-        if types[-1] is not types[0]:
-            raise ValueError("choices in some rows alone; make them two files")
-        return example
-
-    read = parsed(parse, source, paths, encoding, most)
-    examples = dict[str, Any]()
-    for example in read:
-        examples.setdefault(spoken(example.prompt), example)
+        arguments = arguments_of(program, source)
+    read = parsed(lambda row: example_of(row, arguments), source, paths, encoding, most)
+    examples = {spoken(example.prompt): example for example in reversed(read)}  # the first of the same questions
     if not examples:
         raise DataError(f"{source}: no questions in it")
-    kinds = Counter("choice" if isinstance(e, ChoiceExample) else next(iter(e.expected)) for e in examples.values())
+    kinds = Counter(kind for example in examples.values() for kind in example.expected)
     summary = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
     repeated = f", {len(read) - len(examples):,} repeated" if len(read) > len(examples) else ""
     say(f"  {source}: {len(examples):,} questions ({summary}){repeated}")
-    return Questions(tuple(examples.values()), program)
+    return Questions(tuple(examples.values())[::-1], program, arguments)
 
 
-def kind_of(program: str, source: str) -> str:
-    """Return whether `grade` of a program takes the accepted answers too; `UsageError` without such a function."""
+def arguments_of(program: str, source: str) -> int:
+    """Return 3 if `grade` of a program takes the accepted answers too, else 2; `UsageError` without the function."""
     try:
         tree = ast.parse(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -297,19 +258,24 @@ def kind_of(program: str, source: str) -> str:
     grades = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "grade"]
     if not grades:
         raise UsageError(f"{source}: defines no function grade(question, answer)")
-    return PROGRAM_WITH_ANSWER if len(grades[-1].args.args) > 2 else PROGRAM
+    return 3 if len(grades[-1].args.args) > 2 else 2
 
 
-def example_of(row: dict[str, Any], program: str) -> Example | ChoiceExample:
-    """Return the question of a row; `ValueError` and the like say why it cannot be used."""
+def example_of(record: Any, arguments: int) -> Example:
+    """Return the question of a row for a program with so many arguments (0: none).
+
+    `ValueError` and the like say why the row cannot be used.
+    """
+    if not isinstance(record, dict):
+        raise ValueError("not an object with fields")
+    row = {str(name).lower(): value for name, value in record.items()}
+    if row.get("choices") or row.get("options") or all(isinstance(row.get(letter), str) for letter in "ab"):
+        raise ValueError("choices; write them into the question, and as its answer the letter")
     prompt, written = prompt_of(row)
-    if not program and options_of(row)[1]:
-        return choice_of(prompt, row)
-    if program == PROGRAM:
+    if arguments == 2:
         return Example(prompt, {PROGRAM: []})
     answers = accepted(first_field(row, ANSWER, written))
-    default = "numeric" if all(is_number(text) for text in answers) else "exact"
-    return Example(prompt, {program or match_of(row, answers) or default: answers})
+    return Example(prompt, {PROGRAM if arguments else match_of(row, answers): answers})
 
 
 # Preferences
@@ -361,58 +327,37 @@ def read_pairs(source: str, paths: list[Path], encoding: str, most: float) -> tu
 # Tasks
 
 
-class FileExam(Task):
-    """What the two kinds of tasks from a file have in common."""
+class FileExam(WrittenTask):
+    """An exam or RL environment of written answers, compared with the accepted ones or graded by a program."""
+
+    max_tokens = 512  # as GSM8K's
 
     def __init__(self, source: str, name: str, files: TaskFiles):
         super().__init__(files)
         self.source, self.name, self.title = source, name, name.replace("_", " ")
         self.questions = read_questions(source, files)
+        self._kinds = {kind for example in self.questions.examples for kind in example.expected}
         self._outcomes = Counter[str]()  # of programs and regular expressions
-
-    @functools.cached_property
-    def _examples(self) -> list[Any]:
-        everything, trained = self.questions.examples, frozenset[str]()
-        if is_preferences(self.files.environment):
-            trained = frozenset(spoken(chosen[:-1]) for chosen, _ in read_pairs(self.files.environment, self.files)[0])
-        elif self.files.environment:
-            trained = read_questions(self.files.environment, self.files).training
-        asked = [example for example in everything if spoken(example.prompt) not in trained]
-        if not asked:
-            raise DataError(f"{self.source}: all of its questions are trained on by rl.environment")
-        return asked
-
-    def examples(self) -> Sequence[Any]:
-        """Return the questions, but those that `rl.environment` trains on."""
-        return self._examples
-
-    def check(self) -> None:
-        asked, count = len(self.examples()), len(self.questions.examples)
-        if asked < count:
-            say(f"  {self.source}: RL trains on {count - asked:,} of them, the exam asks the other {asked:,}")
-
-
-class ChoiceExam(FileExam, ChoiceTask):
-    """A multiple-choice exam from a file. Guessing gets the mean over its questions."""
-
-    def __init__(self, source: str, name: str, files: TaskFiles):
-        super().__init__(source, name, files)
-        examples = self.questions.examples
-        self.chance = sum(1 / len(example.letters) for example in examples) / len(examples)
-
-
-class WrittenExam(FileExam, WrittenTask):
-    """An exam or RL environment of written answers, compared with the accepted ones or graded by a program."""
-
-    max_tokens = 512  # as GSM8K's
 
     @functools.cached_property
     def sandbox(self) -> Sandbox:
         return open_sandbox(self.name, self.files.sandbox)
 
     @functools.cached_property
-    def _kinds(self) -> set[str]:
-        return {kind for example in self.questions.examples for kind in example.expected}
+    def _examples(self) -> list[Example]:
+        environment, trained = self.files.environment, frozenset[str]()
+        if is_preferences(environment):
+            trained = frozenset(spoken(chosen[:-1]) for chosen, _ in read_pairs(environment, self.files)[0])
+        elif environment:
+            trained = read_questions(environment, self.files).training
+        asked = [example for example in self.questions.examples if spoken(example.prompt) not in trained]
+        if not asked:
+            raise DataError(f"{self.source}: all of its questions are trained on by rl.environment")
+        return asked
+
+    def examples(self) -> Sequence[Example]:
+        """Return the questions, but those that `rl.environment` trains on."""
+        return self._examples
 
     def train_examples(self, seed: int) -> Sequence[Example]:
         """Return the questions that are not held out, in the order of the file; RL shuffles them."""
@@ -421,7 +366,9 @@ class WrittenExam(FileExam, WrittenTask):
 
     def check(self) -> None:
         """Read every row, and try the program on a few questions with their own answers."""
-        super().check()
+        asked, count = len(self.examples()), len(self.questions.examples)
+        if asked < count:
+            say(f"  {self.source}: RL trains on {count - asked:,} of them, the exam asks the other {asked:,}")
         if not self.questions.program:
             return
         tried = self.questions.examples[:TRIED]
@@ -467,11 +414,11 @@ class WrittenExam(FileExam, WrittenTask):
 
     def _call(self, examples: Sequence[Example], answers: Sequence[str]) -> list[tuple[str, float]]:
         """Return (outcome, score) of the program, or of regular expressions, on as many cores as there are."""
-        program = self.questions.program or REGEX_GRADE
+        program, arguments = self.questions.program or REGEX_GRADE, self.questions.arguments or 3
         calls = []
         for example, answer in zip(examples, answers, strict=True):
-            ((kind, accepted),) = example.expected.items()
-            calls.append([example.prompt[-1]["content"], answer, *([] if kind == PROGRAM else [accepted])])
+            (accepted,) = example.expected.values()
+            calls.append([example.prompt[-1]["content"], answer, accepted][:arguments])
         size = -(-len(calls) // cores()) or 1
         chunks = [calls[i : i + size] for i in range(0, len(calls), size)]
         try:
@@ -497,9 +444,3 @@ COMPARED: dict[str, Callable[[str, str], bool]] = {
     "exact": lambda answer, text: normalized(answer) == normalized(text),
     "numeric": same_number,
 }
-
-
-def file_task(source: str, name: str, files: TaskFiles) -> Task:
-    """Return the task of a file; its rows decide the kind. `DataError` if it cannot be read."""
-    choice = isinstance(read_questions(source, files).examples[0], ChoiceExample)
-    return (ChoiceExam if choice else WrittenExam)(source, name, files)
