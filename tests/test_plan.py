@@ -21,7 +21,6 @@ from train.plan import (
     estimate,
     plan,
     plan_budget,
-    product_rate,
     sft_tokens,
     used,
 )
@@ -141,10 +140,6 @@ def test_steps_before_the_newest_checkpoint_take_no_time(tmp_path):
 def test_a_finished_run_has_nothing_left(finished):
     config = resolve(load_config(finished / "config.toml"))
     assert unfinished(config, RunDir(finished)) == []
-
-
-def test_a_cpu_has_a_rate():
-    assert 1e8 < product_rate(repeats=1) < 1e14
 
 
 def test_a_disk_that_is_too_small_is_said_first(corpus, tmp_path, capsys):

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxchat.config import Config, replaced
-from jaxchat.data.shards import token_dtype
+from jaxchat.data.shards import cores, token_dtype
 from jaxchat.data.sources import MARGIN, find_files, generator_of, parse, parse_hub, text_size
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import print_facts, say, size_text, waiting
@@ -61,7 +60,6 @@ UNKNOWN = (1_000, 200)  # of any other data set
 DATASETS = {"smoltalk": 1_000_000_000, "core": 200_000_000, "mmlu": 100_000_000}  # downloads, about
 LOG_BYTES, METRICS_BYTES = 3_000_000, 250  # reports, samples and plots of a run; `metrics.jsonl`, a step
 LONGEST_HOURS = 48.0  # on a CPU, without train.allow_slow
-SLOWEST_RATE = 1e9  # FLOP/s of any CPU: what is short even there is not measured
 
 Plan = dict[str, Any]  # the object that `--json` prints
 
@@ -444,25 +442,11 @@ def check_time(config: Config, run: RunDir, left: Collection[str], line: str | N
         if stage in left:
             done = max(saved_steps(run.stage(folder)), default=0)
             tokens += max(0, stage_steps(config)[stage] - done) * step_tokens[stage]
-    flops = flops_per_token(config.model) * tokens
-    if flops / SLOWEST_RATE <= LONGEST_HOURS * 3600:
-        return
-    rate = product_rate() * jax.process_count()
-    hours = flops / (rate * CPU.mfu) / 3600
+    rate = CPU.peak * cores() * jax.process_count() * CPU.mfu
+    hours = flops_per_token(config.model) * tokens / rate / 3600
     if hours > LONGEST_HOURS:
         raise UsageError(
             f"{config.tier}: training would take about {hours / 24:,.0f} days on this CPU ({rate / 1e9:,.0f} GFLOP/s). "
             f"{f'{line}. Or take' if line else 'Take'} a machine with a GPU or TPU (plan --target h100:8 says what it "
             "needs), a smaller tier, or --set train.allow_slow=true"
         )
-
-
-def product_rate(side: int = 1536, repeats: int = 3) -> float:
-    """Return the FLOP/s of float32 products on this CPU, the best of a few."""
-    multiply, matrix = jax.jit(jnp.matmul), jnp.ones((side, side), jnp.float32)
-    seconds = []
-    for _ in range(repeats + 1):  # the first compiles
-        begin = time.perf_counter()
-        multiply(matrix, matrix).block_until_ready()
-        seconds.append(time.perf_counter() - begin)
-    return 2 * side**3 / min(seconds)
