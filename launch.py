@@ -40,11 +40,12 @@ COMMANDS = {
     "watch": "a page that follows a run while it trains, and after",
     "doctor": "what this machine can do, and what to install for more",
     "compare": "two runs side by side",
+    "ladder": "a series of depths: fit, prediction, compute multiplier",
     "export": "a run's model for other people: Orbax or Hugging Face",
     "import": "a run from the weights of nanochat or Hugging Face",
     "tiers": "list the tiers with hardware, time and cost",
 }
-ALIASES = {f"--{name}" for name in ("chat", "serve", "plan", "rehearse", "doctor", "compare", "tiers")}
+ALIASES = {f"--{name}" for name in ("chat", "serve", "plan", "rehearse", "doctor", "compare", "ladder", "tiers")}
 INTEROP = ("export", "import")  # jaxchat.interop reads their arguments
 CACHE_BYTES = 2 << 30  # of compiled programs; JAX deletes the least recently used ones
 CACHE_PROGRAMS = 4_000  # that a start leaves there: JAX reads the time of every one when it adds one
@@ -54,7 +55,7 @@ python launch.py --tier nano        then: python launch.py chat runs/nano
 --set KEY=VALUE sets any key of docs/configuration.md; COMMAND --help says more"""
 
 
-CONFIGURED = "train chat serve plan rehearse doctor"
+CONFIGURED = "train chat serve plan rehearse doctor ladder"
 OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # commands, flag, what argparse knows of it
     (CONFIGURED, "--tier", {"help": "configs/NAME.toml (default: nano)"}),
     (CONFIGURED, "--config", {"metavar": "FILE", "help": "repeat a run from its saved config.toml"}),
@@ -70,11 +71,24 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # commands, flag, what
     ("watch", "run", {"nargs": "?", "metavar": "RUN", "default": "runs/nano", "help": "default runs/nano"}),
     ("train", "--watch", {"action": "store_true", "help": "open a page that follows the run (command watch)"}),
     ("train watch", "--beside", {"metavar": "RUN", "help": "another run, drawn as a grey line behind this one"}),
-    ("plan rehearse doctor compare", "--json", {"action": "store_true", "help": "print one JSON object"}),
+    ("ladder", "--depths", {"metavar": "A,B,C", "help": "layers (default: three below the tier's, 2,3,4 of ladder)"}),
+    ("ladder", "--seeds", {"type": int, "metavar": "N", "help": "runs of each depth (default 3)"}),
+    (
+        "ladder",
+        "--next",
+        {"dest": "further", "action": "store_true", "help": "train the depth after them, as predicted"},
+    ),
+    ("ladder", "--against", {"action": "append", "default": [], "metavar": "FILE", "help": "another's ladder.json"}),
+    ("ladder", "--plan", {"action": "store_true", "help": "hours and dollars on --target; nothing is trained"}),
+    ("plan rehearse doctor compare ladder", "--json", {"action": "store_true", "help": "print one JSON object"}),
     ("serve watch", "--host", {"help": "address to serve on (default 127.0.0.1)"}),
     ("serve", "--port", {"type": int, "help": "port to serve on (default 8000)"}),
     ("train watch", "--port", {"type": int, "default": 8001, "help": "port of that page (default 8001)"}),
-    ("plan", "--target", {"default": "auto", "help": "auto, cpu:N, h100:N, v5e:RxC and others: docs/planning.md"}),
+    (
+        "plan ladder",
+        "--target",
+        {"default": "auto", "help": "auto, cpu:N, h100:N, v5e:RxC and others: docs/planning.md"},
+    ),
     ("plan", "--budget", {"metavar": "100usd", "help": "the deepest model that the money buys on --target"}),
     ("plan", "--hours", {"type": float, "metavar": "H", "help": "the deepest model that trains in the time"}),
     ("rehearse", "--keep", {"action": "store_true", "help": "keep what it has written"}),
@@ -118,7 +132,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse a command and its options; `--chat`, `--plan` and other flags of older versions become commands."""
     words = list(argv)
     if not words or words[0] not in {*COMMANDS, "-h", "--help", "--version"}:
-        flags = [word for word in words if word in ALIASES]
+        flags = ["--ladder"] if "--ladder" in words else [word for word in words if word in ALIASES]
         if any(word.partition("=")[0] in ("--budget", "--hours") for word in words):
             flags.insert(0, "--plan")
         words = [flags[0].removeprefix("--") if flags else "train", *(word for word in words if word not in flags)]
@@ -222,10 +236,12 @@ def run(args: argparse.Namespace) -> int:
         os.environ["no_proxy"] = "*"  # as for `serve`
         watch(Path(args.run), args.host or "127.0.0.1", args.port, api_keys(), args.beside and Path(args.beside))
         return 0
-    if args.command == "plan":
+    plans = args.command == "plan" or (args.command == "ladder" and args.plan)
+    if plans:
         prepare_plan(args.target)
     # training joins other processes first, doctor says what is missing, and a plan for another target counts its own
-    if args.command in ("chat", "serve", "rehearse", "compare") or (args.command == "plan" and args.target == "auto"):
+    uses_devices = ("chat", "serve", "rehearse", "compare", "ladder")
+    if (args.command in uses_devices and not plans) or (plans and args.target == "auto"):
         from jaxchat.sharding import require_devices
 
         require_devices()
@@ -241,6 +257,20 @@ def run(args: argparse.Namespace) -> int:
         if config.train.init:
             raise UsageError("--budget and --hours choose a depth, and the weights of train.init have one")
         plan_budget(config, args.target, args.budget, args.hours, as_json=args.json)
+        return 0
+
+    if args.command == "ladder":
+        from train import ladder
+
+        config, root = given_config(args, "ladder")
+        if not args.run_dir:  # not that of the tier's own run
+            root = root if config.tier == "ladder" else root.with_name(f"ladder-{config.tier}")
+        depths, seeds = ladder.shape(root, config, args.depths, args.seeds)
+        if args.plan:
+            ladder.plan_ladder(config, depths, seeds, args.target, as_json=args.json)
+        else:
+            keep_programs(config.data.cache_dir)
+            ladder.climb(config, root, depths, seeds, args.further, args.against)
         return 0
 
     from jaxchat.run_dir import RunDir

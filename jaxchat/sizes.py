@@ -158,10 +158,14 @@ def kv_values_per_row(config: ModelConfig, context: int) -> int:
     return 2 * config.n_kv_heads * config.head_width * seen
 
 
+def looked_up(config: ModelConfig) -> int:
+    """Return the values that one token reads from tables: its embedding, and its value embeddings."""
+    return config.width + len(value_layers(config)) * config.n_kv_heads * config.head_width
+
+
 def decode_bytes_per_step(config: ModelConfig, rows: int, context: int, item_bytes: int) -> int:
     """Return the bytes a decode step must read: weights that take part, one embedding row a token, the live cache."""
-    tables = (1 + len(value_layers(config))) * config.width
-    return item_bytes * (matmul_parameters(config) + rows * (tables + kv_values_per_row(config, context)))
+    return item_bytes * (matmul_parameters(config) + rows * (looked_up(config) + kv_values_per_row(config, context)))
 
 
 def exam_rows(config: ModelConfig, free_bytes: int, devices: int, item_bytes: int, scores: bool) -> int:

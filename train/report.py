@@ -237,12 +237,17 @@ def render(card: Card, pictures: Sequence[Picture] | None = None) -> tuple[str, 
     }
     texts = []
     for kind in ("md", "html"):
-        loader = FileSystemLoader(Path(__file__).with_name("templates"))
-        env = Environment(loader=loader, autoescape=kind == "html", undefined=StrictUndefined)
-        env.trim_blocks = env.lstrip_blocks = True
-        env.filters |= {"words": words, "plain": plain, "code": code}
-        texts.append(env.get_template("card.j2").render(values, kind=f"{kind}.j2"))
+        texts.append(environment(kind).get_template("card.j2").render(values, kind=f"{kind}.j2"))
     return re.sub("\n{3,}", "\n\n", texts[0]).strip() + "\n", CONTROL.sub("\ufffd", texts[1].lstrip())
+
+
+def environment(kind: str) -> Environment:
+    """Return the templates, for "html" (text is escaped) or "md"."""
+    loader = FileSystemLoader(Path(__file__).with_name("templates"))
+    env = Environment(loader=loader, autoescape=kind == "html", undefined=StrictUndefined)
+    env.trim_blocks = env.lstrip_blocks = True
+    env.filters |= {"words": words, "plain": plain, "code": code}
+    return env
 
 
 def words(cell: Cell) -> str:

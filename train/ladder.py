@@ -1,0 +1,556 @@
+"""A ladder of depths: held-out bits per byte against training FLOPs, the next depth predicted, two ladders compared.
+
+Every run is a run directory below the ladder's folder, with the tokenizer and rows of `data/` linked into it. The
+numbers are in `ladder.json`; `ladder.html` and `ladder.svg` are made from it alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime
+import hashlib
+import io
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from jaxchat.checkpoint import trained_params
+from jaxchat.config import KEYS, Config, ModelConfig, flatten, is_derived, load_config, replaced, to_toml
+from jaxchat.data.shards import FORMAT as SHARDS
+from jaxchat.data.shards import REPAIR, read_documents
+from jaxchat.engine.scoring import Scorer
+from jaxchat.errors import DataError, DivergedError, JaxchatError, OutOfMemoryError, UsageError
+from jaxchat.log import progress, read_metrics, say
+from jaxchat.run_dir import RunDir, atomic_write, link, read_json, read_sealed, require_format, write_json
+from jaxchat.scaling import derivations, resolve
+from jaxchat.sizes import count_parameters, flops_per_token, looked_up
+from jaxchat.tokenizer import Tokenizer
+
+from .compare import windows
+from .curves import STYLE
+from .plan import before_training, best_plan
+from .report import Table, count, duration, environment, money, speed, text_table
+from .stages import run_stages, select
+from .targets import parse_target
+
+FORMAT = 1  # of `ladder.json`
+DOCUMENTS, DOCUMENT_BYTES = 400, 2_000_000  # held-out ones that are scored, at most
+MEASURES = {"start": "bits per byte, windows from a document's start", "every": "bits per byte, every byte"}
+SCORING = "float32; documents in windows of seq_len + 1 tokens that overlap by half; start: the first window alone"
+AXES = {"flops": "FLOPs", "tokens": "tokens", "seconds": "wall clock"}
+RESAMPLES, SEED = 2_000, 20_261_130  # of the bootstrap
+# Prior of the offset a in a + b C^-c, as a share of the best loss; and the misfit that counts as one deviation
+OFFSET, OFFSET_SD, MISFIT = 0.5, 0.25, 0.005
+OWN_KEYS = ("seed", "tier", "model.depth")  # in which the runs of a ladder may differ
+DERIVED = ("model.width", "model.n_heads", "model.n_kv_heads", "train.steps")
+
+Ladder = dict[str, Any]  # what `ladder.json` holds
+Points = list[dict[str, Any]]
+Fit = tuple[np.ndarray, np.ndarray, np.ndarray]  # a, b, c of a + b C^-c, each (R, 1)
+
+
+# Scoring
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out documents: ids with `<|bos|>` first, and the bytes of each that count, by measure."""
+
+    documents: list[list[int]]
+    sizes: dict[str, np.ndarray]
+    corpus: dict[str, Any]  # what two ladders must have in common
+
+    @classmethod
+    def of(cls, data: RunDir, context: int) -> HeldOut:
+        """Return the documents with the smallest hashes that stage prepare held out in `data`."""
+        tokenizer, found, trained = Tokenizer.load(data.tokenizer), dict[int, np.ndarray](), list[str]()
+        for folder in sorted((data.data / "tokens").glob("*")):
+            found |= {number: tokens for tokens, number in read_documents(folder, "val", tokenizer.digest)}
+            parts = read_sealed(folder / "manifest.json", SHARDS, REPAIR)["parts"]
+            trained += [part["train"]["hashes_sha256"] for part in parts]
+        lengths, numbers = tokenizer.byte_lengths(), sorted(found)[:DOCUMENTS]
+        before = np.cumsum([0, *(lengths[found[number]].sum() for number in numbers)])[:-1]
+        numbers = [number for number, size in zip(numbers, before, strict=True) if size < DOCUMENT_BYTES]
+        documents = [found[number].tolist() for number in numbers]
+        ends = {"start": context + 1, "every": None}
+        sizes = {m: np.array([lengths[ids[:end]].sum() for ids in documents], np.int64) for m, end in ends.items()}
+        corpus = {
+            "training_text": hashlib.sha256("".join(trained).encode()).hexdigest(),
+            "held_out": hashlib.sha256(np.array(numbers, "<u8").tobytes()).hexdigest(),
+            "documents": len(documents),
+            "tokenizer": tokenizer.digest,
+            "context": context,
+            "scoring": SCORING,
+        }
+        return cls(documents, sizes, corpus)
+
+    def score(self, config: ModelConfig, params: Any) -> dict[str, list[float]]:
+        """Return the bits of every document, by measure: of its first window, and of all its windows."""
+        scorer = Scorer(config, params, context=0, dtype=jnp.float32)
+        groups = [windows(ids, self.corpus["context"] + 1) for ids in self.documents]
+        with progress("score", sum(map(len, groups))) as bar:
+            scores = iter(scorer.spans([[span] for group in groups for span in group], bar.advance))
+            losses = [[next(scores)[0].loss / math.log(2) for _ in group] for group in groups]
+        return {"start": [one[0] for one in losses], "every": [math.fsum(one) for one in losses]}
+
+    def point(self, config: Config, tokens: int, step_seconds: float, bits: dict[str, list[float]]) -> dict[str, Any]:
+        """Return the entry of one run in `ladder.json`. FLOPs are counted as nanochat does."""
+        number, steps = count_parameters(config.model), config.train.steps
+        return {
+            "depth": config.model.depth,
+            "seed": config.seed,
+            "flops": flops_per_token(config.model) * tokens,
+            "tokens": tokens,
+            "seconds": step_seconds * steps,
+            "step_seconds": step_seconds,
+            "parameters": number.total,
+            "scaling_parameters": number.scaling,
+            "table_parameters": number.total - number.scaling - number.scalars,
+            "bytes_looked_up": 4 * looked_up(config.model),
+            **{m: math.fsum(bits[m]) / float(self.sizes[m].sum()) for m in MEASURES},
+            "bits": {m: [round(b, 3) for b in bits[m]] for m in MEASURES},
+        }
+
+
+# The folder and its runs
+
+
+def shape(root: Path, given: Config, words: str | None, seeds: int | None) -> tuple[list[int], int]:
+    """Return the depths of `--depths 2,3,4` and the number of seeds; by default as the folder's ladder has them.
+
+    Of a new one: the three depths below the tier's, a fifth of it apart, and three seeds. `UsageError` where the depths
+    do not rise or are no numbers.
+    """
+    card = read_ladder(root) if (root / "ladder.json").exists() else {}
+    gap = max(1, given.model.depth // 5)
+    depths = card.get("depths") or [d for i in (3, 2, 1) if (d := given.model.depth - gap * i) > 0]
+    seeds = card.get("seeds", 3) if seeds is None else seeds
+    try:
+        depths = [int(word) for word in words.split(",")] if words is not None else depths
+    except ValueError:
+        depths = []
+    if not depths or depths != sorted(set(depths)) or depths[0] < 1 or seeds < 1:
+        raise UsageError(
+            f"--depths {words} --seeds {seeds}: give rising numbers of layers, as 2,3,4, and a seed or more"
+        )
+    return depths, seeds
+
+
+def next_depth(depths: Sequence[int]) -> int:
+    """Return the depth after the last one, as far from it as that is from the one before."""
+    return depths[-1] + (depths[-1] - depths[-2] if len(depths) > 1 else 1)
+
+
+def opened(given: Config, root: Path, deepest: int) -> Config:
+    """Return the settings that all runs of the ladder share, and keep them in its `config.toml`.
+
+    Hub text is as much as the deepest one needs. `UsageError` names keys that a ladder derives and that are set, and
+    those in which the folder's runs differ.
+    """
+    values, own = flatten(given), root / "config.toml"
+    if wrong := [key for key in DERIVED if not is_derived(values[key])]:
+        sets = " ".join(f"--set {key}=-1" for key in wrong)
+        raise UsageError(f"{', '.join(wrong)}: a ladder derives it from the depth and train.token_ratio; add {sets}")
+    if given.train.init or given.data.size_model:
+        raise UsageError("train.init, data.size_model: a ladder begins at random weights, and its depths are given")
+    before = flatten(load_config(own)) if own.exists() else {}
+    text = resolve(replaced(given, "model", depth=deepest)).data.text_bytes
+    if before and is_derived(given.data.text_bytes):  # a longer ladder goes on with the text that is there
+        text = before["data.text_bytes"]
+    given = replaced(given, "data", text_bytes=text)
+    if changed := [
+        f"{key} ({before[key]!r} -> {value!r})"
+        for key, value in flatten(given).items()
+        if before and value != before[key] and key not in OWN_KEYS and not KEYS[key].free
+    ]:
+        raise UsageError(f"{root}: was made with other settings: {', '.join(changed)}; choose another --run-dir")
+    if not before:
+        atomic_write(own, to_toml(given))
+    return given
+
+
+def rung(given: Config, depth: int, seed: int) -> Config:
+    """Return the resolved configuration of one run."""
+    return resolve(dataclasses.replace(replaced(given, "model", depth=depth), seed=seed))
+
+
+def prepared(given: Config, root: Path, depth: int) -> tuple[RunDir, HeldOut]:
+    """Return `data/`, a run directory with the tokenizer and the rows that all share, and its held-out documents."""
+    data, config = RunDir(root / "data"), rung(given, depth, given.seed)
+    run_stages(config, data, select("prepare", None), {})
+    return data, HeldOut.of(data, config.model.seq_len)
+
+
+def trained(given: Config, depth: int, seed: int, root: Path, data: RunDir, held: HeldOut) -> dict[str, Any]:
+    """Train one run, or find it done, and return its point."""
+    config, run = rung(given, depth, seed), RunDir(root / f"d{depth}_s{seed}")
+    if not run.stages.exists():
+        for folder in ("tokenizer", "data/rows"):
+            shutil.rmtree(run.root / folder, ignore_errors=True)
+            shutil.copytree(data.root / folder, run.root / folder, copy_function=link)
+        write_json(run.stages, {name: data.records()[name] for name in ("tokenizer", "prepare")})
+    if run.records().get("pretrain", {}).get("status") != "done":
+        say(run.root.name, style="bold")
+        before_training(config, run, {"pretrain"})
+    run_stages(config, run, select("pretrain", None), derivations(given, config))
+    facts, scores = run.records()["pretrain"]["facts"], run.eval("ladder")
+    key = {"params_sha256": facts["params_sha256"], "corpus": held.corpus}
+    cached = read_json(scores) if scores.exists() else {}
+    if {name: cached.get(name) for name in key} != key:
+        cached = key | {"bits": held.score(config.model, trained_params(run, "base"))}
+        write_json(scores, cached)
+    step = speed(read_metrics(run.stage("base") / "metrics.jsonl"))["step_seconds"]
+    return held.point(config, facts["tokens"], step, cached["bits"]) | {"run": run.root.name}
+
+
+def climb(
+    given: Config, root: Path, depths: Sequence[int], seeds: int, further: bool = False, against: Sequence[str] = ()
+) -> Ladder:
+    """Train what is missing of the ladder in `root`, write and print its results, and return `ladder.json`.
+
+    The depth after the last is predicted, and with `further` trained. A run that diverges, or does not fit, leaves the
+    others alone; the first such error is raised at the end.
+    """
+    following, others, errors = next_depth(depths), [read_ladder(path) for path in against], list[JaxchatError]()
+    with RunDir(root).lock():
+        given = opened(given, root, max(following, given.model.depth))
+        data, held = prepared(given, root, depths[0])
+        old = read_ladder(root) if (root / "ladder.json").exists() else {}
+        card = blank(f"jaxchat {root.name}", given, held) | {"depths": list(depths), "seeds": seeds}
+        card["predictions"] = old.get("predictions", [])
+        for depth in [*depths, following]:
+            if depth == following:
+                predict(card, given, depth, root, required=further)
+                write(root, card)
+                if not further:
+                    break
+            for seed in range(given.seed, given.seed + seeds):
+                try:
+                    card["points"].append(trained(given, depth, seed, root, data, held))
+                except (DivergedError, OutOfMemoryError) as error:
+                    errors.append(error)
+                    card["failed"][f"d{depth}_s{seed}"] = str(error)
+                    say(f"  d{depth}_s{seed}: {error}; the others go on", style="yellow")
+                write(root, card)
+            jax.clear_caches()
+        card["against"] = [multipliers(card, other) for other in others]
+        write(root, card, others)
+    parts = [f"{t.title}\n\n{text_table([t.head, *t.rows])}\n{t.note}".rstrip() for t in tables(card)]
+    print("\n\n".join([headline(card), *parts]))
+    say(f"page {root / 'ladder.html'}, numbers {root / 'ladder.json'}")
+    if errors:
+        raise errors[0]
+    return card
+
+
+def blank(name: str, given: Config, held: HeldOut) -> Ladder:
+    """Return a ladder without points."""
+    resolved = rung(given, given.model.depth, given.seed)
+    return {
+        "format": FORMAT,
+        "name": name,
+        "token_ratio": resolved.train.token_ratio,
+        "ratio_of": "scaling parameter" if resolved.model.recipe == "modern" else "parameter",
+        "corpus": held.corpus,
+        "sizes": {measure: sizes.tolist() for measure, sizes in held.sizes.items()},
+        "config": {key: value for key, value in flatten(given).items() if not key.startswith("serve.")},
+        "points": [],
+        "failed": {},
+        "predictions": [],
+        "against": [],
+    }
+
+
+def read_ladder(path: str | Path) -> Ladder:
+    """Return a `ladder.json`, of a file or of the folder that has it; `DataError` for anything else."""
+    file = Path(path) / "ladder.json" if Path(path).is_dir() else Path(path)
+    card = read_json(file)
+    require_format(card, FORMAT, file)
+    if not isinstance(card, dict) or not {"name", "corpus", "sizes", "points", "predictions"} <= card.keys():
+        raise DataError(f"{file}: not the ladder.json that launch.py ladder writes")
+    return card
+
+
+def write(root: Path, card: Ladder, others: Sequence[Ladder] = ()) -> None:
+    """Write `ladder.json`, `ladder.svg` and `ladder.html`, with the fits and the predictions' errors of its points."""
+    card["fit"] = {measure: fitted(card, measure) for measure in MEASURES}
+    for prediction in card["predictions"]:
+        for measure, found in card["fit"].items():
+            if prediction["depth"] in found["depths"]:
+                measured = found["values"][found["depths"].index(prediction["depth"])]
+                prediction[measure] |= {"measured": measured, "error": prediction[measure]["value"] / measured - 1}
+    write_json(root / "ladder.json", card)
+    picture = draw([card, *others])
+    atomic_write(root / "ladder.svg", picture)
+    uri = "data:image/svg+xml;base64," + base64.b64encode(picture).decode()
+    values = {"title": f"Ladder: {card['name']}", "headline": headline(card), "tables": tables(card), "picture": uri}
+    values["settings"] = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in card["config"].items()]
+    atomic_write(root / "ladder.html", environment("html").get_template("ladder.j2").render(values).lstrip())
+
+
+# Statistics
+
+
+def by_depth(card: Ladder) -> dict[int, Points]:
+    """Return the points of each depth, the smallest depth first."""
+    depths = sorted({p["depth"] for p in card["points"]})
+    return {d: [p for p in card["points"] if p["depth"] == d] for d in depths}
+
+
+def log_median(groups: dict[int, Points], key: str) -> np.ndarray:
+    """Return the logarithm of each depth's median."""
+    return np.log([float(np.median([p[key] for p in points])) for points in groups.values()])
+
+
+def sample(card: Ladder, measure: str, stream: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return bits per byte of every depth, measured and in R samples (1 + R, D), and seed noise of another depth (R,).
+
+    Documents are drawn with replacement, the same ones for all models and, with the same held-out text, for all
+    ladders. Seeds: relative deviations from the mean of a depth, of all depths together, are drawn with replacement and
+    scaled up for the few degrees of freedom, as in Student's t. Of one seed each nothing is known of them. `stream`:
+    another one for another ladder, whose seeds are independent of these.
+    """
+    sizes = np.array(card["sizes"][measure], np.float64)
+    weights = np.random.default_rng(SEED).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), RESAMPLES)
+    bits = [np.array([p["bits"][measure] for p in points]) for points in by_depth(card).values()]  # (S, n) each
+    samples = np.stack([weights @ b.mean(axis=0) for b in bits], axis=1) / (weights @ sizes)[:, None]
+    values = [b.sum(axis=1) / sizes.sum() for b in bits]
+    pool = [(v / v.mean() - 1) * math.sqrt(len(v) / (len(v) - 1)) for v in values if len(v) > 1]
+    freedom, counts = sum(map(len, pool)) - len(pool), [*map(len, values), max(map(len, values))]
+    noise = np.zeros((RESAMPLES, len(counts)))
+    if freedom:
+        rng = np.random.default_rng([SEED, stream])
+        drawn = [rng.choice(np.concatenate(pool), (RESAMPLES, n)).mean(axis=1) for n in counts]
+        noise = np.stack(drawn, axis=1) * np.sqrt(freedom / rng.chisquare(freedom, (RESAMPLES, 1)))
+    return np.vstack([[v.mean() for v in values], samples * (1 + noise[:, :-1])]), noise[:, -1]
+
+
+def fit(x: np.ndarray, y: np.ndarray) -> Fit:
+    """Return a + b exp(-c x) for every row of y (R, D), x (D,) = log C, as three (R, 1).
+
+    For every offset a on a grid b and c are the straight line through log(y - a). The best a has the least misfit (in
+    units of `MISFIT`) plus distance from its prior, so that three points do not decide it alone.
+    """
+    shares, center = np.linspace(0, 0.95, 96), x - x.mean()
+    a = shares * y.min(axis=1, keepdims=True)  # (R, A)
+    z = np.log(y[:, None] - a[..., None])  # (R, A, D)
+    slope, level = (z @ center) / (center @ center), z.mean(axis=-1)
+    curve = a[..., None] + np.exp(level[..., None] + slope[..., None] * center)
+    cost = np.square(np.log(curve / y[:, None]) / MISFIT).sum(axis=-1) + ((shares - OFFSET) / OFFSET_SD) ** 2
+    best = cost.argmin(axis=1)[:, None]
+    a, slope, level = (np.take_along_axis(v, best, axis=1) for v in (a, slope, level))
+    return a, np.exp(level - slope * x.mean()), -slope
+
+
+def on_curve(curve: Fit, x: np.ndarray) -> np.ndarray:
+    """Return the fitted values (R, X) at x (X,) = log C."""
+    a, b, c = curve
+    return a + b * np.exp(-c * x)
+
+
+def interval(samples: np.ndarray) -> list[float | None]:
+    """Return the 95 % interval; None for an end that is not finite."""
+    ends = (np.quantile(samples, q, method=m) for q, m in ((0.025, "lower"), (0.975, "higher")))
+    return [float(end) if math.isfinite(end) else None for end in ends]
+
+
+def fitted(card: Ladder, measure: str) -> dict[str, Any]:
+    """Return the bits per byte of each depth with their intervals and, from three depths on, the curve."""
+    groups = by_depth(card)
+    if not groups:
+        return {"depths": [], "values": []}
+    (y, _), x = sample(card, measure), log_median(groups, "flops")
+    found = {"depths": list(groups), "values": y[0].tolist(), "intervals": [interval(s) for s in y[1:].T]}
+    if len(groups) > 2:
+        curve = fit(x, y)
+        found |= {name: float(v[0, 0]) for name, v in zip("abc", curve, strict=True)}
+        found |= {"c_interval": interval(curve[2][1:, 0]), "misfit": (on_curve(curve, x)[0] / y[0] - 1).tolist()}
+    return found
+
+
+def predict(card: Ladder, given: Config, depth: int, root: Path, required: bool) -> None:
+    """Add what the fit says of a deeper model; what was written before that was begun is never changed.
+
+    `UsageError` where it is `required` and cannot be: below three depths, or for a depth that was begun without it.
+    """
+    groups, begun = by_depth(card), any(root.glob(f"d{depth}_s*"))
+    if begun and depth in [p["depth"] for p in card["predictions"]]:
+        return
+    if begun or len(groups) < 3:
+        if required:
+            why = "was begun without a prediction" if begun else f"needs three depths below it, not {list(groups)}"
+            raise UsageError(f"--next: depth {depth} {why}; give other --depths")
+        return
+    config, now = rung(given, depth, given.seed), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    flops = flops_per_token(config.model) * config.train.steps * config.train.batch_tokens
+    found: dict[str, Any] = {"depth": depth, "made": now, "from": list(groups), "flops": flops}
+    for measure in MEASURES:
+        y, noise = sample(card, measure)
+        values = on_curve(fit(log_median(groups, "flops"), y), np.log([flops]))[:, 0]
+        found[measure] = {"value": float(values[0]), "interval": interval(values[1:] * (1 + noise))}
+    card["predictions"] = [*(p for p in card["predictions"] if p["depth"] != depth), found]
+
+
+def reach(x: np.ndarray, y: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return the log C (R, K) at which ladders y (R, D), at x (D,), reach the targets (R, K); inf or -inf beyond them.
+
+    Between the points the curve is the fit times its misfits, which are interpolated in a straight line, so that it
+    goes through the points. Where it rises, the first place counts.
+    """
+    grid, curve = np.linspace(x[0], x[-1], 400), fit(x, y) if len(x) > 2 else None
+    basis = np.stack([np.interp(grid, x, row) for row in np.eye(len(x))])  # (D, G)
+    values = np.exp(np.log(y / on_curve(curve, x) if curve else y) @ basis)
+    values = np.minimum.accumulate(values * on_curve(curve, grid) if curve else values, axis=1)
+    found = np.stack([np.interp(-t, -v, grid) for t, v in zip(targets, values, strict=True)])
+    return np.where(targets < values[:, -1:], np.inf, np.where(targets > values[:, :1], -np.inf, found))
+
+
+def multipliers(card: Ladder, other: Ladder) -> dict[str, Any]:
+    """Return, by measure and depth, how many times our FLOPs, tokens and seconds the other ladder needs.
+
+    Both for the same bits per byte, on the other's curve between its points. `value` None: our score is outside what
+    the other reached, and nothing is extrapolated; the same for an end of an interval. `ratios`: ours over theirs at
+    the same depth. Raises `DataError` where text, tokenizer or scoring differ.
+    """
+    if differ := [key for key, value in card["corpus"].items() if other["corpus"].get(key) != value]:
+        raise DataError(
+            f"--against {other['name']}: {', '.join(differ)} differ, so bits per byte cannot be compared; both ladders "
+            "need the same --data, tokenizer, model.seq_len and held-out documents"
+        )
+    ours, theirs, found = by_depth(card), by_depth(other), dict[str, Any]()
+    x = log_median(theirs, "flops")
+    for measure in MEASURES:
+        found[measure] = {str(depth): {} for depth in ours}
+        at = reach(x, sample(other, measure, stream=1)[0], sample(card, measure)[0])  # (1 + R, D)
+        for key in AXES:
+            times = np.exp(np.interp(at, x, log_median(theirs, key)) - log_median(ours, key))
+            for depth, column in zip(ours, np.where(np.isfinite(at), times, at).T, strict=True):
+                value = float(column[0]) if math.isfinite(column[0]) else None
+                found[measure][str(depth)][key] = {"value": value, "interval": value and interval(column[1:])}
+    ratios: dict[str, dict[str, float]] = {str(depth): {} for depth in ours if depth in theirs}
+    for key in ("step_seconds", "parameters", "table_parameters"):
+        sides = [dict(zip(side, log_median(side, key), strict=True)) for side in (ours, theirs)]
+        for depth in ratios:
+            ratios[depth][key] = math.exp(sides[0][int(depth)] - sides[1][int(depth)])
+    return {"name": other["name"], "multipliers": found, "ratios": ratios}
+
+
+# Words and picture
+
+
+def headline(card: Ladder) -> str:
+    """Return what was trained and how it was scored."""
+    seeds = len({p["seed"] for p in card["points"]})
+    return (
+        f"Depths {', '.join(map(str, by_depth(card)))}, {seeds} seed{'s' * (seeds != 1)}, {card['token_ratio']:g} "
+        f"tokens per {card['ratio_of']}, text: {card['config']['data.source']}. Scored on "
+        f"{card['corpus']['documents']:,} held-out documents."
+    )
+
+
+def cell(value: float | None, ends: Sequence[float | None] | None, digits: int) -> dict[str, Any] | str:
+    """Return a value with its interval for a table."""
+    if value is None or ends is None:
+        return "outside"
+    note = " to ".join("outside" if end is None else f"{end:.{digits}f}" for end in ends)
+    return {"text": f"{value:.{digits}f}", "note": note}
+
+
+def tables(card: Ladder) -> list[Table]:
+    """Return points, predictions, multipliers and failures; what is empty is left out."""
+    points, predictions, fits = [], [], card["fit"]
+    for i, (depth, group) in enumerate(by_depth(card).items()):
+        one, seconds = group[0], float(np.median([p["seconds"] for p in group]))
+        scores = [cell(f["values"][i], f["intervals"][i], 4) for f in fits.values()]
+        sizes = [f"{one['flops']:.3g}", *(count(one[key]) for key in ("tokens", "parameters", "table_parameters"))]
+        times = [duration(seconds), f"{one['tokens'] / seconds:,.0f}"]
+        points.append([str(depth), str(len(group)), *scores, *sizes, f"{one['bytes_looked_up']:,}", *times])
+    for p in card["predictions"]:
+        for measure, name in MEASURES.items():
+            one = p[measure]
+            measured = [f"{one['measured']:.4f}", f"{one['error']:+.2%}"] if "error" in one else ["-", "-"]
+            predictions.append([str(p["depth"]), p["made"], name, cell(one["value"], one["interval"], 4), *measured])
+    head = ["depth", "seeds", *MEASURES.values(), "FLOPs", "tokens", "parameters", "of them in tables"]
+    head += ["bytes looked up a token", "training", "tokens/s"]
+    curves = [f"{MEASURES[m]}: {f['a']:.3f} + {f['b']:.4g} C^-{f['c']:.4f}" for m, f in fits.items() if "a" in f]
+    found = [Table("Points", head, points, "; ".join(["Intervals of 95 %", *curves]))]
+    found.append(Table("Predictions", ["depth", "made", "", "predicted", "measured", "error"], predictions, labels=3))
+    for other in card["against"]:
+        rows = []
+        for measure, by in other["multipliers"].items():
+            for depth, times in by.items():
+                same = [f"{r:.2f}" for r in other["ratios"].get(depth, {}).values()] or ["-"] * 3
+                rows.append([MEASURES[measure], depth, *(cell(*times[key].values(), 2) for key in AXES), *same])
+        head = ["", "depth", *AXES.values(), "seconds a step", "parameters", "in tables"]
+        note = (
+            "How many times ours the other ladder needs for the same bits per byte, on its curve between its points; a "
+            "score outside them has no number. The last three columns are ours over theirs at the same depth."
+        )
+        found.append(Table(f"Against {other['name']}", head, rows, note, labels=2))
+    found.append(Table("Failed", ["run", "why"], [list(item) for item in card["failed"].items()], labels=2))
+    return [table for table in found if table.rows]
+
+
+def draw(ladders: Sequence[Ladder]) -> bytes:
+    """Return an SVG of bits per byte against FLOPs; predictions are open circles, other ladders dashed."""
+    data = io.BytesIO()
+    with rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": "ladder"}):
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        for axis, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
+            for i, one in enumerate(ladders):
+                found, x = fitted(one, measure), np.exp(log_median(by_depth(one), "flops"))
+                if not found["depths"]:
+                    continue
+                bars, ahead = np.abs(np.array(found["intervals"]).T - found["values"]), one["predictions"]
+                look = {"color": f"C{i}", "fmt": "o", "markersize": 4, "capsize": 3}
+                axis.errorbar(x, found["values"], bars, label=one["name"], **look)
+                for p in ahead:
+                    axis.plot(p["flops"], p[measure]["value"], "o", color=f"C{i}", fillstyle="none", markersize=8)
+                if "a" in found:
+                    grid = np.geomspace(x[0], max([x[-1], *(p["flops"] for p in ahead)]), 100)
+                    axis.plot(grid, found["a"] + found["b"] * grid ** -found["c"], "--" if i else "-", color=f"C{i}")
+            axis.set(title=MEASURES[measure], xlabel="training FLOPs", xscale="log", yscale="log")
+            axis.yaxis.set_major_formatter("{x:.2f}")
+            axis.yaxis.set_minor_formatter("{x:.2f}")
+            axis.grid(alpha=0.2, which="both")
+            axis.legend()
+        figure.savefig(data, format="svg", metadata={"Date": None})
+    return data.getvalue()
+
+
+def plan_ladder(given: Config, depths: Sequence[int], seeds: int, target: str, as_json: bool) -> dict[str, Any]:
+    """Print and return hours and dollars of every depth of a ladder, the next one included, on a target."""
+    keys, where = (
+        ("depth", "params", "tokens", "flops_total", "fits", "hours_estimate", "usd_estimate"),
+        parse_target(target),
+    )
+    plans = [best_plan(rung(given, depth, given.seed), where) for depth in (*depths, next_depth(depths))]
+    runs = [{key: plan[key] for key in keys} | {"seeds": seeds} for plan in plans]
+    sums = {key: seeds * sum(run[key] for run in runs[:-1]) for key in keys[-2:]}  # without the next one
+    found = {"tier": given.tier, "target": where.text, **sums, "runs": runs, "assumptions": plans[0]["assumptions"]}
+    head = ["depth", "parameters", "tokens", "FLOPs", "fits", f"hours, {seeds} seeds", "cost"]
+    rows = [
+        [
+            str(r["depth"]),
+            count(r["params"]),
+            count(r["tokens"]),
+            f"{r['flops_total']:.3g}",
+            "yes" if r["fits"] else "no",
+        ]
+        + [f"{seeds * r['hours_estimate']:.2f}", money(seeds * r["usd_estimate"])]
+        for r in runs
+    ]
+    total = f"{sums['hours_estimate']:.2f} hours, {money(sums['usd_estimate'])} on {where.text}, without the last depth"
+    print(json.dumps(found) if as_json else f"{text_table([head, *rows])}\n\n{total} (--next). {found['assumptions']}")
+    return found
