@@ -126,6 +126,7 @@ class TrainConfig:
     deterministic: bool = key(False, "on GPUs: only kernels that add in a fixed order (not tried yet)")
     tensorboard: bool = key(False, "curves for TensorBoard too, in the run's `tensorboard/`", free=True)
     wandb: str = key("", "Weights & Biases project that gets the curves too; empty: nothing leaves here", free=True)
+    trackio: str = key("", "trackio project that gets the curves too, on this machine; empty: none", free=True)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Curves for TensorBoard and Weights & Biases: the real writers, read back."""
+"""Curves for TensorBoard, Weights & Biases and trackio: the real writers, read back."""
 
 import json
 import os
@@ -67,6 +67,46 @@ def test_weights_and_biases_gets_the_same_run_after_a_resume(rows, tmp_path, mon
     assert all(b"val_bpb" in path.read_bytes() and b"tokens_per_second" in path.read_bytes() for path in files)
 
 
+def test_trackio_gets_the_same_run_after_a_resume(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))  # it is read at the import
+    pytest.importorskip("trackio", reason="needs the extra dev")
+    from trackio import Api
+    from trackio.sqlite_storage import SQLiteStorage
+
+    config = load_config("nano", ["train.trackio=mine"])
+    kept = {step: {"loss": 4.0 / (step + 1), "mfu": None, "tokens": 64 * step, "step": step} for step in range(12)}
+    kept[7] |= {"loss": float("nan")}
+    # one that is stopped after its checkpoint of step 4, then resumed, and another of the same name
+    for folder, steps in (("one", range(6)), ("one", range(4, 12)), ("elsewhere/one", range(3))):
+        with trackers.trackers(config, tmp_path / folder / "base", steps[0], write=True) as log:
+            for step in steps:
+                log(step, kept[step])
+                log(step, {"val_bpb": 1.5 + step})  # an evaluation adds to its step
+    curves, names = [], []
+    for run in Api().runs("mine"):
+        names.append(run.name)
+        curves.append({})
+        for entry in SQLiteStorage.get_logs("mine", run.name, run_id=run.id):
+            curves[-1].setdefault(entry["step"], {}).update(entry)
+        assert run.config["model.depth"] == 4
+    one, other = sorted(curves, key=len, reverse=True)
+    assert len(set(names)) == 2 and all(name.startswith("one/base") for name in names)
+    assert sorted(one) == list(range(12)) and sorted(other) == list(range(3))
+    assert all(one[s]["loss"] == kept[s]["loss"] and one[s]["tokens"] == 64 * s for s in one if s != 7)
+    assert all(entry["val_bpb"] == 1.5 + step and "mfu" not in entry for step, entry in one.items())
+    assert capfd.readouterr().out == ""  # it prints what it does, and standard output is the command's own
+
+
+def test_training_goes_on_without_a_trackio_that_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))
+    pytest.importorskip("trackio", reason="needs the extra dev")
+    with trackers.trackers(
+        load_config("nano", ["train.trackio=registry-mine"]), tmp_path / "base", 0, write=True
+    ) as log:
+        log(0, {"loss": 1.0})  # a name that trackio keeps for itself
+    assert capsys.readouterr().err.count("trackio: ") == 1
+
+
 def test_nothing_of_a_curve_is_lost_to_a_kill(rows, tmp_path, monkeypatch):  # noqa: F811
     """What was trained is in the file at once, so a process that is killed leaves no hole before its checkpoint."""
     pytest.importorskip("tensorboardX")
@@ -123,7 +163,7 @@ def test_training_is_the_same_with_and_without_weights_and_biases(rows, tmp_path
     assert said.count("the training goes on without it") == 2 and "no network;" in said
 
 
-@pytest.mark.parametrize(("key", "value"), [("tensorboard", "true"), ("wandb", "mine")])
+@pytest.mark.parametrize(("key", "value"), [("tensorboard", "true"), ("wandb", "mine"), ("trackio", "mine")])
 def test_what_is_not_installed_is_said_before_anything_runs(key, value, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=rf"train\.{key}: .*pip install -e '\.\[{key}\]'"):
@@ -141,6 +181,7 @@ def test_a_finished_run_needs_no_tracker_for_its_report(finished, tmp_path, monk
         run_stages(config, run, select("sft", None), {})
 
 
-def test_neither_library_is_loaded_unless_asked():
-    code = "import json, sys, train.loop; print(json.dumps([m for m in ('wandb', 'tensorboardX') if m in sys.modules]))"
+def test_no_library_is_loaded_unless_asked():
+    modules = [module for module, _ in trackers.TRACKERS.values()]
+    code = f"import json, sys, train.loop; print(json.dumps([m for m in {modules} if m in sys.modules]))"
     assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) == []

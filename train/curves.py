@@ -1,9 +1,10 @@
-"""The curves of a training: thinned out from `metrics.jsonl`, drawn, and sent to TensorBoard and Weights & Biases."""
+"""The curves of a training: thinned out from `metrics.jsonl`, drawn, and sent to trackers."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,7 +113,7 @@ def plot(metrics: str | Path, kind: str, picture: str | Path, title: str) -> Non
         draw(points, kind, title).savefig(picture)
 
 
-# TensorBoard and Weights & Biases, off unless the configuration asks
+# TensorBoard, Weights & Biases and trackio, off unless the configuration asks
 
 
 class TensorBoard:
@@ -151,50 +152,84 @@ class WeightsAndBiases:
     Whatever goes wrong with it is reported once, and training goes on without it.
     """
 
+    key, title = "wandb", "Weights & Biases"
+
     def __init__(self, config: Config, directory: Path, done: int):
         self._run: Any = None
         run_dir, stage = directory.parent, directory.name
-        identity = run_dir / "wandb" / f"{stage}.id"
+        identity = run_dir / self.key / f"{stage}.id"
         with self._tolerated():
-            import wandb
-
             if not identity.exists():
                 atomic_write(identity, secrets.token_hex(8))
-            self._run = wandb.init(
-                project=config.train.wandb,
-                id=identity.read_text(encoding="utf-8"),
+            self._run = self._init(
+                run_dir,
+                identity.read_text(encoding="utf-8"),
+                project=getattr(config.train, self.key),
                 name=f"{run_dir.resolve().name}/{stage}",
                 group=run_dir.resolve().name,
-                dir=str(run_dir),
                 config=flatten(config),
                 resume="allow",
-                settings=wandb.Settings(console="off", silent=True),
             )
-            # its own counter refuses the steps that come again after a resume
-            self._run.define_metric("*", step_metric="step")
+
+    def _init(self, run_dir: Path, identity: str, **settings: Any) -> Any:
+        import wandb
+
+        quiet = wandb.Settings(console="off", silent=True)
+        run = wandb.init(id=identity, dir=str(run_dir), settings=quiet, **settings)
+        # its own counter refuses the steps that come again after a resume
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "step": step})
+
+    def _finish(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
     @contextlib.contextmanager
     def _tolerated(self) -> Iterator[None]:
         try:
-            yield
+            with contextlib.redirect_stdout(io.StringIO()):  # trackio prints what it does
+                yield
         except Exception as error:  # of its service, its helper process, the network: it has many kinds
             self._run = None
-            say(f"  Weights & Biases: {first_line(error)}; the training goes on without it", style="yellow")
+            say(f"  {self.title}: {first_line(error)}; the training goes on without it", style="yellow")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self._run is not None:
             with self._tolerated():
-                self._run.log({**values, "step": step})
+                self._log(step, values)
 
     def close(self, failed: bool) -> None:
         if self._run is not None:
-            with contextlib.suppress(Exception):
-                self._run.finish(exit_code=int(failed))
+            with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
+                self._finish(failed)
+
+
+class Trackio(WeightsAndBiases):
+    """The same in the project `train.trackio`, which trackio keeps on this machine unless its own settings say else."""
+
+    key, title = "trackio", "trackio"
+
+    def _init(self, run_dir: Path, identity: str, **settings: Any) -> Any:
+        import trackio
+
+        settings["name"] += f"-{identity[:6]}"  # it knows runs by their names, and two run directories may share one
+        return trackio.init(embed=False, **settings)
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def _finish(self, failed: bool) -> None:
+        import trackio
+
+        trackio.finish()  # not the run's own `finish`, which trackio would repeat at exit
 
 
 TRACKERS: dict[str, tuple[str, Any]] = {  # key of `train` -> its module, its class
     "tensorboard": ("tensorboardX", TensorBoard),
     "wandb": ("wandb", WeightsAndBiases),
+    "trackio": ("trackio", Trackio),
 }
 
 

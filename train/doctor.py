@@ -46,6 +46,7 @@ EXTRAS = {
     "tensorboard": ("tensorboardX", "curves on TensorBoard"),
     "docs": ("mkdocs", "the documents as a site"),
     "wandb": ("wandb", "curves on Weights & Biases"),
+    "trackio": ("trackio", "curves on trackio"),
     "hf-check": ("transformers", "comparison with Hugging Face's implementation"),
     "lm-eval": ("lm_eval", "the exams of lm-evaluation-harness"),
     "ray": ("ray", "runs under Ray"),

@@ -442,8 +442,8 @@ def smaller(config: Config, batch_rows: int, exam_rows: int) -> Config:
     questions = min(rl_.eval_prompts, max(1, answers // rl_.eval_samples))
     config = replaced(config, "data", val_source="")  # a part of the sample is held out instead
     # slow attention is listed as a problem, and the rest is rehearsed all the same
-    changes = {"eval_rows": min(train.eval_rows, 2 * batch_rows), "allow_slow": True, "tensorboard": False, "wandb": ""}
-    config = replaced(config, "train", **changes)
+    changes = {"eval_rows": min(train.eval_rows, 2 * batch_rows), "allow_slow": True}
+    config = replaced(config, "train", **changes, tensorboard=False, wandb="", trackio="")
     config = replaced(config, "sft", exam_cases=min(config.sft.exam_cases, exam_rows))
     config = replaced(config, "rl", eval_every=1, eval_prompts=questions)
     return replaced(config, "eval", batch_rows=exam_rows, rows=min(exam.rows, 2 * exam_rows))
