@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -56,19 +58,52 @@ def attention(
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation=implementation)  # type: ignore[call-overload]
 
 
-def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def slow_half(head_width: int) -> np.ndarray:
+    """Return which (N,) dimensions of a head belong to the half of the pairs that rotate slowly."""
+    pair = np.arange(head_width) % (head_width // 2)
+    return pair >= head_width // 4
+
+
+def offset_keys(config: ModelConfig, k: jax.Array) -> jax.Array:
+    """Return keys (B, T, K, N) of texts with the slow half of the token before, zeros at the first; `k` without.
+
+    So one layer can find what followed a token earlier, which takes two otherwise (modded-nanogpt's key offset).
+    """
+    if not config.key_offset:
+        return k
+    return join_halves(k, jnp.pad(k, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1])
+
+
+def join_halves(fast: jax.Array, slow: jax.Array) -> jax.Array:
+    """Return keys (..., N) with the fast half of one and the slow half of another."""
+    return jnp.where(slow_half(fast.shape[-1]), slow, fast)
+
+
+def masked_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    offset: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
     """Attend to the cached positions that a mask shows.
 
     Args:
       q: (B, T, H, N); k, v: (B, K, S, N), the layout of the cache.
       mask: (B, T, S) bool, at least one True for every query whose result is used.
+      offset: of a model with `offset_keys`, moves scores (..., T, S) from each key's place to the token's behind it.
 
     Returns: (B, T, H, N) in the dtype of q.
     """
     B, T, H, N = q.shape
     K = k.shape[1]
     q = q.reshape(B, T, K, H // K, N) * N**-0.5
+    if offset:  # both halves in one product, which reads the keys once
+        q = jnp.concatenate([join_halves(q, jnp.zeros_like(q)), join_halves(jnp.zeros_like(q), q)], axis=3)
     scores = jnp.einsum("btkgn,bksn->bkgts", q, k, preferred_element_type=jnp.float32)
+    if offset:
+        of_fast, of_slow = jnp.split(scores, 2, axis=2)
+        scores = of_fast + offset(of_slow)
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bksn->btkgn", weights, v).reshape(B, T, H, N)

@@ -44,7 +44,8 @@ def key(*args: Any, **options: Any) -> Any:
 # fmt: off
 @dataclass(frozen=True)
 class ModelConfig:
-    recipe: str = key("modern", "nanochat's model of July 2026 or of October 2025", choices=("modern", "classic"))
+    recipe: str = key("modern", "`modern` and `classic` are nanochat's models of July 2026 and of October 2025; `jaxchat` "
+        "adds what [learns more](learning.md) to the former", choices=("modern", "classic", "jaxchat"))
     depth: int = key(4, "layers; the one dial", 1, 10_000)
     seq_len: int = key(2048, "context, tokens", 1, 2**24)
     vocab_size: int = key(32768, "tokens, special tokens included", 1, 2**31)
@@ -62,6 +63,9 @@ class ModelConfig:
     value_embeddings: bool | None = key(None, "tables added to the values of every second layer; by recipe")
     residual_scalars: bool | None = key(None, "learned scales of residual stream and embedding in it; by recipe")
     smear: bool | None = key(None, "mixes the token before into each embedding; by recipe")
+    bigram_rows: int = key(-1, "rows of the table of bigrams, hashed pairs of a token and the one before, added to "
+        "the embeddings; 0: none; -1: 3 x vocab_size (jaxchat), else 0", 0, 2**31)
+    key_offset: bool | None = key(None, "half of every key is that of the token before; by recipe")
     backout: bool | None = key(None, "subtracts the middle layer's output at the end; by recipe")
     # at most 40: the loss subtracts the cap, not the maximum, and exp(-2 * 40) is not yet zero
     softcap: float = key(15.0, "logits = softcap * tanh(logits / softcap)", 0.01, 40)
@@ -278,6 +282,8 @@ KEYS: dict[str, Key] = {  # by dotted name
     if f.metadata
 }
 SIZED = ("model.depth", "model.seq_len", "model.vocab_size")  # may be -1 where data.size_model fits them to the text
+# Keys with a derived default that older records lack: what was so then.
+ADDED: dict[str, Any] = {"model.bigram_rows": 0, "model.key_offset": False}
 # Keys of older versions with the value that is built in now. Files and records that have it are still read.
 REMOVED: dict[str, Any] = {
     "tokenizer.train_chars": 2_000_000_000,

@@ -7,12 +7,14 @@ position before they are cached and softmax is a sum without order, so a ring is
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from jaxchat.attention import attention, choose_backend, masked_attention
+from jaxchat.attention import attention, choose_backend, masked_attention, offset_keys
 from jaxchat.config import ModelConfig
 from jaxchat.low_precision import KERNELS, quantize_int8
 from jaxchat.model import Params, embed, forward, layer_params, unembedding
@@ -27,19 +29,22 @@ class Cache:
     k: tuple[jax.Array, ...]  # of each layer (R, K, S, N)
     v: tuple[jax.Array, ...]
     length: jax.Array  # (R,) int32 tokens so far
-    previous: jax.Array  # (R, D) normed embedding of the last token, which smear needs
+    previous: jax.Array  # (R,) int32 the last token, which is part of the next one's input; -1: none
 
 
 def layer_capacity(config: ModelConfig, capacity: int) -> list[int]:
-    """Return the cache positions S of every layer: a windowed one needs its window and the token itself."""
-    return [min(capacity, window + 1) for window in windows(config)]
+    """Return the cache positions S of every layer: a windowed one needs its window and the token itself.
+
+    Where keys are offset, it also needs the token before the window.
+    """
+    return [min(capacity, window + 1 + bool(config.key_offset)) for window in windows(config)]
 
 
 def new_cache(config: ModelConfig, rows: int, capacity: int, dtype: jnp.dtype | type = jnp.float32) -> Cache:
     """Return an empty cache for `rows` sequences of at most `capacity` tokens."""
     shapes = [(rows, config.n_kv_heads, S, config.head_width) for S in layer_capacity(config, capacity)]
     k, v = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
-    return Cache(k, v, jnp.zeros(rows, jnp.int32), jnp.zeros((rows, config.width), dtype))
+    return Cache(k, v, jnp.zeros(rows, jnp.int32), jnp.full(rows, -1, jnp.int32))
 
 
 def serving_params(config: ModelConfig, params: Params, dtype: jnp.dtype | type, weights: str = "auto") -> Params:
@@ -78,13 +83,28 @@ def append(
     backend, _ = choose_backend(config, params["embedding"].dtype, jax.devices()[0], T)
     keys, values = list(cache.k), list(cache.v)
 
+    def behind(scores: jax.Array, at: jax.Array, S: int) -> jax.Array:
+        """Move scores (R, K, G, T, S cached and T new keys) to the token behind each key's; 0 at a text's start."""
+        cached, new = jnp.split(scores, [S], axis=-1)
+        moved = jnp.where((at[:, :S] == 0)[:, None, None, None], 0, jnp.roll(cached, 1, axis=-1))
+        if not new.size:
+            return moved
+        start_ = start[:, None, None, None, None]
+        first = jnp.where(start_ > 0, jnp.take_along_axis(cached, (start_ - 1) % S, axis=-1), 0)
+        return jnp.concatenate([moved, first, new[..., :-1]], axis=-1)
+
+    def offset(at: jax.Array, S: int) -> Callable[[jax.Array], jax.Array] | None:
+        return functools.partial(behind, at=at, S=S) if config.key_offset else None
+
     def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         S, window = keys[i].shape[2], windows(config)[i]
         if T == 1:  # written in place; what it replaces has just left the window
             place = jnp.where(count > 0, start % S, S)  # S is outside: the write is dropped
             for cached, one in ((keys, k), (values, v)):
                 cached[i] = cached[i].at[rows, :, place].set(one[:, 0].astype(cached[i].dtype), mode="drop")
-            return masked_attention(q, keys[i], values[i], (_newest(start, S) >= 0)[:, None])
+            at = _newest(start, S)
+            seen = (at >= 0) & (start[:, None] - at <= window)
+            return masked_attention(q, keys[i], values[i], seen[:, None], offset(at, S))
         old = keys[i], values[i]
         new = [a.swapaxes(1, 2).astype(keys[i].dtype) for a in (k, v)]
         source = _newest(end - 1, S) - start[:, None]  # which new token belongs to each place; negative: none
@@ -93,17 +113,16 @@ def append(
             jnp.where(stays, a, jnp.take_along_axis(b, source, axis=2)) for a, b in zip(old, new, strict=True)
         )
         if empty:
-            return attention(q, k, v, window, backend, score_bound(config))
+            return attention(q, offset_keys(config, k), v, window, backend, score_bound(config))
         at = jnp.concatenate([_newest(start - 1, S), positions], axis=1)  # of the cached keys and the new ones
         distance = positions[:, :, None] - at[:, None, :]
         mask = (distance >= 0) & (distance <= window) & (at >= 0)[:, None, :]
         all_k, all_v = (jnp.concatenate(pair, axis=2) for pair in zip(old, new, strict=True))
-        return masked_attention(q, all_k, all_v, mask)
+        return masked_attention(q, all_k, all_v, mask, offset(at, S))
 
-    x, e = embed(config, params, tokens, cache.previous)
-    x = forward(config, params, x, tokens, positions, attend)
-    last = e[rows, jnp.maximum(count - 1, 0)].astype(cache.previous.dtype)
-    return x, Cache(tuple(keys), tuple(values), end, jnp.where(count[:, None] > 0, last, cache.previous))
+    x = forward(config, params, embed(config, params, tokens, cache.previous), tokens, positions, attend)
+    last = jnp.where(count > 0, tokens[rows, jnp.maximum(count - 1, 0)], cache.previous)
+    return x, Cache(tuple(keys), tuple(values), end, last)
 
 
 def _newest(last: jax.Array, S: int) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.attention import attention
+from jaxchat.attention import attention, offset_keys
 from jaxchat.checkpoint import restore_params
 from jaxchat.config import ModelConfig, load_config
 from jaxchat.errors import DataError, JaxchatError
@@ -37,6 +37,7 @@ def lens(config: ModelConfig, params: Params, ids: Sequence[int]) -> tuple[np.nd
     weights: list[jax.Array] = []
 
     def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        k = offset_keys(config, k)
         heads = jnp.repeat(k[0], config.n_heads // config.n_kv_heads, axis=1)  # (T, H, N)
         scores = jnp.einsum("hn,thn->ht", q[0, -1], heads) * config.head_width**-0.5
         seen = jnp.arange(T) >= T - 1 - windows(config)[i]
@@ -51,7 +52,7 @@ def lens(config: ModelConfig, params: Params, ids: Sequence[int]) -> tuple[np.nd
 
         return loop_layers(config, params, x, noted)
 
-    x, _ = embed(config, params, tokens)
+    x = embed(config, params, tokens)
     last = forward(config, params, x, tokens, jnp.arange(T)[None], attend, run_layers)[0, -1]
     states = jnp.stack([*(norm(x, config.norm_eps) for x in after[:-1]), last])
     return np.asarray(jax.nn.softmax(logits(config, params, states), axis=-1)), np.asarray(jnp.stack(weights))

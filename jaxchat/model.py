@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxchat.attention import attention
+from jaxchat.attention import attention, offset_keys
 from jaxchat.config import ModelConfig
 from jaxchat.sharding import BATCH_AXES
 from jaxchat.sizes import (
@@ -195,22 +195,37 @@ def forward(
     return norm(x, config.norm_eps)
 
 
-def embed(
-    config: ModelConfig, params: Params, tokens: jax.Array, previous: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Return (x, e), both (B, T, D): the normed embedding with the token before smeared in, and without.
+def embed(config: ModelConfig, params: Params, tokens: jax.Array, previous: jax.Array | None = None) -> jax.Array:
+    """Return the input (B, T, D) of the layers: embeddings with what the token before each adds to them.
 
-    `previous` (B, D) is the normed embedding before the first position (decoding); zeros or None at a start.
+    `previous` (B,) int is the token before the first position (decoding); negative or None at a start.
     """
-    e = norm(lookup(params["embedding"], tokens), config.norm_eps)
-    if not config.smear:
-        return e, e
-    first = jnp.zeros_like(e[:, :1]) if previous is None else previous[:, None].astype(e.dtype)
-    before = jnp.concatenate([first, e[:, :-1]], axis=1)
-    gate = params["smear_scale"] * jax.nn.sigmoid(e[..., :SMEAR_CHANNELS] @ params["smear_gate"]).astype(jnp.float32)
-    x = (e + gate * before).astype(e.dtype)
+    x = e = norm(lookup(params["embedding"], tokens), config.norm_eps)
+    if config.smear:
+        first = jnp.zeros_like(e[:, :1])
+        if previous is not None:
+            known = norm(params["embedding"][jnp.maximum(previous, 0)], config.norm_eps)
+            first = jnp.where(previous[:, None] < 0, 0, known)[:, None]
+        before = jnp.concatenate([first, e[:, :-1]], axis=1)
+        gate = jax.nn.sigmoid(e[..., :SMEAR_CHANNELS] @ params["smear_gate"]).astype(jnp.float32)
+        x = e + params["smear_scale"] * gate * before
+    if config.bigram_rows > 0:
+        start = jnp.full(tokens.shape[:1], -1) if previous is None else previous
+        pairs = bigram_row(config, jnp.concatenate([start[:, None], tokens[:, :-1]], axis=1), tokens)
+        x = x + lookup(params["bigram_embedding"], pairs)
+    if x is e:
+        return e
+    x = x.astype(e.dtype)
     # without the barrier XLA drops the rounding, and every layer reads float32
-    return jax.lax.optimization_barrier(x) if x.dtype == jnp.bfloat16 else x, e
+    return jax.lax.optimization_barrier(x) if x.dtype == jnp.bfloat16 else x
+
+
+def bigram_row(config: ModelConfig, first: jax.Array, second: jax.Array) -> jax.Array:
+    """Return the row of the table of bigrams that a pair of tokens (...) int shares with others."""
+    a, b = (tokens.astype(jnp.uint32) for tokens in (first, second))
+    mixed = a * jnp.uint32(0xC2B2AE35) + b * jnp.uint32(0x9E3779B1)  # odd numbers of no pattern; wraps around
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA6B)
+    return ((mixed ^ (mixed >> 13)) % jnp.uint32(config.bigram_rows)).astype(jnp.int32)
 
 
 def logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -367,11 +382,12 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, options: Laye
     """Return the final normed activations (B, T, D) of whole texts, tokens (B, T) int; dtype of the embedding."""
 
     def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        k = offset_keys(config, k)
         return attention(q, k, v, windows(config)[i], options.backend, score_bound(config), options.mesh)
 
     by_layer = ("blocks", "value_embedding", "layers")  # placed layer by layer
     params = {name: p if name in by_layer else options.place(name, p) for name, p in params.items()}
-    x, _ = embed(config, params, tokens)
+    x = embed(config, params, tokens)
     positions = jnp.arange(tokens.shape[1])[None, :]
     return forward(config, params, x, tokens, positions, attend, functools.partial(scan_layers, options))
 

@@ -84,7 +84,7 @@ def make_optimizer(config: Config, compute_dtype: DTypeLike, mesh: Mesh | None =
     if c.kind == "adamw":
         kind = adamw(c.lr_scale * c.adamw_lr, (0.9, 0.95), c.weight_decay)
         return optax.chain(dynamic_loss_scale(), optax.chain(clip, kind))
-    modern = config.model.recipe == "modern"
+    modern = config.model.recipe != "classic"
     by_width = c.lr_scale * (config.model.width / 768) ** -0.5  # these three were tuned at d12's width
     # a tied table also makes the logits, which the rate of an embedding, 50 times as high, drives into their cap
     table_lr = c.unembedding_lr if config.model.tie_embeddings else c.embedding_lr
@@ -98,6 +98,8 @@ def make_optimizer(config: Config, compute_dtype: DTypeLike, mesh: Mesh | None =
         "x0": adamw(c.lr_scale * c.scalar_lr, (0.96, 0.95), 0.0, SCALAR_EPS),
         "mixing": optax.chain(scale_by_mixing_adam(0.8, 0.95), optax.add_decayed_weights(0.0), scaled(c.mixing_lr)),
     }
+    if config.model.bigram_rows > 0:  # states of models without it stay as they were
+        groups["bigram_embedding"] = adamw(by_width * c.embedding_lr / 10, (0.8, 0.995), 0.001)
     labels = map_parameters(config.model, lambda p: p.group)
     return optax.chain(dynamic_loss_scale(), optax.chain(clip, optax.partition(groups, labels)))
 

@@ -48,6 +48,7 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
                 f"model.width: {width} is no multiple of {head_width}; set model.head_width or n_heads too"
             )
     model = fill(model, {"width": width, "head_width": head_width, "n_heads": heads, "n_kv_heads": heads})
+    model = fill(model, {"bigram_rows": 3 * model.vocab_size if model.recipe == "jaxchat" else 0})
     model = fill(model, RECIPES[model.recipe]["model"] | {"window_short": -(-model.seq_len // 4 // 128) * 128})
     if model.n_heads % model.n_kv_heads:
         raise UsageError(f"model.n_kv_heads: {model.n_kv_heads} does not divide the {model.n_heads} heads")
@@ -71,7 +72,7 @@ def resolve(config: Config) -> Config:
     d12 = resolve_model(ModelConfig(recipe=model.recipe, depth=12, seq_len=2048, vocab_size=model.vocab_size))
     reference, tokens = (train.token_ratio * horizon_parameters(m) for m in (d12, model))
     batch = REFERENCE_BATCH
-    if model.recipe == "modern":  # 2505.13738, to a power of two
+    if model.recipe != "classic":  # 2505.13738, to a power of two
         batch = max(model.seq_len, 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference) ** 0.383)))
     train = fill(train, {"batch_tokens": batch})
     train = fill(train, {"steps": max(1, round(tokens / train.batch_tokens))})
@@ -98,7 +99,7 @@ def resolve(config: Config) -> Config:
 def horizon_parameters(model: ModelConfig) -> int:
     """Return the parameters that `token_ratio` multiplies: trunk and unembedding (modern), all (classic)."""
     count = count_parameters(model)
-    return count.scaling if model.recipe == "modern" else count.total
+    return count.scaling if model.recipe != "classic" else count.total
 
 
 def fine_tuning_optim(config: Config, ratio: float) -> OptimConfig:

@@ -75,7 +75,7 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     """
     c, L, D, F, V = config, config.depth, config.width, mlp_width(config), padded_vocab(config)
     HN, K, KN, E = c.n_heads * c.head_width, c.n_kv_heads, c.n_kv_heads * c.head_width, len(value_layers(c))
-    modern, zero, gate = c.recipe == "modern", ("constant", 0.0), ("uniform", 0.0, 0.02)
+    modern, zero, gate = c.recipe != "classic", ("constant", 0.0), ("uniform", 0.0, 0.02)
     table: dict[str, Parameter] = {}
 
     def add(
@@ -96,6 +96,7 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     add("embedding", (V, D), "vocab embed", ("normal", std), "embedding")
     add("unembedding", (V, D), "vocab embed", init, "unembedding", not c.tie_embeddings)
     add("value_embedding", (E, V, KN), "layer table kv_heads", uniform(D**-0.5), "value_embedding", E > 0)
+    add("bigram_embedding", (c.bigram_rows, D), "table embed", zero, "bigram_embedding", c.bigram_rows > 0)
     add("smear_gate", (SMEAR_CHANNELS, 1), "gate gate", gate, "mixing", bool(c.smear))
     add("smear_scale", (), "", zero, "mixing", bool(c.smear))
     add("backout_scale", (), "", ("constant", 0.2), "mixing", bool(c.backout))
@@ -117,6 +118,7 @@ class ParameterCount(NamedTuple):
     embedding: int
     unembedding: int  # 0 where tied
     value_embedding: int
+    bigram_embedding: int
     trunk: int  # matrices of the blocks, value gates included
     scalars: int
 
@@ -134,7 +136,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     sizes: Counter[str] = Counter()
     for p in parameters(config).values():
         sizes[p.group] += math.prod(p.shape)
-    tables = {name: sizes.pop(name, 0) for name in ("embedding", "unembedding", "value_embedding")}
+    tables = {name: sizes.pop(name, 0) for name in ("embedding", "unembedding", "value_embedding", "bigram_embedding")}
     return ParameterCount(**tables, trunk=sizes.pop("matrix"), scalars=sizes.total())
 
 

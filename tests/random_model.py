@@ -18,6 +18,8 @@ KINDS = {
     "tied": {"recipe": "classic", "tie_embeddings": True, "mlp_factor": 3.5},
     "modern": {"recipe": "modern", "window_short": 8},
     "smear": {"recipe": "classic", "smear": True},
+    "jaxchat": {"recipe": "jaxchat", "window_short": 8, "bigram_rows": 401},
+    "bigrams": {"recipe": "classic", "bigram_rows": 97},
 }
 
 
@@ -39,7 +41,9 @@ def random_params(config, seed=0, dtype=np.float32):
         name = path[-1].key
         if leaf.ndim < 2:
             return random.uniform(0.3, 0.9, leaf.shape).astype(dtype)
-        scale = {"embedding": 1.0, "value_embedding": 0.5, "unembedding": 0.3}.get(name, leaf.shape[-2] ** -0.5)
+        scale = {"embedding": 1.0, "bigram_embedding": 0.5, "value_embedding": 0.5, "unembedding": 0.3}.get(
+            name, leaf.shape[-2] ** -0.5
+        )
         return (scale * random.normal(size=leaf.shape)).astype(dtype)
 
     return jax.tree_util.tree_map_with_path(draw, gpt.abstract_params(config))

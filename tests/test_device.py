@@ -20,6 +20,10 @@ SHAPES = {
         recipe="modern", depth=4, seq_len=CAPACITY, vocab_size=V, width=32, n_heads=4, n_kv_heads=2, head_width=8,
         window_short=5,
     ),
+    "jaxchat": ModelConfig(
+        recipe="jaxchat", depth=3, seq_len=CAPACITY, vocab_size=V, width=32, n_heads=4, n_kv_heads=2, head_width=8,
+        window_short=5,
+    ),
     "classic": ModelConfig(
         recipe="classic", depth=3, seq_len=CAPACITY, vocab_size=V, width=32, n_heads=4, n_kv_heads=1, head_width=8,
         window_pattern="SL", window_short=5, tie_embeddings=True,

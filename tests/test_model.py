@@ -58,7 +58,7 @@ def test_a_window_hides_what_lies_before_it():
     one_layer = dataclasses.replace(config, depth=2, backout=False)
 
     def output(embedding):
-        x, _ = gpt.embed(one_layer, params | {"embedding": embedding}, tokens)
+        x = gpt.embed(one_layer, params | {"embedding": embedding}, tokens)
         layer = gpt.layer_params(one_layer, params, 0)
         attend = lambda q, k, v: gpt.attention(q, k, v, 6, "blocked", 10.0)  # noqa: E731
         return gpt.block(one_layer, layer, x, x, tokens, gpt.rotary(one_layer, jnp.arange(24)[None], x.dtype), attend)[

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat import __version__, distributed
-from jaxchat.config import KEYS, REMOVED, Config, build, flatten, is_derived, load_config, to_toml
+from jaxchat.config import ADDED, KEYS, REMOVED, Config, build, flatten, is_derived, load_config, to_toml
 from jaxchat.errors import UsageError, first_line
 from jaxchat.interop.huggingface import write_hf
 from jaxchat.interop.initial import read_init
@@ -166,7 +166,7 @@ def changed_inputs(record: Record, inputs: dict[str, Any]) -> dict[str, tuple[An
         for key, value in record["inputs"].items()
         if not (key in KEYS and KEYS[key].free) and not (key in REMOVED and value == REMOVED[key])
     }
-    before = json.loads(json.dumps(flatten(Config()))) | given
+    before = json.loads(json.dumps(flatten(Config()))) | ADDED | given
     keys = sorted(given.keys() | inputs.keys())
     return {key: (before.get(key), inputs.get(key)) for key in keys if before.get(key) != inputs.get(key)}
 

@@ -98,19 +98,15 @@ def new_slots(config: ModelConfig, slots: int, capacity: int, dtype: jnp.dtype |
     return Slots(new_cache(config, slots, capacity, dtype), blank_rows(slots, config.vocab_size, jnp.full))
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def copy_prefix(
-    config: ModelConfig, params: Params, slots: Slots, slot: jax.Array, length: jax.Array, last: jax.Array
-) -> Cache:
+@jax.jit
+def copy_prefix(slots: Slots, slot: jax.Array, length: jax.Array, last: jax.Array) -> Cache:
     """Copy the first `length` (G,) positions of slots (G,), to go on from; `last` (G,) is the token at their end.
 
     Length 0 begins a sequence, whatever the slot holds. A windowed layer must not have lost what its window still
     needs there.
     """
     cache: Cache = jax.tree.map(lambda a: a[slot], slots.cache)
-    _, e = embed(config, params, last[:, None])
-    previous = jnp.where(length[:, None] > 0, e[:, 0], 0).astype(cache.previous.dtype)
-    return Cache(cache.k, cache.v, length, previous)
+    return Cache(cache.k, cache.v, length, jnp.where(length > 0, last, -1))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -148,7 +144,7 @@ def admit(
         the last token are prefilled, so that sampling happens in one place, the decoding step.
       rows: settings of the prompts' answers.
     """
-    empty = new_cache(config, tokens.shape[0], tokens.shape[1], slots.cache.previous.dtype)
+    empty = new_cache(config, tokens.shape[0], tokens.shape[1], slots.cache.k[0].dtype)
     return start(slots, append(config, params, tokens, length - 1, empty, empty=True)[1], slot, rows)
 
 
@@ -442,7 +438,7 @@ LEAST_ROWS = {"cpu": 1}
 ACCELERATOR_ROWS = 2
 COMPILERS = 4  # programs that compile at once
 ROWS = P(BATCH_AXES)
-WITH_MODEL = (admit, copy_prefix, prefill_chunk, decode_chunk, score_tokens)  # take `config` and `params` first
+WITH_MODEL = (admit, prefill_chunk, decode_chunk, score_tokens)  # take `config` and `params` first
 _Call = tuple[Any, tuple[Any, ...], dict[str, int]]  # function, arguments behind the model, static arguments
 
 

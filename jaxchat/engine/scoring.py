@@ -22,7 +22,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxchat.attention import attention, choose_backend, masked_attention, trusted_backend, with_attention
+from jaxchat.attention import (
+    attention,
+    choose_backend,
+    join_halves,
+    masked_attention,
+    offset_keys,
+    trusted_backend,
+    with_attention,
+)
 from jaxchat.config import ModelConfig
 from jaxchat.model import LayerOptions, Params, cast_params, embed, forward, logits, scan_layers
 from jaxchat.sharding import BATCH_AXES, batch_devices, replicated
@@ -155,20 +163,23 @@ def score_targets(
     T = tokens.shape[1] - Q
     backend, _ = choose_backend(config, params["embedding"].dtype, jax.devices()[0], T)
     groups, period = scan_groups(config)
-    x, _ = embed(config, params, tokens[:, :T])
+    x = embed(config, params, tokens[:, :T])
     positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     at = length[:, None] + jnp.arange(Q) - begins
-    if Q:  # every token of a continuation is a text of its own to the smear
+    if Q:  # every token of a continuation is a text of its own to the embedding
         last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)
         before = jnp.where(begins == jnp.arange(Q), last, tokens[:, T - 1 : -1])
-        _, previous = embed(config, params, before.reshape(B * Q, 1))
-        x_tails, _ = embed(config, params, tokens[:, T:].reshape(B * Q, 1), previous[:, 0])
+        x_tails = embed(config, params, tokens[:, T:].reshape(B * Q, 1), before.reshape(B * Q))
         x = jnp.concatenate([x, x_tails.reshape(B, Q, -1)], axis=1)
         positions = jnp.concatenate([positions, at], axis=1)
+    before_tails = jnp.where(begins == jnp.arange(Q), length[:, None] - 1, T + jnp.arange(Q) - 1)
     distance, own = at[:, :, None] - at[:, None, :], begins[:, :, None] == begins[:, None, :]
 
     def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         window = windows(config)[i]
+        if config.key_offset:
+            k_tails = join_halves(k[:, T:], jnp.take_along_axis(k, before_tails[..., None, None], axis=1))
+            k = jnp.concatenate([offset_keys(config, k[:, :T]), k_tails], axis=1)
         y = attention(q[:, :T], k[:, :T], v[:, :T], window, backend, score_bound(config))
         if not Q:
             return y

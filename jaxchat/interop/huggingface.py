@@ -36,6 +36,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "embedding": ("model.embed_tokens.weight", "transformer.wte.weight"),
     "unembedding": ("lm_head.weight", "lm_head.weight"),
     "value_embedding": ("model.value_embeddings.{i}.weight", "value_embeds.{i}.weight"),
+    "bigram_embedding": ("model.bigram_embeddings.weight", "bigram_embeds.weight"),  # not in nanochat itself
     "smear_gate": ("model.smear_gate.weight", "smear_gate.weight"),
     "smear_scale": ("model.smear_scale", "smear_lambda"),
     "backout_scale": ("model.backout_scale", "backout_lambda"),
@@ -50,7 +51,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "blocks.x0_scale": ("model.x0_scale", "x0_lambdas"),
 }
 FORMATS = ("hf", "nanochat")
-TABLES = ("embedding", "unembedding", "value_embedding")
+TABLES = ("embedding", "unembedding", "value_embedding", "bigram_embedding")
 BY_VALUE_LAYER = ("value_embedding", "blocks.ve_gate")
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -71,7 +72,7 @@ def places(config: ModelConfig, format: str) -> dict[str, Place]:
         by_layer = "{i}" in name
         shape = leaf.shape[1:] if by_layer else leaf.shape
         if path in TABLES:
-            shape = (config.vocab_size, *shape[1:])
+            shape = (shape[0] if path == "bigram_embedding" else config.vocab_size, shape[1])
         elif len(shape) != 1:
             shape = shape[::-1] or (1,)
         if by_layer:
@@ -106,13 +107,14 @@ def assemble(
     for name, place in expected.items():
         array = read(name)
         if place.path in TABLES and format == "nanochat":
-            array = array[: config.vocab_size]  # it may be padded there
+            array = array[: place.shape[0]]  # it may be padded there
         if array.shape != place.shape:
             raise DataError(f"{source}: {name} has the shape {array.shape}, where its config makes it {place.shape}")
         if array.dtype.name not in FLOATS or not np.isfinite(array).all():
             raise DataError(f"{source}: {name} ({array.dtype.name}) does not hold finite floating-point numbers")
         if place.path in TABLES:
-            array = np.pad(array, [(0, padded_vocab(config) - len(array)), (0, 0)])
+            rows = len(array) if place.path == "bigram_embedding" else padded_vocab(config)
+            array = np.pad(array, [(0, rows - len(array)), (0, 0)])
         elif array.ndim == 2:
             array = np.ascontiguousarray(array.T)
         elif not place.path.startswith("blocks."):
@@ -140,7 +142,7 @@ SHARED = {
 # under our names, in our own architecture only
 OWN = (
     "recipe", "mlp_factor", "window_pattern", "window_short", "qk_scale", "value_embeddings", "residual_scalars",
-    "smear", "backout",
+    "smear", "backout", "bigram_rows",
 )  # fmt: skip
 FREE = ("architectures", "auto_map", "initializer_range", "rope_parameters")  # need not be as we write them
 STOCK = {"hidden_act": "relu2", "attention_bias": False, "attention_dropout": 0.0}  # what NanoChat always is
@@ -151,7 +153,9 @@ def architecture_of(config: ModelConfig, wanted: str = "auto") -> str:
 
     `UsageError` where "nanochat" is wanted and cannot hold it.
     """
-    extras = [n for n in ("value_embeddings", "residual_scalars", "smear", "backout") if getattr(config, n)]
+    extras = [
+        n for n in ("value_embeddings", "residual_scalars", "smear", "backout", "bigram_rows") if getattr(config, n)
+    ]
     extras += ["qk_scale"] if config.qk_scale != 1 else []
     extras += ["short windows"] if min(windows(config)) < config.seq_len else []
     if wanted == "nanochat" and extras:

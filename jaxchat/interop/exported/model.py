@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxchat.attention import offset_keys
 from jaxchat.model import embed, forward, logits
 
 FOLDER = Path(__file__).resolve().parent
@@ -43,10 +44,11 @@ class GPT(nnx.Module):
 
         def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             """A token sees itself and as many tokens before it as the layer's window says."""
+            k = offset_keys(config, k)
             window = (self.config["windows"][i], 0)
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window, implementation="xla")
 
-        x, _ = embed(config, params, tokens)
+        x = embed(config, params, tokens)
         positions = jnp.arange(tokens.shape[1])[None]
         return logits(config, params, forward(config, params, x, tokens, positions, attend))
 
