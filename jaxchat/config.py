@@ -44,8 +44,8 @@ def key(*args: Any, **options: Any) -> Any:
 # fmt: off
 @dataclass(frozen=True)
 class ModelConfig:
-    recipe: str = key("modern", "`modern` and `classic` are nanochat's models of July 2026 and of October 2025; `jaxchat` "
-        "adds what [learns more](learning.md) to the former", choices=("modern", "classic", "jaxchat"))
+    recipe: str = key("modern", "`modern` and `classic` are nanochat's models of July 2026 and of October 2025; "
+        "`jaxchat` adds what [learns more](learning.md) to the former", choices=("modern", "classic", "jaxchat"))
     depth: int = key(4, "layers; the one dial", 1, 10_000)
     seq_len: int = key(2048, "context, tokens", 1, 2**24)
     vocab_size: int = key(32768, "tokens, special tokens included", 1, 2**31)

@@ -31,7 +31,7 @@ from jaxchat.config import ModelConfig
 from jaxchat.data.shards import cores
 from jaxchat.engine.request import EVERY_TOKEN, FORCED, MAX_STOP_IDS, NO_TOKEN, Token
 from jaxchat.kv_cache import Cache, append, new_cache, serving_params
-from jaxchat.model import LayerOptions, Params, embed, hidden, logits
+from jaxchat.model import LayerOptions, Params, hidden, logits
 from jaxchat.sharding import BATCH_AXES, replicated
 
 # The state of the slots
