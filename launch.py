@@ -265,12 +265,12 @@ def run(args: argparse.Namespace) -> int:
         config, root = given_config(args, "ladder")
         if not args.run_dir:  # not that of the tier's own run
             root = root if config.tier == "ladder" else root.with_name(f"ladder-{config.tier}")
-        depths, seeds = ladder.shape(root, config, args.depths, args.seeds)
+        depths, following, seeds = shape = ladder.shape(root, config, args.depths, args.seeds)
         if args.plan:
-            ladder.plan_ladder(config, depths, seeds, args.target, as_json=args.json)
+            ladder.plan_ladder(config, [*depths, following], seeds, args.target, as_json=args.json)
         else:
             keep_programs(config.data.cache_dir)
-            ladder.climb(config, root, depths, seeds, args.further, args.against)
+            ladder.climb(config, root, shape, args.further, args.against)
         return 0
 
     from jaxchat.run_dir import RunDir

@@ -184,8 +184,8 @@ def main(arguments: list[str]) -> None:
     own = args.ladder / "config.toml"
     sets = [*args.set, *([f"data.source={json.dumps(args.data)}"] if args.data else [])]
     given = load_config(own if own.exists() else args.tier, sets)
-    depths, seeds = ladder.shape(args.ladder, given, args.depths, args.seeds)
-    depths += [] if args.depths else [ladder.next_depth(depths)]
+    depths, following, seeds = ladder.shape(args.ladder, given, args.depths, args.seeds)
+    depths += [] if args.depths else [following]
     given = ladder.opened(given, args.ladder, max(given.model.depth, *depths))
     data, held = ladder.prepared(given, args.ladder, depths[0])
     args.out.mkdir(parents=True, exist_ok=True)

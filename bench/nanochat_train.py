@@ -1,11 +1,14 @@
 """nanochat's own pretraining, run by bench/nanochat_ladder.py in nanochat's interpreter.
 
-Model, initialization, optimizer and best-fit rows are imported from the checkout; rates, batch rule and schedules are
-those of its `scripts/base_train.py` with its defaults, which is a script and cannot be imported. Only where documents
-come from is replaced: token ids from a file, in an order that follows the seed. Settings come as one JSON argument;
-each line on standard input is an order, the answer is one JSON line. Needs torch, filelock, requests and pyarrow.
+Model, initialization, optimizer and best-fit rows are imported from the checkout. Its `scripts/base_train.py` is a
+script, so its arguments with their defaults and its schedules are taken from the file's syntax tree and executed; the
+batch rule and the step are written after it. Only where documents come from is replaced: token ids from a file, in an
+order that follows the seed. Settings come as one JSON argument; each line on standard input is an order, the answer is
+one JSON line. Needs torch, filelock, requests and pyarrow.
 """
 
+import argparse
+import ast
 import gc
 import json
 import math
@@ -15,9 +18,22 @@ from pathlib import Path
 
 from nanochat_step import answer, describe
 
-WARMUP, WARMDOWN, FINAL, DECAY = 40, 0.65, 0.05, 0.28  # defaults of base_train.py
-RATES = {"unembedding_lr": 0.008, "embedding_lr": 0.3, "scalar_lr": 0.5, "matrix_lr": 0.02}
-REFERENCE = 2**19
+REFERENCE = 2**19  # B_REF there
+SCHEDULES = ("get_lr_multiplier", "get_muon_momentum", "get_weight_decay")
+
+
+def base_train(directory: str, **values) -> dict:
+    """Return `args` (the defaults) and the schedules of base_train.py; `values`: the globals that these read."""
+    tree = ast.parse((Path(directory) / "scripts" / "base_train.py").read_text(encoding="utf-8"))
+
+    def wanted(node) -> bool:
+        text = ast.unparse(node)
+        return text.startswith(("parser = ", "parser.add_argument(")) or getattr(node, "name", "") in SCHEDULES
+
+    names = {"argparse": argparse, "math": math} | values
+    exec(compile(ast.Module([node for node in tree.body if wanted(node)], []), "base_train.py", "exec"), names)
+    names["args"] = names["parser"].parse_args([])
+    return names
 
 
 class Ids:
@@ -63,11 +79,15 @@ class Run:
         self.model, self.compiled = model, torch.compile(model, dynamic=False)
         self.accumulate, rows, length = settings["batch"]
         batch = self.accumulate * rows * length
-        scale = math.sqrt(batch / REFERENCE)
-        # base_train.py: the horizon of d12 at the same ratio of tokens to parameters, over ours
-        self.decay = DECAY * scale * settings["reference_tokens"] / settings["target_tokens"] * settings["decay_factor"]
-        rates = {name: rate * scale * settings["lr_factor"] for name, rate in RATES.items()}
-        self.optimizer = model.setup_optimizer(**rates, weight_decay=self.decay)
+        scale, steps = math.sqrt(batch / REFERENCE), settings["steps"]
+        args = base_train(settings["directory"])["args"]
+        # the horizon of d12 at the same ratio of tokens to parameters, over ours
+        decay = args.weight_decay * scale * settings["reference_tokens"] / settings["target_tokens"]
+        decay *= settings["decay_factor"]
+        self.script = base_train(settings["directory"], num_iterations=steps, weight_decay_scaled=decay)
+        names = ("unembedding_lr", "embedding_lr", "scalar_lr", "matrix_lr")
+        rates = {name: getattr(args, name) * scale * settings["lr_factor"] for name in names}
+        self.optimizer = model.setup_optimizer(**rates, weight_decay=decay)
         dataloader._document_batches = lambda *_: documents(settings["documents"], settings["seed"])
         make = dataloader.tokenizing_distributed_data_loader_bos_bestfit
         self.loader = make(Ids(settings["bos"]), rows, length, split="train", device=device)
@@ -79,26 +99,6 @@ class Run:
             self.count = state["count"]
         for _ in range(self.count * self.accumulate):  # the rows before
             next(self.loader)
-
-    def multiplier(self, it: int) -> float:
-        steps = self.s["steps"]
-        down = round(WARMDOWN * steps)
-        if it < WARMUP:
-            return (it + 1) / WARMUP
-        if it <= steps - down:
-            return 1.0
-        progress = (steps - it) / down
-        return progress + (1 - progress) * FINAL
-
-    def momentum(self, it: int) -> float:
-        steps = self.s["steps"]
-        down = round(WARMDOWN * steps)
-        if it < 400:
-            return (1 - it / 400) * 0.85 + it / 400 * 0.97
-        if it >= steps - down:
-            progress = (it - (steps - down)) / down
-            return 0.97 * (1 - progress) + 0.90 * progress
-        return 0.97
 
     def step(self) -> tuple[float, float]:
         """One step of base_train.py; returns its seconds (reading the next batch included, as there) and loss."""
@@ -112,10 +112,10 @@ class Run:
             (loss / self.accumulate).backward()
             self.next = next(self.loader)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.multiplier(it)
+            group["lr"] = group["initial_lr"] * self.script["get_lr_multiplier"](it)
             if group["kind"] == "muon":
-                group["momentum"] = self.momentum(it)
-                group["weight_decay"] = self.decay * 0.5 * (1 + math.cos(math.pi * it / self.s["steps"]))
+                group["momentum"] = self.script["get_muon_momentum"](it)
+                group["weight_decay"] = self.script["get_weight_decay"](it)
         self.optimizer.step()
         self.model.zero_grad(set_to_none=True)
         value = value.item()

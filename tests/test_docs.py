@@ -66,8 +66,9 @@ def test_every_command_parses_and_its_keys_exist(path, tmp_path, monkeypatch):
         if args.command in ("compare", "tiers", "watch", *launch.INTEROP):
             continue
         args.config = args.run_dir = args.run = args.init = None  # a run that may not exist here
-        config = resolve(sized(launch.given_config(args)[0]))
-        assert config.tier == (args.tier or "nano")
+        default = "ladder" if args.command == "ladder" else "nano"
+        config = resolve(sized(launch.given_config(args, default)[0]))
+        assert config.tier == (args.tier or default)
         if args.command == "train":
             select(args.stages, args.start)
         if args.command == "plan":

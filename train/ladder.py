@@ -27,12 +27,11 @@ from matplotlib.figure import Figure
 
 from jaxchat.checkpoint import trained_params
 from jaxchat.config import KEYS, Config, ModelConfig, flatten, is_derived, load_config, replaced, to_toml
-from jaxchat.data.shards import FORMAT as SHARDS
-from jaxchat.data.shards import REPAIR, read_documents
+from jaxchat.data.shards import read_documents
 from jaxchat.engine.scoring import Scorer
 from jaxchat.errors import DataError, DivergedError, JaxchatError, OutOfMemoryError, UsageError
-from jaxchat.log import progress, read_metrics, say
-from jaxchat.run_dir import RunDir, atomic_write, link, read_json, read_sealed, require_format, write_json
+from jaxchat.log import print_facts, progress, read_metrics, say, value_text
+from jaxchat.run_dir import RunDir, atomic_write, link, read_json, require_format, write_json
 from jaxchat.scaling import derivations, resolve
 from jaxchat.sizes import count_parameters, flops_per_token, looked_up
 from jaxchat.tokenizer import Tokenizer
@@ -40,7 +39,7 @@ from jaxchat.tokenizer import Tokenizer
 from .compare import windows
 from .curves import STYLE
 from .plan import before_training, best_plan
-from .report import Table, count, duration, environment, money, speed, text_table
+from .report import PRIVATE, Table, count, duration, environment, speed, text_table
 from .stages import run_stages, select
 from .targets import parse_target
 
@@ -54,13 +53,9 @@ RESAMPLES, SEED = 2_000, 20_261_130  # of the bootstrap
 OFFSET, OFFSET_SD, MISFIT = 0.5, 0.25, 0.005
 OWN_KEYS = ("seed", "tier", "model.depth")  # in which the runs of a ladder may differ
 DERIVED = ("model.width", "model.n_heads", "model.n_kv_heads", "train.steps")
-
 Ladder = dict[str, Any]  # what `ladder.json` holds
 Points = list[dict[str, Any]]
 Fit = tuple[np.ndarray, np.ndarray, np.ndarray]  # a, b, c of a + b C^-c, each (R, 1)
-
-
-# Scoring
 
 
 @dataclass(frozen=True)
@@ -74,26 +69,19 @@ class HeldOut:
     @classmethod
     def of(cls, data: RunDir, context: int) -> HeldOut:
         """Return the documents with the smallest hashes that stage prepare held out in `data`."""
-        tokenizer, found, trained = Tokenizer.load(data.tokenizer), dict[int, np.ndarray](), list[str]()
+        tokenizer, found, sizes = Tokenizer.load(data.tokenizer), dict[int, np.ndarray](), dict[str, np.ndarray]()
         for folder in sorted((data.data / "tokens").glob("*")):
             found |= {number: tokens for tokens, number in read_documents(folder, "val", tokenizer.digest)}
-            parts = read_sealed(folder / "manifest.json", SHARDS, REPAIR)["parts"]
-            trained += [part["train"]["hashes_sha256"] for part in parts]
         lengths, numbers = tokenizer.byte_lengths(), sorted(found)[:DOCUMENTS]
         before = np.cumsum([0, *(lengths[found[number]].sum() for number in numbers)])[:-1]
         numbers = [number for number, size in zip(numbers, before, strict=True) if size < DOCUMENT_BYTES]
-        documents = [found[number].tolist() for number in numbers]
-        ends = {"start": context + 1, "every": None}
-        sizes = {m: np.array([lengths[ids[:end]].sum() for ids in documents], np.int64) for m, end in ends.items()}
-        corpus = {
-            "training_text": hashlib.sha256("".join(trained).encode()).hexdigest(),
-            "held_out": hashlib.sha256(np.array(numbers, "<u8").tobytes()).hexdigest(),
-            "documents": len(documents),
-            "tokenizer": tokenizer.digest,
-            "context": context,
-            "scoring": SCORING,
-        }
-        return cls(documents, sizes, corpus)
+        for measure, end in (("start", context + 1), ("every", None)):
+            sizes[measure] = np.array([lengths[found[number][:end]].sum() for number in numbers], np.int64)
+        text = data.records()["prepare"]["facts"]["train"]
+        corpus = {"training_text": [text[key] for key in ("documents", "bytes", "chars")], "documents": len(numbers)}
+        corpus |= {"held_out": hashlib.sha256(np.array(numbers, "<u8").tobytes()).hexdigest()}
+        corpus |= {"tokenizer": tokenizer.digest, "context": context, "scoring": SCORING}
+        return cls([found[number].tolist() for number in numbers], sizes, corpus)
 
     def score(self, config: ModelConfig, params: Any) -> dict[str, list[float]]:
         """Return the bits of every document, by measure: of its first window, and of all its windows."""
@@ -106,57 +94,37 @@ class HeldOut:
 
     def point(self, config: Config, tokens: int, step_seconds: float, bits: dict[str, list[float]]) -> dict[str, Any]:
         """Return the entry of one run in `ladder.json`. FLOPs are counted as nanochat does."""
-        number, steps = count_parameters(config.model), config.train.steps
-        return {
-            "depth": config.model.depth,
-            "seed": config.seed,
-            "flops": flops_per_token(config.model) * tokens,
-            "tokens": tokens,
-            "seconds": step_seconds * steps,
-            "step_seconds": step_seconds,
-            "parameters": number.total,
-            "scaling_parameters": number.scaling,
-            "table_parameters": number.total - number.scaling - number.scalars,
-            "bytes_looked_up": 4 * looked_up(config.model),
-            **{m: math.fsum(bits[m]) / float(self.sizes[m].sum()) for m in MEASURES},
-            "bits": {m: [round(b, 3) for b in bits[m]] for m in MEASURES},
-        }
+        number, model = count_parameters(config.model), config.model
+        about = {"depth": model.depth, "seed": config.seed, "flops": flops_per_token(model) * tokens, "tokens": tokens}
+        about |= {"seconds": step_seconds * config.train.steps, "step_seconds": step_seconds}
+        about |= {"parameters": number.total, "scaling_parameters": number.scaling}
+        about |= {"table_parameters": number.total - number.scaling - number.scalars}
+        about |= {"bytes_looked_up": 4 * looked_up(model)}  # by one token, in float32
+        about |= {m: math.fsum(bits[m]) / float(self.sizes[m].sum()) for m in MEASURES}
+        return about | {"bits": {m: [round(b, 3) for b in bits[m]] for m in MEASURES}}
 
 
-# The folder and its runs
+def shape(root: Path, given: Config, words: str | None, seeds: int | None) -> tuple[list[int], int, int]:
+    """Return the depths of `--depths 2,3,4`, the one after them, and the number of seeds; by default the folder's.
 
-
-def shape(root: Path, given: Config, words: str | None, seeds: int | None) -> tuple[list[int], int]:
-    """Return the depths of `--depths 2,3,4` and the number of seeds; by default as the folder's ladder has them.
-
-    Of a new one: the three depths below the tier's, a fifth of it apart, and three seeds. `UsageError` where the depths
-    do not rise or are no numbers.
+    A new ladder has the three depths below the tier's, a fifth of it apart, and three seeds. Raises `UsageError`.
     """
     card = read_ladder(root) if (root / "ladder.json").exists() else {}
-    gap = max(1, given.model.depth // 5)
+    gap, seeds = max(1, given.model.depth // 5), card.get("seeds", 3) if seeds is None else seeds
     depths = card.get("depths") or [d for i in (3, 2, 1) if (d := given.model.depth - gap * i) > 0]
-    seeds = card.get("seeds", 3) if seeds is None else seeds
-    try:
-        depths = [int(word) for word in words.split(",")] if words is not None else depths
-    except ValueError:
-        depths = []
+    if words is not None:
+        depths = [int(word) if word.strip().isdecimal() else 0 for word in words.split(",")]
     if not depths or depths != sorted(set(depths)) or depths[0] < 1 or seeds < 1:
         raise UsageError(
-            f"--depths {words} --seeds {seeds}: give rising numbers of layers, as 2,3,4, and a seed or more"
+            f"--depths {words} --seeds {seeds}: give rising numbers of layers, as 2,3,4, and 1 seed or more"
         )
-    return depths, seeds
-
-
-def next_depth(depths: Sequence[int]) -> int:
-    """Return the depth after the last one, as far from it as that is from the one before."""
-    return depths[-1] + (depths[-1] - depths[-2] if len(depths) > 1 else 1)
+    return depths, 2 * depths[-1] - depths[-2] if len(depths) > 1 else depths[-1] + 1, seeds
 
 
 def opened(given: Config, root: Path, deepest: int) -> Config:
-    """Return the settings that all runs of the ladder share, and keep them in its `config.toml`.
+    """Return the settings that all runs of the ladder share, with hub text for the deepest; kept in its `config.toml`.
 
-    Hub text is as much as the deepest one needs. `UsageError` names keys that a ladder derives and that are set, and
-    those in which the folder's runs differ.
+    `UsageError` names keys that a ladder derives and that are set, and those in which the folder's runs differ.
     """
     values, own = flatten(given), root / "config.toml"
     if wrong := [key for key in DERIVED if not is_derived(values[key])]:
@@ -169,11 +137,8 @@ def opened(given: Config, root: Path, deepest: int) -> Config:
     if before and is_derived(given.data.text_bytes):  # a longer ladder goes on with the text that is there
         text = before["data.text_bytes"]
     given = replaced(given, "data", text_bytes=text)
-    if changed := [
-        f"{key} ({before[key]!r} -> {value!r})"
-        for key, value in flatten(given).items()
-        if before and value != before[key] and key not in OWN_KEYS and not KEYS[key].free
-    ]:
+    deciding = {k: v for k, v in flatten(given).items() if before and k not in OWN_KEYS and not KEYS[k].free}
+    if changed := [f"{k} ({before[k]!r} -> {v!r})" for k, v in deciding.items() if v != before[k]]:
         raise UsageError(f"{root}: was made with other settings: {', '.join(changed)}; choose another --run-dir")
     if not before:
         atomic_write(own, to_toml(given))
@@ -215,39 +180,38 @@ def trained(given: Config, depth: int, seed: int, root: Path, data: RunDir, held
 
 
 def climb(
-    given: Config, root: Path, depths: Sequence[int], seeds: int, further: bool = False, against: Sequence[str] = ()
+    given: Config, root: Path, shape: tuple[Sequence[int], int, int], further: bool, against: Sequence[str]
 ) -> Ladder:
     """Train what is missing of the ladder in `root`, write and print its results, and return `ladder.json`.
 
     The depth after the last is predicted, and with `further` trained. A run that diverges, or does not fit, leaves the
     others alone; the first such error is raised at the end.
     """
-    following, others, errors = next_depth(depths), [read_ladder(path) for path in against], list[JaxchatError]()
+    (depths, following, seeds), others, errors = shape, [read_ladder(path) for path in against], list[JaxchatError]()
     with RunDir(root).lock():
         given = opened(given, root, max(following, given.model.depth))
         data, held = prepared(given, root, depths[0])
-        old = read_ladder(root) if (root / "ladder.json").exists() else {}
         card = blank(f"jaxchat {root.name}", given, held) | {"depths": list(depths), "seeds": seeds}
-        card["predictions"] = old.get("predictions", [])
-        for depth in [*depths, following]:
+        if (root / "ladder.json").exists():  # of the same settings; other depths and seeds stay
+            card |= {key: read_ladder(root)[key] for key in ("points", "predictions")}
+        for depth in [*depths, *([following] if further else [])]:
             if depth == following:
-                predict(card, given, depth, root, required=further)
-                write(root, card)
-                if not further:
-                    break
+                predict(card, given, depth, root, required=True)
             for seed in range(given.seed, given.seed + seeds):
+                write(root, card)
                 try:
-                    card["points"].append(trained(given, depth, seed, root, data, held))
+                    point = trained(given, depth, seed, root, data, held)
+                    card["points"] = [*(p for p in card["points"] if p["run"] != point["run"]), point]
                 except (DivergedError, OutOfMemoryError) as error:
                     errors.append(error)
                     card["failed"][f"d{depth}_s{seed}"] = str(error)
                     say(f"  d{depth}_s{seed}: {error}; the others go on", style="yellow")
-                write(root, card)
             jax.clear_caches()
+        predict(card, given, following, root, required=False)
         card["against"] = [multipliers(card, other) for other in others]
         write(root, card, others)
     parts = [f"{t.title}\n\n{text_table([t.head, *t.rows])}\n{t.note}".rstrip() for t in tables(card)]
-    print("\n\n".join([headline(card), *parts]))
+    print("\n\n".join([card["about"], *parts]))
     say(f"page {root / 'ladder.html'}, numbers {root / 'ladder.json'}")
     if errors:
         raise errors[0]
@@ -256,20 +220,15 @@ def climb(
 
 def blank(name: str, given: Config, held: HeldOut) -> Ladder:
     """Return a ladder without points."""
-    resolved = rung(given, given.model.depth, given.seed)
-    return {
-        "format": FORMAT,
-        "name": name,
-        "token_ratio": resolved.train.token_ratio,
-        "ratio_of": "scaling parameter" if resolved.model.recipe == "modern" else "parameter",
-        "corpus": held.corpus,
-        "sizes": {measure: sizes.tolist() for measure, sizes in held.sizes.items()},
-        "config": {key: value for key, value in flatten(given).items() if not key.startswith("serve.")},
-        "points": [],
-        "failed": {},
-        "predictions": [],
-        "against": [],
-    }
+    config = rung(given, given.model.depth, given.seed)
+    of = "scaling parameter" if config.model.recipe == "modern" else "parameter"
+    about = f"{config.train.token_ratio:g} tokens per {of}; text: {given.data.source}"
+    about += f", {len(held.documents)} documents of it held out"
+    found: Ladder = {"format": FORMAT, "name": name, "about": about, "token_ratio": config.train.token_ratio}
+    found |= {"corpus": held.corpus}
+    found |= {"config": {key: value for key, value in flatten(given).items() if not key.startswith(PRIVATE)}}
+    found |= {"sizes": {measure: sizes.tolist() for measure, sizes in held.sizes.items()}}
+    return found | {"points": [], "failed": {}, "predictions": [], "against": []}
 
 
 def read_ladder(path: str | Path) -> Ladder:
@@ -294,12 +253,9 @@ def write(root: Path, card: Ladder, others: Sequence[Ladder] = ()) -> None:
     picture = draw([card, *others])
     atomic_write(root / "ladder.svg", picture)
     uri = "data:image/svg+xml;base64," + base64.b64encode(picture).decode()
-    values = {"title": f"Ladder: {card['name']}", "headline": headline(card), "tables": tables(card), "picture": uri}
+    values = {"title": f"Ladder: {card['name']}", "headline": card["about"], "tables": tables(card), "picture": uri}
     values["settings"] = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in card["config"].items()]
     atomic_write(root / "ladder.html", environment("html").get_template("ladder.j2").render(values).lstrip())
-
-
-# Statistics
 
 
 def by_depth(card: Ladder) -> dict[int, Points]:
@@ -367,8 +323,7 @@ def interval(samples: np.ndarray) -> list[float | None]:
 
 def fitted(card: Ladder, measure: str) -> dict[str, Any]:
     """Return the bits per byte of each depth with their intervals and, from three depths on, the curve."""
-    groups = by_depth(card)
-    if not groups:
+    if not (groups := by_depth(card)):
         return {"depths": [], "values": []}
     (y, _), x = sample(card, measure), log_median(groups, "flops")
     found = {"depths": list(groups), "values": y[0].tolist(), "intervals": [interval(s) for s in y[1:].T]}
@@ -384,19 +339,20 @@ def predict(card: Ladder, given: Config, depth: int, root: Path, required: bool)
 
     `UsageError` where it is `required` and cannot be: below three depths, or for a depth that was begun without it.
     """
-    groups, begun = by_depth(card), any(root.glob(f"d{depth}_s*"))
+    below = card | {"points": [p for p in card["points"] if p["depth"] < depth]}
+    groups, begun = by_depth(below), any(root.glob(f"d{depth}_s*"))
     if begun and depth in [p["depth"] for p in card["predictions"]]:
         return
     if begun or len(groups) < 3:
+        why = "was begun without a prediction" if begun else f"needs three depths below it, not {list(groups)}"
         if required:
-            why = "was begun without a prediction" if begun else f"needs three depths below it, not {list(groups)}"
             raise UsageError(f"--next: depth {depth} {why}; give other --depths")
         return
     config, now = rung(given, depth, given.seed), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     flops = flops_per_token(config.model) * config.train.steps * config.train.batch_tokens
     found: dict[str, Any] = {"depth": depth, "made": now, "from": list(groups), "flops": flops}
     for measure in MEASURES:
-        y, noise = sample(card, measure)
+        y, noise = sample(below, measure)
         values = on_curve(fit(log_median(groups, "flops"), y), np.log([flops]))[:, 0]
         found[measure] = {"value": float(values[0]), "interval": interval(values[1:] * (1 + noise))}
     card["predictions"] = [*(p for p in card["predictions"] if p["depth"] != depth), found]
@@ -408,10 +364,10 @@ def reach(x: np.ndarray, y: np.ndarray, targets: np.ndarray) -> np.ndarray:
     Between the points the curve is the fit times its misfits, which are interpolated in a straight line, so that it
     goes through the points. Where it rises, the first place counts.
     """
-    grid, curve = np.linspace(x[0], x[-1], 400), fit(x, y) if len(x) > 2 else None
+    grid, curve = np.linspace(x[0], x[-1], 400), fit(x, y)
     basis = np.stack([np.interp(grid, x, row) for row in np.eye(len(x))])  # (D, G)
-    values = np.exp(np.log(y / on_curve(curve, x) if curve else y) @ basis)
-    values = np.minimum.accumulate(values * on_curve(curve, grid) if curve else values, axis=1)
+    values = np.exp(np.log(y / on_curve(curve, x)) @ basis) * on_curve(curve, grid)
+    values = np.minimum.accumulate(values, axis=1)
     found = np.stack([np.interp(-t, -v, grid) for t, v in zip(targets, values, strict=True)])
     return np.where(targets < values[:, -1:], np.inf, np.where(targets > values[:, :1], -np.inf, found))
 
@@ -429,6 +385,8 @@ def multipliers(card: Ladder, other: Ladder) -> dict[str, Any]:
             "need the same --data, tokenizer, model.seq_len and held-out documents"
         )
     ours, theirs, found = by_depth(card), by_depth(other), dict[str, Any]()
+    if len(theirs) < 3:
+        raise DataError(f"--against {other['name']}: has {len(theirs)} depths, and its curve needs three")
     x = log_median(theirs, "flops")
     for measure in MEASURES:
         found[measure] = {str(depth): {} for depth in ours}
@@ -438,25 +396,14 @@ def multipliers(card: Ladder, other: Ladder) -> dict[str, Any]:
             for depth, column in zip(ours, np.where(np.isfinite(at), times, at).T, strict=True):
                 value = float(column[0]) if math.isfinite(column[0]) else None
                 found[measure][str(depth)][key] = {"value": value, "interval": value and interval(column[1:])}
-    ratios: dict[str, dict[str, float]] = {str(depth): {} for depth in ours if depth in theirs}
-    for key in ("step_seconds", "parameters", "table_parameters"):
-        sides = [dict(zip(side, log_median(side, key), strict=True)) for side in (ours, theirs)]
-        for depth in ratios:
-            ratios[depth][key] = math.exp(sides[0][int(depth)] - sides[1][int(depth)])
-    return {"name": other["name"], "multipliers": found, "ratios": ratios}
-
-
-# Words and picture
-
-
-def headline(card: Ladder) -> str:
-    """Return what was trained and how it was scored."""
-    seeds = len({p["seed"] for p in card["points"]})
-    return (
-        f"Depths {', '.join(map(str, by_depth(card)))}, {seeds} seed{'s' * (seeds != 1)}, {card['token_ratio']:g} "
-        f"tokens per {card['ratio_of']}, text: {card['config']['data.source']}. Scored on "
-        f"{card['corpus']['documents']:,} held-out documents."
-    )
+    both = [{d: side[d] for d in ours if d in theirs} for side in (ours, theirs)]
+    ratios = {
+        key: np.exp(np.subtract(*(log_median(side, key) for side in both))) for key in ("step_seconds", "parameters")
+    }
+    found["ratios"] = {
+        key: dict(zip(map(str, both[0]), values.tolist(), strict=True)) for key, values in ratios.items()
+    }
+    return found | {"name": other["name"]}
 
 
 def cell(value: float | None, ends: Sequence[float | None] | None, digits: int) -> dict[str, Any] | str:
@@ -488,15 +435,15 @@ def tables(card: Ladder) -> list[Table]:
     found.append(Table("Predictions", ["depth", "made", "", "predicted", "measured", "error"], predictions, labels=3))
     for other in card["against"]:
         rows = []
-        for measure, by in other["multipliers"].items():
-            for depth, times in by.items():
-                same = [f"{r:.2f}" for r in other["ratios"].get(depth, {}).values()] or ["-"] * 3
-                rows.append([MEASURES[measure], depth, *(cell(*times[key].values(), 2) for key in AXES), *same])
-        head = ["", "depth", *AXES.values(), "seconds a step", "parameters", "in tables"]
+        for measure, name in MEASURES.items():
+            for depth, times in other[measure].items():
+                same = [f"{ratio[depth]:.2f}" if depth in ratio else "-" for ratio in other["ratios"].values()]
+                rows.append([name, depth, *(cell(*times[key].values(), 2) for key in AXES), *same])
+        head = ["", "depth", *AXES.values(), "seconds a step", "parameters"]
         note = (
             "How many times ours the other ladder needs for the same bits per byte, on its curve between its points; a "
-            "score outside them has no number. The last three columns are ours over theirs at the same depth."
         )
+        note += "score outside them has no number. Last two columns: ours over theirs at the same depth."
         found.append(Table(f"Against {other['name']}", head, rows, note, labels=2))
     found.append(Table("Failed", ["run", "why"], [list(item) for item in card["failed"].items()], labels=2))
     return [table for table in found if table.rows]
@@ -524,33 +471,25 @@ def draw(ladders: Sequence[Ladder]) -> bytes:
             axis.yaxis.set_major_formatter("{x:.2f}")
             axis.yaxis.set_minor_formatter("{x:.2f}")
             axis.grid(alpha=0.2, which="both")
-            axis.legend()
+            if axis.has_data():
+                axis.legend()
         figure.savefig(data, format="svg", metadata={"Date": None})
     return data.getvalue()
 
 
 def plan_ladder(given: Config, depths: Sequence[int], seeds: int, target: str, as_json: bool) -> dict[str, Any]:
-    """Print and return hours and dollars of every depth of a ladder, the next one included, on a target."""
-    keys, where = (
-        ("depth", "params", "tokens", "flops_total", "fits", "hours_estimate", "usd_estimate"),
-        parse_target(target),
-    )
-    plans = [best_plan(rung(given, depth, given.seed), where) for depth in (*depths, next_depth(depths))]
-    runs = [{key: plan[key] for key in keys} | {"seeds": seeds} for plan in plans]
-    sums = {key: seeds * sum(run[key] for run in runs[:-1]) for key in keys[-2:]}  # without the next one
-    found = {"tier": given.tier, "target": where.text, **sums, "runs": runs, "assumptions": plans[0]["assumptions"]}
-    head = ["depth", "parameters", "tokens", "FLOPs", "fits", f"hours, {seeds} seeds", "cost"]
-    rows = [
-        [
-            str(r["depth"]),
-            count(r["params"]),
-            count(r["tokens"]),
-            f"{r['flops_total']:.3g}",
-            "yes" if r["fits"] else "no",
-        ]
-        + [f"{seeds * r['hours_estimate']:.2f}", money(seeds * r["usd_estimate"])]
-        for r in runs
-    ]
-    total = f"{sums['hours_estimate']:.2f} hours, {money(sums['usd_estimate'])} on {where.text}, without the last depth"
-    print(json.dumps(found) if as_json else f"{text_table([head, *rows])}\n\n{total} (--next). {found['assumptions']}")
+    """Print and return hours and dollars of every depth, the last one apart (`--next`), for all seeds on a target."""
+    plans = [best_plan(rung(given, depth, given.seed), parse_target(target)) for depth in depths]
+    keys = ("depth", "params", "tokens", "flops_total", "fits", "hours_estimate", "usd_estimate")
+    runs = [{key: seeds * plan[key] if key in keys[-2:] else plan[key] for key in keys} for plan in plans]
+    found = {key: sum(run[key] for run in runs[:-1]) for key in keys[-2:]} | {"assumptions": plans[0]["assumptions"]}
+    found = {"tier": given.tier, "target": plans[0]["target"], "seeds": seeds} | found
+    if not as_json:
+        print_facts(found)
+        print(
+            text_table([[key.replace("_", " ") for key in keys], *([value_text(*i) for i in r.items()] for r in runs)])
+        )
+    found |= {"runs": runs}
+    if as_json:
+        print(json.dumps(found))
     return found
