@@ -30,7 +30,7 @@ from jaxchat.config import KEYS, Config, ModelConfig, flatten, is_derived, load_
 from jaxchat.data.shards import read_documents
 from jaxchat.engine.scoring import Scorer
 from jaxchat.errors import DataError, DivergedError, JaxchatError, OutOfMemoryError, UsageError
-from jaxchat.log import print_facts, progress, read_metrics, say, value_text
+from jaxchat.log import print_facts, progress, read_metrics, say
 from jaxchat.run_dir import RunDir, atomic_write, link, read_json, require_format, write_json
 from jaxchat.scaling import derivations, resolve
 from jaxchat.sizes import count_parameters, flops_per_token, looked_up
@@ -39,7 +39,7 @@ from jaxchat.tokenizer import Tokenizer
 from .compare import windows
 from .curves import STYLE
 from .plan import before_training, best_plan
-from .report import PRIVATE, Table, count, duration, environment, speed, text_table
+from .report import PRIVATE, Table, count, duration, page, speed, text_table
 from .stages import run_stages, select
 from .targets import parse_target
 
@@ -224,9 +224,11 @@ def blank(name: str, given: Config, held: HeldOut) -> Ladder:
     of = "scaling parameter" if config.model.recipe == "modern" else "parameter"
     about = f"{config.train.token_ratio:g} tokens per {of}; text: {given.data.source}"
     about += f", {len(held.documents)} documents of it held out"
-    found: Ladder = {"format": FORMAT, "name": name, "about": about, "token_ratio": config.train.token_ratio}
-    found |= {"corpus": held.corpus}
-    found |= {"config": {key: value for key, value in flatten(given).items() if not key.startswith(PRIVATE)}}
+    found = {"format": FORMAT, "name": name, "about": about, "token_ratio": config.train.token_ratio}
+    found |= {
+        "corpus": held.corpus,
+        "config": {key: value for key, value in flatten(given).items() if not key.startswith(PRIVATE)},
+    }
     found |= {"sizes": {measure: sizes.tolist() for measure, sizes in held.sizes.items()}}
     return found | {"points": [], "failed": {}, "predictions": [], "against": []}
 
@@ -253,9 +255,8 @@ def write(root: Path, card: Ladder, others: Sequence[Ladder] = ()) -> None:
     picture = draw([card, *others])
     atomic_write(root / "ladder.svg", picture)
     uri = "data:image/svg+xml;base64," + base64.b64encode(picture).decode()
-    values = {"title": f"Ladder: {card['name']}", "headline": card["about"], "tables": tables(card), "picture": uri}
-    values["settings"] = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in card["config"].items()]
-    atomic_write(root / "ladder.html", environment("html").get_template("ladder.j2").render(values).lstrip())
+    shown = {"headline": card["about"], "exams": tables(card), "pictures": [("ladder.svg", "ladder", uri)]}
+    atomic_write(root / "ladder.html", page("html", card["config"], title=f"Ladder: {card['name']}", **shown))
 
 
 def by_depth(card: Ladder) -> dict[int, Points]:
@@ -272,10 +273,9 @@ def log_median(groups: dict[int, Points], key: str) -> np.ndarray:
 def sample(card: Ladder, measure: str, stream: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return bits per byte of every depth, measured and in R samples (1 + R, D), and seed noise of another depth (R,).
 
-    Documents are drawn with replacement, the same ones for all models and, with the same held-out text, for all
-    ladders. Seeds: relative deviations from the mean of a depth, of all depths together, are drawn with replacement and
-    scaled up for the few degrees of freedom, as in Student's t. Of one seed each nothing is known of them. `stream`:
-    another one for another ladder, whose seeds are independent of these.
+    Documents are drawn with replacement, the same ones for all models and ladders. Seeds: relative deviations from the
+    mean of a depth, of all depths together, are drawn with replacement and scaled up for the few degrees of freedom, as
+    in Student's t (one seed has none). `stream`: another number for a ladder whose seeds are independent of these.
     """
     sizes = np.array(card["sizes"][measure], np.float64)
     weights = np.random.default_rng(SEED).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), RESAMPLES)
@@ -455,23 +455,18 @@ def draw(ladders: Sequence[Ladder]) -> bytes:
     with rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": "ladder"}):
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         for axis, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
-            for i, one in enumerate(ladders):
-                found, x = fitted(one, measure), np.exp(log_median(by_depth(one), "flops"))
-                if not found["depths"]:
-                    continue
-                bars, ahead = np.abs(np.array(found["intervals"]).T - found["values"]), one["predictions"]
-                look = {"color": f"C{i}", "fmt": "o", "markersize": 4, "capsize": 3}
-                axis.errorbar(x, found["values"], bars, label=one["name"], **look)
-                for p in ahead:
-                    axis.plot(p["flops"], p[measure]["value"], "o", color=f"C{i}", fillstyle="none", markersize=8)
-                if "a" in found:
-                    grid = np.geomspace(x[0], max([x[-1], *(p["flops"] for p in ahead)]), 100)
-                    axis.plot(grid, found["a"] + found["b"] * grid ** -found["c"], "--" if i else "-", color=f"C{i}")
             axis.set(title=MEASURES[measure], xlabel="training FLOPs", xscale="log", yscale="log")
             axis.yaxis.set_major_formatter("{x:.2f}")
             axis.yaxis.set_minor_formatter("{x:.2f}")
-            axis.grid(alpha=0.2, which="both")
-            if axis.has_data():
+            for i, one in enumerate(ladder for ladder in ladders if ladder["points"]):
+                found, x, look = fitted(one, measure), np.exp(log_median(by_depth(one), "flops")), {"color": f"C{i}"}
+                bars, ahead = np.abs(np.array(found["intervals"]).T - found["values"]), one["predictions"]
+                axis.errorbar(x, found["values"], bars, fmt="o", markersize=4, capsize=3, label=one["name"], **look)
+                for p in ahead:
+                    axis.plot(p["flops"], p[measure]["value"], "o", fillstyle="none", markersize=8, **look)
+                if "a" in found:
+                    grid = np.geomspace(x[0], max([x[-1], *(p["flops"] for p in ahead)]), 100)
+                    axis.plot(grid, found["a"] + found["b"] * grid ** -found["c"], "--" if i else "-", **look)
                 axis.legend()
         figure.savefig(data, format="svg", metadata={"Date": None})
     return data.getvalue()
@@ -479,17 +474,12 @@ def draw(ladders: Sequence[Ladder]) -> bytes:
 
 def plan_ladder(given: Config, depths: Sequence[int], seeds: int, target: str, as_json: bool) -> dict[str, Any]:
     """Print and return hours and dollars of every depth, the last one apart (`--next`), for all seeds on a target."""
+    keys = ("params", "tokens", "flops_total", "fits", "hours_estimate", "usd_estimate")
     plans = [best_plan(rung(given, depth, given.seed), parse_target(target)) for depth in depths]
-    keys = ("depth", "params", "tokens", "flops_total", "fits", "hours_estimate", "usd_estimate")
     runs = [{key: seeds * plan[key] if key in keys[-2:] else plan[key] for key in keys} for plan in plans]
-    found = {key: sum(run[key] for run in runs[:-1]) for key in keys[-2:]} | {"assumptions": plans[0]["assumptions"]}
-    found = {"tier": given.tier, "target": plans[0]["target"], "seeds": seeds} | found
-    if not as_json:
-        print_facts(found)
-        print(
-            text_table([[key.replace("_", " ") for key in keys], *([value_text(*i) for i in r.items()] for r in runs)])
-        )
-    found |= {"runs": runs}
-    if as_json:
-        print(json.dumps(found))
+    found = {"tier": given.tier, "target": plans[0]["target"], "seeds": seeds}
+    found |= {key: sum(run[key] for run in runs[:-1]) for key in keys[-2:]}
+    found |= {f"depth {depth}": run for depth, run in zip(depths, runs, strict=True)}
+    found |= {"assumptions": plans[0]["assumptions"]}
+    print(json.dumps(found)) if as_json else print_facts(found)
     return found

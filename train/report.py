@@ -233,21 +233,21 @@ def render(card: Card, pictures: Sequence[Picture] | None = None) -> tuple[str, 
         "samples": card.get("samples", {}),
         "pictures": uris,
         "tables": [table for table in (_rl(card), _stages(card), _data(card), _facts(card)) if table.rows],
-        "settings": [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in card["config"].items()],
     }
-    texts = []
-    for kind in ("md", "html"):
-        texts.append(environment(kind).get_template("card.j2").render(values, kind=f"{kind}.j2"))
-    return re.sub("\n{3,}", "\n\n", texts[0]).strip() + "\n", CONTROL.sub("\ufffd", texts[1].lstrip())
+    markdown, html = (page(kind, card["config"], **values) for kind in ("md", "html"))
+    return re.sub("\n{3,}", "\n\n", markdown).strip() + "\n", html
 
 
-def environment(kind: str) -> Environment:
-    """Return the templates, for "html" (text is escaped) or "md"."""
+def page(kind: str, config: dict[str, Any], **values: Any) -> str:
+    """Return the card's template as "md" or "html", filled with values; parts without one are left out."""
     loader = FileSystemLoader(Path(__file__).with_name("templates"))
     env = Environment(loader=loader, autoescape=kind == "html", undefined=StrictUndefined)
     env.trim_blocks = env.lstrip_blocks = True
     env.filters |= {"words": words, "plain": plain, "code": code}
-    return env
+    empty = dict.fromkeys(("warnings", "tiles", "exams", "samples", "pictures", "tables"), ())
+    settings = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in config.items()]
+    text = env.get_template("card.j2").render(empty | values, settings=settings, kind=f"{kind}.j2")
+    return CONTROL.sub("\ufffd", text.lstrip()) if kind == "html" else text
 
 
 def words(cell: Cell) -> str:
