@@ -1,7 +1,7 @@
 """nanochat's own ladder on the text, tokenizer, shapes and token counts of one of ours, scored by the same scorer.
 
     python -m bench.nanochat_ladder --nanochat DIR --python PY --ladder runs/ladder --out runs/nanochat-ladder
-        [--depths 2,3,4,5] [--seeds 3] [--lr-factor 1,2,4] [--decay-factor F] [--check]
+        [--depths 2,3,4,5] [--seeds 3] [--lr-factor 1,2,4] [--decay-factor F] [--batch-tokens N] [--check]
 
 DIR is a checkout of karpathy/nanochat, PY an interpreter with torch, filelock, requests and pyarrow. --ladder: a folder
 of `launch.py ladder`; its tokenizer and text are used, and made where they are not there (--tier, --data, --set as
@@ -29,7 +29,7 @@ import numpy as np
 from bench.compare import nanochat_config
 from bench.peer import Program
 from bench.train_step import batch_shape
-from jaxchat.config import Config, ModelConfig, load_config
+from jaxchat.config import Config, ModelConfig, load_config, replaced
 from jaxchat.data.shards import read_documents
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.interop.nanochat import read_nanochat
@@ -43,6 +43,11 @@ from train.compare import windows
 WORKER = Path(__file__).with_name("nanochat_train.py")
 BLOCK = 50  # steps of an order, and between checkpoints
 WARM_UP = 10  # steps that no median counts
+
+
+def documents(args: argparse.Namespace, held: ladder.HeldOut) -> Path:
+    """Return where the training documents of this text and tokenizer lie."""
+    return args.out / f"documents-{held.corpus['held_out'][:8]}-{held.corpus['tokenizer'][:8]}.npz"
 
 
 def write_documents(data: RunDir, path: Path) -> None:
@@ -60,8 +65,8 @@ def train(args: argparse.Namespace, given: Config, data: RunDir, held: ladder.He
     """Train one model, or find it done, and return its point."""
     config = ladder.rung(given, depth, seed)
     decay = args.decay_factor or 1 / factor
-    folder = args.out / f"d{depth}_s{seed}_x{factor:g}" if decay * factor == 1 else args.out / (
-        f"d{depth}_s{seed}_x{factor:g}_decay{decay:g}")  # fmt: skip
+    name = f"d{depth}_s{seed}_x{factor:g}" + (f"_decay{decay:g}" if args.decay_factor else "")
+    folder = args.out / (name + (f"_b{args.batch_tokens}" if args.batch_tokens else ""))
     result, checkpoint = folder / "result.json", folder / "checkpoint.pt"
     key = {"corpus": held.corpus, "tokens": config.train.steps * config.train.batch_tokens,
            "batch_tokens": config.train.batch_tokens}  # fmt: skip
@@ -82,7 +87,7 @@ def train(args: argparse.Namespace, given: Config, data: RunDir, held: ladder.He
         "target_tokens": config.train.token_ratio * horizon_parameters(config.model),
         "lr_factor": factor,
         "decay_factor": decay,
-        "documents": str((args.out / "documents.npz").resolve()),
+        "documents": str(documents(args, held).resolve()),
         "bos": Tokenizer.load(data.tokenizer).bos,
         "resume": str(checkpoint.resolve()) if checkpoint.exists() else "",
     }
@@ -121,6 +126,7 @@ def train(args: argparse.Namespace, given: Config, data: RunDir, held: ladder.He
     one: dict[str, Any] = {"depth": depth, "seed": seed, "step_seconds": step}
     one |= held.point(config, key["tokens"], step, bits) if bits else dict.fromkeys(ladder.MEASURES, math.inf)
     one |= {"run": folder.name, "lr_factor": factor, "decay_factor": decay, "peer": peer.about}
+    one |= {"batch_tokens": config.train.batch_tokens}
     write_json(result, key | {"point": one})
     for path in (checkpoint, *([] if args.keep else folder.glob("m*_*"))):
         path.unlink(missing_ok=True)
@@ -130,14 +136,15 @@ def train(args: argparse.Namespace, given: Config, data: RunDir, held: ladder.He
 def best(args: argparse.Namespace, given: Config, held: ladder.HeldOut) -> ladder.Ladder:
     """Write the ladder of all finished runs in --out: of each depth the best factor, and all means in "sweep"."""
     points = [read_json(path)["point"] for path in sorted(args.out.glob("*/result.json"))]
-    groups: dict[tuple[int, float, float], list[dict[str, Any]]] = {}
+    names, groups = ("depth", "lr_factor", "decay_factor", "batch_tokens"), dict[Any, list[dict[str, Any]]]()
     for one in points:
-        groups.setdefault((one["depth"], one["lr_factor"], one["decay_factor"]), []).append(one)
+        groups.setdefault(tuple(one[name] for name in names), []).append(one)
     sweep, chosen = list[dict[str, Any]](), dict[int, list[dict[str, Any]]]()
-    for (depth, factor, decay), group in sorted(groups.items()):
+    for key, group in sorted(groups.items()):
+        depth = key[0]
         mean = {m: statistics.fmean(one[m] for one in group) for m in ladder.MEASURES}
         shown = {m: value if math.isfinite(value) else "diverged" for m, value in mean.items()}
-        sweep.append({"depth": depth, "lr_factor": factor, "decay_factor": decay, "seeds": len(group)} | shown)
+        sweep.append(dict(zip(names, key, strict=True)) | {"seeds": len(group)} | shown)
         if mean["start"] < statistics.fmean(one["start"] for one in chosen.get(depth, [{"start": math.inf}])):
             chosen[depth] = group
     card = ladder.blank(args.name, given, held) | {"sweep": sweep}
@@ -172,6 +179,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, help="of the first run; the others follow")
     parser.add_argument("--lr-factor", default="1", metavar="A,B")
     parser.add_argument("--decay-factor", type=float)
+    parser.add_argument("--batch-tokens", type=int, help="another batch than the ladder's; the tokens stay")
     parser.add_argument("--tier", default="ladder")
     parser.add_argument("--data")
     parser.add_argument("--set", action="append", default=[], metavar="K=V")
@@ -188,9 +196,11 @@ def main(arguments: list[str]) -> None:
     depths += [] if args.depths else [following]
     given = ladder.opened(given, args.ladder, max(given.model.depth, *depths))
     data, held = ladder.prepared(given, args.ladder, depths[0])
+    if args.batch_tokens:
+        given = replaced(given, "train", batch_tokens=args.batch_tokens)
     args.out.mkdir(parents=True, exist_ok=True)
-    if not (args.out / "documents.npz").exists():
-        write_documents(data, args.out / "documents.npz")
+    if not documents(args, held).exists():
+        write_documents(data, documents(args, held))
     first = given.seed if args.seed is None else args.seed
     for depth in depths:
         for seed in range(first, first + seeds):

@@ -95,7 +95,7 @@ def test_intervals_cover_the_truth(monkeypatch):
         later = made_up((5,), 1.3, seed=1000 + i, documents=40)["points"]
         x = ladder.log_median(ladder.by_depth(ours), "flops")
         values = ladder.on_curve(ladder.fit(x, y), np.log([later[0]["flops"]]))[:, 0]
-        low, high = ladder.interval(values[1:] * (1 + noise))
+        low, high = ladder.interval(values[1:] * np.exp(noise))
         foreseen += low <= np.mean([p["start"] for p in later]) <= high
         assert high - low < 0.2
     assert covered >= 33 and foreseen >= 33

@@ -45,7 +45,7 @@ from .targets import parse_target
 
 FORMAT = 1  # of `ladder.json`
 DOCUMENTS, DOCUMENT_BYTES = 400, 2_000_000  # held-out ones that are scored, at most
-MEASURES = {"start": "bits per byte, windows from a document's start", "every": "bits per byte, every byte"}
+MEASURES = {"start": "windows from a document's start", "every": "every byte"}  # whose bits per byte
 SCORING = "float32; documents in windows of seq_len + 1 tokens that overlap by half; start: the first window alone"
 AXES = {"flops": "FLOPs", "tokens": "tokens", "seconds": "wall clock"}
 RESAMPLES, SEED = 2_000, 20_261_130  # of the bootstrap
@@ -273,7 +273,7 @@ def log_median(groups: dict[int, Points], key: str) -> np.ndarray:
 def sample(card: Ladder, measure: str, stream: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return bits per byte of every depth, measured and in R samples (1 + R, D), and seed noise of another depth (R,).
 
-    Documents are drawn with replacement, the same ones for all models and ladders. Seeds: relative deviations from the
+    Documents are drawn with replacement, the same ones for all models and ladders. Seeds: log deviations from the
     mean of a depth, of all depths together, are drawn with replacement and scaled up for the few degrees of freedom, as
     in Student's t (one seed has none). `stream`: another number for a ladder whose seeds are independent of these.
     """
@@ -282,14 +282,14 @@ def sample(card: Ladder, measure: str, stream: int = 0) -> tuple[np.ndarray, np.
     bits = [np.array([p["bits"][measure] for p in points]) for points in by_depth(card).values()]  # (S, n) each
     samples = np.stack([weights @ b.mean(axis=0) for b in bits], axis=1) / (weights @ sizes)[:, None]
     values = [b.sum(axis=1) / sizes.sum() for b in bits]
-    pool = [(v / v.mean() - 1) * math.sqrt(len(v) / (len(v) - 1)) for v in values if len(v) > 1]
+    pool = [np.log(v / v.mean()) * math.sqrt(len(v) / (len(v) - 1)) for v in values if len(v) > 1]
     freedom, counts = sum(map(len, pool)) - len(pool), [*map(len, values), max(map(len, values))]
     noise = np.zeros((RESAMPLES, len(counts)))
     if freedom:
         rng = np.random.default_rng([SEED, stream])
         drawn = [rng.choice(np.concatenate(pool), (RESAMPLES, n)).mean(axis=1) for n in counts]
         noise = np.stack(drawn, axis=1) * np.sqrt(freedom / rng.chisquare(freedom, (RESAMPLES, 1)))
-    return np.vstack([[v.mean() for v in values], samples * (1 + noise[:, :-1])]), noise[:, -1]
+    return np.vstack([[v.mean() for v in values], samples * np.exp(noise[:, :-1])]), noise[:, -1]
 
 
 def fit(x: np.ndarray, y: np.ndarray) -> Fit:
@@ -354,7 +354,7 @@ def predict(card: Ladder, given: Config, depth: int, root: Path, required: bool)
     for measure in MEASURES:
         y, noise = sample(below, measure)
         values = on_curve(fit(log_median(groups, "flops"), y), np.log([flops]))[:, 0]
-        found[measure] = {"value": float(values[0]), "interval": interval(values[1:] * (1 + noise))}
+        found[measure] = {"value": float(values[0]), "interval": interval(values[1:] * np.exp(noise))}
     card["predictions"] = [*(p for p in card["predictions"] if p["depth"] != depth), found]
 
 
@@ -431,7 +431,7 @@ def tables(card: Ladder) -> list[Table]:
     head = ["depth", "seeds", *MEASURES.values(), "FLOPs", "tokens", "parameters", "of them in tables"]
     head += ["bytes looked up a token", "training", "tokens/s"]
     curves = [f"{MEASURES[m]}: {f['a']:.3f} + {f['b']:.4g} C^-{f['c']:.4f}" for m, f in fits.items() if "a" in f]
-    found = [Table("Points", head, points, "; ".join(["Intervals of 95 %", *curves]))]
+    found = [Table("Points", head, points, "; ".join(["Bits per byte with 95 % intervals", *curves]))]
     found.append(Table("Predictions", ["depth", "made", "", "predicted", "measured", "error"], predictions, labels=3))
     for other in card["against"]:
         rows = []
@@ -455,7 +455,7 @@ def draw(ladders: Sequence[Ladder]) -> bytes:
     with rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": "ladder"}):
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         for axis, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
-            axis.set(title=MEASURES[measure], xlabel="training FLOPs", xscale="log", yscale="log")
+            axis.set(title=f"bits per byte, {MEASURES[measure]}", xlabel="training FLOPs", xscale="log", yscale="log")
             axis.yaxis.set_major_formatter("{x:.2f}")
             axis.yaxis.set_minor_formatter("{x:.2f}")
             for i, one in enumerate(ladder for ladder in ladders if ladder["points"]):
