@@ -196,6 +196,7 @@ def main(arguments: list[str]) -> None:
     depths += [] if args.depths else [following]
     given = ladder.opened(given, args.ladder, max(given.model.depth, *depths))
     data, held = ladder.prepared(given, args.ladder, depths[0])
+    given = replaced(given, "model", recipe="modern", bigram_rows=-1, key_offset=None)  # what nanochat has
     if args.batch_tokens:
         given = replaced(given, "train", batch_tokens=args.batch_tokens)
     args.out.mkdir(parents=True, exist_ok=True)
