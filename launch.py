@@ -16,10 +16,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxchat import __version__
+from jaxchat import __version__, errors
 from jaxchat.arguments import Parser
-from jaxchat.config import Config, load_config, replaced, tier_files
-from jaxchat.errors import DataError, InterruptedRun, JaxchatError, OutOfMemoryError, UsageError, explained
+from jaxchat.config import CONFIG_DIR, Config, load_config, replaced, tier_files
+from jaxchat.errors import (
+    DataError,
+    InterruptedRun,
+    JaxchatError,
+    OutOfMemoryError,
+    UsageError,
+    command_line,
+    explained,
+    install_command,
+)
 
 if TYPE_CHECKING:  # imported where a command runs: --help answers before numpy, rich and JAX are loaded
     from jaxchat.run_dir import RunDir
@@ -51,7 +60,7 @@ CACHE_BYTES = 2 << 30  # of compiled programs; JAX deletes the least recently us
 CACHE_PROGRAMS = 4_000  # that a start leaves there: JAX reads the time of every one when it adds one
 OWN = ("jaxchat", "train", "serve")
 EPILOG = """\
-python launch.py --tier nano        then: python launch.py chat runs/nano
+{program} --tier nano        then: {program} chat runs/nano
 --set KEY=VALUE sets any key of docs/configuration.md; COMMAND --help says more"""
 
 
@@ -104,16 +113,16 @@ PROCESSES = (
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands but those of `INTEROP`."""
     parser = Parser(
-        prog="python launch.py",
-        usage="python launch.py [COMMAND] [options]",
+        prog=errors.program,
+        usage=command_line("[COMMAND] [options]"),
         description=__doc__,
-        epilog=EPILOG,
+        epilog=EPILOG.format(program=errors.program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"jaxchat {__version__}", help="print the version")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="python launch.py")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog=errors.program)
     parsers = {
-        name: commands.add_parser(name, help=text, description=text, usage=f"python launch.py {name} [options]")
+        name: commands.add_parser(name, help=text, description=text, usage=command_line(f"{name} [options]"))
         for name, text in COMMANDS.items()
     }
     for names, flag, settings in OPTIONS:
@@ -215,10 +224,12 @@ def initialized(
 def run(args: argparse.Namespace) -> int:
     """Run one command; returns the exit code."""
     prepare_environment()
+    if not tier_files():
+        raise DataError(f"{CONFIG_DIR}: no tiers; this jaxchat was installed without its data: install a whole one")
     if args.command == "tiers":
         for path in tier_files():  # each with the head comment of its file
             lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines())
-            head = [line.lstrip("# ").rstrip() for line in lines]
+            head = [line.lstrip("# ").rstrip().replace("python launch.py", errors.program) for line in lines]
             print(f"{path.stem}\n" + "\n".join(f"    {line}" for line in head if line) + "\n")
         return 0
     if args.command in INTEROP:
@@ -227,7 +238,7 @@ def run(args: argparse.Namespace) -> int:
         words = args.words
         if args.command == "export" and words and not words[0].startswith("-"):
             words = ["--run-dir", *words]
-        return interop.main(lambda: interop.make_parser("python launch.py").parse_args([args.command, *words]))
+        return interop.main(lambda: interop.make_parser(errors.program).parse_args([args.command, *words]))
     if args.command in ("serve", "watch"):  # they ask no other machine
         os.environ["no_proxy"] = "*"  # and Gradio's import fails at proxies that httpx cannot use
     if args.command == "watch":
@@ -280,7 +291,7 @@ def run(args: argparse.Namespace) -> int:
     config, directory = given, RunDir(root)
     if args.command in ("chat", "serve"):  # a run that can talk has its sizes, and the service's image no `train`
         if not directory.config.exists():
-            raise DataError(f"{root}: not a run directory (no config.toml); train one with launch.py first")
+            raise DataError(f"{root}: not a run directory (no config.toml); train one first")
     else:
         from train.prepare import sized
 
@@ -506,7 +517,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         distributed = sys.modules.get("jaxchat.distributed")
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OWN:
-            message, code = f"{error.name} is not installed here; run pip install -r requirements.txt", 2
+            message, code = f"{error.name} is not installed here; run {install_command()}", 2
         elif "RESOURCE_EXHAUSTED" in str(error):  # training says by itself what fits: train/loop.py
             message = "out of device memory: lower eval.batch_rows (exams) or serve.slots (serve)"
             code = OutOfMemoryError.exit_code
@@ -548,7 +559,19 @@ def _repeat_signal(lost: Any) -> None:
     again.start()
 
 
-if __name__ == "__main__":
+def start() -> int:
+    """Run one command in a process of its own."""
     if not {"-h", "--help", "--version"} & set(sys.argv):
         prefer_huge_pages()
-    sys.exit(main())
+    return main()
+
+
+def installed() -> int:
+    """Run the command `jaxchat` of pyproject.toml: `python launch.py` under its own name, from any directory."""
+    sys.path.insert(0, str(Path(__file__).parent))  # as Python itself does for launch.py: train and serve are there
+    errors.program = "jaxchat"
+    return start()
+
+
+if __name__ == "__main__":
+    sys.exit(start())

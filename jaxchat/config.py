@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxchat import ROOT
 from jaxchat.errors import UsageError
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+CONFIG_DIR = ROOT / "configs"
 TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a string"}
 
 

@@ -7,6 +7,11 @@ Any other exception is a bug and shows a traceback.
 import errno
 import tempfile
 import traceback
+from pathlib import Path
+
+from jaxchat import INSTALLED, ROOT
+
+program = "jaxchat" if INSTALLED else "python launch.py"  # as messages call it; the command `jaxchat` sets its own
 
 
 class JaxchatError(Exception):
@@ -58,6 +63,8 @@ def explained(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, OSError):
         advice = ADVICE.get(error.errno or 0, "see whether it is there and can be used")
         place = error.filename or "file system"
+        if INSTALLED and str(place).startswith(str(ROOT.parent)):
+            advice = "this installation of jaxchat lacks a part of it; install it again"
         return f"{place}: {error.strerror or error}; {advice} and give the same command again", DataError.exit_code
     if isinstance(error, MemoryError):
         text = "out of memory: take a smaller tier, or lower train.device_batch_rows, eval.batch_rows or serve.slots"
@@ -72,3 +79,16 @@ def explained(error: BaseException) -> tuple[str, int] | None:
 def first_line(error: object, most: int = 200) -> str:
     """Return the first line of an error's text without its full stop, or its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most].rstrip(".")
+
+
+def command_line(words: str) -> str:
+    """Return a command line of this program, for a message."""
+    return f"{program} {words}"
+
+
+def install_command(extra: str = "") -> str:
+    """Return how to install what is required, or an extra of pyproject.toml, into a clone or an installation."""
+    if not (ROOT / "pyproject.toml").exists():
+        return f"pip install 'jaxchat[{extra}]'" if extra else "pip install jaxchat"
+    clone = "." if Path.cwd() == ROOT else ROOT
+    return f"pip install -e '{clone}[{extra}]'" if extra else "pip install -r requirements.txt"

@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxchat.config import Config, MeshConfig, ModelConfig
-from jaxchat.errors import UsageError, first_line
+from jaxchat.errors import UsageError, command_line, first_line
 from jaxchat.sizes import Parameter, mlp_width, padded_vocab
 
 # To reshard the model is to edit this table. `data` never appears: weights are replicated over it while they are used;
@@ -32,8 +32,11 @@ BATCH_AXES = ("data", "fsdp")  # a batch's rows are split over both
 SMALL = 4096  # values; splitting fewer is not worth a collective
 
 
-def require_devices(more: str = "; python launch.py doctor says what to install for more") -> None:
-    """Raise `UsageError` with advice where JAX was told to use a platform (JAX_PLATFORMS) that it cannot start here."""
+def require_devices(doctor: bool = False) -> None:
+    """Raise `UsageError` where JAX was told to use a platform (JAX_PLATFORMS) that it cannot start here.
+
+    `doctor`: the command `doctor` asks, and is not recommended.
+    """
     asked = getattr(jax.config, "jax_platforms", None)
     try:
         jax.local_devices()
@@ -41,6 +44,7 @@ def require_devices(more: str = "; python launch.py doctor says what to install 
         if not asked:
             raise
         reason = f" ({first_line(error).partition(' (set JAX_PLATFORMS')[0]})" if str(error) else ""
+        more = "" if doctor else f"; {command_line('doctor')} says what to install for more"
         advice = f"unset it to take what is here{more}"
         raise UsageError(f"JAX_PLATFORMS={asked}: JAX finds no such device here{reason}; {advice}") from None
 

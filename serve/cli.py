@@ -129,7 +129,7 @@ def chat(run: RunDir, config: Config) -> None:
         stage = trained_stages(run)[0]
         record = recorded(run, stage)
         if record.get("status") == "running" and "imported" not in record:
-            print(f"{DIM}its training is not finished; the same launch.py command continues it{PLAIN}")
+            print(f"{DIM}its training is not finished; the command that began it continues it{PLAIN}")
         if stage == "base":
             print(f"{DIM}a model without SFT: it continues what you type, and answers nothing{PLAIN}")
     # a Ctrl-C that comes just after an answer ends nothing

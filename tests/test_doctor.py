@@ -83,6 +83,8 @@ def test_extras_are_those_of_the_project_and_the_missing_ones_come_with_their_co
     monkeypatch.chdir(ROOT)
     assert doctor.install_command("tpu") == "pip install -e '.[tpu]'"
     monkeypatch.chdir("/")
+    assert doctor.install_command("tpu") == f"pip install -e '{ROOT}[tpu]'"
+    monkeypatch.setattr("jaxchat.errors.ROOT", ROOT / "configs")  # no clone
     assert doctor.install_command("tpu") == "pip install 'jaxchat[tpu]'"
 
 

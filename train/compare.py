@@ -19,7 +19,7 @@ from jaxchat.config import Config, flatten, load_config
 from jaxchat.data.sources import document_hash, iterate_documents
 from jaxchat.engine import load_run
 from jaxchat.engine.scoring import Scorer, Span
-from jaxchat.errors import DataError, UsageError
+from jaxchat.errors import DataError, UsageError, command_line
 from jaxchat.log import progress, read_metrics, say
 from jaxchat.run_dir import RunDir, saved_steps
 from jaxchat.scaling import resolve
@@ -65,7 +65,8 @@ def side(path: str) -> Side:
         raise DataError(f"compare: {path}: {what}; name the directories of two runs, such as runs/nano")
     trained = tuple(s for s in STAGES if saved_steps(run.stage(s)))
     if not trained and not any(run.eval(stage).is_file() for stage in STAGES):
-        raise DataError(f"compare: {path}: neither checkpoints nor exams; train it first: launch.py --run-dir {path}")
+        advice = f"train it first: {command_line(f'--run-dir {path}')}"
+        raise DataError(f"compare: {path}: neither checkpoints nor exams; {advice}")
     done = {name: record for name, record in run.records().items() if record["status"] == "done"}
     return Side(run, resolve(load_config(run.config)), done, trained)
 

@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from jaxchat.config import Config, flatten
-from jaxchat.errors import UsageError, first_line
+from jaxchat.errors import UsageError, first_line, install_command
 from jaxchat.log import read_metrics, say
 from jaxchat.run_dir import atomic_write
 
@@ -237,7 +237,7 @@ def check_trackers(config: Config) -> None:
     """Raise `UsageError` for a tracker that the configuration names and that is not installed."""
     for key, (module, _) in TRACKERS.items():
         if getattr(config.train, key) and importlib.util.find_spec(module) is None:
-            raise UsageError(f"train.{key}: {module} is not installed; run pip install -e '.[{key}]', or leave it off")
+            raise UsageError(f"train.{key}: {module} is not installed; run {install_command(key)}, or leave it off")
     if config.train.wandb:
         import wandb
         from requests.utils import get_netrc_auth  # where `wandb login` keeps the key

@@ -22,7 +22,7 @@ import jax
 from jaxchat.attention import TOLERANCE, choose_backend, disagreement
 from jaxchat.config import Config, MeshConfig
 from jaxchat.data.shards import cores
-from jaxchat.errors import UsageError, first_line
+from jaxchat.errors import UsageError, command_line, first_line, install_command
 from jaxchat.log import print_facts, waiting
 from jaxchat.sharding import make_mesh, require_devices
 from jaxchat.sizes import peak_flops
@@ -30,7 +30,7 @@ from jaxchat.tools.sandbox import LEVELS, probe
 from jaxchat.tools.sandbox_child import abi
 from jaxchat.train_state import compute_dtype
 
-from .targets import host_memory, install_command, is_installed, other_versions
+from .targets import host_memory, is_installed, other_versions
 
 NEW_DRIVER = 580  # from which on CUDA 13 runs; older ones need CUDA 12
 NEW_CAPABILITY = 7.5  # the least that CUDA 13 compiles for
@@ -183,7 +183,7 @@ def unused_accelerator(root: Path = Path("/")) -> str | None:
         return None
     name, install, plugins = found[0]
     if any(map(is_installed, plugins)):
-        return f"{name}: its JAX is installed but does not start; python launch.py doctor says why"
+        return f"{name}: its JAX is installed but does not start; {command_line('doctor')} says why"
     return f"{name}: this JAX computes on the CPU; {install}"
 
 
@@ -202,7 +202,7 @@ def doctor(config: Config, place: Path, as_json: bool) -> None:
         missing = {name: install_command(name) for name, there in result["extras"].items() if there is False}
         extras = {name: f"{why}: {missing.get(name, 'installed')}" for name, (_, why) in EXTRAS.items()}
         print_facts(result | {"extras": extras, "advice": result["advice"] or "nothing to do"})
-    require_devices("")
+    require_devices(doctor=True)
 
 
 def examine(config: Config, place: Path) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def check_devices(config: Config) -> Finding:
     `memory_bytes`: what the process may take of one device; None where it is shared. `unused`: a line on an accelerator
     that JAX does not use, with what to install.
     """
-    require_devices("")
+    require_devices(doctor=True)
     unused = unused_accelerator()
     first, host = jax.local_devices()[0], hardware()
     values = {
@@ -276,7 +276,7 @@ def check_devices(config: Config) -> Finding:
 
 def check_attention(config: Config) -> Finding:
     """Compare the backend that training takes, and XLA's own, with the float32 reference."""
-    require_devices("")
+    require_devices(doctor=True)
     dtype = compute_dtype(config, make_mesh(MeshConfig()))
     chosen, why = choose_backend(config.model, dtype, jax.local_devices()[0])
     allowed, checks, advice = TOLERANCE[dtype.itemsize], {}, []

@@ -25,7 +25,7 @@ from jaxchat.checkpoint import Checkpoints, check_recorded, params_sha256
 from jaxchat.config import Config, replaced
 from jaxchat.data.loader import Batches, own_columns, val_batches
 from jaxchat.data.packing import Rows
-from jaxchat.errors import DivergedError, InterruptedRun, JaxchatError, OutOfMemoryError
+from jaxchat.errors import DivergedError, InterruptedRun, JaxchatError, OutOfMemoryError, command_line
 from jaxchat.log import MetricsFile, Task, animated, note, progress, read_metrics, say
 from jaxchat.optimizer import advance_schedules, carry_moments, make_optimizer, make_schedule
 from jaxchat.run_dir import RunDir
@@ -410,4 +410,4 @@ def memory_advice(config: Config) -> str:
         return f"{begin}; no smaller batch fits: set mesh.fsdp or train.remat=full, or take a smaller model"
     if fits < rows:
         return f"{begin}; {fits} is the most that fits: add --set train.device_batch_rows={fits} to the same command"
-    return f"{begin}; add --set train.device_batch_rows={smaller}, or see what takes it: python launch.py plan"
+    return f"{begin}; add --set train.device_batch_rows={smaller}, or see what takes it: {command_line('plan')}"

@@ -24,7 +24,7 @@ import jax
 from jaxchat.config import Config, replaced
 from jaxchat.data.shards import cores, token_dtype
 from jaxchat.data.sources import MARGIN, find_files, generator_of, parse, parse_hub, text_size
-from jaxchat.errors import DataError, UsageError
+from jaxchat.errors import DataError, UsageError, command_line
 from jaxchat.log import print_facts, say, size_text, waiting
 from jaxchat.run_dir import TRAINED, RunDir, saved_steps
 from jaxchat.scaling import resolve
@@ -123,7 +123,7 @@ def plan_budget(given: Config, target: str, budget: str | None, hours: float | N
     else:
         limits = " and ".join(f"--{name} {n}" for name, n in (("budget", budget), ("hours", hours)) if n is not None)
         raise UsageError(f"{limits}: not enough on {target} for any model that fits there")
-    command = f"python launch.py --tier {given.tier}"
+    command = command_line(f"--tier {given.tier}")
     if depth != given.model.depth:
         command += f" --set model.depth={depth} --run-dir runs/d{depth}"
     if config.train.device_batch_rows != given.train.device_batch_rows:

@@ -22,7 +22,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from jaxchat import PACKAGE, ROOT
 from jaxchat.config import Config, flatten
+from jaxchat.errors import command_line
 from jaxchat.log import read_metrics, say
 from jaxchat.run_dir import TRAINED, RunDir, atomic_write, read_json, write_json
 from jaxchat.tasks.core import CORE_TASKS
@@ -34,7 +36,6 @@ from .prepare import other_tokenizers
 from .targets import run_cost, wall_clock
 
 FORMAT = 1  # of `report.json`
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = tuple(TRAINED)  # names of folders and, in capitals, of columns
 MODEL_KEYS = ("recipe", "depth", "width", "n_heads", "n_kv_heads", "head_width", "seq_len", "vocab_size")
 PRIVATE = ("serve.",)  # a card is published; these keys hold addresses and API keys
@@ -199,7 +200,7 @@ def _progress(steps: Steps, start: dict[str, float]) -> dict[str, dict[str, Any]
 @functools.cache
 def code_size() -> dict[str, int]:
     """Return files, lines and code lines (without comments and docstrings) of the product, and its dependencies."""
-    files = [ROOT / "launch.py", *(p for part in ("jaxchat", "train", "serve") for p in (ROOT / part).rglob("*.py"))]
+    files = [ROOT / "launch.py", *(p for part in (PACKAGE, ROOT / "train", ROOT / "serve") for p in part.rglob("*.py"))]
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     size = {"files": len(files), "lines": 0, "code_lines": 0}
     for path in files:
@@ -626,10 +627,10 @@ def summarize(run: RunDir, left: Sequence[str]) -> None:
     if exports and "export" not in left:
         say(f"for others   {', '.join(exports)}")
     if run.records().get("pretrain", {}).get("status") == "done":
-        say(f"talk to it   python launch.py chat {root}")
-        say(f"on a page    python launch.py serve {root}")
+        say(f"talk to it   {command_line(f'chat {root}')}")
+        say(f"on a page    {command_line(f'serve {root}')}")
     if left:
-        say(f"go on        python launch.py --run-dir {root}   (next: {left[0]})")
+        say(f"go on        {command_line(f'--run-dir {root}')}   (next: {left[0]})")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxchat.data.shards import cores
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import JaxchatError, UsageError, install_command
 from jaxchat.sizes import NO_PEAK, peak_flops
 
 if TYPE_CHECKING:
@@ -166,11 +166,6 @@ def target_devices(target: Target) -> list[jax.Device]:
     except Exception as error:  # the plugin's own errors have no common type
         line = str(error).splitlines()[0][:200]
         raise NoCompiler(f"the compiler for {chip.name} did not start: {line}") from error
-
-
-def install_command(extra: str) -> str:
-    """Return how to install an extra of pyproject.toml, from a checkout or from elsewhere."""
-    return f"pip install -e '.[{extra}]'" if os.path.exists("pyproject.toml") else f"pip install 'jaxchat[{extra}]'"
 
 
 def other_versions(packages: Sequence[str]) -> list[str]:

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxchat.data.sources import Unit, hash_fraction, text_hash
-from jaxchat.errors import DataError, JaxchatError, UsageError
+from jaxchat.errors import DataError, JaxchatError, UsageError, install_command
 from jaxchat.run_dir import read_sealed, sha256_file, sync_directory, write_sealed
 from jaxchat.tokenizer import Tokenizer
 
@@ -297,7 +297,7 @@ def _ray(work: Callable[[J], R], workers: int) -> Iterator[Pool]:
     try:
         import ray
     except ImportError:
-        raise UsageError("data.engine: ray is not installed; pip install -e '.[ray]'") from None
+        raise UsageError(f"data.engine: ray is not installed; {install_command('ray')}") from None
     started = not ray.is_initialized()
     if started:
         # the cluster's machines must find this very package, wherever the command was started

@@ -38,7 +38,7 @@ from typing import IO, Any
 from jaxchat.config import DataConfig
 from jaxchat.data import lottery
 from jaxchat.data.hub import Hub
-from jaxchat.errors import DataError, UsageError
+from jaxchat.errors import DataError, UsageError, install_command
 from jaxchat.log import say, say_once
 
 # Files
@@ -409,7 +409,7 @@ def chitchat_conversations() -> tuple[tuple[tuple[str, ...], ...], ...]:
     try:
         from chitchat_dataset import Dataset
     except ImportError:
-        raise DataError("source chitchat: install it with pip install -r requirements.txt") from None
+        raise DataError(f"source chitchat: install it with {install_command()}") from None
     conversations = []
     for record in Dataset().values():
         turns = (tuple(m["text"].strip() for m in turn if m["text"].strip()) for turn in record["messages"])

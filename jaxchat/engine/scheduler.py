@@ -29,7 +29,7 @@ from jaxchat.engine import device
 from jaxchat.engine.device import FULL, IDLE, PAUSED, RUNNING, STOPPED, Programs, power_of_two
 from jaxchat.engine.request import EVERY_TOKEN, MAX_STOP_IDS, NO_TOKEN, Event, Handle, QueueFull, Request, Token
 from jaxchat.engine.scoring import common_prefix
-from jaxchat.errors import DataError, UsageError
+from jaxchat.errors import DataError, UsageError, command_line
 from jaxchat.kv_cache import Cache, layer_capacity
 from jaxchat.model import abstract_params
 from jaxchat.run_dir import RESTORE, TRAINED, RunDir, saved_steps
@@ -53,10 +53,10 @@ MAX_PREFILLS = 4  # chunked prefills at once; each holds the keys and values of 
 def trained_stages(run: RunDir) -> list[str]:
     """Return the stages with a checkpoint, the furthest first; `DataError` where there is none."""
     if not run.config.is_file():
-        raise DataError(f"{run.root}: not a run directory (no config.toml); train one with launch.py first")
+        raise DataError(f"{run.root}: not a run directory (no config.toml); train one first")
     stages = [s for s in reversed(TRAINED) if saved_steps(run.stage(s))]
     if not stages:
-        raise DataError(f"{run.root}: no trained stage yet; finish the run first: launch.py --run-dir {run.root}")
+        raise DataError(f"{run.root}: no trained stage yet; finish it: {command_line(f'--run-dir {run.root}')}")
     return stages
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxchat.arguments import Parser
-from jaxchat.errors import InterruptedRun, JaxchatError, OutOfMemoryError, UsageError, explained
+from jaxchat.errors import InterruptedRun, JaxchatError, OutOfMemoryError, UsageError, command_line, explained
 
 
 def make_parser(program: str = "python -m jaxchat.interop") -> argparse.ArgumentParser:
@@ -72,7 +72,7 @@ def import_model(args: argparse.Namespace) -> None:
     write_run(model, Path(args.out))
     kind = "a chat model" if model.chats else "a base model"
     say(f"{args.out}: {kind} (stage {model.stage}; --stage says otherwise), {model.config.depth} layers")
-    say(f"talk to it:  python launch.py chat {args.out}   (or serve, for the page)")
+    say(f"talk to it:  {command_line(f'chat {args.out}')}   (or serve, for the page)")
 
 
 def main(arguments: Callable[[], argparse.Namespace]) -> int:

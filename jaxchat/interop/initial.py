@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxchat.checkpoint import params_sha256, this_process
 from jaxchat.config import Config, ModelConfig, RlConfig, build, is_derived, load_config
-from jaxchat.errors import DataError, UsageError, first_line
+from jaxchat.errors import DataError, UsageError, command_line, first_line
 from jaxchat.interop.huggingface import config_from_hf, read_hf
 from jaxchat.interop.trained import Trained, load_trained, read_tokenizer
 from jaxchat.model import abstract_params
@@ -48,7 +48,7 @@ def init_config(init: str) -> Config:
     if stage or not file.is_file():
         advice = "name a run directory, RUN:STAGE, or a folder of the format hf or orbax"
         if any(folder.glob("*.pt")):
-            advice = "import it first (launch.py import --format nanochat)"
+            advice = f"import it first ({command_line('import --format nanochat')})"
         raise DataError(f"train.init: {folder} is neither a run nor an exported folder; {advice}")
     content = read_json(file)
     model = _orbax_model(content, file) if (folder / "params").is_dir() else config_from_hf(content, file)
@@ -94,7 +94,7 @@ def read_init(config: Config) -> Trained:
         if not stages or (stage and stage not in stages):
             raise DataError(
                 f"train.init: {folder} has no finished stage{f' {stage}' if stage else ''}; finished: "
-                f"{', '.join(stages) or 'none'}. Finish it with launch.py --run-dir {folder}"
+                f"{', '.join(stages) or 'none'}. Finish it with {command_line(f'--run-dir {folder}')}"
             )
         stage = stage or ("base" if config.train.steps and "base" in stages else stages[0])
         origin = {"format": "jaxchat", "from": folder.resolve().name}

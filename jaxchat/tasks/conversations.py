@@ -26,7 +26,7 @@ from jaxchat.data.sources import (
     suffix_of,
     training_limit,
 )
-from jaxchat.errors import DataError, UsageError
+from jaxchat.errors import DataError, UsageError, install_command
 from jaxchat.tasks.base import Conversation, Task, sample
 from jaxchat.tasks.identity import TEXTS
 
@@ -60,7 +60,7 @@ def chatterbot_pairs(language: str = "english") -> Iterator[Conversation]:
         import chatterbot_corpus
         import yaml
     except ImportError:
-        raise DataError("source chatterbot: install it with pip install -r requirements.txt") from None
+        raise DataError(f"source chatterbot: install it with {install_command()}") from None
     folder = Path(str(chatterbot_corpus.__file__)).parent / "data" / language
     if not folder.is_dir():
         known = ", ".join(sorted(p.name for p in folder.parent.iterdir() if p.is_dir()))
