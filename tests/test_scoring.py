@@ -24,8 +24,8 @@ from jaxchat.sharding import make_mesh
 V, CONTEXT = 90, 128
 SHAPES = {
     # a window of 9 is shorter than prefixes and than some continuations; two query heads share a kv head
-    "modern": ModelConfig(
-        recipe="modern", depth=2, seq_len=CONTEXT, vocab_size=V, width=32, n_heads=4, n_kv_heads=2, head_width=8,
+    "jaxchat": ModelConfig(
+        recipe="jaxchat", depth=2, seq_len=CONTEXT, vocab_size=V, width=32, n_heads=4, n_kv_heads=2, head_width=8,
         window_short=9,
     ),
     "classic": ModelConfig(
@@ -101,7 +101,7 @@ def test_a_span_scores_as_in_a_plain_forward_pass(recipe):
 
 def test_a_score_does_not_depend_on_what_is_scored_with_it():
     groups = questions(3, 12, longest=60)
-    scorer = scorer_of("modern")
+    scorer = scorer_of("jaxchat")
     together = scorer.spans(groups)
     alone = [scorer.spans([group])[0] for group in reversed(groups)][::-1]
     for a, b in zip(together, alone, strict=True):
@@ -111,15 +111,15 @@ def test_a_score_does_not_depend_on_what_is_scored_with_it():
 
 def test_equal_options_score_equal_to_the_last_bit():
     texts = [[1, 2, 3, *tail] for tail in ([7, 8], [9], [7, 8], [7, 8, 9], [9])]
-    (scores,) = scorer_of("modern").spans([[Span(t, 3, len(t)) for t in texts]])
+    (scores,) = scorer_of("jaxchat").spans([[Span(t, 3, len(t)) for t in texts]])
     assert scores[0] == scores[2] and scores[1] == scores[4] and scores[0] != scores[3]
 
 
 def test_texts_with_nothing_in_common_are_scored_by_themselves():
     texts = [[1, 2, 3], [2, 2, 3], [3, 3]]
-    (scores,) = scorer_of("modern").spans([[Span(t, 1, len(t)) for t in texts]])
+    (scores,) = scorer_of("jaxchat").spans([[Span(t, 1, len(t)) for t in texts]])
     for text, score in zip(texts, scores, strict=True):
-        logp = log_probabilities("modern", text)
+        logp = log_probabilities("jaxchat", text)
         assert score.loss == pytest.approx(-sum(logp[i, t] for i, t in enumerate(text[1:])), rel=1e-5)
 
 
@@ -158,7 +158,7 @@ def test_there_are_at_most_six_lengths_and_the_context_fits(seq_len):
 
 
 def test_long_texts_lose_their_left_end_and_are_counted():
-    scorer, draw = scorer_of("modern"), np.random.default_rng(7)
+    scorer, draw = scorer_of("jaxchat"), np.random.default_rng(7)
     prefix = draw.integers(0, V, 150).tolist()
     long = [[*prefix, 1, 2], [*prefix, 3]]
     (scores,) = scorer.spans([[Span(t, 150, len(t)) for t in long]])
@@ -171,8 +171,8 @@ def test_long_texts_lose_their_left_end_and_are_counted():
     ((all_of_it,),) = scorer.spans([[Span(prefix, 1, 150)]])
     assert all_of_it.count == CONTEXT - 1 and all_of_it.cropped == 150 - CONTEXT
     # without cropping, as nanochat
-    ((whole,),) = Scorer(*model("modern"), batch_rows=1, context=0).spans([[Span(long[0], 150, 152)]])
-    logp = log_probabilities("modern", long[0])
+    ((whole,),) = Scorer(*model("jaxchat"), batch_rows=1, context=0).spans([[Span(long[0], 150, 152)]])
+    logp = log_probabilities("jaxchat", long[0])
     assert whole.loss == pytest.approx(-logp[149, 1] - logp[150, 2], rel=1e-5) and whole.cropped == 0
 
 
@@ -192,7 +192,7 @@ def test_common_prefix(sequences):
 
 def spread(devices):
     """Scores and letters on a mesh, for the test below, which runs this file by itself."""
-    config, params = model("modern")
+    config, params = model("jaxchat")
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     scorer = Scorer(config, params, mesh, batch_rows=4)
     groups = questions(11, 9, longest=30)
