@@ -10,7 +10,7 @@ import pytest
 from whole_run import finish, records, start
 
 import launch
-from jaxchat.config import load_config
+from jaxchat.config import load_config, to_toml
 from jaxchat.errors import DataError, UsageError
 from jaxchat.scaling import resolve
 from jaxchat.sizes import count_parameters, flops_per_token
@@ -159,6 +159,7 @@ def test_settings_that_a_ladder_derives_or_that_differ_are_refused(tmp_path):
     with pytest.raises(UsageError, match="model.width, model.n_heads, train.steps"):
         ladder.opened(load_config("nano"), tmp_path, 5)
     given = ladder.opened(load_config("ladder"), tmp_path, 5)
+    (tmp_path / "config.toml").write_text(to_toml(given))
     assert ladder.opened(load_config("ladder", ["train.eval_rows=8", "seed=7"]), tmp_path, 6) == given.__class__(
         **vars(given) | {"seed": 7, "train": load_config("ladder", ["train.eval_rows=8"]).train}
     )

@@ -122,7 +122,7 @@ def shape(root: Path, given: Config, words: str | None, seeds: int | None) -> tu
 
 
 def opened(given: Config, root: Path, deepest: int) -> Config:
-    """Return the settings that all runs of the ladder share, with hub text for the deepest; kept in its `config.toml`.
+    """Return the settings that all runs of the ladder share, with hub text for the deepest.
 
     `UsageError` names keys that a ladder derives and that are set, and those in which the folder's runs differ.
     """
@@ -140,8 +140,6 @@ def opened(given: Config, root: Path, deepest: int) -> Config:
     deciding = {k: v for k, v in flatten(given).items() if before and k not in OWN_KEYS and not KEYS[k].free}
     if changed := [f"{k} ({before[k]!r} -> {v!r})" for k, v in deciding.items() if v != before[k]]:
         raise UsageError(f"{root}: was made with other settings: {', '.join(changed)}; choose another --run-dir")
-    if not before:
-        atomic_write(own, to_toml(given))
     return given
 
 
@@ -151,9 +149,14 @@ def rung(given: Config, depth: int, seed: int) -> Config:
 
 
 def prepared(given: Config, root: Path, depth: int) -> tuple[RunDir, HeldOut]:
-    """Return `data/`, a run directory with the tokenizer and the rows that all share, and its held-out documents."""
+    """Return `data/`, a run directory with the tokenizer and rows that all share, and its held-out documents.
+
+    Then the settings are kept in the ladder's `config.toml`, so that a command whose text cannot be read may be mended.
+    """
     data, config = RunDir(root / "data"), rung(given, depth, given.seed)
     run_stages(config, data, select("prepare", None), {})
+    if not (root / "config.toml").exists():
+        atomic_write(root / "config.toml", to_toml(given))
     return data, HeldOut.of(data, config.model.seq_len)
 
 
@@ -188,8 +191,8 @@ def climb(
     others alone; the first such error is raised at the end.
     """
     (depths, following, seeds), others, errors = shape, [read_ladder(path) for path in against], list[JaxchatError]()
+    given = opened(given, root, max(following, given.model.depth))
     with RunDir(root).lock():
-        given = opened(given, root, max(following, given.model.depth))
         data, held = prepared(given, root, depths[0])
         card = blank(f"jaxchat {root.name}", given, held) | {"depths": list(depths), "seeds": seeds}
         if (root / "ladder.json").exists():  # of the same settings; other depths and seeds stay
@@ -480,6 +483,6 @@ def plan_ladder(given: Config, depths: Sequence[int], seeds: int, target: str, a
     found = {"tier": given.tier, "target": plans[0]["target"], "seeds": seeds}
     found |= {key: sum(run[key] for run in runs[:-1]) for key in keys[-2:]}
     found |= {f"depth {depth}": run for depth, run in zip(depths, runs, strict=True)}
-    found |= {"assumptions": plans[0]["assumptions"]}
+    found |= {"assumptions": f"all seeds; sums without the last depth (--next); {plans[0]['assumptions']}"}
     print(json.dumps(found)) if as_json else print_facts(found)
     return found
