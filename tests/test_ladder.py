@@ -1,5 +1,6 @@
 """The ladder: statistics on made-up points, refusals, and a tiny real one that is killed and goes on (slow)."""
 
+import argparse
 import copy
 import json
 import math
@@ -10,8 +11,10 @@ import pytest
 from whole_run import finish, records, start
 
 import launch
+from bench import nanochat_ladder
 from jaxchat.config import load_config, to_toml
 from jaxchat.errors import DataError, UsageError
+from jaxchat.run_dir import write_json
 from jaxchat.scaling import resolve
 from jaxchat.sizes import count_parameters, flops_per_token
 from train import ladder
@@ -227,6 +230,25 @@ def test_plan_of_a_gpu_node_has_hours_and_dollars(tmp_path, capsys, monkeypatch)
     runs = [plan[f"depth {depth}"] for depth in (8, 12, 16, 20)]
     assert plan["usd_estimate"] == pytest.approx(sum(run["usd_estimate"] for run in runs[:3]))
     assert 0 < plan["hours_estimate"] < 100
+
+
+def test_best_rate_of_the_peer_is_taken_at_each_depth(tmp_path):
+    sizes = made_up((2,))["sizes"]
+    held = ladder.HeldOut([[0]], {m: np.array(s) for m, s in sizes.items()}, {"documents": 100})
+    for factor, efficiency in ((1, (0.5, 2.0, 0.8)), (4, (1.0, 1.0, 1.0)), (16, None)):
+        for depth in (2, 3, 4):
+            card = made_up((depth,), efficiency[depth - 2] if efficiency else 1.0, seeds=2)
+            for p in card["points"]:
+                p |= {"lr_factor": factor, "decay_factor": 1 / factor, "batch_tokens": 512, "run": "x"}
+                p["bits"] = {m: bits.tolist() for m, bits in p["bits"].items()}
+                p = p if efficiency else {k: v for k, v in p.items() if k != "bits"} | {"start": math.inf, "every": 1.0}
+                write_json(tmp_path / f"d{depth}_s{p['seed']}_x{factor}" / "result.json", {"point": p})
+    given = load_config("ladder")
+    card = nanochat_ladder.best(argparse.Namespace(out=tmp_path, name="peer"), given, held)
+    assert {p["depth"]: p["lr_factor"] for p in card["points"]} == {2: 4, 3: 1, 4: 4}
+    assert [len(group) for group in ladder.by_depth(card).values()] == [2, 2, 2]
+    assert len(card["sweep"]) == 9 and [s["start"] for s in card["sweep"]].count("diverged") == 3
+    assert ladder.read_ladder(tmp_path)["name"] == "peer"
 
 
 def test_command_line_has_the_alias():
