@@ -277,7 +277,7 @@ def test_tiny_ladder_goes_on_after_a_kill_predicts_and_compares(corpus, tmp_path
     process.communicate()
     assert not (root / "d3_s42").exists()
     began = {name: records(root / name)["pretrain"]["start"] for name in ("d1_s42", "d1_s43", "d2_s42")}
-    code, out, err = finish(start(command(corpus, root)))
+    code, out, err = finish(start(command(corpus, root)), 900)
     assert code == 0, err
     card = ladder.read_ladder(root)
     assert [p["run"] for p in card["points"]] == runs
@@ -293,7 +293,7 @@ def test_tiny_ladder_goes_on_after_a_kill_predicts_and_compares(corpus, tmp_path
     made = copy.deepcopy(card["predictions"])
     assert made[0]["depth"] == 4 and "error" not in made[0]["start"]
 
-    code, _, err = finish(start(command(corpus, root, "--next", "--against", str(root / "ladder.json"))))
+    code, _, err = finish(start(command(corpus, root, "--next", "--against", str(root / "ladder.json"))), 900)
     assert code == 0, err
     after = ladder.read_ladder(root)
     for measure in ladder.MEASURES:
@@ -311,7 +311,7 @@ def test_tiny_ladder_goes_on_after_a_kill_predicts_and_compares(corpus, tmp_path
 def test_run_that_diverges_leaves_the_others_alone(corpus, tmp_path):
     root = tmp_path / "ladder"
     sets = ["--set", "optim.matrix_lr=1e30", "--set", "optim.embedding_lr=1e30", "--depths", "1,2", "--seeds", "1"]
-    code, _, err = finish(start(command(corpus, root, *sets)))
+    code, _, err = finish(start(command(corpus, root, *sets)), 900)
     card = ladder.read_ladder(root)
     assert code == 5 and set(card["failed"]) | {p["run"] for p in card["points"]} == {"d1_s42", "d2_s42"}, err
     assert card["failed"]

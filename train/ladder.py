@@ -95,7 +95,12 @@ class HeldOut:
     def point(self, config: Config, tokens: int, step_seconds: float, bits: dict[str, list[float]]) -> dict[str, Any]:
         """Return the entry of one run in `ladder.json`. FLOPs are counted as nanochat does."""
         number, model = count_parameters(config.model), config.model
-        about = {"depth": model.depth, "seed": config.seed, "flops": flops_per_token(model) * tokens, "tokens": tokens}
+        about: dict[str, Any] = {
+            "depth": model.depth,
+            "seed": config.seed,
+            "flops": flops_per_token(model) * tokens,
+            "tokens": tokens,
+        }
         about |= {"seconds": step_seconds * config.train.steps, "step_seconds": step_seconds}
         about |= {"parameters": number.total, "scaling_parameters": number.scaling}
         about |= {"table_parameters": number.total - number.scaling - number.scalars}
@@ -177,6 +182,8 @@ def trained(given: Config, depth: int, seed: int, root: Path, data: RunDir, held
     cached = read_json(scores) if scores.exists() else {}
     if {name: cached.get(name) for name in key} != key:
         cached = key | {"bits": held.score(config.model, trained_params(run, "base"))}
+        if not np.isfinite(cached["bits"]["every"]).all():
+            raise DivergedError(f"{run.root}: its bits per byte are not finite; lower optim.lr_scale in another folder")
         write_json(scores, cached)
     step = speed(read_metrics(run.stage("base") / "metrics.jsonl"))["step_seconds"]
     return held.point(config, facts["tokens"], step, cached["bits"]) | {"run": run.root.name}
@@ -320,8 +327,8 @@ def on_curve(curve: Fit, x: np.ndarray) -> np.ndarray:
 
 def interval(samples: np.ndarray) -> list[float | None]:
     """Return the 95 % interval; None for an end that is not finite."""
-    ends = (np.quantile(samples, q, method=m) for q, m in ((0.025, "lower"), (0.975, "higher")))
-    return [float(end) if math.isfinite(end) else None for end in ends]
+    ordered, cut = np.sort(samples), len(samples) // 40
+    return [float(end) if math.isfinite(end) else None for end in (ordered[cut], ordered[-1 - cut])]
 
 
 def fitted(card: Ladder, measure: str) -> dict[str, Any]:
@@ -441,7 +448,9 @@ def tables(card: Ladder) -> list[Table]:
         for measure, name in MEASURES.items():
             for depth, times in other[measure].items():
                 same = [f"{ratio[depth]:.2f}" if depth in ratio else "-" for ratio in other["ratios"].values()]
-                rows.append([name, depth, *(cell(*times[key].values(), 2) for key in AXES), *same])
+                rows.append(
+                    [name, depth, *(cell(times[key]["value"], times[key]["interval"], 2) for key in AXES), *same]
+                )
         head = ["", "depth", *AXES.values(), "seconds a step", "parameters"]
         note = (
             "How many times ours the other ladder needs for the same bits per byte, on its curve between its points; a "
@@ -463,7 +472,7 @@ def draw(ladders: Sequence[Ladder]) -> bytes:
             axis.yaxis.set_minor_formatter("{x:.2f}")
             for i, one in enumerate(ladder for ladder in ladders if ladder["points"]):
                 found, x, look = fitted(one, measure), np.exp(log_median(by_depth(one), "flops")), {"color": f"C{i}"}
-                bars, ahead = np.abs(np.array(found["intervals"]).T - found["values"]), one["predictions"]
+                bars, ahead = np.abs(np.array(found["intervals"], float).T - found["values"]), one["predictions"]
                 axis.errorbar(x, found["values"], bars, fmt="o", markersize=4, capsize=3, label=one["name"], **look)
                 for p in ahead:
                     axis.plot(p["flops"], p[measure]["value"], "o", fillstyle="none", markersize=8, **look)
