@@ -18,6 +18,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")  # the last two: OpenAI's Res
 ROLES = {"assistant": "assistant"} | dict.fromkeys(("user", "system", "developer", "tool", "function"), "user")
 RESULTS = ("tool", "function")  # roles that hold the result of a call
 CALCULATORS = ("calculator", "calculate", "python")  # functions whose calls are our calculator's
+EXAMPLES = ("hello", "who are you?", "Tom has 12 apples and buys 30 more. How many?", "what do you like to do?")
 ARITHMETIC = set("0123456789+-*/()., ")
 
 

@@ -250,7 +250,7 @@ class ServeConfig:
 @dataclass(frozen=True)
 class ExportConfig:
     formats: tuple[str, ...] = key(("orbax", "hf"), "folders in `export/`, see [weights.md](weights.md); none: nothing",
-        choices=("orbax", "hf"))
+        choices=("orbax", "hf", "html"))
     dtype: str = key("auto", "of the weights there; auto: as trained", choices=("auto", "float32", "bfloat16"))
 
 

@@ -23,6 +23,7 @@ import gradio as gr
 from fastapi import FastAPI
 from gradio.i18n import I18nData
 
+from jaxchat.chat import EXAMPLES
 from jaxchat.engine import Token, trained_stages
 from jaxchat.errors import DataError, JaxchatError
 from jaxchat.run_dir import RunDir, read_json
@@ -46,7 +47,6 @@ TEXTS: dict[str, dict[str, str]] = {
     for language in ("en", "ko")
 }
 LOGIN = "Any name will do; the password is an API key. 이름은 아무것이나, 비밀번호는 API 키입니다."
-EXAMPLES = ["hello", "who are you?", "Tom has 12 apples and buys 30 more. How many?", "what do you like to do?"]
 ALTERNATIVES = 5  # shown for each token
 BREAK = "\u2060"  # word joiner: no width, no meaning
 VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})

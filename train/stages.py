@@ -15,15 +15,15 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jaxchat import __version__, distributed
 from jaxchat.config import ADDED, KEYS, REMOVED, Config, build, flatten, is_derived, load_config, to_toml
 from jaxchat.errors import UsageError, first_line
+from jaxchat.interop.html_page import write_html
 from jaxchat.interop.huggingface import write_hf
 from jaxchat.interop.initial import read_init
-from jaxchat.interop.trained import Trained, load_trained, write_orbax
+from jaxchat.interop.trained import load_trained, write_orbax
 from jaxchat.log import keep_messages, note, say
 from jaxchat.optimizer import make_schedule
 from jaxchat.run_dir import RECORD_FORMAT, TRAINED, RunDir, atomic_write, saved_steps, write_json
@@ -38,7 +38,7 @@ from .doctor import commit, hardware, peak_rss, versions
 from .targets import usd
 
 SHARED_SECONDS = 60.0  # until the other processes must see what process 0 wrote
-FORMATS: dict[str, Callable[[Trained, Path], dict[str, Any]]] = {"orbax": write_orbax, "hf": write_hf}
+FORMATS: dict[str, Callable[..., dict[str, Any]]] = {"orbax": write_orbax, "hf": write_hf, "html": write_html}
 Record = dict[str, Any]  # of one stage in `stages.json`
 
 
@@ -47,8 +47,13 @@ def run_export(config: Config, run: RunDir) -> dict[str, Any]:
     model, facts = load_trained(run, dtype=config.export.dtype), {}
     new = run.root / ".export.new"  # the old ones stay until these are whole
     shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
     for name in config.export.formats:
-        facts[name] = FORMATS[name](model, new / name)
+        try:
+            facts[name] = FORMATS[name](model, new / name)
+        except UsageError as error:  # it cannot hold the model, which is no reason to go without the others
+            say(f"  {name} left out: {error}", style="yellow")
+            continue
         say(f"  {run.export / name}: {facts[name]['bytes'] / 1e6:,.0f} MB of {facts[name]['dtype']}")
     shutil.rmtree(run.export, ignore_errors=True)
     os.replace(new, run.export)

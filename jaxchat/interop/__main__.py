@@ -20,8 +20,8 @@ def make_parser(program: str = "python -m jaxchat.interop") -> argparse.Argument
     export.set_defaults(run=export_model)
     export.add_argument("--run-dir", required=True, metavar="R")
     export.add_argument("--stage", choices=("base", "sft", "rl"), help="default: the furthest trained one")
-    export.add_argument("--format", default="hf", choices=("hf", "orbax"), help="default: hf, for transformers")
-    export.add_argument("--out", metavar="DIR", help="a new folder; default: exported/RUN[-STAGE]-FORMAT")
+    export.add_argument("--format", default="hf", choices=("hf", "orbax", "html"), help="default: hf, for transformers")
+    export.add_argument("--out", metavar="DIR", help="a new folder, or FILE.html; default: exported/RUN[-STAGE]-FORMAT")
     export.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: as stored")
     export.add_argument(
         "--architecture",
@@ -41,16 +41,20 @@ def make_parser(program: str = "python -m jaxchat.interop") -> argparse.Argument
 
 
 def export_model(args: argparse.Namespace) -> None:
+    from jaxchat.interop.html_page import write_html
     from jaxchat.interop.huggingface import write_hf
     from jaxchat.interop.trained import load_trained, write_orbax
     from jaxchat.log import say
     from jaxchat.run_dir import RunDir
 
-    if args.format == "orbax" and args.architecture != "auto":
+    if args.format != "hf" and args.architecture != "auto":
         raise UsageError("--architecture: only with --format hf")
     run = RunDir(args.run_dir)
     named = "-".join(filter(None, (run.root.resolve().name, args.stage, args.format)))
     model, out = load_trained(run, args.stage, args.dtype), Path(args.out or f"exported/{named}")
+    if args.format == "html":
+        say(f"{out}: {write_html(model, out)['bytes']:,} bytes; open the file in a browser")
+        return
     facts = write_hf(model, out, args.architecture) if args.format == "hf" else write_orbax(model, out)
     kind = f" as {facts['architecture']}" if "architecture" in facts else ""
     say(f"{out}: {facts['bytes']:,} bytes of {facts['dtype']}{kind}; README.md there says how to load it")

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tokenizers import Tokenizer as Backend
 
 from jaxchat import __version__
 from jaxchat.checkpoint import params_sha256, recorded, save_params, this_process
-from jaxchat.config import Config, ModelConfig, RlConfig, ServeConfig, to_toml
+from jaxchat.config import Config, ModelConfig, RlConfig, ServeConfig, load_config, to_toml
 from jaxchat.engine import load_run, trained_stages
 from jaxchat.errors import DataError, UsageError, first_line
 from jaxchat.interop.bundle import bundle
@@ -67,6 +67,7 @@ class Trained:
     step: int = 0
     imported: dict[str, Any] | None = None  # where its base came from, if it was not trained here: format, from, sha256
     trained_on: bool = False  # whether this stage was trained here, on an imported base
+    run_config: Config = field(default_factory=Config)
 
     @property
     def chats(self) -> bool:
@@ -100,6 +101,7 @@ def load_trained(run: RunDir, stage: str | None = None, dtype: str = "auto") -> 
         report=read_json(report) if report.exists() and not own else None,
         imported=base,
         trained_on=base is not None and not own,
+        run_config=load_config(run.config),
     )
 
 
