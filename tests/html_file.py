@@ -35,7 +35,7 @@ def params_of(path, config):
             if kind == "int8":
                 scale, at = np.frombuffer(data, np.float32, rows, at)[:, None], at + 4 * rows
             values = np.frombuffer(data, kind, rows * columns, at).reshape(rows, columns) * scale
-            table = short in ("embedding", "unembedding", "value_embedding")
+            table = short.endswith("embedding")
             if kind == "int8" and not table:
                 values = values.T
             if table:

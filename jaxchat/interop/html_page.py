@@ -31,7 +31,7 @@ from jaxchat.tokenizer import Tokenizer, byte_alphabet
 ASSETS = Environment(loader=FileSystemLoader(Path(__file__).with_name("html")), autoescape=True)
 MAX_PARAMETERS = 1_000_000_000  # Chromium opened 897 M: a file of 1.2 GB, 4.1 GB of memory
 PIECE = 3 << 20  # bytes in one element of the page; no string comes near a browser's longest one (V8: 512 MiB)
-TABLES = ("embedding", "unembedding", "value_embedding")
+TABLES = ("embedding", "unembedding", "value_embedding", "bigram_embedding")
 SMALL = ("smear_gate", "smear_scale", "backout_scale", "residual_scale", "x0_scale", "ve_gate")  # stay float32
 SERVE = ("temperature", "top_k", "max_tokens", "language", "message_chars")
 HOW = "Open this file in a browser. It holds the weights in int8, needs no network and sends nothing anywhere."
@@ -91,7 +91,8 @@ def tensors(model: Trained) -> Iterator[tuple[Any, ...]]:
             if name in SMALL:
                 yield key, one.astype(np.float32).reshape(1, -1)
                 continue
-            kernel = one[: model.config.vocab_size].T if name in TABLES else one  # without the vocabulary's padding
+            rows = None if name == "bigram_embedding" else model.config.vocab_size  # without the vocabulary's padding
+            kernel = one[:rows].T if name in TABLES else one
             quantized = quantize(jnp.asarray(kernel, jnp.float32))
             yield key, np.asarray(quantized.values).T, np.asarray(quantized.scale)
 

@@ -152,11 +152,14 @@ class Model {
     const { depth, seq_len, width, n_heads, n_kv_heads, head_width: N } = config, KN = n_kv_heads * N;
     const floats = (size) => new Float32Array(size);
     for (const name of ["x", "x0", "e", "h", "middle", "added"]) this[name] = floats(width);
-    [this.q, this.attended, this.table, this.fc] = [n_heads * N, n_heads * N, KN, tensors["fc.0"].rows].map(floats);
+    [this.q, this.attended, this.fc] = [n_heads * N, n_heads * N, tensors["fc.0"].rows].map(floats);
+    [this.k, this.table] = [KN, KN].map(floats);
     [this.scores, this.logits, this.cos, this.sin] = [seq_len, config.vocab_size, N / 2, N / 2].map(floats);
     this.frequency = floats(N / 2).map((_, i) => config.rotary_base ** ((-2 * i) / N));
     // of all positions, so that a prompt can go back to any; a short window only reads its end
-    [this.keys, this.values] = [0, 1].map(() => Array.from({ length: depth }, () => floats(seq_len * KN)));
+    [this.keys, this.values] = [0, 1].map(() => Array.from({ length: depth }, () => floats((seq_len + 1) * KN)));
+    const slow = (j) => config.key_offset && j % (N >> 1) >= N >> 2; // is that of the token before
+    this.places = Array.from({ length: KN }, (_, j) => (slow(j) ? KN + j : j)); // of a key's numbers, from its position
   }
 
   // Run one more token; return the logits behind it where they are wanted.
@@ -179,24 +182,31 @@ class Model {
     return this.logits.map((z) => c.softcap * Math.tanh(z / c.softcap));
   }
 
-  // x: the normed embedding, with that of the token before smeared in
+  // x: the normed embedding, with what the token before adds
   embed(token) {
     const { c, t, x, e } = this, normed = (y, row) => norm(y, lookup(y, t.embedding, row), c.norm_eps);
     normed(x, token);
-    if (!c.smear || !this.ids.length) return;
-    normed(e, this.ids.at(-1));
-    mix(x, 1, e, t.smear_scale[0] * sigmoid(t.smear_gate.reduce((sum, w, i) => sum + w * x[i], 0)));
+    const before = this.ids.at(-1) ?? -1, gate = t.smear_gate?.reduce((sum, w, i) => sum + w * x[i], 0);
+    if (c.smear && before >= 0) mix(x, 1, normed(e, before), t.smear_scale[0] * sigmoid(gate));
+    if (c.bigram_rows > 0) mix(x, 1, lookup(e, t.bigram_embedding, this.bigramRow(before, token)), 1);
+  }
+
+  bigramRow(first, second) {
+    let mixed = Math.imul(first, 0xc2b2ae35) + Math.imul(second, 0x9e3779b1);
+    mixed = Math.imul(mixed ^ (mixed >>> 15), 0x85ebca6b);
+    return ((mixed ^ (mixed >>> 13)) >>> 0) % this.c.bigram_rows;
   }
 
   block(i, token, position) {
-    const { c, t, x, h, q, fc, added } = this, N = c.head_width, KN = c.n_kv_heads * N;
+    const { c, t, x, h, q, k, fc, added } = this, N = c.head_width, KN = c.n_kv_heads * N;
     if (c.residual_scalars) mix(x, t.residual_scale[i], this.x0, t.x0_scale[i]);
     norm(h, x, c.norm_eps);
-    const [k, v] = [this.keys, this.values].map((cache) => cache[i].subarray(position * KN, (position + 1) * KN));
+    const keys = this.keys[i], values = this.values[i], v = values.subarray(position * KN, (position + 1) * KN);
     for (const [y, name] of [[q, "q"], [k, "k"], [v, "v"]]) multiply(y, h, t[`${name}.${i}`]);
     if (t[`value_embedding.${i}`]) this.addTable(v, t[`value_embedding.${i}`], token, t[`ve_gate.${i}`]);
     for (const heads of [q, k]) for (let at = 0; at < heads.length; at += N) this.rotate(heads.subarray(at, at + N));
-    this.attend(this.keys[i], this.values[i], Math.max(0, position - c.windows[i]), position);
+    this.places.forEach((place, j) => (keys[position * KN + place] = k[j]));
+    this.attend(keys, values, Math.max(0, position - c.windows[i]), position);
     multiply(added, this.attended, t[`o.${i}`]);
     mix(x, 1, added, 1);
     multiply(fc, norm(h, x, c.norm_eps), t[`fc.${i}`]);
