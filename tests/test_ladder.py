@@ -53,6 +53,11 @@ def times(ours, theirs, depth, key="flops", measure="start"):
     return ladder.multipliers(ours, theirs)[measure][str(depth)][key]
 
 
+@pytest.fixture(autouse=True)
+def fewer_samples(monkeypatch):
+    monkeypatch.setattr(ladder, "RESAMPLES", 300)
+
+
 # Statistics
 
 
@@ -83,9 +88,8 @@ def test_same_ladder_has_multiplier_one_at_each_of_its_points():
     assert found["ratios"]["parameters"] == dict.fromkeys("2345", 1)
 
 
-def test_intervals_cover_the_truth(monkeypatch):
+def test_intervals_cover_the_truth():
     """Of multiplier and prediction: 95 of 100; with 40 trials 33 is unlikely to be less by chance alone (1 in 400)."""
-    monkeypatch.setattr(ladder, "RESAMPLES", 300)
     trials, covered, foreseen = 40, 0, 0
     for i in range(trials):
         ours, theirs = (
