@@ -55,6 +55,7 @@ COMMANDS = {
     "tiers": "list the tiers with hardware, time and cost",
 }
 ALIASES = {f"--{name}" for name in ("chat", "serve", "plan", "rehearse", "doctor", "compare", "ladder", "tiers")}
+USES_DEVICES = ("chat", "serve", "rehearse", "compare", "ladder")  # of this process alone
 INTEROP = ("export", "import")  # jaxchat.interop reads their arguments
 CACHE_BYTES = 2 << 30  # of compiled programs; JAX deletes the least recently used ones
 CACHE_PROGRAMS = 4_000  # that a start leaves there: JAX reads the time of every one when it adds one
@@ -82,22 +83,14 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # commands, flag, what
     ("train watch", "--beside", {"metavar": "RUN", "help": "another run, drawn as a grey line behind this one"}),
     ("ladder", "--depths", {"metavar": "A,B,C", "help": "layers (default: three below the tier's, 2,3,4 of ladder)"}),
     ("ladder", "--seeds", {"type": int, "metavar": "N", "help": "runs of each depth (default 3)"}),
-    (
-        "ladder",
-        "--next",
-        {"dest": "further", "action": "store_true", "help": "train the depth after them, as predicted"},
-    ),
+    ("ladder", "--next", {"dest": "further", "action": "store_true", "help": "train the depth that was predicted"}),
     ("ladder", "--against", {"action": "append", "default": [], "metavar": "FILE", "help": "another's ladder.json"}),
     ("ladder", "--plan", {"action": "store_true", "help": "hours and dollars on --target; nothing is trained"}),
     ("plan rehearse doctor compare ladder", "--json", {"action": "store_true", "help": "print one JSON object"}),
     ("serve watch", "--host", {"help": "address to serve on (default 127.0.0.1)"}),
     ("serve", "--port", {"type": int, "help": "port to serve on (default 8000)"}),
     ("train watch", "--port", {"type": int, "default": 8001, "help": "port of that page (default 8001)"}),
-    (
-        "plan ladder",
-        "--target",
-        {"default": "auto", "help": "auto, cpu:N, h100:N, v5e:RxC and others: docs/planning.md"},
-    ),
+    ("plan ladder", "--target", {"default": "auto", "help": "auto, cpu:N, h100:N, v5e:RxC ...: docs/planning.md"}),
     ("plan", "--budget", {"metavar": "100usd", "help": "the deepest model that the money buys on --target"}),
     ("plan", "--hours", {"type": float, "metavar": "H", "help": "the deepest model that trains in the time"}),
     ("rehearse", "--keep", {"action": "store_true", "help": "keep what it has written"}),
@@ -251,8 +244,7 @@ def run(args: argparse.Namespace) -> int:
     if plans:
         prepare_plan(args.target)
     # training joins other processes first, doctor says what is missing, and a plan for another target counts its own
-    uses_devices = ("chat", "serve", "rehearse", "compare", "ladder")
-    if (args.command in uses_devices and not plans) or (plans and args.target == "auto"):
+    if (plans and args.target == "auto") or (not plans and args.command in USES_DEVICES):
         from jaxchat.sharding import require_devices
 
         require_devices()
@@ -274,14 +266,14 @@ def run(args: argparse.Namespace) -> int:
         from train import ladder
 
         config, root = given_config(args, "ladder")
-        if not args.run_dir:  # not that of the tier's own run
-            root = root if config.tier == "ladder" else root.with_name(f"ladder-{config.tier}")
+        if not args.run_dir and config.tier != "ladder":  # not that of the tier's own run
+            root = root.with_name(f"ladder-{config.tier}")
         depths, following, seeds = shape = ladder.shape(root, config, args.depths, args.seeds)
         if args.plan:
             ladder.plan_ladder(config, [*depths, following], seeds, args.target, as_json=args.json)
         else:
             keep_programs(config.data.cache_dir)
-            ladder.climb(config, root, shape, args.further, args.against)
+            ladder.climb(config, root, shape, args.further, args.against, as_json=args.json)
         return 0
 
     from jaxchat.run_dir import RunDir

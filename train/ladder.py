@@ -55,6 +55,7 @@ OWN_KEYS = ("seed", "tier", "model.depth")  # in which the runs of a ladder may 
 DERIVED = ("model.width", "model.n_heads", "model.n_kv_heads", "train.steps")
 Ladder = dict[str, Any]  # what `ladder.json` holds
 Points = list[dict[str, Any]]
+Shape = tuple[list[int], int, int]  # depths, the next one, seeds
 Fit = tuple[np.ndarray, np.ndarray, np.ndarray]  # a, b, c of a + b C^-c, each (R, 1)
 
 
@@ -109,7 +110,7 @@ class HeldOut:
         return about | {"bits": {m: [round(b, 3) for b in bits[m]] for m in MEASURES}}
 
 
-def shape(root: Path, given: Config, words: str | None, seeds: int | None) -> tuple[list[int], int, int]:
+def shape(root: Path, given: Config, words: str | None, seeds: int | None) -> Shape:
     """Return the depths of `--depths 2,3,4`, the one after them, and the number of seeds; by default the folder's.
 
     A new ladder has the three depths below the tier's, a fifth of it apart, and three seeds. Raises `UsageError`.
@@ -120,9 +121,7 @@ def shape(root: Path, given: Config, words: str | None, seeds: int | None) -> tu
     if words is not None:
         depths = [int(word) if word.strip().isdecimal() else 0 for word in words.split(",")]
     if not depths or depths != sorted(set(depths)) or depths[0] < 1 or seeds < 1:
-        raise UsageError(
-            f"--depths {words} --seeds {seeds}: give rising numbers of layers, as 2,3,4, and 1 seed or more"
-        )
+        raise UsageError(f"--depths {words} --seeds {seeds}: give rising depths, as 2,3,4, and at least one seed")
     return depths, 2 * depths[-1] - depths[-2] if len(depths) > 1 else depths[-1] + 1, seeds
 
 
@@ -190,7 +189,7 @@ def trained(given: Config, depth: int, seed: int, root: Path, data: RunDir, held
 
 
 def climb(
-    given: Config, root: Path, shape: tuple[Sequence[int], int, int], further: bool, against: Sequence[str]
+    given: Config, root: Path, shape: Shape, further: bool, against: Sequence[str], as_json: bool = False
 ) -> Ladder:
     """Train what is missing of the ladder in `root`, write and print its results, and return `ladder.json`.
 
@@ -221,7 +220,7 @@ def climb(
         card["against"] = [multipliers(card, other) for other in others]
         write(root, card, others)
     parts = [f"{t.title}\n\n{text_table([t.head, *t.rows])}\n{t.note}".rstrip() for t in tables(card)]
-    print("\n\n".join([card["about"], *parts]))
+    print(json.dumps(card) if as_json else "\n\n".join([card["about"], *parts]))
     say(f"page {root / 'ladder.html'}, numbers {root / 'ladder.json'}")
     if errors:
         raise errors[0]
@@ -390,10 +389,8 @@ def multipliers(card: Ladder, other: Ladder) -> dict[str, Any]:
     the same depth. Raises `DataError` where text, tokenizer or scoring differ.
     """
     if differ := [key for key, value in card["corpus"].items() if other["corpus"].get(key) != value]:
-        raise DataError(
-            f"--against {other['name']}: {', '.join(differ)} differ, so bits per byte cannot be compared; both ladders "
-            "need the same --data, tokenizer, model.seq_len and held-out documents"
-        )
+        what = "--data, tokenizer, model.seq_len and held-out documents"
+        raise DataError(f"--against {other['name']}: {', '.join(differ)} differ; both ladders need the same {what}")
     ours, theirs, found = by_depth(card), by_depth(other), dict[str, Any]()
     if len(theirs) < 3:
         raise DataError(f"--against {other['name']}: has {len(theirs)} depths, and its curve needs three")
