@@ -131,7 +131,7 @@ def tokenizer_tables(tokenizer: Tokenizer) -> tuple[dict[str, Any], list[tuple[s
     unknown += [normalizer] if normalizer not in ("", "NFC", "NFD", "NFKC", "NFKD") else []
     first = content["pre_tokenizer"] or {"type": "none"}
     for step in first.get("pretokenizers", [first]):
-        pattern = step.get("pattern", {}).get("Regex") if step.get("behavior") == "Isolated" else None
+        pattern: Any = step.get("pattern", {}).get("Regex") if step.get("behavior") == "Isolated" else None
         if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
             pattern = GPT2_SPLIT if step["use_regex"] else ""
         for theirs, ours in JAVASCRIPT.items() if pattern else ():
