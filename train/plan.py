@@ -295,6 +295,7 @@ def disk_parts(config: Config) -> list[Part]:
         checkpoints[stage] = one * kept
         more |= len(saves) > kept
     weights = 2 if config.export.dtype == "bfloat16" else 4
+    exported = sum(1.4 if name == "html" else weights for name in config.export.formats)  # bytes a parameter
     parameters = count_parameters(config.model).total
     named = {parse_mixture_entry(entry)[0] for entry in config.sft.mixture} | set(config.eval.exams)
     datasets = 0 if config.tasks.data_dir else sum(size for name, size in DATASETS.items() if name in named)
@@ -308,7 +309,7 @@ def disk_parts(config: Config) -> list[Part]:
         Part("checkpoints, sft", checkpoints["sft"], ("sft",), folder="sft"),
         Part("checkpoints, rl", checkpoints["rl"], ("rl",), folder="rl"),
         Part("a checkpoint being written", one * more, ("pretrain", "sft", "rl")),
-        Part("exports", weights * parameters * len(config.export.formats), ("export",), folder="export"),
+        Part("exports", round(exported * parameters), ("export",), folder="export"),
         Part("logs and reports", LOG_BYTES + METRICS_BYTES * train.steps, ("pretrain", "eval", "report")),
     ]
     return [part for part in parts if part.bytes]
