@@ -156,9 +156,9 @@ DOCTOR_TEXT = ("## What is this machine?", "## 어떤 기계인가요?")
 DOCTOR = 'run(PYTHON, "launch.py", "doctor")'
 TAKE_TEXT = (
     "## Take it home\n\nThe exported model as an archive; Colab downloads it, Kaggle lists it under Output when it lies in the working directory.\n"
-    "[What can load it](weights.md).",
+    "`html/chat.html` in it runs the model in any browser, without a network. [What else can load it](weights.md).",
     "## 가져가기\n\n내보낸 모델을 압축 파일로 묶습니다. Colab에서는 바로 내려받고, Kaggle에서는 작업 디렉터리에 두면 Output에 나타납니다.\n"
-    "[불러오는 방법](weights.md).",
+    "그 안의 `html/chat.html`은 네트워크 없이 어느 브라우저에서나 모델을 실행합니다. [다른 방법](weights.md).",
 )
 
 NOTEBOOKS: dict[str, list[Cell]] = {
