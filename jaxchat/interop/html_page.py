@@ -86,15 +86,14 @@ def tensors(model: Trained) -> Iterator[tuple[Any, ...]]:
     layers |= dict.fromkeys(("value_embedding", "ve_gate"), value_layers(model.config))
     quantize = jax.jit(quantize_int8)
     for name, array in flat.items():
+        rows = None if name == "bigram_embedding" else model.config.vocab_size  # without the vocabulary's padding
         named = {f"{name}.{i}": array[j] for j, i in enumerate(layers[name])} if name in layers else {name: array}
         for key, one in named.items():
             if name in SMALL:
                 yield key, one.astype(np.float32).reshape(1, -1)
-                continue
-            rows = None if name == "bigram_embedding" else model.config.vocab_size  # without the vocabulary's padding
-            kernel = one[:rows].T if name in TABLES else one
-            quantized = quantize(jnp.asarray(kernel, jnp.float32))
-            yield key, np.asarray(quantized.values).T, np.asarray(quantized.scale)
+            else:
+                int8 = quantize(jnp.asarray(one[:rows].T if name in TABLES else one, jnp.float32))
+                yield key, np.asarray(int8.values).T, np.asarray(int8.scale)
 
 
 def facts(model: Trained, parameters: int) -> dict[str, str]:

@@ -3,7 +3,6 @@
 "use strict";
 
 // ---- tokenizer: byte-level BPE
-
 class Tokenizer {
   constructor({ special, splits, normalize, whole_words }, { byte_ids, token_lengths, token_bytes, merges }) {
     Object.assign(this, { special, normalize, byteIds: byte_ids });
@@ -43,14 +42,12 @@ class Tokenizer {
 }
 
 // ---- calculator: exact fractions [numerator, denominator] of BigInt
-
 const SPACE = /^[\s\x1c-\x1f\x85]+|[\s\x1c-\x1f\x85]+$/g, THOUSANDS = /(?<![\d.,])\d{1,3}(,\d{3})+(?![\d,])/g;
 const TOKEN = /'[^'"\\\n]*'|"[^'"\\\n]*"|\d+\.?\d*|\.\d+|\.count|[^ ]/g;
 const OPERATIONS = [
   { "+": ([a, b], [c, d]) => [a * d + c * b, b * d], "-": ([a, b], [c, d]) => [a * d - c * b, b * d] },
   { "*": ([a, b], [c, d]) => [a * c, b * d], "/": ([a, b], [c, d]) => (c ? [a * d, b * c] : fail()) },
 ];
-
 const fail = () => BigInt("not a calculation"); // which throws
 
 // Return the value of an expression as text; null where it is not allowed, not valid or not finite.
@@ -62,14 +59,12 @@ function calculate(expression) {
   if (!/^([0-9+\-/(). ']|\*(?!\*)|\.count)+$/.test(outside) || outside.includes("//")) return null;
   const tokens = expression.match(TOKEN) ?? [], next = (token) => tokens[0] === token && tokens.shift();
   const isText = (value) => /^['"]/.test(value), number = (value) => (typeof value === "string" ? fail() : value);
-
   function operation(level) {
     const signs = OPERATIONS[level];
     let value = signs ? operation(level + 1) : operand();
     while (signs?.[tokens[0]]) value = signs[tokens.shift()](number(value), number(operation(level + 1)));
     return value;
   }
-
   function operand() {
     if (next("-")) return OPERATIONS[0]["-"]([0n, 1n], number(operand()));
     let value = "";
@@ -86,7 +81,6 @@ function calculate(expression) {
     }
     return value;
   }
-
   try {
     const value = number(operation(0));
     return tokens.length ? null : formatNumber(...value);
@@ -110,7 +104,6 @@ function formatNumber(a, b) {
 }
 
 // ---- forward pass. Weights: {rows, columns, values: Int8Array, scale: Float32Array (rows)}
-
 // Write weights times x into y. Four sums at a time keep the processor busy.
 function multiply(y, x, { rows, columns, values: w, scale }) {
   for (let r = 0, p = 0; r < rows; r++) {
@@ -265,7 +258,6 @@ function sample(logits, temperature, topK, random = Math.random) {
 }
 
 // ---- answers
-
 const FORCED = 64, ANSWER_ROOM = 32; // tokens of a tool's result with its marks; of the context, kept for the answer
 const FRAMES = { python: "python", python_output: "output" }; // marks around a part
 
@@ -282,9 +274,8 @@ class Chat {
     const parts = ({ role, content }) => (role === "user" ? [{ type: "text", text: content }] : content);
     const framed = (name, ids) => (name ? [special(`${name}_start`), ...ids, special(`${name}_end`)] : ids);
     if (!this.chats) return [special("bos"), ...encode(messages.flatMap(parts).map(({ text }) => text).join(""))];
-    const turns = messages.flatMap((message) =>
-      framed(message.role, parts(message).flatMap(({ type, text }) => framed(FRAMES[type], encode(text)))),
-    );
+    const turn = (message) => parts(message).flatMap(({ type, text }) => framed(FRAMES[type], encode(text)));
+    const turns = messages.flatMap((message) => framed(message.role, turn(message)));
     return [special("bos"), ...turns, special("assistant_start")];
   }
 
@@ -350,7 +341,6 @@ class Turn {
   }
 
   flush = () => this.show(this.decoder.decode());
-
   show(text) {
     if (!text) return [];
     if (this.parts.at(-1)?.type !== this.kind) this.parts.push({ type: this.kind, text: "" });
@@ -368,7 +358,6 @@ class Turn {
 }
 
 // ---- the file
-
 const TYPES = { float32: Float32Array, int32: Int32Array, uint8: Uint8Array };
 
 // Return an array, or weights, for every {name: [type, offset, rows, columns]}, from base64 of `size` bytes in pieces.
@@ -382,8 +371,8 @@ function readTensors(table, pieces, size) {
   if (at !== size) throw new Error(`the file is not whole: ${at} of ${size} bytes`);
   const tensor = ([type, at, rows, columns]) => {
     if (type !== "int8") return new TYPES[type](bytes.buffer, at, rows * columns);
-    const scale = tensor(["float32", at, 1, rows]);
-    return { rows, columns, scale, values: new Int8Array(bytes.buffer, at + 4 * rows, rows * columns) };
+    const values = new Int8Array(bytes.buffer, at + 4 * rows, rows * columns);
+    return { rows, columns, values, scale: tensor(["float32", at, 1, rows]) };
   };
   return Object.fromEntries(Object.entries(table).map(([name, entry]) => [name, tensor(entry)]));
 }
@@ -408,11 +397,9 @@ async function run({ id, ...request }) {
 
 globalThis.onunhandledrejection = ({ reason }) => postMessage({ failed: String(reason) }); // out of memory, for one
 globalThis.onmessage = async ({ data: { piece, model, stop, ...request } }) => {
-  if (piece) pieces.push(piece);
-  else if (stop) job = null;
-  else if (!model) return run(request);
-  else {
-    chat = new Chat(model, readTensors(model.tensors, pieces, model.bytes));
-    postMessage({ ready: true });
-  }
+  if (piece) return pieces.push(piece);
+  if (stop) return (job = null);
+  if (!model) return run(request);
+  chat = new Chat(model, readTensors(model.tensors, pieces, model.bytes));
+  postMessage({ ready: true });
 };

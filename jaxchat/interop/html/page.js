@@ -26,21 +26,15 @@ const t = (name) => TEXTS[name]?.[Number(korean)] ?? name, kind = model.chats ? 
 let korean = (language === "auto" ? navigator.language : language).startsWith("ko");
 let messages = [], answering = null, ready = false, status = ["loading"]; // of the line below the box
 
-function element(tag, properties, ...children) {
+// Return an element; `t` names a text that follows the language.
+function element(tag, { t, ...properties }, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);
-  return made;
-}
-
-// Return an element whose text is in the language of the page.
-function text(tag, name) {
-  const made = element(tag);
-  made.dataset.t = name;
+  if (t) made.dataset.t = t;
   return made;
 }
 
 // ---- worker
-
 const worker = new Worker(URL.createObjectURL(new Blob([$("worker").textContent], { type: "text/javascript" })));
 for (const piece of document.querySelectorAll(".piece")) {
   worker.postMessage({ piece: piece.textContent });
@@ -55,7 +49,6 @@ worker.onmessage = ({ data }) => {
 };
 
 // ---- conversation
-
 function ask(text) {
   if (!ready || answering || !text.trim()) return;
   if (text.length > message_chars) return say(["!too_long", text.length, ">", message_chars, "characters"]);
@@ -78,7 +71,7 @@ function take({ kind, text, ...end }) {
   else {
     parts.push({ type: kind, text });
     if (kind === "python_output" && last?.type === "python") text = ` = ${text}`;
-    else line.append(element(kind === "text" ? "span" : "code"));
+    else line.append(document.createElement(kind === "text" ? "span" : "code"));
   }
   line.lastChild.append(text);
   if (follow) log.scrollTop = log.scrollHeight;
@@ -97,8 +90,6 @@ function finish({ reason, tokens, capacity, dropped, rate }) {
 }
 
 const stop = () => answering && worker.postMessage({ stop: true });
-
-// ---- what is shown
 
 // Words are names of texts, numbers, or shown as they are; "!" begins a complaint.
 function say(words) {
@@ -126,9 +117,9 @@ for (const [name, min, most, step] of [["temperature", 0, 2, 0.05], ["top_k", 0,
   const value = settings[name], number = element("b", {}, value), info = TEXTS[`${name}_info`] ? `${name}_info` : "tokens";
   const range = element("input", { type: "range", min, max: Math.max(most, value), step, value });
   range.oninput = () => (number.textContent = settings[name] = Number(range.value));
-  $("settings").append(element("label", {}, text("span", name), number, range, text("span", info)));
+  $("settings").append(element("label", {}, element("span", { t: name }), number, range, element("span", { t: info })));
 }
-for (const [name, value] of Object.entries(model.facts)) $("facts").append(text("dt", name), element("dd", {}, value));
+for (const [name, value] of Object.entries(model.facts)) $("facts").append(element("dt", { t: name }), element("dd", {}, value));
 $("card").textContent = model.card;
 $("new").onclick = () => {
   stop();
