@@ -1,5 +1,6 @@
 """A real HTTP server on loopback that speaks the hub's routes for one data set, and misbehaves where told to."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -151,3 +152,104 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+class FakeRepositories:
+    """The hub's routes to push: creates repositories and takes commits, with what large files need (Git LFS).
+
+    `repositories`: "models/OWNER/NAME" -> {path: bytes}; `created`: the bodies of what created them; `faults`:
+    beginning of a path -> status of every answer there; `token`: the one that is accepted, for owner "me" alone.
+    """
+
+    token = "hf_right"
+
+    def __init__(self):
+        self.repositories, self.created, self.faults, self.lfs, self.commits = {}, [], {}, {}, 0
+
+    def __enter__(self):
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                code, value, headers = hub.answer(
+                    self.command, urllib.parse.unquote(self.path.split("?")[0]), body, self.headers
+                )
+                text = json.dumps(value).encode()
+                self.send_response(code)
+                for name, field in {"Content-Length": str(len(text)), "Content-Type": "application/json"}.items():
+                    self.send_header(name, field)
+                for name, field in headers.items():
+                    self.send_header(name, field)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(text)
+
+            do_GET = do_HEAD = do_POST = do_PUT = answer
+
+            def log_message(self, *_):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, method, path, body, headers):
+        """(status, JSON value, headers) of the answer to a request."""
+        for start, code in self.faults.items():
+            if path.startswith(start):
+                return code, {"error": "Said by the hub."}, {"X-Error-Code": "RepoNotFound"} if code == 404 else {}
+        if path.startswith("/lfs/"):
+            self.lfs[path.rpartition("/")[2]] = body
+            return 200, {}, {}
+        if headers.get("Authorization") not in (f"Bearer {self.token}", f"Basic {self.token}"):
+            return 401, {"error": "Invalid credentials"}, {"X-Error-Message": "Invalid credentials"}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}, {}
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('type', 'model')}s/{asked['organization']}/{asked['name']}"
+            if name in self.repositories or asked["organization"] != "me":
+                code = 409 if name in self.repositories else 403
+                return code, {"error": "Said by the hub."}, {"X-Error-Message": "Said by the hub."}
+            self.created.append(asked)
+            self.repositories[name] = {".gitattributes": b""}
+            return 200, {"url": f"{self.url}/{name}"}, {}
+        if found := re.fullmatch(r"/(?:spaces/)?me/[^/]+\.git/info/lfs/objects/batch", path):
+            objects = [
+                {**asked, "actions": {"upload": {"href": f"{self.url}/lfs/{asked['oid']}"}}}
+                for asked in json.loads(body)["objects"]
+            ]
+            return 200, {"transfer": "basic", "objects": objects}, {}
+        found = re.fullmatch(r"/api/((?:models|spaces)/[^/]+/[^/]+)(/\w+)?(?:/main)?", path)
+        files = self.repositories.get(found[1]) if found else None
+        if files is None:
+            return 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
+        if found[2] == "/tree":
+            return 200, [{"type": "file", "path": p, "size": len(b), "oid": "0" * 40} for p, b in files.items()], {}
+        if found[2] == "/preupload":
+            modes = [
+                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".html")) else "regular"}
+                for f in json.loads(body)["files"]
+            ]
+            return 200, {"files": [mode | {"shouldIgnore": False, "oid": None} for mode in modes]}, {}
+        if found[2] == "/commit":
+            self.commits += 1
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    files[value["path"]] = self.lfs[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del files[value["path"]]
+            url = f"{self.url}/{found[1].removeprefix('models/')}/commit/{COMMIT}"
+            return 200, {"success": True, "commitUrl": url, "commitOid": COMMIT}, {}
+        return 200, {"id": found[1], "sha": COMMIT, "siblings": [{"rfilename": p} for p in files]}, {}

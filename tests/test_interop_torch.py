@@ -169,6 +169,27 @@ def test_beam_search_with_a_cache_is_the_one_without(pair):
     assert torch.equal(with_cache, without), "beams that change places take their smear along"
 
 
+def test_a_static_cache_answers_like_one_that_grows(pair):
+    _, theirs, _ = pair
+    ids, mask = torch.tensor(ids_of(2, 21)), torch.ones(2, 21, dtype=torch.long)
+    mask[0, :6] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    for more in ({}, {"num_beams": 2}):
+        static = theirs.generate(ids, cache_implementation="static", **options, **more)
+        assert torch.equal(static, theirs.generate(ids, **options, **more))
+
+
+def test_hidden_states_are_those_of_the_stock_class(tmp_path):
+    write_hf(random_model("classic"), tmp_path / "stock")
+    write_hf(random_model("classic"), tmp_path / "own", "jaxchat")
+    stock, own = (AutoModelForCausalLM.from_pretrained(tmp_path / n, trust_remote_code=True) for n in ("stock", "own"))
+    ids = torch.tensor(ids_of(2, 20))
+    with torch.no_grad():
+        wanted, found = (model(ids, output_hidden_states=True).hidden_states for model in (stock, own))
+    assert len(wanted) == len(found) == 6 and own(ids).hidden_states is None
+    assert max((a - b).abs().max() for a, b in zip(wanted, found, strict=True)) < 1e-4
+
+
 @pytest.mark.parametrize("page", ["docs/weights.md", "docs/ko/weights.md"])
 def test_the_lines_of_the_page_run(pair, page, capsys):
     text = (Path(__file__).resolve().parent.parent / page).read_text(encoding="utf-8")
@@ -195,8 +216,8 @@ def test_it_can_be_trained_there_and_wants_ids(tmp_path):
         assert torch.allclose(logits, theirs(ids).logits[:, [3, 5]], atol=1e-5)
     with pytest.raises(ValueError, match="cannot be resized"):
         theirs.resize_token_embeddings(999)
-    with pytest.raises(ValueError, match="no static one"):
-        theirs.generate(ids, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match="attention_mask is for 20 tokens"):
+        theirs(ids, attention_mask=torch.ones_like(ids), past_key_values=theirs(ids, use_cache=True).past_key_values)
     small = JaxchatForCausalLM(JaxchatConfig(vocab_size=50, hidden_size=48, num_hidden_layers=2, num_attention_heads=2,
                                              num_key_value_heads=1, head_dim=24, intermediate_size=96))  # fmt: skip
     assert small(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 50)

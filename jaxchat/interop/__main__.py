@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,8 @@ def make_parser(program: str = "python -m jaxchat.interop") -> argparse.Argument
     export.set_defaults(run=export_model)
     export.add_argument("--run-dir", required=True, metavar="R")
     export.add_argument("--stage", choices=("base", "sft", "rl"), help="default: the furthest trained one")
-    export.add_argument("--format", default="hf", choices=("hf", "orbax", "html"), help="default: hf, for transformers")
+    formats = ("hf", "orbax", "onnx", "html")
+    export.add_argument("--format", default="hf", choices=formats, help="default: hf, for transformers")
     export.add_argument("--out", metavar="DIR", help="a new folder, or FILE.html; default: exported/RUN[-STAGE]-FORMAT")
     export.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: as stored")
     export.add_argument(
@@ -28,6 +30,13 @@ def make_parser(program: str = "python -m jaxchat.interop") -> argparse.Argument
         default="auto",
         choices=("auto", "nanochat", "jaxchat"),
         help="with hf: the stock NanoChat, or our own with its code; auto: stock where it can hold the model",
+    )
+    export.add_argument("--push", metavar="OWNER/NAME", help="send it to the Hugging Face hub, too: a private model")
+    export.add_argument("--dry-run", action="store_true", help="with --push: list what would be sent, send nothing")
+    export.add_argument("--public", action="store_true", help="with --push: everybody may see and load it")
+    export.add_argument("--update", action="store_true", help="with --push: a new version of what has that name")
+    export.add_argument(
+        "--license", metavar="ID", help="with --push: for its card, as the hub names it (mit, cc-by-4.0)"
     )
     other = commands.add_parser("import", help="a model from elsewhere as a run directory")
     other.set_defaults(run=import_model)
@@ -42,22 +51,33 @@ def make_parser(program: str = "python -m jaxchat.interop") -> argparse.Argument
 
 def export_model(args: argparse.Namespace) -> None:
     from jaxchat.interop.html_page import write_html
-    from jaxchat.interop.huggingface import write_hf
+    from jaxchat.interop.huggingface import holds, write_hf
+    from jaxchat.interop.onnx import write_onnx
+    from jaxchat.interop.push import check_push, push
     from jaxchat.interop.trained import load_trained, write_orbax
     from jaxchat.log import say
     from jaxchat.run_dir import RunDir
 
     if args.format != "hf" and args.architecture != "auto":
         raise UsageError("--architecture: only with --format hf")
+    if args.push is not None:
+        check_push(args.push, args.dry_run)
+    elif args.dry_run or args.public or args.update or args.license:
+        raise UsageError("--dry-run, --public, --update and --license: only with --push")
     run = RunDir(args.run_dir)
     named = "-".join(filter(None, (run.root.resolve().name, args.stage, args.format)))
     model, out = load_trained(run, args.stage, args.dtype), Path(args.out or f"exported/{named}")
     if args.format == "html":
         say(f"{out}: {write_html(model, out)['bytes']:,} bytes; open the file in a browser")
-        return
-    facts = write_hf(model, out, args.architecture) if args.format == "hf" else write_orbax(model, out)
-    kind = f" as {facts['architecture']}" if "architecture" in facts else ""
-    say(f"{out}: {facts['bytes']:,} bytes of {facts['dtype']}{kind}; README.md there says how to load it")
+    elif args.push and args.format == "hf" and (out / "config.json").exists() and holds(out, model):
+        say(f"{out}: is there already and is sent as it is")
+    else:
+        writers = {"hf": partial(write_hf, architecture=args.architecture), "orbax": write_orbax, "onnx": write_onnx}
+        facts = writers[args.format](model, out)
+        kind = f" as {facts['architecture']}" if "architecture" in facts else ""
+        say(f"{out}: {facts['bytes']:,} bytes of {facts['dtype']}{kind}; README.md there says how to load it")
+    if args.push:
+        push(out, args.push, public=args.public, update=args.update, license=args.license, dry_run=args.dry_run)
 
 
 def import_model(args: argparse.Namespace) -> None:

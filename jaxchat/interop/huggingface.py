@@ -268,6 +268,14 @@ def write_hf(model: Trained, out: Path, architecture: str = "auto") -> dict[str,
     return {"architecture": architecture, "dtype": dtype, "bytes": sum(sizes.values())}
 
 
+def holds(export: Path, model: Trained) -> bool:
+    """Tell whether an export has the weights of a model; `DataError` where it cannot be read."""
+    other, where = read_hf(export), places(model.config, "hf")
+    ours, theirs = (flatten_dict(params, sep=".") for params in (model.params, other.params))
+    same = model.dtype == other.dtype and where == places(other.config, "hf")
+    return same and all(np.array_equal(tensor(ours, p).astype(other.dtype), tensor(theirs, p)) for p in where.values())
+
+
 # ---- import
 
 

@@ -2,7 +2,8 @@
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-Axes: B batch, T new tokens, S tokens in all (cached ones first), H query heads, K kv heads, N head width, D width.
+Axes: B batch, T new tokens, S tokens in all (cached ones first; of a static cache all places), H query heads, K kv
+heads, N head width, D width.
 
 It is transformers' NanoChat (QK-norm after rotary embeddings that turn by minus theta, relu squared, norms without
 weights, capped logits) and, as the config says: short windows, value embeddings (arXiv 2410.17897), learned residual
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_jaxchat import JaxchatConfig
@@ -49,10 +50,13 @@ class Attention(nn.Module):
         if layer in (config.value_embedding_layers or ()):
             self.ve_gate = nn.Linear(VE_GATE_CHANNELS, K, bias=False)
 
-    def forward(self, h: Tensor, value: Tensor | None, cos_sin: Any, mask: Tensor, cache: Cache | None) -> Tensor:
+    def forward(
+        self, h: Tensor, value: Tensor | None, cos_sin: Any, mask: Tensor, cache: Cache | None, at: Tensor
+    ) -> Tensor:
         """Return the attention's output (B, T, D).
 
-        h: (B, T, D) normed; value: (B, T, K*N) the tokens' value embeddings; mask: (B, 1, T, S), true where seen.
+        h: (B, T, D) normed; value: (B, T, K*N) the tokens' value embeddings; mask: (B, 1, T, S), true where seen; at:
+        (T,) the tokens' places in the cache.
         """
         c, (B, T, _) = self.config, h.shape
         q, k, v = (p(h).view(B, T, -1, c.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -62,7 +66,7 @@ class Attention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         q, k = (norm(rotate(x, *cos_sin), c.rms_norm_eps) * c.qk_scale for x in (q, k))
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            k, v = cache.update(k, v, self.layer, {"cache_position": at})
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -101,43 +105,52 @@ class Trunk(nn.Module):
         if c.backout:
             self.backout_scale = nn.Parameter(torch.zeros(1))
 
-    def forward(self, ids: Tensor, real: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
-        """Return last normed activations (B, T, D) of ids (B, T); real (B, S): false on padding; positions (B, T)."""
-        c, T, S = self.config, ids.shape[1], real.shape[1]
+    def forward(
+        self, ids: Tensor, real: Tensor, positions: Tensor, cache: Cache | None, at: Tensor, states: list[Tensor] | None
+    ) -> Tensor:
+        """Return last normed activations (B, T, D) of ids (B, T).
+
+        real (B, S): false on padding; positions (B, T); at (T,): places in the cache; what each layer reads and the
+        result are added to `states`.
+        """
+        c = self.config
         x = norm(self.embed_tokens(ids), c.rms_norm_eps)
         if c.smear:
-            x = self.smeared(x, real, cache)
-        masks = {w: self.mask(real, T, S, w) for w in set(self.windows)}
+            x = self.smeared(x, real, cache, at)
+        masks = {w: self.mask(real, at, w) for w in set(self.windows)}
         cos_sin = self.rotary(positions, x.dtype)
         x0 = x
         for i, layer in enumerate(self.layers):
+            if states is not None:
+                states.append(x)
             if c.residual_scalars:
                 x = (self.residual_scale[i].float() * x.float() + self.x0_scale[i].float() * x0.float()).to(x.dtype)
             value = self.value_embeddings[str(i)](ids) if i in self.value_layers else None
-            x = layer(x, value, cos_sin, masks[self.windows[i]], cache)
+            x = layer(x, value, cos_sin, masks[self.windows[i]], cache, at)
             if i == c.num_hidden_layers // 2:
                 middle = x
         if c.backout:
             x = (x.float() - self.backout_scale.float() * middle.float()).to(x.dtype)
-        return norm(x, c.rms_norm_eps)
+        x = norm(x, c.rms_norm_eps)
+        if states is not None:
+            states.append(x)
+        return x
 
-    def smeared(self, e: Tensor, real: Tensor, cache: Cache | None) -> Tensor:
+    def smeared(self, e: Tensor, real: Tensor, cache: Cache | None, at: Tensor) -> Tensor:
         """Return embeddings (B, T, D) with the token before mixed in.
 
         Embeddings are kept as one more layer of the cache, so that whatever cuts, repeats or reorders a cache does the
         same to them.
         """
-        before = torch.zeros_like(e[:, :1])
+        kept = e[:, None]
         if cache is not None:
             L = self.config.num_hidden_layers
             while len(cache.layers) <= L:
-                cache.layers.append(DynamicLayer())
-            kept, _ = cache.update(e[:, None], e[:, None, :, :0], L)
-            if kept.shape[2] > e.shape[1]:
-                before = kept[:, 0, -e.shape[1] - 1, None]
-        T, S = e.shape[1], real.shape[1]
-        there = F.pad(real, (1, 0))[:, S - T : S]  # whether the token before is one
-        before = torch.cat([before, e[:, :-1]], dim=1) * there[..., None].to(e.dtype)
+                cache.layers.append(StaticLayer(real.shape[1]) if cache.is_compileable else DynamicLayer())
+            kept, _ = cache.update(kept, kept[..., :0], L, {"cache_position": at})
+        before = F.pad(kept[:, 0], (0, 0, 1, 0)).index_select(1, at)
+        there = F.pad(real, (1, 0)).index_select(1, at)  # whether the token before is one
+        before = before * there[..., None].to(e.dtype)
         gate = self.smear_scale.float() * torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS])).float()
         return (e.float() + gate * before.float()).to(e.dtype)
 
@@ -148,10 +161,9 @@ class Trunk(nn.Module):
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     @staticmethod
-    def mask(real: Tensor, T: int, S: int, window: int) -> Tensor:
+    def mask(real: Tensor, at: Tensor, window: int) -> Tensor:
         """Return (B, 1, T, S): a token sees itself and `window` tokens before it; padding sees itself, not nothing."""
-        i = torch.arange(S - T, S, device=real.device)[:, None]
-        j = torch.arange(S, device=real.device)[None, :]
+        i, j = at[:, None], torch.arange(real.shape[1], device=real.device)[None, :]
         return (real[:, None, None, :] & (j <= i) & (i - j <= window)) | (i == j)
 
 
@@ -172,6 +184,10 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
     def resize_token_embeddings(self, *_: Any, **__: Any) -> nn.Embedding:
         raise ValueError("value embeddings have a row for every token, so the vocabulary cannot be resized")
 
+    def create_masks_for_generate(self, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
+        """Keep the mask (B, tokens) that `generate` would expand for a static cache: `forward` makes its own."""
+        return attention_mask
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -182,12 +198,14 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
+        output_hidden_states: bool | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits (B, T, V) float32, capped; with `labels` (B, T) the mean loss of every next token but -100.
 
         `logits_to_keep`: of the last so many positions (0: all), or of those positions. `cache`: another name of
-        `past_key_values`, since transformers 5.24. Hidden states and attention weights are not returned.
+        `past_key_values`, since transformers 5.24. Hidden states: what every layer reads, and the last normed
+        activations. Attention weights are not returned.
         """
         if input_ids is None:
             raise ValueError("give input_ids: value embeddings are looked up by token, so inputs_embeds cannot do")
@@ -195,19 +213,23 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None and labels is None:
             cache = DynamicCache(config=self.config)
-        if cache is not None and getattr(cache, "is_compileable", False):
-            raise ValueError("only a cache that grows (DynamicCache) can be used, no static one")
         (B, T), past = input_ids.shape, cache.get_seq_length() if cache is not None else 0
+        at, static = past + torch.arange(T, device=input_ids.device), cache is not None and cache.is_compileable
+        S = cache.layers[0].max_cache_len if static else past + T
         if attention_mask is None:
-            attention_mask = torch.ones(B, past + T, device=input_ids.device)
-        real = attention_mask.bool()
+            attention_mask = torch.ones(B, S, device=input_ids.device)
+        if not static and attention_mask.shape[1] != S:
+            raise ValueError(f"attention_mask is for {attention_mask.shape[1]} tokens, and cached and new ones are {S}")
+        real = F.pad(attention_mask.bool(), (0, S - attention_mask.shape[1]))
         if position_ids is None:
-            position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
-        x = self.model(input_ids, real, position_ids, cache)
+            position_ids = (real.long().cumsum(-1) - 1).clamp(min=0).index_select(1, at)
+        want_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states: list[Tensor] | None = [] if want_states else None
+        x = self.model(input_ids, real, position_ids, cache, at, states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         z = self.lm_head(x[:, kept]).float()
         cap = self.config.final_logit_softcapping
         z = cap * torch.tanh(z / cap)
         loss = None if labels is None else F.cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         outputs: dict[str, Any] = {"loss": loss, "logits": z, CACHE_FIELD: cache if use_cache else None}
-        return CausalLMOutputWithPast(**outputs)
+        return CausalLMOutputWithPast(**outputs, hidden_states=None if states is None else tuple(states))
