@@ -13,8 +13,8 @@ from jaxchat.engine import Engine, Request
 from jaxchat.interop.__main__ import main, make_parser
 from jaxchat.interop.onnx import write_onnx
 
-PROMPTS = 100
-WORDS = "hello What is the weather 3 plus 14 안녕 너는 누구니 sing a song 12 apples how many 😀 <|user_end|>".split()
+PROMPTS, LENGTH = 100, 16
+WORDS = ["hello", "What is", "the weather", "3 plus 14", "안녕", "너는 누구니", "12 apples", "😀", "<|user_end|>"]
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
@@ -26,7 +26,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     assert "onnxscript" in err and len(err.splitlines()) == 1 and not (tmp_path / "onnx").exists()
 
 
-@pytest.fixture(scope="module", params=["classic", "tied", "modern"])
+@pytest.fixture(scope="module", params=["classic", "modern", "jaxchat"])
 def exported(request, tmp_path_factory):
     """(the model, a session of its export, the export's folder)."""
     for package in ("torch", "transformers", "onnxscript", "onnxruntime"):
@@ -40,7 +40,8 @@ def exported(request, tmp_path_factory):
 
 def empty(session, rows):
     axes = {"batch": rows, "past": 0}
-    return {i.name: np.zeros([axes.get(n, n) for n in i.shape], np.float32) for i in session.get_inputs()[2:]}
+    types = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+    return {i.name: np.zeros([axes.get(n, n) for n in i.shape], types[i.type]) for i in session.get_inputs()[2:]}
 
 
 def step(session, ids, mask, cache):
@@ -84,10 +85,10 @@ def test_greedy_answers_are_the_engine_s(exported, cached):
         model.tokenizer.special["<|assistant_end|>"],
         Engine(model.config, model.params, model.tokenizer, slots=8),
     )
-    results = engine.generate([Request(prompt, max_tokens=24, stop=(end,), tools=False) for prompt in prompts])
+    results = engine.generate([Request(prompt, max_tokens=LENGTH, stop=(end,), tools=False) for prompt in prompts])
     for prompt, result in zip(prompts, results, strict=True):
         wanted = result.tokens + ([] if result.stop_id is None else [result.stop_id])
-        found = greedy(session, prompt, 24, end, cached)
+        found = greedy(session, prompt, LENGTH, end, cached)
         if found != wanted:
             at = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b)
             logits = logits_of(model.config, model.params, np.array([prompt + found[:at]]))[0, -1]

@@ -68,6 +68,7 @@ def export_model(args: argparse.Namespace) -> None:
     named = "-".join(filter(None, (run.root.resolve().name, args.stage, args.format)))
     model, out = load_trained(run, args.stage, args.dtype), Path(args.out or f"exported/{named}")
     if args.format == "html":
+        out = out if out.suffix == ".html" else out / "chat.html"
         say(f"{out}: {write_html(model, out)['bytes']:,} bytes; open the file in a browser")
     elif args.push and args.format == "hf" and (out / "config.json").exists() and holds(out, model):
         say(f"{out}: is there already and is sent as it is")

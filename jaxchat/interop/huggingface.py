@@ -142,7 +142,7 @@ SHARED = {
 # under our names, in our own architecture only
 OWN = (
     "recipe", "mlp_factor", "window_pattern", "window_short", "qk_scale", "value_embeddings", "residual_scalars",
-    "smear", "backout", "bigram_rows",
+    "smear", "backout", "bigram_rows", "key_offset",
 )  # fmt: skip
 FREE = ("architectures", "auto_map", "initializer_range", "rope_parameters")  # need not be as we write them
 STOCK = {"hidden_act": "relu2", "attention_bias": False, "attention_dropout": 0.0}  # what NanoChat always is
@@ -153,9 +153,8 @@ def architecture_of(config: ModelConfig, wanted: str = "auto") -> str:
 
     `UsageError` where "nanochat" is wanted and cannot hold it.
     """
-    extras = [
-        n for n in ("value_embeddings", "residual_scalars", "smear", "backout", "bigram_rows") if getattr(config, n)
-    ]
+    names = ("value_embeddings", "residual_scalars", "smear", "backout", "bigram_rows", "key_offset")
+    extras = [name for name in names if getattr(config, name)]
     extras += ["qk_scale"] if config.qk_scale != 1 else []
     extras += ["short windows"] if min(windows(config)) < config.seq_len else []
     if wanted == "nanochat" and extras:

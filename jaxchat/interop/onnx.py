@@ -26,7 +26,8 @@ session = onnxruntime.InferenceSession("model.onnx")
 {ask}
 new, answer = np.array([ids]), []
 axes = {"batch": 1, "past": 0}
-cache = {i.name: np.zeros([axes.get(n, n) for n in i.shape], np.float32) for i in session.get_inputs()[2:]}
+types = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+cache = {i.name: np.zeros([axes.get(n, n) for n in i.shape], types[i.type]) for i in session.get_inputs()[2:]}
 while len(answer) < 64 and answer[-1:] != [tokenizer.eos_token_id]:
     mask = np.ones((1, len(ids) + len(answer)), np.int64)
     logits, *present = session.run(None, {"input_ids": new, "attention_mask": mask, **cache})
@@ -47,7 +48,7 @@ def write_onnx(model: Trained, out: Path) -> dict[str, Any]:
     """Write a model in float32 as `model.onnx`, with its tokenizer, into the new folder `out`; facts: dtype, bytes.
 
     Inputs: input_ids (B, T), attention_mask (B, P + T) and, of the P tokens before, each layer's keys and values
-    (B, K, P, N), and with smear embeddings (B, 1, P, D). Outputs: logits (B, T, V), and the same of all P + T tokens.
+    (B, K, P, N), and with smear or bigrams ids (B, 1, P, 1). Outputs: logits (B, T, V), and the same of P + T tokens.
     `UsageError` names a package that is missing.
     """
     try:
@@ -65,7 +66,7 @@ def write_onnx(model: Trained, out: Path) -> dict[str, Any]:
             self.model = model
 
         def forward(self, ids: Any, mask: Any, past: list[Any]) -> tuple[Any, ...]:
-            past, cache = [*past, *(x[..., :0] for x in past[2 * c.depth :])], DynamicCache()  # embeddings: no values
+            past, cache = [*past, *(x[..., :0] for x in past[2 * c.depth :])], DynamicCache()  # ids: no values
             for i in range(0, len(past), 2):
                 cache.update(past[i], past[i + 1], i // 2)
             logits = self.model(ids, mask, past_key_values=cache, use_cache=True).logits
@@ -73,21 +74,24 @@ def write_onnx(model: Trained, out: Path) -> dict[str, Any]:
             return logits, *present[: len(names)]
 
     c, tokenizer = model.config, tokenizer_files(model)
-    names = [f"{i}.{kind}" for i in range(c.depth) for kind in ("key", "value")] + ["embeddings"] * c.smear
-    shapes = [(c.n_kv_heads, c.head_width)] * 2 * c.depth + [(1, c.width)] * c.smear
+    names = [f"{i}.{kind}" for i in range(c.depth) for kind in ("key", "value")] + ["ids"] * (
+        c.smear or c.bigram_rows > 0
+    )
     flat = flatten_dict(model.params, sep=".")
     inner = JaxchatForCausalLM(JaxchatConfig(**config_to_hf(c, "jaxchat"))).eval()
     weights = {name: tensor(flat, place).astype(np.float32) for name, place in places(c, "hf").items()}
     inner.load_state_dict({name: torch.from_numpy(x) for name, x in weights.items()}, strict=not c.tie_embeddings)
     B, T, P, S = (torch.export.Dim(name) for name in ("batch", "new", "past", "all"))
     example = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
+    pairs = [torch.zeros(2, c.n_kv_heads, 3, c.head_width)] * 2 * c.depth
+    ids = [torch.zeros(2, 1, 3, 1, dtype=torch.long)] * (len(names) - len(pairs))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     program = torch.onnx.export(
-        Step(inner),
-        (*example, [torch.zeros(2, heads, 3, width) for heads, width in shapes]),
+        Step(inner).eval(),
+        (*example, [*pairs, *ids]),
         dynamo=True,
         verbose=False,
-        dynamic_shapes=({0: B, 1: T}, {0: B, 1: S}, [{0: B, 2: P}] * len(shapes)),
+        dynamic_shapes=({0: B, 1: T}, {0: B, 1: S}, [{0: B, 2: P}] * len(names)),
         input_names=["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in names)],
         output_names=["logits", *(f"present.{name}" for name in names)],
     )

@@ -26,6 +26,8 @@ class JaxchatConfig(PreTrainedConfig):
     qk_scale: float = 1.2
     residual_scalars: bool = True
     smear: bool = True
+    bigram_rows: int = 0
+    key_offset: bool = False
     backout: bool = True
     layer_windows: list[int] | None = None
     value_embedding_layers: list[int] | None = None

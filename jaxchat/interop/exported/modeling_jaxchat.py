@@ -7,7 +7,8 @@ heads, N head width, D width.
 
 It is transformers' NanoChat (QK-norm after rotary embeddings that turn by minus theta, relu squared, norms without
 weights, capped logits) and, as the config says: short windows, value embeddings (arXiv 2410.17897), learned residual
-scalars, smear (part of the previous token's embedding is added), backout (the middle layer's output is subtracted).
+scalars, smear (part of the previous token's embedding is added), bigrams (so is an embedding of the pair of tokens),
+keys of which a half is the previous token's, backout (the middle layer's output is subtracted).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .configuration_jaxchat import JaxchatConfig
 
 VE_GATE_CHANNELS = 12  # of a layer's normed input that gate its value embedding
 SMEAR_CHANNELS = 24  # of an embedding that gate its smear
+UINT32 = 2**32 - 1
 CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # since 5.24
 
 
@@ -51,12 +53,12 @@ class Attention(nn.Module):
             self.ve_gate = nn.Linear(VE_GATE_CHANNELS, K, bias=False)
 
     def forward(
-        self, h: Tensor, value: Tensor | None, cos_sin: Any, mask: Tensor, cache: Cache | None, at: Tensor
+        self, h: Tensor, value: Tensor | None, cos_sin: Any, mask: Tensor, real: Tensor, cache: Cache | None, at: Tensor
     ) -> Tensor:
         """Return the attention's output (B, T, D).
 
-        h: (B, T, D) normed; value: (B, T, K*N) the tokens' value embeddings; mask: (B, 1, T, S), true where seen; at:
-        (T,) the tokens' places in the cache.
+        h: (B, T, D) normed; value: (B, T, K*N) the tokens' value embeddings; mask: (B, 1, T, S), true where seen; real:
+        (B, S), false on padding; at: (T,) the tokens' places in the cache.
         """
         c, (B, T, _) = self.config, h.shape
         q, k, v = (p(h).view(B, T, -1, c.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -67,6 +69,9 @@ class Attention(nn.Module):
         q, k = (norm(rotate(x, *cos_sin), c.rms_norm_eps) * c.qk_scale for x in (q, k))
         if cache is not None:
             k, v = cache.update(k, v, self.layer, {"cache_position": at})
+        if c.key_offset:  # the slowly rotating half of a key is that of the token before
+            slow = torch.arange(c.head_dim, device=k.device) % (c.head_dim // 2) >= c.head_dim // 4
+            k = torch.where(slow, F.pad(k, (0, 0, 1, -1)) * F.pad(real, (1, -1))[:, None, :, None].to(k.dtype), k)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -102,6 +107,8 @@ class Trunk(nn.Module):
         if c.smear:
             self.smear_gate = nn.Linear(SMEAR_CHANNELS, 1, bias=False)
             self.smear_scale = nn.Parameter(torch.zeros(1))
+        if c.bigram_rows:
+            self.bigram_embeddings = nn.Embedding(c.bigram_rows, c.hidden_size)
         if c.backout:
             self.backout_scale = nn.Parameter(torch.zeros(1))
 
@@ -114,9 +121,7 @@ class Trunk(nn.Module):
         result are added to `states`.
         """
         c = self.config
-        x = norm(self.embed_tokens(ids), c.rms_norm_eps)
-        if c.smear:
-            x = self.smeared(x, real, cache, at)
+        x = self.embed(ids, self.previous(ids, real, cache, at) if c.smear or c.bigram_rows else None)
         masks = {w: self.mask(real, at, w) for w in set(self.windows)}
         cos_sin = self.rotary(positions, x.dtype)
         x0 = x
@@ -126,7 +131,7 @@ class Trunk(nn.Module):
             if c.residual_scalars:
                 x = (self.residual_scale[i].float() * x.float() + self.x0_scale[i].float() * x0.float()).to(x.dtype)
             value = self.value_embeddings[str(i)](ids) if i in self.value_layers else None
-            x = layer(x, value, cos_sin, masks[self.windows[i]], cache, at)
+            x = layer(x, value, cos_sin, masks[self.windows[i]], real, cache, at)
             if i == c.num_hidden_layers // 2:
                 middle = x
         if c.backout:
@@ -136,23 +141,35 @@ class Trunk(nn.Module):
             states.append(x)
         return x
 
-    def smeared(self, e: Tensor, real: Tensor, cache: Cache | None, at: Tensor) -> Tensor:
-        """Return embeddings (B, T, D) with the token before mixed in.
+    def previous(self, ids: Tensor, real: Tensor, cache: Cache | None, at: Tensor) -> Tensor:
+        """Return the token before each one (B, T), -1 where there is none.
 
-        Embeddings are kept as one more layer of the cache, so that whatever cuts, repeats or reorders a cache does the
-        same to them.
+        Ids are kept as one more layer of the cache, so that whatever cuts, repeats or reorders a cache does the same to
+        them.
         """
-        kept = e[:, None]
+        kept = ids[:, None, :, None]
         if cache is not None:
             L = self.config.num_hidden_layers
             while len(cache.layers) <= L:
                 cache.layers.append(StaticLayer(real.shape[1]) if cache.is_compileable else DynamicLayer())
             kept, _ = cache.update(kept, kept[..., :0], L, {"cache_position": at})
-        before = F.pad(kept[:, 0], (0, 0, 1, 0)).index_select(1, at)
-        there = F.pad(real, (1, 0)).index_select(1, at)  # whether the token before is one
-        before = before * there[..., None].to(e.dtype)
-        gate = self.smear_scale.float() * torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS])).float()
-        return (e.float() + gate * before.float()).to(e.dtype)
+        before, there = (F.pad(x, (1, 0)).index_select(1, at) for x in (kept[:, 0, :, 0], real))
+        return before.masked_fill(~there, -1)
+
+    def embed(self, ids: Tensor, previous: Tensor | None) -> Tensor:
+        """Return embeddings (B, T, D) with what the token before each adds to them."""
+        c = self.config
+        e = norm(self.embed_tokens(ids), c.rms_norm_eps)
+        x = e.float()
+        if c.smear:
+            before = norm(self.embed_tokens(previous.clamp(min=0)), c.rms_norm_eps) * (previous >= 0)[..., None]
+            gate = self.smear_scale.float() * torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS])).float()
+            x = x + gate * before.float()
+        if c.bigram_rows:
+            mixed = (previous * 0xC2B2AE35 + ids * 0x9E3779B1) & UINT32
+            mixed = ((mixed ^ (mixed // 2**15)) * 0x85EBCA6B) & UINT32
+            x = x + self.bigram_embeddings((mixed ^ (mixed // 2**13)) % c.bigram_rows).float()
+        return x.to(e.dtype)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin (B, 1, T, N/2); made here, since loading wipes tables that are not in the checkpoint."""
