@@ -89,7 +89,7 @@ def test_links_named_files_and_keys_exist(path):
         place = ROOT / module.replace(".", "/")
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), module
     for name in re.findall(rf"`(?:--set )?((?:{SECTIONS})\.[a-z_]+)(?:`|=| = )", text):
-        assert name in KEYS or name.endswith((".pkl", ".json", ".py")), name
+        assert name in KEYS or name.endswith((".pkl", ".json", ".py", ".onnx")), name
 
 
 @pytest.mark.parametrize("path", ENGLISH, ids=name_of)

@@ -83,7 +83,7 @@ def write_onnx(model: Trained, out: Path) -> dict[str, Any]:
     inner.load_state_dict({name: torch.from_numpy(x) for name, x in weights.items()}, strict=not c.tie_embeddings)
     B, T, P, S = (torch.export.Dim(name) for name in ("batch", "new", "past", "all"))
     example = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
-    pairs = [torch.zeros(2, c.n_kv_heads, 3, c.head_width)] * 2 * c.depth
+    pairs = [torch.zeros(2, c.n_kv_heads, 3, c.head_width) for _ in range(2 * c.depth)]  # one tensor is one input
     ids = [torch.zeros(2, 1, 3, 1, dtype=torch.long)] * (len(names) - len(pairs))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     program = torch.onnx.export(
