@@ -115,7 +115,7 @@ def test_two_processes_go_on_from_the_checkpoint_of_one(alone, together):
     np.testing.assert_allclose(losses(run_dir), losses(alone), rtol=1e-5)
     found = records(run_dir)
     assert list(found) == ["tokenizer", "prepare", "pretrain", "sft", "rl", "eval", "report", "export"]
-    assert {p.name for p in (run_dir / "export").iterdir()} == {"orbax", "hf"}, "process 0 alone, waiting for nobody"
+    assert {p.name for p in (run_dir / "export").iterdir()} == {"orbax", "hf", "html"}, "by process 0 alone"
     assert all(record["status"] == "done" for record in found.values())
     assert found["sft"]["hardware"]["hosts"] == 2 and found["sft"]["hardware"]["devices"] == 8
 

@@ -574,7 +574,7 @@ def test_an_export_is_swapped_whole_and_leftovers_go(tmp_path, monkeypatch):
     for left in (run.root / ".export.new" / "hf", run.export / ".hf.old"):
         left.mkdir(parents=True)
     assert stage_run(settings, run)["stage"] == "sft"
-    assert {p.name for p in run.export.iterdir()} == {"orbax", "hf"}
+    assert {p.name for p in run.export.iterdir()} == {"orbax", "hf", "html"}
     before = digests(run.export / "hf")
     monkeypatch.setitem(FORMATS, "hf", lambda model, out: 1 / 0)
     with pytest.raises(ZeroDivisionError):
