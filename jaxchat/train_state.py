@@ -52,11 +52,17 @@ class TrainState:
     step: jax.Array  # () int32, optimizer steps done, skipped ones too
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Return fresh parameters and optimizer state, each made where it belongs; only `config.seed` decides them."""
+def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, blank: bool = False) -> TrainState:
+    """Return fresh parameters and optimizer state, each made where it belongs; only `config.seed` decides them.
+
+    `blank`: parameters are zeros, for a stage that replaces them: no generator of random numbers has to compile.
+    """
 
     def init() -> TrainState:
-        params = gpt.init_params(config.model, config.seed)
+        if blank:
+            params = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), gpt.abstract_params(config.model))
+        else:
+            params = gpt.init_params(config.model, config.seed)
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     return jax.jit(init, out_shardings=state_sharding(config, optimizer, mesh))()

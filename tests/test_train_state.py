@@ -108,6 +108,15 @@ def test_a_step_learns_and_counts(tiny):
     assert float(metrics["ok"]) == 1
 
 
+def test_a_blank_state_differs_in_its_weights_alone(tiny):
+    """What replaces them begins with the same optimizer as after random ones."""
+    config, mesh, optimizer, _ = tiny
+    random, blank = (jax.device_get(init_state(config, optimizer, mesh, blank=blank)) for blank in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, (random.opt_state, random.step), (blank.opt_state, blank.step))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(blank.params)) and random.params["embedding"].any()
+    jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), random, blank)
+
+
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tiny):
     config, mesh, optimizer, step = tiny
     before = jax.device_get(init_state(config, optimizer, mesh))

@@ -70,7 +70,7 @@ class StepBatch:
 class Trainer:
     """Trains one stage: `config.train.steps` updates on `rows`, or on what `next_batch(state, step)` returns.
 
-    `start` maps the freshly initialized state to the one to train from (SFT loads the base model there). Checkpoints,
+    `start` maps a state with blank weights to the one to train from (SFT loads the base model there). Checkpoints,
     metrics and the loss curve go to `directory`.
     """
 
@@ -80,7 +80,7 @@ class Trainer:
     rows: Rows | None = None
     val_rows: Rows | None = None
     next_batch: Callable[[TrainState, int], StepBatch] | None = None
-    start: Callable[[TrainState], TrainState] = lambda state: state
+    start: Callable[[TrainState], TrainState] | None = None  # None: random weights
     origin: dict[str, Any] = field(default_factory=dict)  # facts from the start on; `start` may add to them
     evaluators: Sequence[Evaluator] = ()
     score_start: bool = False  # evaluate before the first step too; the scores are facts["start"]
@@ -138,7 +138,8 @@ class Trainer:
             while True:
                 with self._timed("start"):
                     if self.checkpoints.latest() is None:
-                        state, facts = self.start(init_state(config, optimizer, mesh)), dict(self.origin)
+                        state = init_state(config, optimizer, mesh, blank=self.start is not None)
+                        state, facts = self.start(state) if self.start else state, dict(self.origin)
                     else:
                         state, facts = self.checkpoints.restore(abstract_state(config, optimizer, mesh))
                         say(f"  resumed from step {facts['step']} of {config.train.steps}")
