@@ -59,6 +59,7 @@ MARK = 12  # hexadecimal digits that identify a question of an exam
 COPY_TEXTS = 20  # written to measure memorization
 CORE_TEXTS = 8  # rows of a batch that an item of CORE takes, with its options and the examples before it
 SEED = 1234  # of samples
+SAMPLE_SLOTS = 8  # as many as a chat has (`serve.slots`): its programs are compiled when the run ends
 ALTERNATIVES = 5  # to each token of a sample taken during training
 PROMPT_TOKENS = 8  # of a held-out text, for samples of a base model
 CHAT_PROMPTS = (
@@ -221,7 +222,7 @@ def sampler(config: Config, run: RunDir, tokenizer: Tokenizer, stage: str) -> Ca
 
         def write() -> None:
             begin, model = time.perf_counter(), Model(config, run, stage, params, tokenizer)
-            engine = Engine(config.model, params, tokenizer, slots=8)
+            engine = Engine(config.model, params, tokenizer, slots=SAMPLE_SLOTS)
             turns = samples(
                 engine, model.prompts, stage != "base", tokens, config.eval.sample_temperatures, ALTERNATIVES
             )
@@ -241,9 +242,11 @@ def write_samples(model: Model, before: Any) -> None:
     tokens = min(config.eval.sample_tokens, config.model.seq_len // 2)
     record: dict[str, Any] = {"format": FORMAT}
     text = f"# Samples: {model.stage}\n\nTemperature in bold; tool calls in brackets.\n"
+    vars(model).pop("engine", None)  # that of the exams may fill an accelerator's memory
+    engine = Engine(config.model, before, model.tokenizer, slots=SAMPLE_SLOTS)
     for title, params in (("Before", before), ("After", model.params)):
-        model.engine.load(params)
-        turns = samples(model.engine, model.prompts, chat, tokens, config.eval.sample_temperatures)
+        engine.load(params)
+        turns = samples(engine, model.prompts, chat, tokens, config.eval.sample_temperatures)
         record[title.lower()] = turns
         text += f"\n## {title}\n\n{samples_markdown(turns)}"
     write_json(folder / "samples.json", record)
