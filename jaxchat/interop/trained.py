@@ -268,6 +268,7 @@ def model_card(model: Trained, how: str, library: str) -> str:
 
 FORMAT = 1
 GOLDEN_TOKENS = 64  # whose logits are kept
+SMALL_BYTES = 2**28  # of parameters: one program computes the logits; operation by operation, each would compile alone
 CHUNK_BYTES = 2**26  # of a parameter that is compressed at once, which takes as much memory again
 CODE = Path(__file__).parent / "exported" / "model.py"
 HOW = """In this folder, with `jax`, `flax` and `orbax-checkpoint` installed:
@@ -336,6 +337,9 @@ def golden_logits(config: ModelConfig, params: Params, ids: np.ndarray, last: in
     def float32(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
 
+    def run(wide: Any) -> jax.Array:
+        return logits(config, wide, hidden(config, wide, jnp.asarray(ids))[:, -last:])
+
     class Layers:
         """Converts one layer at a time, so that a big model fits in memory once and not twice."""
 
@@ -343,6 +347,7 @@ def golden_logits(config: ModelConfig, params: Params, ids: np.ndarray, last: in
             return float32(layer_params(config, params, i))
 
     outer = {k: v for k, v in params.items() if k not in ("blocks", "value_embedding")}
-    wide = float32(outer) | {"layers": Layers()}
     with jax.default_matmul_precision("highest"):
-        return np.asarray(logits(config, wide, hidden(config, wide, jnp.asarray(ids))[:, -last:]))
+        if sum(leaf.nbytes for leaf in jax.tree.leaves(params)) < SMALL_BYTES:
+            return np.asarray(jax.jit(run)(float32(params)))
+        return np.asarray(run(float32(outer) | {"layers": Layers()}))
