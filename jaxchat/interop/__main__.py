@@ -73,7 +73,11 @@ def export_model(args: argparse.Namespace) -> None:
     elif args.push and args.format == "hf" and (out / "config.json").exists() and holds(out, model):
         say(f"{out}: is there already and is sent as it is")
     else:
-        writers = {"hf": partial(write_hf, architecture=args.architecture), "orbax": write_orbax, "onnx": write_onnx}
+        writers: dict[str, Any] = {
+            "hf": partial(write_hf, architecture=args.architecture),
+            "orbax": write_orbax,
+            "onnx": write_onnx,
+        }
         facts = writers[args.format](model, out)
         kind = f" as {facts['architecture']}" if "architecture" in facts else ""
         say(f"{out}: {facts['bytes']:,} bytes of {facts['dtype']}{kind}; README.md there says how to load it")

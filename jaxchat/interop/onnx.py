@@ -66,7 +66,8 @@ def write_onnx(model: Trained, out: Path) -> dict[str, Any]:
             self.model = model
 
         def forward(self, ids: Any, mask: Any, past: list[Any]) -> tuple[Any, ...]:
-            past, cache = [*past, *(x[..., :0] for x in past[2 * c.depth :])], DynamicCache()  # ids: no values
+            past = [*past, *(x[..., :0] for x in past[2 * c.depth :])]  # ids: no values
+            cache: Any = DynamicCache()
             for i in range(0, len(past), 2):
                 cache.update(past[i], past[i + 1], i // 2)
             logits = self.model(ids, mask, past_key_values=cache, use_cache=True).logits
@@ -86,7 +87,7 @@ def write_onnx(model: Trained, out: Path) -> dict[str, Any]:
     pairs = [torch.zeros(2, c.n_kv_heads, 3, c.head_width) for _ in range(2 * c.depth)]  # one tensor is one input
     ids = [torch.zeros(2, 1, 3, 1, dtype=torch.long)] * (len(names) - len(pairs))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    program = torch.onnx.export(
+    program: Any = torch.onnx.export(
         Step(inner).eval(),
         (*example, [*pairs, *ids]),
         dynamo=True,

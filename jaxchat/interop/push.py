@@ -74,8 +74,8 @@ def push(export: Path, repo: str, *, public: bool, update: bool, license: str | 
             say(f"would go to {url} as a {'public' if public else 'private'} {kind}; nothing was sent")
             return
         try:
-            siblings = api.repo_info(repo, repo_type=kind).siblings or []
-            old = {file.rfilename for file in siblings} - {".gitattributes"}
+            info: Any = api.repo_info(repo, repo_type=kind)
+            old = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
         except RepositoryNotFoundError:  # or the token may not see it: then it cannot be created
             old = set()
             api.create_repo(repo, repo_type=kind, private=not public, space_sdk="static" if page else None)
