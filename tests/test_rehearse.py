@@ -47,7 +47,7 @@ def test_every_stage_is_rehearsed_and_nothing_is_left(corpus, tmp_path):
     code, out, err = finish(start(rehearsal(corpus, tmp_path / "runs" / "tiny", "--json")), timeout=600)
     assert code == 0, err
     found = json.loads(out)
-    assert found["ok"] and not found["problems"] and not found["made_up"] and found["directory"] is None
+    assert found["ok"] and not found["problems"] and found["directory"] is None
     assert list(found["stages"]) == STAGES
     assert found["total"]["seconds"] == pytest.approx(sum(s["seconds"] for s in found["stages"].values()))
     assert found["total"]["usd"] == 0 and found["total"]["disk_bytes"] > 0
@@ -62,8 +62,8 @@ def test_every_stage_is_rehearsed_and_nothing_is_left(corpus, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_missing_is_replaced_listed_and_ends_with_1(corpus, tmp_path, monkeypatch, capsys):
-    """No hub, no room, no data of RL and of an exam: every stage still runs, on made-up text and questions."""
+def test_what_is_missing_is_listed_and_ends_with_1(corpus, tmp_path, monkeypatch, capsys):
+    """No hub, no room, no data of RL and of an exam: all stages but RL still run, on made-up text."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # says so at once instead of trying again
@@ -76,7 +76,7 @@ def test_what_is_missing_is_replaced_listed_and_ends_with_1(corpus, tmp_path, mo
     del args[args.index("--data") : args.index("--data") + 2]
     assert launch.main(args) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert not found["ok"] and list(found["stages"]) == STAGES and len(found["made_up"]) == 4
+    assert not found["ok"] and list(found["stages"]) == [stage for stage in STAGES if stage != "rl"]
     kinds = {(problem["kind"], problem["stage"]) for problem in found["problems"]}
     assert {("disk", "pretrain"), ("hub", "prepare"), ("data", "sft"), ("data", "rl"), ("data", "eval")} <= kinds
     assert any(str(tmp_path / "tiny") + " " in problem["text"] for problem in found["problems"])  # the real run's place

@@ -32,9 +32,7 @@ from jaxchat.sharding import make_mesh
 from jaxchat.sizes import (
     activation_bytes,
     count_parameters,
-    decode_bytes_per_step,
     flops_per_token,
-    kv_values_per_row,
 )
 from jaxchat.tasks import parse_mixture_entry
 
@@ -224,8 +222,6 @@ def run_figures(config: Config, target: Target, rows: int, accumulate: int, link
             rate = min(rate, chip.network_rate * len(c.group) / len(hosts))
         link_seconds += c.count * c.sent_bytes / rate
     disk = {part.name: part.bytes for part in disk_parts(config)}
-    slots, context, item = config.serve.slots, config.model.seq_len, 4 if chip.platform == "cpu" else 2
-    read = decode_bytes_per_step(config.model, slots, context, item)
     compute = flops_per_token(config.model) * config.train.batch_tokens / target.devices / (chip.peak * chip.mfu)
     hours = (compute + link_seconds) * config.train.steps / 3600
     return {
@@ -249,13 +245,6 @@ def run_figures(config: Config, target: Target, rows: int, accumulate: int, link
         "hours_estimate": hours,
         "usd_estimate": hours * target.devices * chip.price,
         "mfu_assumed": chip.mfu,
-        "decode": {
-            "slots": slots,
-            "context": context,
-            "weight_bytes": item * count_parameters(config.model).total,
-            "cache_bytes": item * slots * kv_values_per_row(config.model, context),
-            "tokens_per_second_limit": slots * chip.memory_rate / read,
-        },
         "disk_bytes": sum(disk.values()),
         "disk": disk,
         "assumptions": f"MFU {chip.mfu:.0%} of {chip.peak / 1e12:,.4g} TFLOP/s; links {chip.link_rate / 1e9:.4g} GB/s, "

@@ -1,7 +1,7 @@
 """The command `rehearse`: run every stage of a tier with its real shapes and few steps, and predict the whole run.
 
 The stages are those of the real run, in a run directory of their own. What cannot be had (no network, a data set that
-is missing) is replaced by made-up text or generated questions, and listed.
+is missing) is listed; missing text is made up, missing conversations are left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from jaxchat.train_state import compute_dtype
 
 from . import evaluate, pretrain, rl, sft
 from .doctor import existing, hardware, memory_peak, unused_accelerator
-from .plan import CONVERSATIONS, LONGEST_HOURS, UNKNOWN, check_room, disk_parts, rl_steps, text_bytes, used
+from .plan import CONVERSATIONS, LONGEST_HOURS, UNKNOWN, check_room, disk_parts, text_bytes, used
 from .stages import Stage, run_stages
 from .targets import usd
 
@@ -48,7 +48,6 @@ STEADY_SECONDS, MOST_STEPS = 6.0, 32  # of the other half: short steps are repea
 SFT_STEPS, RL_STEPS = 8, 2
 SAMPLE_BYTES, MOST_PARTS = 16_000_000, 8  # of text: so much for each core, at most
 MOST_CONVERSATIONS = 30_000  # taken of a mixture
-STAND_IN = "word_problems"  # for conversations and questions that are missing
 QUESTION = [{"role": "user", "content": "hello"}]
 LIVE = 0.5  # share of RL's groups that have right and wrong answers; in the rehearsal all have
 
@@ -110,7 +109,6 @@ class Rehearsal:
         self.small = smaller(config, self.batch_rows, rows_at_once(config.model, config.eval.batch_rows, self.mesh))
         self.files = TaskFiles.of(config, download=True)
         self.problems: list[dict[str, str]] = []
-        self.made_up: list[str] = []
         self.measured: Measured = {"machine": hardware()}
         self.text_ratio = self.sft_ratio = 1.0  # of the run over the rehearsal
 
@@ -120,11 +118,6 @@ class Rehearsal:
         if (found := {"kind": kind, "stage": stage, "text": text}) not in self.problems:
             self.problems.append(found)
             say(f"  {stage}: {text}", style="yellow")
-
-    def replace(self, kind: str, stage: str, error: object, what: str) -> None:
-        """List data that cannot be had and what stands in for it."""
-        self.problem(kind, stage, error)
-        self.made_up.append(what)
 
     def run_all(self, stages: Sequence[Stage]) -> None:
         """Run and measure the stages in order; after a failure those that do not need the failed stage go on."""
@@ -143,7 +136,7 @@ class Rehearsal:
             try:
                 run_stages(self.small, self.run, [small], self.reasons)
             except Exception as error:  # whatever ends a stage here ends it in the run
-                self.problem("failed", stage.name, error)
+                self.problem("data" if isinstance(error, DataError) else "failed", stage.name, error)
                 failed.add(stage.name)
                 continue
             record = self.run.records()[stage.name]
@@ -163,7 +156,7 @@ class Rehearsal:
             self.take_text("sample", interleaved(open_corpus(data), "all", 0.0))
         except (DataError, OSError) as error:
             kind = "hub" if "hf:" in data.source else "data"
-            self.replace(kind, "prepare", error, f"text ({data.source} cannot be had)")
+            self.problem(kind, "prepare", error)
             self.take_text("made-up", made_up_documents(self.config.model.vocab_size), 1)
 
     def take_text(self, name: str, documents: Iterator[str], parts: int | None = None) -> None:
@@ -186,9 +179,8 @@ class Rehearsal:
         self.text_ratio = whole / max(1, size)
 
     def before_sft(self) -> None:
-        """Take a small mixture whole and a share of a large one; generated conversations for a missing data set."""
+        """Take a small mixture whole and a share of a large one, without the data sets that are missing."""
         mixture: dict[str, tuple[int | None, int]] = {}
-        missing = 0.0  # conversations of the stand-in
         for entry in self.config.sft.mixture:
             name, count, epochs = parse_mixture_entry(entry)
             try:
@@ -196,13 +188,7 @@ class Rehearsal:
                     get_task(name, self.files).fetch()
                 mixture[name] = (count, epochs)
             except DataError as error:
-                known, tokens = CONVERSATIONS.get(name, UNKNOWN)
-                missing += (count or known) * epochs * tokens / CONVERSATIONS[STAND_IN][1]
-                self.replace("data", "sft", error, f"conversations of {name} ({STAND_IN} instead)")
-        if missing:
-            count, epochs = mixture.get(STAND_IN, (0, 1))
-            own = CONVERSATIONS[STAND_IN][0] if count is None else count
-            mixture[STAND_IN] = (round(own * epochs + missing), 1)
+                self.problem("data", "sft", error)
         known_counts = {name: count or CONVERSATIONS.get(name, UNKNOWN)[0] for name, (count, _) in mixture.items()}
         total = sum(known_counts[name] * epochs for name, (_, epochs) in mixture.items())
         share = min(1.0, MOST_CONVERSATIONS / max(1, total))
@@ -214,16 +200,6 @@ class Rehearsal:
         self.sft_ratio = 1 / share
         # as many epochs more, so that the schedule has the real number of steps
         self.small = replaced(self.small, "sft", mixture=tuple(entries), epochs=self.config.sft.epochs / share)
-
-    def before_rl(self) -> None:
-        """Take a generated task instead of an environment whose questions are missing."""
-        try:
-            rl.check(self.config)
-        except DataError as error:
-            what = f"questions of {self.config.rl.environment} for RL ({STAND_IN} instead)"
-            self.replace("data", "rl", error, what)
-            steps = rl_steps(self.config)
-            self.small = replaced(self.small, "rl", environment=STAND_IN, steps=steps, format_bonus=0.0)
 
     # What runs otherwise than in the real run
 
@@ -411,7 +387,6 @@ class Rehearsal:
             "tier": self.config.tier,
             "ok": not self.problems,
             "problems": self.problems,
-            "made_up": self.made_up,
             "measured": m,
             "stages": stages,
             "total": {
@@ -484,8 +459,6 @@ def show(result: dict[str, Any]) -> None:
     stages = result["stages"] | {"all": result["total"]}
     print_facts({"the_whole_run": {name: {key: stage[key] for key in figures} for name, stage in stages.items()}})
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    if result["made_up"]:
-        console.print("made up: " + "; ".join(result["made_up"]))
     if result["directory"]:
         console.print(f"kept: {result['directory']}")
     for problem in result["problems"]:

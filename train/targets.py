@@ -230,12 +230,8 @@ def run_cost(records: dict[str, Any]) -> dict[str, Any]:
     devices = {m["device"]: chip_of(m["device"]) for m in machines if m["platform"] != "cpu"}
     prices = {name: chip.price for name, chip in devices.items() if chip}
     known = sum(dollars for dollars in stages.values() if dollars is not None)
-    total = None if None in stages.values() else known
-    if total is None:
-        words = f"not known: no price of {', '.join(name for name, chip in devices.items() if not chip)} at hand"
-        words += f"; the stages on other devices {known:,.2f} USD" if known else ""
-    elif prices:
-        words = f"{known:,.2f} USD ({PRICES_OF})"
-    else:
-        words = "nothing: it ran on CPUs; electricity is not counted"
-    return {"usd": total, "stages": stages, "prices": prices, "assumption": PRICES_OF, "words": words}
+    words = f"{known:,.2f} USD ({PRICES_OF})" if prices else "nothing: it ran on CPUs; electricity is not counted"
+    if unknown := [name for name, chip in devices.items() if not chip]:
+        words = f"not known: no price of {', '.join(unknown)} at hand"
+    result = {"usd": None if unknown else known, "stages": stages, "prices": prices}
+    return result | {"assumption": PRICES_OF, "words": words}
