@@ -128,8 +128,9 @@ class Rehearsal:
         failed: set[str] = set()
         for stage in stages:
             getattr(self, f"before_{stage.name}", lambda: None)()
-            if missing := failed & set(stage.needs):
-                say(f"{stage.name:<10} not rehearsed: it needs {', '.join(sorted(missing))}", style="yellow")
+            missing = failed & set(stage.needs)
+            if missing or not stage.wanted(self.small):  # nothing is left of the mixture
+                say(f"{stage.name:<10} not rehearsed: it needs {', '.join(missing) or 'its data'}", style="yellow")
                 failed.add(stage.name)
                 continue
             small = dataclasses.replace(stage, run=getattr(self, f"run_{stage.name}", stage.run))
