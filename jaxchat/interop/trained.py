@@ -228,15 +228,12 @@ def model_card(model: Trained, how: str, library: str) -> str:
     if model.card is not None:
         return model.card
     c, report, origin = model.config, model.report or {}, f"trained with jaxchat {__version__}"
-    if model.imported:
-        origin = f"imported into jaxchat {__version__} from {model.imported['from']} ({model.imported['format']})"
-        origin += " and trained on" if model.trained_on else ""
-        if model.imported["format"] == "jaxchat":
-            origin = (
-                f"fine-tuned with jaxchat {__version__} from {model.imported['from']}, stage {model.imported['stage']}"
-            )
-    elif init := report.get("pretrain", {}).get("init"):
-        origin += f", starting from the weights of {init['from']} ({init['format']}, stage {init['stage']})"
+    if source := model.imported or report.get("pretrain", {}).get("init"):
+        stage = f", stage {source['stage']}" if "stage" in source else ""
+        words = f"{source['from']} ({source['format']}{stage})"
+        origin += f", starting from the weights of {words}"
+        if model.imported and not model.trained_on:
+            origin = f"imported into jaxchat {__version__} from {words}"
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- jaxchat\n---",
         f"# {model.name}",
