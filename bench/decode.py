@@ -36,7 +36,7 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh
-from jaxchat.sizes import count_parameters, decode_bytes_per_step, matmul_parameters
+from jaxchat.sizes import count_parameters, kv_values_per_row, looked_up, matmul_parameters
 from jaxchat.tokenizer import Tokenizer, train_tokenizer
 
 NOISE = 0.02  # added to fresh weights, whose zero matrices would make every token equally likely
@@ -120,9 +120,12 @@ class Sampler:
 
 
 def step_bytes(config: Config, rows: int, context: int, kind: str, item_bytes: int) -> int:
-    """Return the bytes that one decoding step must read; of int8 weights one byte a kernel's value."""
-    saved = (item_bytes - 1) * matmul_parameters(config.model) if kind == "int8" else 0
-    return decode_bytes_per_step(config.model, rows, context, item_bytes) - saved
+    """Return the bytes that one decoding step must read: weights that take part, table rows, the live cache.
+
+    Of int8 weights one byte a kernel's value.
+    """
+    weights = (1 if kind == "int8" else item_bytes) * matmul_parameters(config.model)
+    return weights + item_bytes * rows * (looked_up(config.model) + kv_values_per_row(config.model, context))
 
 
 def load(args: argparse.Namespace) -> tuple[Config, Any, Tokenizer]:

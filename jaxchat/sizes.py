@@ -167,11 +167,6 @@ def looked_up(config: ModelConfig) -> int:
     ) * config.n_kv_heads * config.head_width
 
 
-def decode_bytes_per_step(config: ModelConfig, rows: int, context: int, item_bytes: int) -> int:
-    """Return the bytes a decode step must read: weights that take part, one embedding row a token, the live cache."""
-    return item_bytes * (matmul_parameters(config) + rows * (looked_up(config) + kv_values_per_row(config, context)))
-
-
 def exam_rows(config: ModelConfig, free_bytes: int, devices: int, item_bytes: int, scores: bool) -> int:
     """Return the rows that exams run at once on `devices` with `free_bytes` each: 256, or the power of two that fits.
 
