@@ -52,17 +52,15 @@ def test_one_json_object_that_tells_the_truth(found):
 
 def test_attention_is_compared_with_the_reference(found):
     part = found["attention"]
-    assert part["chosen"] == "blocked" and set(part["checks"]) == {"blocked", "xla"}
-    for check in part["checks"].values():
-        assert check["ok"] and 0 <= check["difference"] <= part["tolerance"]
-    assert part["checks"]["blocked"]["difference"] > 0  # it did run: other order of sums
+    assert part["chosen"] == "blocked" and part["why"] == ""
+    assert 0 < part["difference"] <= part["tolerance"]  # it did run: other order of sums
 
 
 def test_a_wrong_backend_is_named(config, monkeypatch):
     right = attention._blocked
     monkeypatch.setattr(attention, "_blocked", lambda *args: right(*args) * 1.01)
     values, advice = doctor.check_attention(config)
-    assert values["chosen"] == "xla" and not values["checks"]["blocked"]["ok"]
+    assert values["difference"] > values["tolerance"]
     assert len(advice) == 1 and "blocked attention fails" in advice[0]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from jaxchat.attention import TOLERANCE, choose_backend, disagreement
+from jaxchat.attention import TOLERANCE, disagreement, trusted_backend
 from jaxchat.config import Config, MeshConfig
 from jaxchat.data.shards import cores
 from jaxchat.errors import UsageError, command_line, first_line, install_command
@@ -275,24 +275,15 @@ def check_devices(config: Config) -> Finding:
 
 
 def check_attention(config: Config) -> Finding:
-    """Compare the backend that training takes, and XLA's own, with the float32 reference."""
-    require_devices(doctor=True)
+    """Compare the backend that training takes with the float32 reference."""
+    require_devices("")
     dtype = compute_dtype(config, make_mesh(MeshConfig()))
-    chosen, why = choose_backend(config.model, dtype, jax.local_devices()[0])
-    allowed, checks, advice = TOLERANCE[dtype.itemsize], {}, []
-    for backend in dict.fromkeys((chosen, "xla")):
-        begin = time.perf_counter()
-        try:
-            difference = disagreement(backend, config.model, dtype)
-            check: dict[str, Any] = {"ok": difference <= allowed, "difference": difference}
-        except Exception as error:  # a kernel may fail in any way, here or in the driver
-            check = {"ok": False, "error": named(error)}
-        checks[backend] = check | {"seconds": time.perf_counter() - begin}
-        if not check["ok"]:
-            advice.append(f"{backend} attention fails its check; training falls back: {check.get('error', check)}")
-    taken = chosen if checks[chosen]["ok"] else "xla"
-    values = {"chosen": taken, "why": why, "dtype": dtype.name, "tolerance": allowed, "checks": checks}
-    return values, advice
+    chosen, why = trusted_backend(config.model, dtype)
+    begin, allowed = time.perf_counter(), TOLERANCE[dtype.itemsize]
+    difference = disagreement(chosen, config.model, dtype)
+    check = {"tolerance": allowed, "difference": difference, "seconds": time.perf_counter() - begin}
+    advice = [] if difference <= allowed else [f"{chosen} attention fails its check: --set model.attention=xla"]
+    return {"chosen": chosen, "why": why, "dtype": dtype.name} | check, advice + ([why] if why else [])
 
 
 def check_disk(place: Path) -> Finding:
