@@ -276,7 +276,7 @@ def check_devices(config: Config) -> Finding:
 
 def check_attention(config: Config) -> Finding:
     """Compare the backend that training takes with the float32 reference."""
-    require_devices("")
+    require_devices(doctor=True)
     dtype = compute_dtype(config, make_mesh(MeshConfig()))
     chosen, why = trusted_backend(config.model, dtype)
     begin, allowed = time.perf_counter(), TOLERANCE[dtype.itemsize]
