@@ -63,20 +63,20 @@ def test_every_stage_is_rehearsed_and_nothing_is_left(corpus, tmp_path):
 
 
 def test_what_is_missing_is_listed_and_ends_with_1(corpus, tmp_path, monkeypatch, capsys):
-    """No hub, no room, no data of SFT, RL and an exam: all stages but SFT and RL still run, on made-up text."""
+    """No hub, no room, no data of SFT, RL and an exam: all stages but RL still run, on made-up text."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # says so at once instead of trying again
     monkeypatch.setattr(rehearse, "SAMPLE_BYTES", 200_000)
     monkeypatch.setattr(rehearse, "MOST_CONVERSATIONS", 100)
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=0))
-    overrides = ['rl.environment="gsm8k"', 'sft.mixture=["gsm8k","mmlu"]', 'eval.exams=["gsm8k"]']
+    overrides = ['rl.environment="gsm8k"', 'sft.mixture=["gsm8k","mmlu","identity:60"]', 'eval.exams=["gsm8k"]']
     overrides += ['data.source="hf:nobody/nothing"', f'data.cache_dir="{tmp_path}/cache"']
     args = rehearsal(corpus, tmp_path / "tiny", "--keep", "--json", overrides=overrides)
     del args[args.index("--data") : args.index("--data") + 2]
     assert launch.main(args) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert not found["ok"] and list(found["stages"]) == [stage for stage in STAGES if stage not in ("sft", "rl")]
+    assert not found["ok"] and list(found["stages"]) == [stage for stage in STAGES if stage != "rl"]
     kinds = {(problem["kind"], problem["stage"]) for problem in found["problems"]}
     assert {("disk", "pretrain"), ("hub", "prepare"), ("data", "sft"), ("data", "rl"), ("data", "eval")} <= kinds
     assert any(str(tmp_path / "tiny") + " " in problem["text"] for problem in found["problems"])  # the real run's place
