@@ -48,6 +48,7 @@ EXTRAS = {
     "wandb": ("wandb", "curves on Weights & Biases"),
     "trackio": ("trackio", "curves on trackio"),
     "hf-check": ("transformers", "comparison with Hugging Face's implementation"),
+    "onnx": ("onnx", "export as ONNX"),
     "lm-eval": ("lm_eval", "the exams of lm-evaluation-harness"),
     "ray": ("ray", "runs under Ray"),
     "dev": ("ruff", "work on jaxchat itself"),
