@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,16 @@ def write_onnx(model: Trained, out: Path) -> dict[str, Any]:
     pairs = [torch.zeros(2, c.n_kv_heads, 3, c.head_width) for _ in range(2 * c.depth)]  # one tensor is one input
     ids = [torch.zeros(2, 1, 3, 1, dtype=torch.long)] * (len(names) - len(pairs))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    program: Any = torch.onnx.export(
-        Step(inner).eval(),
-        (*example, [*pairs, *ids]),
-        dynamo=True,
-        verbose=False,
-        dynamic_shapes=({0: B, 1: T}, {0: B, 1: S}, [{0: B, 2: P}] * len(names)),
-        input_names=["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in names)],
-        output_names=["logits", *(f"present.{name}" for name in names)],
-    )
+    with warnings.catch_warnings(action="ignore"):
+        program: Any = torch.onnx.export(
+            Step(inner).eval(),
+            (*example, [*pairs, *ids]),
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=({0: B, 1: T}, {0: B, 1: S}, [{0: B, 2: P}] * len(names)),
+            input_names=["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in names)],
+            output_names=["logits", *(f"present.{name}" for name in names)],
+        )
     how = HOW.replace("{ask}", CHAT if model.chats else CONTINUE)
     with atomic_directory(out) as folder:
         program.save(folder / "model.onnx")
