@@ -64,7 +64,7 @@ def rehearse(
     """
     stages = [stage for stage in stages if stage.wanted(config)]
     for stage in stages:
-        with contextlib.suppress(DataError):  # listed when the stage meets it again
+        with contextlib.suppress(DataError):  # listed below
             stage.check(config)
     place = directory.root.absolute()
     folder = Path(tempfile.mkdtemp(prefix=f"{place.name}-rehearsal-", dir=existing(place.parent)))
@@ -76,6 +76,7 @@ def rehearse(
             rehearsal.problem("disk", "pretrain", error)
         for stage in stages:  # all data, of which the stages here take a part
             try:
+                stage.check(config)
                 stage.ready(config, rehearsal.run)
             except DataError as error:
                 rehearsal.problem("data", stage.name, error)
