@@ -38,7 +38,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int]
 
     for message in normalize(messages):
         if message["role"] == "user":
-            add(tokenizer.encode(message["content"]), 0, "user")
+            add(tokenizer.encode(message["content"]), int(message.get("weight") == 1), "user")
             continue
         add([special[ASSISTANT_START]], 0)
         learned = 1
@@ -111,7 +111,8 @@ def normalize(messages: Sequence[Message]) -> list[Message]:
         if turns and turns[-1]["role"] == role:
             _join(turns[-1]["content"], parts)
         else:
-            turns.append({"role": role, "content": parts})
+            learned = {"weight": 1} if role == "user" and message.get("weight") == 1 else {}
+            turns.append({"role": role, "content": parts} | learned)
     return [t if t["role"] == "assistant" else t | {"content": t["content"][0]["text"]} for t in turns]
 
 

@@ -235,6 +235,8 @@ class ServeConfig:
     max_tokens: int = key(256, "longest answer, and its length where the client names none", 1, free=True)
     temperature: float = key(0.7, "where the client names none", 0, 10, free=True)
     top_k: int = key(50, "where the client names none", 0, free=True)
+    min_p: float = key(0.0, "least probability of a sampled token, as a share of the likeliest one's (2407.01082), "
+        "where the client names none, and of the exam `free_answers`", 0, 1)
     model_name: str = key("", "name of the model in the API; empty: the tier's", free=True)
     queue_length: int = key(256, "answers that may wait for a slot; one more is refused (429)", 0, free=True)
     requests_per_minute: int = key(0, "of one key or address; 0: any number", 0, free=True)

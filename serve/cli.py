@@ -43,6 +43,7 @@ class Chat:
     out: TextIO
     interactive: bool
     messages: list[dict[str, Any]] = field(default_factory=list)
+    min_p: float = 0.0
 
     def command(self, line: str) -> bool:
         """Run a line that starts with a slash; False to leave."""
@@ -65,7 +66,8 @@ class Chat:
     def answer(self, text: str) -> None:
         """Stream the answer to one user message; Ctrl-C keeps what has come so far."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        settings = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_k": self.top_k}
+        settings = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        settings |= {"top_k": self.top_k, "min_p": self.min_p}
         try:
             request, dropped = fitting_request(self.engine, messages, **settings)
         except UsageError as error:
@@ -120,6 +122,7 @@ def chat(run: RunDir, config: Config) -> None:
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     temperature = config.serve.temperature if interactive else 0.0  # a script wants the same answer every time
     talk = Chat(engine, temperature, config.serve.top_k, config.serve.max_tokens, sys.stdout, interactive)
+    talk.min_p = config.serve.min_p
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # arrow keys and history in `input`

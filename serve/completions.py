@@ -59,7 +59,7 @@ class Completion(Call):
             "temperature": limits.temperature if body.temperature is None else body.temperature,
             "top_k": limits.top_k if body.top_k is None else max(body.top_k, 0),
             "top_p": 1.0 if body.top_p is None else body.top_p,
-            "min_p": body.min_p or 0.0,
+            "min_p": limits.min_p if body.min_p is None else body.min_p,
             "repetition_penalty": body.repetition_penalty or 1.0,
             "frequency_penalty": body.frequency_penalty or 0.0,
             "presence_penalty": body.presence_penalty or 0.0,

@@ -266,7 +266,7 @@ def mounted_page(run: RunDir, service: Service) -> FastAPI:
         client = logins.get(request.username or "") or (request.client.host if request.client else "")
         settings: dict[str, Any] = {
             "temperature": float(temperature), "top_k": int(top_k), "max_tokens": int(max_tokens),
-            "logprobs": ALTERNATIVES if probabilities else None,
+            "min_p": limits.min_p, "logprobs": ALTERNATIVES if probabilities else None,
         }  # fmt: skip
         note = ""
         try:

@@ -179,6 +179,15 @@ def test_a_message_of_weight_0_is_not_learned(tokenizer):
     assert learned(tokenizer, normalize(messages)) == learned(tokenizer, messages)
 
 
+def test_a_users_message_of_weight_1_is_learned(tokenizer):
+    first, second, answer = user("a") | {"weight": 1}, user("b"), assistant("y") | {"weight": 1}
+    end = "<|assistant_end|>"
+    messages = [first, answer, second, answer]
+    assert learned(tokenizer, messages) == f"<|user_start|>a<|user_end|>y{end}y{end}"
+    assert learned(tokenizer, normalize(messages)) == learned(tokenizer, messages)
+    assert render(tokenizer, messages)[0] == render(tokenizer, [user("a"), answer, second, answer])[0]
+
+
 def test_a_last_message_of_the_assistant_stays_open(tokenizer):
     messages = [user("x"), assistant("I am")]
     ids = render_prompt(tokenizer, messages, continue_final=True)

@@ -2,15 +2,17 @@
 
 import gzip
 import json
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jaxchat.chat import normalize
-from jaxchat.data.sources import iterate_documents
+from jaxchat.data.sources import chitchat_conversations, iterate_documents
 from jaxchat.errors import DataError, UsageError
 from jaxchat.tasks.conversations import (
+    LEAST_USES,
     MAX_TURNS,
     Found,
     chatterbot_pairs,
@@ -19,6 +21,7 @@ from jaxchat.tasks.conversations import (
     file_conversations,
     is_other_bot,
 )
+from jaxchat.tasks.speech import words
 
 
 def lines(dialogues):
@@ -30,7 +33,12 @@ def test_chitchat_dialogues_are_conversations():
     assert len(dialogues) > 7000
     for dialogue in dialogues:
         assert len(normalize(dialogue)) == len(dialogue) <= MAX_TURNS and len(dialogue) % 2 == 0
-        assert all(m["content"].strip() for m in dialogue)
+        assert all(m["content"].strip() for m in dialogue) and any(m["weight"] for m in dialogue)
+    learned = [m for dialogue in dialogues for m in dialogue if m["weight"]]
+    assert {m["role"] for m in learned} == {"user", "assistant"}
+    counts = Counter(word for texts in chitchat_conversations() for turn in texts for t in turn for word in words(t))
+    assert min(counts[word] for m in learned for word in words(m["content"])) == LEAST_USES
+    assert not any("weight" in m for dialogue in chitchat_dialogues("val", 0.02) for m in dialogue)
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.0])

@@ -22,6 +22,7 @@ from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, read_json, write_json
 from jaxchat.tasks import core, get_task
 from jaxchat.tasks.base import Task, TaskFiles
+from jaxchat.tasks.speech import NextTurn
 
 WORDS = 13  # in a row that a question and a document share
 WINDOW = 24  # bytes; shorter passages stand in any two texts of one language
@@ -111,6 +112,7 @@ def exam_contamination(config: Config, run: RunDir, train_documents: int | None)
         record = read_json(file) if file != path else {}
         names |= dict.fromkeys(name for name, task in record.get("tasks", {}).items() if "accuracy" in task)
         names |= dict.fromkeys(f"{CORE_PREFIX}{label}" for label in record.get("core_tasks", {}))
+    names.pop(NextTurn.name, None)  # conversations of the run itself, held out
     if not names:
         return {}
     exams, reasons = dict[str, list[np.ndarray]](), dict[str, Any]()

@@ -11,6 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,17 +24,18 @@ from jaxchat.checkpoint import params_sha256, trained_params
 from jaxchat.config import Config, MeshConfig
 from jaxchat.data.packing import Rows
 from jaxchat.engine import Engine, Handle, Turn
-from jaxchat.engine.scoring import Scorer, rows_at_once
+from jaxchat.engine.scoring import Scorer, Span, rows_at_once
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
 from jaxchat.run_dir import RunDir, atomic_write, read_json, saved_steps, write_json
 from jaxchat.sharding import batch_devices, make_mesh, replicated
-from jaxchat.tasks import TASKS, core, get_task, parse_mixture_entry
+from jaxchat.tasks import TASKS, core, get_task, parse_mixture_entry, speech
 from jaxchat.tasks.base import (
     OWN,
     RIGHT,
     ChoiceExample,
     ChoiceTask,
+    Conversation,
     Example,
     MissingData,
     Task,
@@ -44,6 +46,7 @@ from jaxchat.tasks.base import (
     user,
 )
 from jaxchat.tasks.from_file import digest_of, split_source
+from jaxchat.tasks.speech import FreeAnswers, NextTurn, TurnExample, Words, conversations_of
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import TrainState, decided, make_eval_step
 
@@ -60,6 +63,7 @@ COPY_TEXTS = 20  # written to measure memorization
 CORE_TEXTS = 8  # rows of a batch that an item of CORE takes, with its options and the examples before it
 SEED = 1234  # of samples
 SAMPLE_SLOTS = 8  # as many as a chat has (`serve.slots`): its programs are compiled when the run ends
+UNKNOWN = "words in no training text"  # of the exam `free_answers`
 ALTERNATIVES = 5  # to each token of a sample taken during training
 PROMPT_TOKENS = 8  # of a held-out text, for samples of a base model
 CHAT_PROMPTS = (
@@ -290,11 +294,23 @@ class Model:
             return []
         return held_out_openings(Rows(self.run.data / "rows" / "val", verify=False), self.tokenizer, count)
 
+    def held_out_conversations(self) -> list[Conversation]:
+        """Return the held-out conversations of the SFT mixture; none in a run that has none."""
+        folder = self.run.data / "sft" / "val"
+        if not (folder / "meta.json").exists():
+            return []
+        rows = Rows(folder, self.tokenizer.digest, verify=False)
+        return conversations_of(self.tokenizer, (rows[i][0].tolist() for i in range(len(rows))))
+
     def exam(self, task: Task, indices: Sequence[int]) -> tuple[Scores, Decisions]:
         """Ask the questions of those numbers."""
         everything = task.examples()
         examples = [everything[i] for i in indices]
-        if isinstance(task, WrittenTask):
+        if isinstance(task, FreeAnswers):
+            return self.free_answers(task, examples)
+        if isinstance(task, NextTurn):
+            scores, decisions = self._next_turn(task, examples)
+        elif isinstance(task, WrittenTask):
             scores, decisions = self._written(task, examples)
         elif isinstance(task, ChoiceTask):
             scores, decisions = self._choice(task, examples)
@@ -302,7 +318,8 @@ class Model:
             raise TypeError(f"{task.name} has questions of an unknown kind")
         right = [decision["right"] for decision in decisions]
         decisions = [{"index": i} | decision for i, decision in zip(indices, decisions, strict=True)]
-        return accuracy(right, task.chance) | scores | by_tags(examples, right, task.chance), decisions
+        tagged = by_tags(examples, right, task.chance) if not isinstance(task, NextTurn) else {}
+        return accuracy(right, task.chance) | scores | tagged, decisions
 
     def _written(self, task: WrittenTask, examples: Sequence[Example]) -> tuple[Scores, Decisions]:
         """Grade answers at temperature 0, and `eval.samples` more at `eval.temperature`.
@@ -362,6 +379,55 @@ class Model:
             decisions.append({"question": mark, "chosen": chosen, "expected": expected, "right": chosen == expected})
         return {"cropped": cropped}, decisions
 
+    def free_answers(
+        self, task: FreeAnswers, examples: Sequence[Example], **sampling: float
+    ) -> tuple[Scores, Decisions]:
+        """Return the shares of words that no training text has, of repeated 3-grams, and of distinct 2-grams.
+
+        `sampling`: other settings than the exam's. A word cut by the end of an answer does not count.
+        """
+        settings: dict[str, Any] = {"temperature": task.temperature, "top_k": task.top_k, "max_tokens": task.max_tokens}
+        settings |= {"min_p": self.config.serve.min_p}
+        requests = [
+            self.engine.chat_request(example.prompt, **settings | sampling, seed=SEED + i)
+            for i, example in enumerate(examples)
+        ]
+        known = training_words(self.config, self.run.root, self.tokenizer.digest)
+        decisions, answers = Decisions(), list[list[str]]()
+        for example, turn in zip(examples, self.engine.generate(requests), strict=True):
+            text = speech.text_of({"content": turn.parts})
+            answers.append(speech.words(text.rpartition(" ")[0] if turn.finish_reason == "length" else text))
+            new = [word for word in answers[-1] if word not in known]
+            decisions.append({"prompt": example.prompt, "answer": turn.parts, "unknown": new})
+        unknown = sum(len(decision["unknown"]) for decision in decisions), sum(map(len, answers))
+        counts = (
+            (UNKNOWN, unknown),
+            ("repeated 3-grams", speech.repeated(answers)),
+            ("distinct 2-grams", speech.distinct(answers)),
+        )
+        figures = {name: {"metric": n / max(1, of), "n": of, "form": ".1%"} for name, (n, of) in counts}
+        figures[UNKNOWN]["interval"] = wilson(*unknown)
+        return figures[UNKNOWN] | {"n": len(examples), "figures": figures}, decisions
+
+    def _next_turn(self, task: NextTurn, examples: Sequence[TurnExample]) -> tuple[Scores, Decisions]:
+        """Choose the turn whose log-likelihood per byte gains most by the conversation before it."""
+        alone = render_prompt(self.tokenizer, [user("")])
+        texts = list(dict.fromkeys(text for example in examples for text in example.options))
+        asked = [(alone, texts), *((render_prompt(self.tokenizer, e.prompt), e.options) for e in examples)]
+        groups = []
+        for prompt, options in asked:
+            tails = [self.tokenizer.encode(text) for text in options]
+            groups.append([Span([*prompt, *tail], len(prompt), len(prompt) + len(tail)) for tail in tails])
+        with progress(f"{self.stage} {task.name}", sum(map(len, groups))) as bar:
+            without, *within = self.scorer.spans(groups, bar.advance)
+        before = {text: score.loss for text, score in zip(texts, without, strict=True)}
+        decisions: Decisions = []
+        for e, spans in zip(examples, within, strict=True):
+            gains = [(before[t] - s.loss) / len(t.encode()) for t, s in zip(e.options, spans, strict=True)]
+            chosen = gains.index(max(gains))
+            decisions.append({"question": digest([e])[:MARK], "chosen": e.options[chosen], "right": chosen == e.right})
+        return {"cropped": sum(spans[0].cropped > 0 for spans in within)}, decisions
+
     def core_task(
         self, task: core.CoreTask, items: Sequence[core.Item], count: int | None = None
     ) -> tuple[Scores, Decisions]:
@@ -412,6 +478,16 @@ class Model:
         return memorized(texts, training_documents(self.config)) | {"most": self.config.eval.overlap_documents}
 
 
+@functools.lru_cache(maxsize=1)
+def training_words(config: Config, root: Path, digest: str) -> Words:
+    """Return the words of the pretraining text and of the conversations, of `eval.overlap_documents` each at most."""
+    run, limit = RunDir(root), config.eval.overlap_documents
+    tokenizer, rows = Tokenizer.load(run.tokenizer), Rows(run.data / "sft" / "train", digest, verify=False)
+    tokens = (rows[i][0].tolist() for i in range(len(rows) if limit < 0 else min(limit, len(rows))))
+    said = (speech.text_of(message) for messages in conversations_of(tokenizer, tokens) for message in messages)
+    return Words(itertools.chain(training_documents(config), said))
+
+
 def capped(count: int, limit: int) -> list[int]:
     """Return the indices of the questions to ask: all in order, or the first `limit` of a fixed shuffle."""
     if limit < 0 or limit >= count:
@@ -425,6 +501,8 @@ def digest(questions: Iterable[Any]) -> str:
     for q in questions:
         if isinstance(q, Example):
             q = [q.prompt, q.expected]
+        elif isinstance(q, TurnExample):
+            q = [q.prompt, q.options, q.right]
         elif isinstance(q, ChoiceExample):
             q = [q.prompt, q.letters, q.right]
         sha256.update(json.dumps(q, sort_keys=True, default=str).encode() + b"\n")
@@ -482,7 +560,7 @@ def check(config: Config) -> None:
             if not optional:
                 say(f"  eval.exams: {task.name}, or a part of it, will not be taken: {error}", style="yellow")
     if counts:
-        say("  exams: " + ", ".join(f"{name} ({count:,} questions)" for name, count in counts.items()))
+        say("  exams: " + ", ".join(f"{name} ({count:,} questions)" for name, count in counts.items() if count))
 
 
 def external_inputs(config: Config) -> str:
@@ -551,12 +629,17 @@ def examine(model: Model, one_batch: bool = False) -> dict[str, Any]:
         say(f"  {stage:<5} {name:<14} not run: {why}", style="yellow")
 
     def chat_exam(task: Task) -> None:
+        if isinstance(task, NextTurn):
+            task.conversations = model.held_out_conversations()
         examples = task.examples()
         indices = capped(len(examples), limit)
+        if not indices and isinstance(task, NextTurn):  # too few held-out conversations
+            return
         if not indices:
             raise DataError(f"{task.name} has no questions, it is only a source of conversations")
         asked = indices[: max(1, rows)] if one_batch else indices
-        questions = digest([*(examples[i] for i in asked), *task.setting()])
+        sampling = [config.serve.min_p] if isinstance(task, FreeAnswers) else []
+        questions = digest([*(examples[i] for i in asked), *task.setting(), *sampling])
         ask = functools.partial(model.exam, task, asked)
         take(task.name, task.title or task.name, questions, len(indices), ask)
 

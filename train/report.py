@@ -326,7 +326,7 @@ def tiles(card: Card) -> list[tuple[str, str]]:
     for stage in STAGES:
         for name, task in _taken(card, stage).items():
             if name != "core_partial" and (name != "bits_per_byte" or stage == "base"):
-                scores[name] = _title(card, name), score_cell(task)["text"]
+                scores[name] = _title(card, name) + next(iter(_parts(task))), score_cell(task)["text"]
     first = sorted(scores, key=lambda name: name not in ("bits_per_byte", "core", "chatcore"))
     costs = [("parameters", size), ("wall clock", time), ("cost", money(card["cost"]["usd"]))]
     return [*costs, *(scores[name] for name in first)][:TILES]
@@ -400,7 +400,7 @@ def _parts(task: Scores) -> dict[str, Scores]:
     """Return an exam's scores by what its row adds to its title; of pass@k the powers of 2."""
     passes = {f", {name}": s for k, (name, s) in enumerate(task.get("pass_at_k", {}).items(), 1) if k & (k - 1) == 0}
     readings = {f", read as {name}": scores for name, scores in task.get("readings", {}).items()}
-    parts = {"": task} if task else {}
+    parts = {f", {name}": figure for name, figure in task.get("figures", {}).items()} or ({"": task} if task else {})
     if "perplexity" in task:
         parts[", perplexity"] = {"metric": task["perplexity"], "n": task["n"], "form": ".1f"}
     if "conversations" in task:

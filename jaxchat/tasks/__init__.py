@@ -15,13 +15,14 @@ from jaxchat.tasks.generated import Arithmetic, Lottery, SpellingBee, WordProble
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.humaneval import HumanEval
 from jaxchat.tasks.identity import Identity
+from jaxchat.tasks.speech import FreeAnswers, NextTurn
 
 # in the order in which exams run
 TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (
-        WordProblems, Identity, Core, MMLU, ArcEasy, ArcChallenge, SmolTalk, GSM8K, HumanEval, SpellingBee, Arithmetic,
-        Lottery,
+        WordProblems, Identity, FreeAnswers, NextTurn, Core, MMLU, ArcEasy, ArcChallenge, SmolTalk, GSM8K,
+        HumanEval, SpellingBee, Arithmetic, Lottery,
     )
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -29,14 +30,17 @@ from jaxchat.data.sources import (
 from jaxchat.errors import DataError, UsageError, install_command
 from jaxchat.tasks.base import Conversation, Task, sample
 from jaxchat.tasks.identity import TEXTS
+from jaxchat.tasks.speech import words
 
 MAX_TURNS = 6  # of one chitchat dialogue; a longer one is cut into several
+LEAST_USES = 5  # in chitchat, of every word of a turn that is learned
 
 
 def chitchat_dialogues(split: str, val_fraction: float) -> Iterator[Conversation]:
     """Yield chitchat's dialogues, two people as user and assistant, in parts of at most `MAX_TURNS` turns.
 
-    `split` is "train" or "val", the same as in the pretraining corpus.
+    `split` is "train" or "val", the same as in the pretraining corpus. In training both people's turns are targets,
+    but for those with a word used less than `LEAST_USES` times: most are typing errors ("truffeee").
     """
     data = DataConfig(source="chitchat", val_fraction=val_fraction)
     limit = training_limit(open_corpus(data), data)
@@ -44,11 +48,24 @@ def chitchat_dialogues(split: str, val_fraction: float) -> Iterator[Conversation
         if (document_hash(chitchat_document(turns)) < limit) != (split == "val"):
             continue
         for start in range(0, len(turns), MAX_TURNS):
-            part = turns[start : start + MAX_TURNS]
+            part = ["\n".join(turn) for turn in turns[start : start + MAX_TURNS]]
             part = part[: len(part) // 2 * 2]  # ends with the assistant
-            if part:
-                roles = ("user", "assistant")
-                yield [{"role": roles[i % 2], "content": "\n".join(turn)} for i, turn in enumerate(part)]
+            roles = ("user", "assistant") * (len(part) // 2)
+            if part and split == "val":
+                yield [{"role": role, "content": text} for role, text in zip(roles, part, strict=True)]
+            elif any(targets := [int(all(uses()[word] >= LEAST_USES for word in words(text))) for text in part]):
+                yield [
+                    {"role": role, "content": text, "weight": target}
+                    for role, text, target in zip(roles, part, targets, strict=True)
+                ]
+
+
+@functools.cache
+def uses() -> Counter[str]:
+    """Return how often chitchat uses each of its words."""
+    return Counter(
+        word for turns in chitchat_conversations() for turn in turns for text in turn for word in words(text)
+    )
 
 
 def chatterbot_pairs(language: str = "english") -> Iterator[Conversation]:

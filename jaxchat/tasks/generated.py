@@ -26,6 +26,7 @@ from jaxchat.tools.calculator import calculate
 
 HELD_OUT_ONE_IN = 10  # pairs of numbers, and words
 PLAIN_SHARE = 0.2  # of word problems without words
+IN_THE_HEAD = 0.8  # of the sums in SFT's word problems, as people do them; RL learns that the calculator is better
 GREETING_SHARE = 0.05  # of conversations that open with small talk, so that a problem may follow it
 DIGITS = (1, 2, 3)  # of the larger number of a sum without the calculator
 FACTOR_DIGITS = (1, 2)
@@ -70,7 +71,9 @@ class WordProblems(GeneratedTask):
         messages: Conversation = small_talk(rng, name=self._who) if rng.random() < GREETING_SHARE else []
         for _ in range(1 if rng.random() < 0.8 else 2):
             _, question, expression, sentence, result = word_problem(rng, held_out=False)
-            messages += [user(question), assistant(("python", expression), ("python_output", result), sentence)]
+            call = [("python", expression), ("python_output", result)]
+            in_the_head = "+" in expression and rng.random() < IN_THE_HEAD
+            messages += [user(question), assistant(*([] if in_the_head else call), sentence)]
         return messages
 
     def example(self, rng: random.Random, held_out: bool) -> Example:
