@@ -67,10 +67,10 @@ def test_the_next_turn_is_asked_for_turns_that_occur_once():
     examples = task.examples()
     assert len(examples) == OPTIONS + 3 and task.examples() == examples  # "same" and the sum are not asked
     for example in examples:
-        assert len(set(example.options)) == OPTIONS
-        asked, right = text_of(example.prompt[-1]), example.options[example.right]
+        asked, (options, right) = text_of(example.prompt[-1]), example.expected
+        assert len(set(options)) == OPTIONS and right in options
         assert right == ("Hello there" if asked == "hi" else asked.replace("q", "answer"))
-    assert {example.right for example in examples} != {0}
+    assert len({options.index(right) for options, right in (example.expected for example in examples)}) > 1
     task.conversations = talks(OPTIONS - 1)
     assert not task.examples()
 
@@ -97,11 +97,12 @@ def test_the_turn_that_gains_most_by_its_conversation_is_chosen(model):
     one = lambda prompt, text: model.scorer.spans([[Span(prompt + text, len(prompt), len(prompt + text))]])[0][0].loss  # noqa: E731
     alone = evaluate.render_prompt(model.tokenizer, [user("")])
     for example, decision in zip(task.examples(), decisions, strict=False):
+        options, right = example.expected
         prompt, ids = evaluate.render_prompt(model.tokenizer, example.prompt), model.tokenizer.encode
-        gains = [(one(alone, ids(text)) - one(prompt, ids(text))) / len(text) for text in example.options]
+        gains = [(one(alone, ids(text)) - one(prompt, ids(text))) / len(text) for text in options]
         best = max(gains)
-        assert math.isclose(gains[example.options.index(decision["chosen"])], best, abs_tol=1e-5)
-        assert decision["right"] == (decision["chosen"] == example.options[example.right])
+        assert math.isclose(gains[options.index(decision["chosen"])], best, abs_tol=1e-5)
+        assert decision["right"] == (decision["chosen"] == right)
     assert scores["chance"] == 0.1 and scores["n"] == 2
 
 

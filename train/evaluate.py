@@ -46,7 +46,7 @@ from jaxchat.tasks.base import (
     user,
 )
 from jaxchat.tasks.from_file import digest_of, split_source
-from jaxchat.tasks.speech import FreeAnswers, NextTurn, TurnExample, Words, conversations_of
+from jaxchat.tasks.speech import FreeAnswers, NextTurn, Words, conversations_of
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import TrainState, decided, make_eval_step
 
@@ -318,8 +318,7 @@ class Model:
             raise TypeError(f"{task.name} has questions of an unknown kind")
         right = [decision["right"] for decision in decisions]
         decisions = [{"index": i} | decision for i, decision in zip(indices, decisions, strict=True)]
-        tagged = by_tags(examples, right, task.chance) if not isinstance(task, NextTurn) else {}
-        return accuracy(right, task.chance) | scores | tagged, decisions
+        return accuracy(right, task.chance) | scores | by_tags(examples, right, task.chance), decisions
 
     def _written(self, task: WrittenTask, examples: Sequence[Example]) -> tuple[Scores, Decisions]:
         """Grade answers at temperature 0, and `eval.samples` more at `eval.temperature`.
@@ -409,11 +408,11 @@ class Model:
         figures[UNKNOWN]["interval"] = wilson(*unknown)
         return figures[UNKNOWN] | {"n": len(examples), "figures": figures}, decisions
 
-    def _next_turn(self, task: NextTurn, examples: Sequence[TurnExample]) -> tuple[Scores, Decisions]:
+    def _next_turn(self, task: NextTurn, examples: Sequence[Example]) -> tuple[Scores, Decisions]:
         """Choose the turn whose log-likelihood per byte gains most by the conversation before it."""
         alone = render_prompt(self.tokenizer, [user("")])
-        texts = list(dict.fromkeys(text for example in examples for text in example.options))
-        asked = [(alone, texts), *((render_prompt(self.tokenizer, e.prompt), e.options) for e in examples)]
+        texts = list(dict.fromkeys(text for example in examples for text in example.expected[0]))
+        asked = [(alone, texts), *((render_prompt(self.tokenizer, e.prompt), e.expected[0]) for e in examples)]
         groups = []
         for prompt, options in asked:
             tails = [self.tokenizer.encode(text) for text in options]
@@ -423,9 +422,10 @@ class Model:
         before = {text: score.loss for text, score in zip(texts, without, strict=True)}
         decisions: Decisions = []
         for e, spans in zip(examples, within, strict=True):
-            gains = [(before[t] - s.loss) / len(t.encode()) for t, s in zip(e.options, spans, strict=True)]
-            chosen = gains.index(max(gains))
-            decisions.append({"question": digest([e])[:MARK], "chosen": e.options[chosen], "right": chosen == e.right})
+            options, right = e.expected
+            gains = {t: (before[t] - s.loss) / len(t.encode()) for t, s in zip(options, spans, strict=True)}
+            chosen = max(options, key=gains.__getitem__)
+            decisions.append({"question": digest([e])[:MARK], "chosen": chosen, "right": chosen == right})
         return {"cropped": sum(spans[0].cropped > 0 for spans in within)}, decisions
 
     def core_task(
@@ -501,8 +501,6 @@ def digest(questions: Iterable[Any]) -> str:
     for q in questions:
         if isinstance(q, Example):
             q = [q.prompt, q.expected]
-        elif isinstance(q, TurnExample):
-            q = [q.prompt, q.options, q.right]
         elif isinstance(q, ChoiceExample):
             q = [q.prompt, q.letters, q.right]
         sha256.update(json.dumps(q, sort_keys=True, default=str).encode() + b"\n")

@@ -7,7 +7,6 @@ import re
 import tomllib
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from jaxchat.tasks.base import NO_FILES, Conversation, Example, Message, Task, TaskFiles, assistant, user
@@ -36,27 +35,18 @@ class FreeAnswers(Task):
         return [Example([user(text)], None) for text in self._questions for _ in range(self.each)]
 
 
-@dataclass(frozen=True)
-class TurnExample:
-    """A conversation up to the assistant's turn, and texts of which number `right` is the true one."""
-
-    prompt: Conversation
-    options: tuple[str, ...]
-    right: int
-
-
 class NextTurn(Task):
     """Which of ten turns comes next in a held-out conversation of the SFT mixture.
 
-    `conversations` come from the run. Asked are turns of text alone that occur once; the other nine are such turns of
-    other conversations.
+    `conversations` come from the run; `expected` is (options, the true one). Asked are turns of text alone that occur
+    once; the other nine are such turns of other conversations.
     """
 
     name, title, auto, chance = "next_turn", "true next turn", True, 1 / OPTIONS
     most = 128  # questions: seconds on a laptop
     conversations: Sequence[Conversation] = ()
 
-    def examples(self) -> list[TurnExample]:
+    def examples(self) -> list[Example]:
         turns, counts = list[tuple[int, Conversation, str]](), dict[str, int]()
         for number, messages in enumerate(self.conversations):
             for i, message in enumerate(messages):
@@ -64,14 +54,14 @@ class NextTurn(Task):
                 if i and text.strip() and all(part["type"] == "text" for part in message["content"]):
                     counts[text] = counts.get(text, 0) + 1
                     turns.append((number, list(messages[:i]), text))
-        rng, examples = random.Random(0), list[TurnExample]()
+        rng, examples = random.Random(0), list[Example]()
         turns = [turn for turn in turns if counts[turn[2]] == 1]
         for number, prompt, text in rng.sample(turns, min(self.most, len(turns))):
             others = [other for n, _, other in turns if n != number]
             if len(others) >= OPTIONS - 1:
                 options = [text, *rng.sample(others, OPTIONS - 1)]
                 rng.shuffle(options)
-                examples.append(TurnExample(prompt, tuple(options), options.index(text)))
+                examples.append(Example(prompt, (options, text)))
         return examples
 
 
