@@ -26,7 +26,7 @@ from jaxchat.tools.calculator import calculate
 
 HELD_OUT_ONE_IN = 10  # pairs of numbers, and words
 PLAIN_SHARE = 0.2  # of word problems without words
-IN_THE_HEAD = 0.8  # of the sums in SFT's word problems, as people do them; RL learns that the calculator is better
+IN_THE_HEAD = 0.7  # of the sums in SFT's word problems, as people do them; RL learns that the calculator is better
 GREETING_SHARE = 0.05  # of conversations that open with small talk, so that a problem may follow it
 DIGITS = (1, 2, 3)  # of the larger number of a sum without the calculator
 FACTOR_DIGITS = (1, 2)
