@@ -16,7 +16,7 @@ from jaxchat.scaling import resolve
 from jaxchat.tasks.base import TaskFiles
 from jaxchat.tasks.speech import FreeAnswers, NextTurn
 from jaxchat.tokenizer import Tokenizer
-from train.evaluate import UNKNOWN, Model
+from train.evaluate import UNKNOWN, Model, sft_conversations
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     for decision in decisions[: args.show]:
         print(decision["prompt"][0]["content"], "->", decision["answer"], decision["unknown"])
     middle = time.perf_counter()
-    turns.conversations = [] if args.no_turns else model.held_out_conversations()
+    turns.conversations = [] if args.no_turns else sft_conversations(run, tokenizer, "val")
     choice, _ = model.exam(turns, range(len(turns.examples()))) if turns.examples() else ({"metric": None, "n": 0}, [])
     figures = {name: round(figure["metric"], 4) for name, figure in scores["figures"].items()}
     figures |= {"words": scores["figures"][UNKNOWN]["n"], "next turn": choice["metric"], "turns": choice["n"]}

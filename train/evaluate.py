@@ -294,14 +294,6 @@ class Model:
             return []
         return held_out_openings(Rows(self.run.data / "rows" / "val", verify=False), self.tokenizer, count)
 
-    def held_out_conversations(self) -> list[Conversation]:
-        """Return the held-out conversations of the SFT mixture; none in a run that has none."""
-        folder = self.run.data / "sft" / "val"
-        if not (folder / "meta.json").exists():
-            return []
-        rows = Rows(folder, self.tokenizer.digest, verify=False)
-        return conversations_of(self.tokenizer, (rows[i][0].tolist() for i in range(len(rows))))
-
     def exam(self, task: Task, indices: Sequence[int]) -> tuple[Scores, Decisions]:
         """Ask the questions of those numbers."""
         everything = task.examples()
@@ -391,7 +383,7 @@ class Model:
             self.engine.chat_request(example.prompt, **settings | sampling, seed=SEED + i)
             for i, example in enumerate(examples)
         ]
-        known = training_words(self.config, self.run.root, self.tokenizer.digest)
+        known = training_words(self.config, self.run.root)
         decisions, answers = Decisions(), list[list[str]]()
         for example, turn in zip(examples, self.engine.generate(requests), strict=True):
             text = speech.text_of({"content": turn.parts})
@@ -478,13 +470,21 @@ class Model:
         return memorized(texts, training_documents(self.config)) | {"most": self.config.eval.overlap_documents}
 
 
+def sft_conversations(run: RunDir, tokenizer: Tokenizer, split: str, most: int = -1) -> list[Conversation]:
+    """Return the conversations in the first `most` rows of SFT (-1: all); none in a run that has none."""
+    folder = run.data / "sft" / split
+    if not (folder / "meta.json").exists():
+        return []
+    rows = Rows(folder, tokenizer.digest, verify=False)
+    return conversations_of(tokenizer, (rows[i][0].tolist() for i in range(len(rows))[: most if most >= 0 else None]))
+
+
 @functools.lru_cache(maxsize=1)
-def training_words(config: Config, root: Path, digest: str) -> Words:
+def training_words(config: Config, root: Path) -> Words:
     """Return the words of the pretraining text and of the conversations, of `eval.overlap_documents` each at most."""
-    run, limit = RunDir(root), config.eval.overlap_documents
-    tokenizer, rows = Tokenizer.load(run.tokenizer), Rows(run.data / "sft" / "train", digest, verify=False)
-    tokens = (rows[i][0].tolist() for i in range(len(rows) if limit < 0 else min(limit, len(rows))))
-    said = (speech.text_of(message) for messages in conversations_of(tokenizer, tokens) for message in messages)
+    run = RunDir(root)
+    talks = sft_conversations(run, Tokenizer.load(run.tokenizer), "train", config.eval.overlap_documents)
+    said = (speech.text_of(message) for messages in talks for message in messages)
     return Words(itertools.chain(training_documents(config), said))
 
 
@@ -628,7 +628,7 @@ def examine(model: Model, one_batch: bool = False) -> dict[str, Any]:
 
     def chat_exam(task: Task) -> None:
         if isinstance(task, NextTurn):
-            task.conversations = model.held_out_conversations()
+            task.conversations = sft_conversations(model.run, model.tokenizer, "val")
         examples = task.examples()
         indices = capped(len(examples), limit)
         if not indices and isinstance(task, NextTurn):  # too few held-out conversations
