@@ -93,7 +93,7 @@ def facts(config, run):
 def test_the_record_follows_the_contract(run, facts):
     base, sft = read_json(run.eval("base")), read_json(run.eval("sft"))
     assert set(base["tasks"]) == {"bits_per_byte"}
-    assert set(sft["tasks"]) == {"bits_per_byte", "word_problems", "identity"}
+    assert set(sft["tasks"]) == {"bits_per_byte", "word_problems", "identity", "free_answers"}
     assert base["core"] is None and sft["chatcore"] is None
     for scores in (*base["tasks"].values(), *sft["tasks"].values()):
         assert isinstance(scores["metric"], float) and scores["n"] == 5 and scores["seconds"] > 0
