@@ -22,10 +22,10 @@ RUNS = ("h100:8=-1,1,1", "h100:64=-1,1,1", "h100:64=8,8,1", "h100:512=-1,1,1", "
 
 def measure(config: Config, run: str, rows: int, accumulate: int) -> dict[str, Any]:
     """What one target and mesh (`h100:64=8,8,1`) would do: bytes and seconds of a step per device."""
-    from bench.hlo import analyse, step_seconds
     from jaxchat.sharding import batch_devices, make_mesh
     from train.compiled import compile_step
-    from train.plan import run_figures
+    from train.hlo import Program
+    from train.plan import compute_seconds, run_figures
     from train.targets import MEMORY_FRACTION, parse_target, target_devices
 
     target, _, sizes = run.partition("=")
@@ -36,10 +36,10 @@ def measure(config: Config, run: str, rows: int, accumulate: int) -> dict[str, A
     train = dataclasses.replace(config.train, batch_tokens=batch, device_batch_rows=rows)
     config = dataclasses.replace(config, mesh=axes, train=train)
     step = compile_step(config, mesh, rows, accumulate)
-    totals = analyse(step.text, mesh.size)
-    found = run_figures(config, where, rows, accumulate, totals.collectives)
-    counted = sum(step_seconds(where, totals).values())  # 0 but for NVIDIA GPUs
-    products, links = counted or found["compute_seconds_estimate"], found["collective_seconds_estimate"]
+    program = Program(step.text)
+    links, seconds = program.collectives(mesh.size), compute_seconds(config, where, program)
+    found = run_figures(config, where, rows, accumulate, links, seconds)
+    products, links = found["compute_seconds_estimate"], found["collective_seconds_estimate"]
     return {
         "target": target,
         "mesh": dict(mesh.shape),

@@ -33,6 +33,7 @@ from jaxchat.sizes import (
     activation_bytes,
     count_parameters,
     flops_per_token,
+    matmul_parameters,
 )
 from jaxchat.tasks import parse_mixture_entry
 
@@ -43,6 +44,11 @@ from .targets import CPU, GPUS_PER_HOST, MEMORY_FRACTION, PRICES_OF, NoCompiler,
 # Share of the activations that each `train.remat` keeps in bfloat16, from the tiers compiled for H100s; in float32
 # "none" keeps all of them
 KEPT = {"none": 0.43, "names": 0.43, "dots": 0.4, "full": 0.05}
+# Of the peak that matrix products and attention kernels reach on an H100 or H200 (650 and 425 of 989 TFLOP/s), and of
+# the data sheet's bandwidth that elementwise kernels do; measured on one H200: 770 to 800 TFLOP/s for one large product
+# alone, 4.3 of 4.8 TB/s for a copy. They turn what a compiled program does into seconds.
+PRODUCT_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.66, 0.43, 0.8
+FP8_SHARE = 0.86  # of the products' FLOPs that train.matmul = "fp8" gives 8-bit operands
 DEPTHS = range(2, 49)  # that --budget and --hours try
 WRITTEN = 0.93  # bytes of a checkpoint over those of its float32 arrays: Orbax compresses (nano: 47.8 MB of 51.9)
 HUB_TEXT = 2.5  # bytes of text in a byte of a compressed hub file (nanochat: 250 M characters in 100 MB)
@@ -189,8 +195,12 @@ def compile_plan(config: Config, target: Target) -> Plan:
     peak, largest = peak_of(rows), compiled.largest_rows(config, mesh, limit, peak_of)
     step = steps[rows]
     text = step.text or (steps[largest].text if largest else "")  # "": refused for its memory
-    links = hlo.Program(text).collectives(mesh.size)
-    return run_figures(config, target, rows, accumulate, links) | {
+    program = hlo.Program(text)
+    moved, compute = program.bytes_by_kind.total(), compute_seconds(config, target, program)
+    return run_figures(config, target, rows, accumulate, program.collectives(mesh.size), compute) | {
+        "bytes_per_step_per_device": moved,
+        "bytes_by_kind": dict(program.bytes_by_kind),
+        "memory_seconds": moved / target.chip.memory_rate,
         "fits": peak <= MEMORY_FRACTION * limit,
         "peak_bytes_per_device": peak,
         "argument_bytes": step.arguments,
@@ -205,10 +215,36 @@ def compile_plan(config: Config, target: Target) -> Plan:
     }
 
 
-def run_figures(config: Config, target: Target, rows: int, accumulate: int, links: list[hlo.Collective]) -> Plan:
+def compute_seconds(config: Config, target: Target, program: hlo.Program) -> float | None:
+    """Return the seconds of a compiled step without its collectives on an NVIDIA GPU; None elsewhere.
+
+    Products and attention, with what `train.remat` repeats, and the bytes of everything else come one after the other.
+    A TPU keeps arrays on the chip that the text does not tell apart, a CPU in its caches.
+    """
+    if target.chip.platform != "cuda":
+        return None
+    tokens = config.train.batch_tokens / target.devices
+    products = 6 * matmul_parameters(config.model) * tokens
+    attention = flops_per_token(config.model) * tokens - products
+    if config.train.matmul == "fp8":
+        products *= 1 - FP8_SHARE / 2  # 8-bit ones run twice as fast
+    seconds = (products / PRODUCT_SHARE + attention / ATTENTION_SHARE) / target.chip.peak
+    seconds *= 4 / 3 if config.train.remat == "full" else 1
+    return seconds + program.bytes_by_kind["other"] / (BANDWIDTH_SHARE * target.chip.memory_rate)
+
+
+def run_figures(
+    config: Config,
+    target: Target,
+    rows: int,
+    accumulate: int,
+    links: list[hlo.Collective],
+    compute: float | None = None,
+) -> Plan:
     """Return the part of a plan that follows from the configuration and the step's collectives: time and cost.
 
-    Products take the MFU that is assumed for such devices, collectives the speed of the links, nothing overlapped.
+    `compute`: seconds of a compiled step; None: products take the MFU that is assumed for such devices. Collectives
+    take the speed of the links, nothing overlapped.
     """
     chip, tokens = target.chip, config.train.steps * config.train.batch_tokens
     by_kind: dict[str, dict[str, int]] = {}
@@ -222,7 +258,9 @@ def run_figures(config: Config, target: Target, rows: int, accumulate: int, link
             rate = min(rate, chip.network_rate * len(c.group) / len(hosts))
         link_seconds += c.count * c.sent_bytes / rate
     disk = {part.name: part.bytes for part in disk_parts(config)}
-    compute = flops_per_token(config.model) * config.train.batch_tokens / target.devices / (chip.peak * chip.mfu)
+    ideal = flops_per_token(config.model) * config.train.batch_tokens / target.devices / chip.peak
+    compute = compute or ideal / chip.mfu
+    mfu = ideal / compute
     hours = (compute + link_seconds) * config.train.steps / 3600
     return {
         "tier": config.tier,
@@ -244,10 +282,10 @@ def run_figures(config: Config, target: Target, rows: int, accumulate: int, link
         "step_seconds_estimate": compute + link_seconds,
         "hours_estimate": hours,
         "usd_estimate": hours * target.devices * chip.price,
-        "mfu_assumed": chip.mfu,
+        "mfu_assumed": mfu,
         "disk_bytes": sum(disk.values()),
         "disk": disk,
-        "assumptions": f"MFU {chip.mfu:.0%} of {chip.peak / 1e12:,.4g} TFLOP/s; links {chip.link_rate / 1e9:.4g} GB/s, "
+        "assumptions": f"MFU {mfu:.0%} of {chip.peak / 1e12:,.4g} TFLOP/s; links {chip.link_rate / 1e9:.4g} GB/s, "
         f"between hosts {chip.network_rate / 1e9:.4g} GB/s a device, nothing overlapped; {chip.price:g} USD per device "
         f"and hour ({PRICES_OF}); {MEMORY_FRACTION:.0%} of the memory usable; without evaluation, checkpoints and "
         "fine-tuning",
