@@ -125,16 +125,32 @@ def interrupted(monkeypatch, job, stop):
             tokenize_unit(job)
 
 
-@pytest.mark.parametrize("stop", [0, 700, 1200])
-def test_an_interrupted_file_begins_anew(job, tokenizer, tmp_path, monkeypatch, stop):
+@pytest.mark.parametrize("stop", [0, 300, 512, 700, 1100, 1200])
+def test_an_interrupted_run_goes_on_behind_its_last_whole_part(job, tokenizer, tmp_path, monkeypatch, stop):
     whole, begun = tmp_path / "whole", tmp_path / "begun"
     expected = tokenize_unit(to(job, whole))
     interrupted(monkeypatch, to(job, begun), stop)
     assert not (begun / "manifest.json").exists()
+    times = {p: p.stat().st_mtime_ns for p in begun.glob("*.bin")}
     with pytest.raises(DataError, match="no such file"):
         read(begun, tokenizer)
     assert tokenize_unit(to(job, begun)) == expected
     assert contents(begun) == contents(whole)
+    assert {p: p.stat().st_mtime_ns for p in times} == times and len(times) == 2 * (stop // 512)
+
+
+@pytest.mark.parametrize("change", ["origin", "shard", "hashes", "journal"])
+def test_what_does_not_belong_to_it_is_not_gone_on_with(job, tmp_path, monkeypatch, change):
+    folder = tmp_path / "t"
+    interrupted(monkeypatch, to(job, folder), 1100)
+    if change in ("shard", "hashes"):
+        flip_a_bit(folder / ("train-000.bin" if change == "shard" else "train-000.hash"))
+    if change == "journal":
+        (folder / "unfinished.json").write_text('{"parts": 3')
+    origin = "y" if change == "origin" else "x"
+    tokenize_unit(to(job, folder, origin=origin))
+    tokenize_unit(to(job, tmp_path / "whole", origin=origin))
+    assert contents(folder) == contents(tmp_path / "whole")
 
 
 def test_a_batch_is_bounded_in_characters_too():

@@ -37,6 +37,7 @@ R = TypeVar("R")
 FORMAT = 4
 SPLITS = ("train", "val")
 SETTINGS = ("origin", "tokenizer", "bos", "vocab_size", "dtype")  # of a manifest; others begin anew
+UNFINISHED = "unfinished.json"
 HASH = np.dtype("<u8")
 BATCH_DOCUMENTS, BATCH_CHARS = 512, 4_000_000  # encoded at once
 AHEAD = 4  # jobs that are taken ahead of the results, for each worker
@@ -63,8 +64,9 @@ def tokenize_unit(
 ) -> dict[str, Any]:
     """Tokenize one unit into `job.directory` and return its manifest; a finished unit is only verified.
 
-    The manifest is written last: without it, or with one of another origin, the unit begins anew. Memory holds one
-    batch.
+    The manifest is written last: without it the parts do not count. Until then `unfinished.json` lists the complete
+    parts, and the same call continues after them with the same bytes. Files of another origin are deleted. Memory
+    holds one batch.
     Args:
       alone: no other unit is tokenized meanwhile, so that all cores may encode this one.
     """
@@ -72,15 +74,18 @@ def tokenize_unit(
     dtype = token_dtype(tokenizer.vocab_size)
     manifest: dict[str, Any] = {
         "format": FORMAT, "origin": job.origin, "tokenizer": tokenizer.digest, "bos": tokenizer.bos,
-        "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "left_out": {},
+        "vocab_size": tokenizer.vocab_size, "dtype": dtype.name, "read": 0, "left_out": {},
         "splits": {split: {"tokens": 0, "documents": 0, "bytes": 0, "chars": 0} for split in SPLITS}, "parts": [],
     }  # fmt: skip
     if finished := _undamaged(directory / "manifest.json", manifest):
         return finished
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    if begun := _undamaged(directory / UNFINISHED, manifest):
+        manifest = begun
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
     counts = Counter[str]()
-    batches = batches_of(job.unit.documents(counts))
+    batches = batches_of(itertools.islice(job.unit.documents(counts), manifest["read"], None))
     while batch := next(batches, []):
         names = {split: f"{split}-{len(manifest['parts']):03d}" for split in SPLITS}
         part: dict[str, dict[str, Any]] = {s: {"file": f"{names[s]}.bin", "tokens": 0, "documents": 0} for s in SPLITS}
@@ -100,15 +105,19 @@ def tokenize_unit(
                 for counted in (sizes, part[split]):
                     counted["tokens"] += 1 + len(ids)
                     counted["documents"] += 1
+            manifest["read"] += len(batch)
             on_tokens(manifest["splits"]["train"]["tokens"])
             full = any(part[split]["tokens"] >= job.shard_tokens for split in SPLITS)
             batch = [] if full else next(batches, [])
         for split in SPLITS:
             part[split] |= {"sha256": tokens[split].close(), "hashes_sha256": hashes[split].close()}
         manifest["parts"].append(part)
-    sync_directory(directory)
+        sync_directory(directory)
+        write_sealed(directory / UNFINISHED, manifest)
     manifest["left_out"] = dict(counts)
-    write_sealed(directory / "manifest.json", manifest)
+    write_sealed(directory / UNFINISHED, manifest)
+    os.replace(directory / UNFINISHED, directory / "manifest.json")  # exactly one of both exists at any time
+    sync_directory(directory)
     return manifest
 
 
