@@ -126,7 +126,7 @@ def test_exit_codes_and_optimizer_groups(page):
     real = {e.exit_code for e in vars(errors).values() if hasattr(e, "exit_code")}
     assert {int(code) for code in codes} == {0} | real
     groups = next(cells[2:] for cells in first_cells if "`matrix`" in cells)
-    declared = parameters(resolve(load_config("nano")).model).values()
+    declared = parameters(resolve(load_config("nano", ["model.recipe=jaxchat"])).model).values()
     assert set(groups) == {f"`{p.group}`" for p in declared}
 
 

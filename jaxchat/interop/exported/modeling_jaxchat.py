@@ -156,7 +156,7 @@ class Trunk(nn.Module):
         before, there = (F.pad(x, (1, 0)).index_select(1, at) for x in (kept[:, 0, :, 0], real))
         return before.masked_fill(~there, -1)
 
-    def embed(self, ids: Tensor, previous: Tensor | None) -> Tensor:
+    def embed(self, ids: Tensor, previous: Any) -> Tensor:
         """Return embeddings (B, T, D) with what the token before each adds to them."""
         c = self.config
         e = norm(self.embed_tokens(ids), c.rms_norm_eps)
@@ -214,7 +214,7 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        cache: Cache | None = None,
+        cache: Any = None,
         output_hidden_states: bool | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
