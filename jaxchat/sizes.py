@@ -55,8 +55,11 @@ def scan_groups(config: ModelConfig) -> tuple[int, int]:
 
 
 def score_bound(config: ModelConfig) -> float:
-    """Return the largest possible attention score: q and k are normed to length sqrt(N), then scaled."""
-    return config.qk_scale**2 * math.sqrt(config.head_width) * 1.01
+    """Return the largest possible attention score: q and k are normed to length sqrt(N), then scaled.
+
+    The halves of an offset key come from two keys, so it can be sqrt(2) times as long.
+    """
+    return config.qk_scale**2 * math.sqrt((2 if config.key_offset else 1) * config.head_width) * 1.01
 
 
 class Parameter(NamedTuple):
@@ -96,7 +99,7 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     add("embedding", (V, D), "vocab embed", ("normal", std), "embedding")
     add("unembedding", (V, D), "vocab embed", init, "unembedding", not c.tie_embeddings)
     add("value_embedding", (E, V, KN), "layer table kv_heads", uniform(D**-0.5), "value_embedding", E > 0)
-    add("bigram_embedding", (c.bigram_rows, D), "table embed", zero, "bigram_embedding", c.bigram_rows > 0)
+    add("bigram_embedding", (c.bigram_rows, D), "vocab embed", zero, "bigram_embedding", c.bigram_rows > 0)
     add("smear_gate", (SMEAR_CHANNELS, 1), "gate gate", gate, "mixing", bool(c.smear))
     add("smear_scale", (), "", zero, "mixing", bool(c.smear))
     add("backout_scale", (), "", ("constant", 0.2), "mixing", bool(c.backout))

@@ -33,8 +33,9 @@ LAYOUTS = {
 }
 
 
-DEEP = ["model.depth=8", "train.scan_unroll=1", "train.remat=names", "model.n_kv_heads=2", "train.steps=6"]
-HALF = ["train.compute_dtype='bfloat16'", "train.steps=6"]
+DEEP = ["model.recipe=jaxchat", "model.depth=8", "train.scan_unroll=1", "train.remat=names", "model.n_kv_heads=2",
+        "train.steps=6"]  # fmt: skip
+HALF = ["model.recipe=jaxchat", "train.compute_dtype='bfloat16'", "train.steps=6"]
 OTHERS = {  # (first, second layout that must agree), settings
     "scanned, saved by name, grouped heads": (((1, 1, 1), 1), ((2, 2, 2), 2), DEEP),
     "fsdp alone, nothing saved": (((1, 1, 1), 1), ((1, 8, 1), 1), ["train.steps=6", "model.recipe=classic"]),

@@ -18,6 +18,8 @@ from jaxchat.attention import (
     cuda_capability,
     disagreement,
     masked_attention,
+    offset_keys,
+    slow_half,
     splash_attention,
     trusted_backend,
 )
@@ -27,6 +29,7 @@ from jaxchat.engine.scoring import Scorer, Span
 from jaxchat.errors import UsageError
 from jaxchat.scaling import resolve, resolve_model
 from jaxchat.sharding import make_mesh
+from jaxchat.sizes import score_bound
 from jaxchat.train_state import check_attention, check_kernels, compute_dtype, decided
 
 
@@ -68,6 +71,17 @@ def test_gradients_agree(window):
     for bound in (30.0, float("inf")):
         for a, b in zip(exact, jax.jit(jax.grad(scalar("blocked", bound), (0, 1, 2)))(q, k, v), strict=True):
             np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+def test_no_score_exceeds_the_bound():
+    """Those of offset keys neither, whose halves may both be the longer one of their key."""
+    one = resolve_model(ModelConfig(recipe="jaxchat", depth=2, width=64, n_heads=2, head_width=32, vocab_size=64))
+    q = one.qk_scale * jnp.ones((1, 2, 2, 32))
+    slow = jnp.asarray(slow_half(32))
+    k = math.sqrt(2) * jnp.where(jnp.stack([slow, ~slow])[None, :, None], q, 0)  # as long as q
+    highest = (q * offset_keys(one, k)).sum(-1).max() / math.sqrt(32)
+    assert float(highest) == pytest.approx(score_bound(one), rel=0.02) and highest <= score_bound(one)
+    assert score_bound(dataclasses.replace(one, key_offset=False)) < highest
 
 
 @pytest.mark.parametrize("backend", ["xla", "blocked"])

@@ -466,7 +466,7 @@ def test_pieces_leave_the_same_logits_as_the_whole(recipe, cuts):
         piece = np.full((2, 40), 5, np.int32)
         piece[0, : end - begin] = tokens[begin:end]
         _, cache = APPEND(config, serving, piece, jnp.array([end - begin, 0]), cache)
-    assert cache.length.tolist() == [40, 0] and not np.any(cache.previous[1])
+    assert cache.length.tolist() == [40, 0] and cache.previous.tolist() == [tokens[39], -1]
     expected = uncached_logits(recipe, tokens)
     for position in range(40, 50):
         fed = jnp.array([tokens[position], 0])
