@@ -230,7 +230,7 @@ def climb(
 def blank(name: str, given: Config, held: HeldOut) -> Ladder:
     """Return a ladder without points."""
     config = rung(given, given.model.depth, given.seed)
-    of = "scaling parameter" if config.model.recipe == "modern" else "parameter"
+    of = "parameter" if config.model.recipe == "classic" else "scaling parameter"
     about = f"{config.train.token_ratio:g} tokens per {of}; text: {given.data.source}"
     about += f", {len(held.documents)} documents of it held out"
     found = {"format": FORMAT, "name": name, "about": about, "token_ratio": config.train.token_ratio}
