@@ -242,3 +242,5 @@ def test_exams_are_compared_where_the_text_is_gone(finished, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["bits_per_byte"] == {} and "no stage trained in both" in found["not_compared"]["bits per byte"]
     assert found["exams"]["sft"]["word_problems"]["difference"] == 0
+    assert (finished / "eval" / "sft_free_answers.jsonl").exists(), "of answers that are neither right nor wrong"
+    assert "sft free_answers" not in found["not_compared"] and "free_answers" not in found["exams"]["sft"]

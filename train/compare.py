@@ -23,6 +23,7 @@ from jaxchat.errors import DataError, UsageError, command_line
 from jaxchat.log import progress, read_metrics, say
 from jaxchat.run_dir import RunDir, saved_steps
 from jaxchat.scaling import resolve
+from jaxchat.tasks.speech import FreeAnswers
 from jaxchat.tokenizer import Tokenizer
 
 from .loop import Z95
@@ -85,7 +86,7 @@ def collect(a: Side, b: Side) -> dict[str, Any]:
         for path in sorted((a.run.root / "eval").glob(f"{stage}_*.jsonl")):
             other, exam = b.run.root / "eval" / path.name, path.stem.removeprefix(f"{stage}_")
             try:
-                if other.is_file():
+                if other.is_file() and exam != FreeAnswers.name:  # whose answers are neither right nor wrong
                     asked.setdefault(stage, {})[exam] = paired(answers(path), answers(other))
             except DataError as error:
                 not_compared[f"{stage} {exam}"] = str(error)

@@ -377,6 +377,8 @@ class Model:
 
         `sampling`: other settings than the exam's. A word cut by the end of an answer does not count.
         """
+        if not self.config.eval.overlap_documents:
+            raise MissingData("eval.overlap_documents=0: no training text to look the words of answers up in")
         settings: dict[str, Any] = {"temperature": task.temperature, "top_k": task.top_k, "max_tokens": task.max_tokens}
         settings |= {"min_p": self.config.serve.min_p}
         requests = [
@@ -636,7 +638,7 @@ def examine(model: Model, one_batch: bool = False) -> dict[str, Any]:
         if not indices:
             raise DataError(f"{task.name} has no questions, it is only a source of conversations")
         asked = indices[: max(1, rows)] if one_batch else indices
-        sampling = [config.serve.min_p] if isinstance(task, FreeAnswers) else []
+        sampling = [config.serve.min_p, config.eval.overlap_documents] if isinstance(task, FreeAnswers) else []
         questions = digest([*(examples[i] for i in asked), *task.setting(), *sampling])
         ask = functools.partial(model.exam, task, asked)
         take(task.name, task.title or task.name, questions, len(indices), ask)
