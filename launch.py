@@ -50,7 +50,7 @@ COMMANDS = {
     "doctor": "what this machine can do, and what to install for more",
     "compare": "two runs side by side",
     "ladder": "a series of depths: fit, prediction, compute multiplier",
-    "export": "a run's model for other people: Orbax, Hugging Face or one HTML file",
+    "export": "a run's model for others: Hugging Face, Orbax, ONNX, one HTML file",
     "import": "a run from the weights of nanochat or Hugging Face",
     "tiers": "list the tiers with hardware, time and cost",
 }
@@ -228,16 +228,12 @@ def run(args: argparse.Namespace) -> int:
     if args.command in INTEROP:
         from jaxchat.interop import __main__ as interop
 
-        words = args.words
-        if args.command == "export" and words and not words[0].startswith("-"):
-            words = ["--run-dir", *words]
-        return interop.main(lambda: interop.make_parser(errors.program).parse_args([args.command, *words]))
+        return interop.main(lambda: interop.make_parser(errors.program).parse_args([args.command, *args.words]))
     if args.command in ("serve", "watch"):  # they ask no other machine
         os.environ["no_proxy"] = "*"  # and Gradio's import fails at proxies that httpx cannot use
     if args.command == "watch":
         from serve.watch import watch
 
-        os.environ["no_proxy"] = "*"  # as for `serve`
         watch(Path(args.run), args.host or "127.0.0.1", args.port, api_keys(), args.beside and Path(args.beside))
         return 0
     plans = args.command == "plan" or (args.command == "ladder" and args.plan)
@@ -399,7 +395,8 @@ def prefer_huge_pages() -> None:
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        with contextlib.suppress(OSError):  # some sandboxes start no program; slower is better than not at all
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def prepare_environment() -> None:

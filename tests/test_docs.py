@@ -61,8 +61,7 @@ def test_every_command_parses_and_its_keys_exist(path, tmp_path, monkeypatch):
     for command in commands(path):
         args = launch.parse(shlex.split(command)[2:])
         if args.command in launch.INTEROP:
-            run = ["--run-dir"] if args.command == "export" else []
-            interop.make_parser().parse_args([args.command, *run, *args.words])
+            interop.make_parser().parse_args([args.command, *args.words])
         if args.command in ("compare", "tiers", "watch", *launch.INTEROP):
             continue
         args.config = args.run_dir = args.run = args.init = None  # a run that may not exist here

@@ -606,8 +606,9 @@ def test_an_export_needs_only_the_name_of_a_run(tmp_path, monkeypatch):
     random_run(tmp_path / "run", "modern")
     monkeypatch.chdir(tmp_path)
     for stage in ([], ["--stage", "base"]):
-        assert interop("export", "--run-dir", "run", *stage) == 0
+        assert interop("export", *stage, "run") == 0
     assert interop("export", "--run-dir", "run") == 2, "nothing is written over"
+    assert interop("export") == 2
     assert {p.name for p in Path("exported").iterdir()} == {"run-hf", "run-base-hf"}
 
 

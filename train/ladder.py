@@ -29,7 +29,7 @@ from jaxchat.checkpoint import trained_params
 from jaxchat.config import KEYS, Config, ModelConfig, flatten, is_derived, load_config, replaced, to_toml
 from jaxchat.data.shards import read_documents
 from jaxchat.engine.scoring import Scorer
-from jaxchat.errors import DataError, DivergedError, JaxchatError, OutOfMemoryError, UsageError
+from jaxchat.errors import DataError, DivergedError, JaxchatError, OutOfMemoryError, UsageError, command_line
 from jaxchat.log import print_facts, progress, read_metrics, say
 from jaxchat.run_dir import RunDir, atomic_write, link, read_json, require_format, write_json
 from jaxchat.scaling import derivations, resolve
@@ -248,7 +248,7 @@ def read_ladder(path: str | Path) -> Ladder:
     card = read_json(file)
     require_format(card, FORMAT, file)
     if not isinstance(card, dict) or not {"name", "corpus", "sizes", "points", "predictions"} <= card.keys():
-        raise DataError(f"{file}: not the ladder.json that launch.py ladder writes")
+        raise DataError(f"{file}: not the ladder.json that {command_line('ladder')} writes")
     return card
 
 

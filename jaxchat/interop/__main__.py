@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -19,7 +20,8 @@ def make_parser(program: str = "python -m jaxchat.interop") -> argparse.Argument
     commands = parser.add_subparsers(required=True)
     export = commands.add_parser("export", help="a run's model for other people")
     export.set_defaults(run=export_model)
-    export.add_argument("--run-dir", required=True, metavar="R")
+    export.add_argument("run_dir", nargs="?", default=argparse.SUPPRESS, metavar="RUN", help="a run directory")
+    export.add_argument("--run-dir", metavar="RUN", help="the same")
     export.add_argument("--stage", choices=("base", "sft", "rl"), help="default: the furthest trained one")
     formats = ("hf", "orbax", "onnx", "html")
     export.add_argument("--format", default="hf", choices=formats, help="default: hf, for transformers")
@@ -58,6 +60,8 @@ def export_model(args: argparse.Namespace) -> None:
     from jaxchat.log import say
     from jaxchat.run_dir import RunDir
 
+    if not args.run_dir:
+        raise UsageError(f"which run? As in: {command_line('export runs/nano')}")
     if args.format != "hf" and args.architecture != "auto":
         raise UsageError("--architecture: only with --format hf")
     if args.push is not None:
@@ -101,7 +105,7 @@ def import_model(args: argparse.Namespace) -> None:
     write_run(model, Path(args.out))
     kind = "a chat model" if model.chats else "a base model"
     say(f"{args.out}: {kind} (stage {model.stage}; --stage says otherwise), {model.config.depth} layers")
-    say(f"talk to it:  {command_line(f'chat {args.out}')}   (or serve, for the page)")
+    say(f"talk to it:  {command_line(f'chat {shlex.quote(args.out)}')}   (or serve, for the page)")
 
 
 def main(arguments: Callable[[], argparse.Namespace]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jaxchat.errors import UsageError
+from jaxchat.errors import UsageError, install_command
 from jaxchat.interop.huggingface import config_to_hf, places, tensor
 from jaxchat.interop.trained import Trained, atomic_directory, model_card, tokenizer_files
 from jaxchat.run_dir import atomic_write
@@ -59,7 +59,7 @@ def write_onnx(model: Trained, out: Path) -> dict[str, Any]:
 
         from jaxchat.interop.exported.modeling_jaxchat import JaxchatConfig, JaxchatForCausalLM
     except ImportError as error:
-        raise UsageError(f"--format onnx needs the package {error.name}: pip install -e '.[onnx]'") from None
+        raise UsageError(f"--format onnx needs the package {error.name}: {install_command('onnx')}") from None
 
     class Step(torch.nn.Module):
         def __init__(self, model: Any):

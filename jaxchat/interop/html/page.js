@@ -16,8 +16,8 @@ const TEXTS = { // English, Korean
   forgotten: ["the context is full: the oldest messages are forgotten", "문맥이 가득 차서 가장 오래된 메시지는 잊었습니다"],
   too_long: ["This message is too long:", "메시지가 너무 깁니다:"], tokens: ["tokens", "토큰"], characters: ["characters", "자"],
   failed: ["The model cannot run here:", "여기서는 모델을 실행할 수 없습니다:"],
-  parameters: ["parameters", "파라미터"], layers: ["layers", "층"], context: ["tokens of context", "문맥(토큰)"],
-  "bits per byte": [, "바이트당 비트"], "word problems": [, "문장제"], identity: [, "정체성 질문"],
+  parameters: ["parameters", "매개변수"], layers: ["layers", "층"], context: ["tokens of context", "문맥(토큰)"],
+  "bits per byte": [, "바이트당 비트"], "word problems": [, "문장제"], identity: [, "자기소개 질문"],
 };
 
 const $ = (id) => document.getElementById(id), log = $("log"), box = $("box");
@@ -124,6 +124,7 @@ $("card").textContent = model.card;
 $("new").onclick = () => {
   stop();
   [answering, messages] = [null, []];
+  if (ready) status = ["offline"];
   log.replaceChildren();
   show();
   box.focus();
