@@ -232,7 +232,7 @@ def test_a_decision_equals_a_plain_forward_pass(config, run, facts, mirror, toke
 
 
 def test_missing_and_damaged_data_is_said_and_the_others_go_on(config, run, facts, mirror, capsys):
-    names = ("core", "mmlu", "arc_easy", "arc_challenge", "identity")
+    names = ("core", "mmlu", "arc_easy", "arc_challenge", "identity", "next_turn")
     damaged = mirror.parent / "damaged"
     shutil.copytree(mirror, damaged)
     (damaged / "core" / "hellaswag.jsonl").write_text('{"query": "q", "choices": ["a", "b"], "gold": 2}\n')
@@ -246,7 +246,7 @@ def test_missing_and_damaged_data_is_said_and_the_others_go_on(config, run, fact
     assert partial["tasks"] == 19 and set(partial["missing"]) == {"hellaswag_zeroshot", "hellaswag", "arc_challenge"}
     assert partial["metric"] == base["tasks"]["core_partial"]["metric"]
     assert "hellaswag.jsonl:1: " in base["not_run"]["core"]
-    assert "_test.csv" in sft["not_run"]["mmlu"]
+    assert "_test.csv" in sft["not_run"]["mmlu"] and "held-out" in sft["not_run"]["next_turn"]
     assert "arc_challenge.jsonl" in sft["not_run"]["arc_challenge"]
     assert set(sft["tasks"]) == {"bits_per_byte", "arc_easy", "identity"}
     said = capsys.readouterr().err

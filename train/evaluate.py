@@ -633,8 +633,8 @@ def examine(model: Model, one_batch: bool = False) -> dict[str, Any]:
             task.conversations = sft_conversations(model.run, model.tokenizer, "val")
         examples = task.examples()
         indices = capped(len(examples), limit)
-        if not indices and isinstance(task, NextTurn):  # too few held-out conversations
-            return
+        if not examples and isinstance(task, NextTurn):
+            raise MissingData(f"{task.name}: the held-out conversations of SFT have no {speech.OPTIONS} turns to ask")
         if not indices:
             raise DataError(f"{task.name} has no questions, it is only a source of conversations")
         asked = indices[: max(1, rows)] if one_batch else indices
