@@ -134,8 +134,9 @@ def train(args: argparse.Namespace, given: Config, data: RunDir, held: ladder.He
 
 
 def best(args: argparse.Namespace, given: Config, held: ladder.HeldOut) -> ladder.Ladder:
-    """Write the ladder of all finished runs in --out: of each depth the best factor, and all means in "sweep"."""
-    points = [read_json(path)["point"] for path in sorted(args.out.glob("*/result.json"))]
+    """Write the ladder of all finished runs of this text in --out: each depth's best factor, all means in "sweep"."""
+    results = [read_json(path) for path in sorted(args.out.glob("*/result.json"))]
+    points = [found["point"] for found in results if found["corpus"] == held.corpus]
     names, groups = ("depth", "lr_factor", "decay_factor", "batch_tokens"), dict[Any, list[dict[str, Any]]]()
     for one in points:
         groups.setdefault(tuple(one[name] for name in names), []).append(one)

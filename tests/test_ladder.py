@@ -246,7 +246,9 @@ def test_best_rate_of_the_peer_is_taken_at_each_depth(tmp_path):
                 p |= {"lr_factor": factor, "decay_factor": 1 / factor, "batch_tokens": 512, "run": "x"}
                 p["bits"] = {m: bits.tolist() for m, bits in p["bits"].items()}
                 p = p if efficiency else {k: v for k, v in p.items() if k != "bits"} | {"start": math.inf, "every": 1.0}
-                write_json(tmp_path / f"d{depth}_s{p['seed']}_x{factor}" / "result.json", {"point": p})
+                folder = tmp_path / f"d{depth}_s{p['seed']}_x{factor}"
+                write_json(folder / "result.json", {"corpus": held.corpus, "point": p})
+    write_json(tmp_path / "d5_s0_x1" / "result.json", {"corpus": {"documents": 99}, "point": p})  # of other text
     given = load_config("ladder")
     card = nanochat_ladder.best(argparse.Namespace(out=tmp_path, name="peer"), given, held)
     assert {p["depth"]: p["lr_factor"] for p in card["points"]} == {2: 4, 3: 1, 4: 4}
