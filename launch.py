@@ -50,7 +50,7 @@ COMMANDS = {
     "doctor": "what this machine can do, and what to install for more",
     "compare": "two runs side by side",
     "ladder": "a series of depths: fit, prediction, compute multiplier",
-    "export": "a run's model for others: Hugging Face, Orbax, ONNX, one HTML file",
+    "export": "the model for others: Hugging Face, Orbax, ONNX, one HTML file",
     "import": "a run from the weights of nanochat or Hugging Face",
     "tiers": "list the tiers with hardware, time and cost",
 }

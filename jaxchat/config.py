@@ -398,6 +398,8 @@ def load_config(tier: str | Path | Config = "nano", overrides: Sequence[str] = (
     else:
         path = Path(tier) if str(tier).endswith(".toml") else CONFIG_DIR / f"{tier}.toml"
         if not path.is_file():
+            if path == Path(tier):
+                raise UsageError(f"{path}: no such file; give a config.toml, or the name of a tier")
             known = [p.stem for p in tier_files()]
             raise UsageError(f"tier {str(tier)!r} is unknown{nearest(str(tier), known)}; tiers: {', '.join(known)}")
         try:

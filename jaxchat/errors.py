@@ -5,6 +5,7 @@ Any other exception is a bug and shows a traceback.
 """
 
 import errno
+import shlex
 import tempfile
 import traceback
 from pathlib import Path
@@ -81,9 +82,9 @@ def first_line(error: object, most: int = 200) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most].rstrip(".")
 
 
-def command_line(words: str) -> str:
-    """Return a command line of this program, for a message."""
-    return f"{program} {words}"
+def command_line(words: str, *paths: str | Path) -> str:
+    """Return a command line of this program, for a message; `paths` are quoted where a shell needs it."""
+    return " ".join([program, words, *(shlex.quote(str(path)) for path in paths)])
 
 
 def install_command(extra: str = "") -> str:

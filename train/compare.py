@@ -66,7 +66,7 @@ def side(path: str) -> Side:
         raise DataError(f"compare: {path}: {what}; name the directories of two runs, such as runs/nano")
     trained = tuple(s for s in STAGES if saved_steps(run.stage(s)))
     if not trained and not any(run.eval(stage).is_file() for stage in STAGES):
-        advice = f"train it first: {command_line(f'--run-dir {path}')}"
+        advice = f"train it first: {command_line('--run-dir', path)}"
         raise DataError(f"compare: {path}: neither checkpoints nor exams; {advice}")
     done = {name: record for name, record in run.records().items() if record["status"] == "done"}
     return Side(run, resolve(load_config(run.config)), done, trained)

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -616,7 +615,6 @@ def summarize(run: RunDir, left: Sequence[str]) -> None:
 
     `left`: the stages that this configuration has and that are not done.
     """
-    root = shlex.quote(str(run.root))
     if run.report.exists() and "report" not in left:
         card = read_json(run.root / "report.json")
         say(f"\n{headline(card)}\n{', '.join(f'{name} {value}' for name, value in tiles(card))}\n")
@@ -627,10 +625,10 @@ def summarize(run: RunDir, left: Sequence[str]) -> None:
     if exports and "export" not in left:
         say(f"for others   {', '.join(exports)}")
     if run.records().get("pretrain", {}).get("status") == "done":
-        say(f"talk to it   {command_line(f'chat {root}')}")
-        say(f"on a page    {command_line(f'serve {root}')}")
+        say(f"talk to it   {command_line('chat', run.root)}")
+        say(f"on a page    {command_line('serve', run.root)}")
     if left:
-        say(f"go on        {command_line(f'--run-dir {root}')}   (next: {left[0]})")
+        say(f"go on        {command_line('--run-dir', run.root)}   (next: {left[0]})")
 
 
 if __name__ == "__main__":

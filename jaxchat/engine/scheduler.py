@@ -56,7 +56,7 @@ def trained_stages(run: RunDir) -> list[str]:
         raise DataError(f"{run.root}: not a run directory (no config.toml); train one first")
     stages = [s for s in reversed(TRAINED) if saved_steps(run.stage(s))]
     if not stages:
-        raise DataError(f"{run.root}: no trained stage yet; finish it: {command_line(f'--run-dir {run.root}')}")
+        raise DataError(f"{run.root}: no trained stage yet; finish it: {command_line('--run-dir', run.root)}")
     return stages
 
 

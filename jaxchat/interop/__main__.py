@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -105,7 +104,7 @@ def import_model(args: argparse.Namespace) -> None:
     write_run(model, Path(args.out))
     kind = "a chat model" if model.chats else "a base model"
     say(f"{args.out}: {kind} (stage {model.stage}; --stage says otherwise), {model.config.depth} layers")
-    say(f"talk to it:  {command_line(f'chat {shlex.quote(args.out)}')}   (or serve, for the page)")
+    say(f"talk to it:  {command_line('chat', args.out)}   (or serve, for the page)")
 
 
 def main(arguments: Callable[[], argparse.Namespace]) -> int:

@@ -94,7 +94,7 @@ def read_init(config: Config) -> Trained:
         if not stages or (stage and stage not in stages):
             raise DataError(
                 f"train.init: {folder} has no finished stage{f' {stage}' if stage else ''}; finished: "
-                f"{', '.join(stages) or 'none'}. Finish it with {command_line(f'--run-dir {folder}')}"
+                f"{', '.join(stages) or 'none'}. Finish it with {command_line('--run-dir', folder)}"
             )
         stage = stage or ("base" if config.train.steps and "base" in stages else stages[0])
         origin = {"format": "jaxchat", "from": folder.resolve().name}
