@@ -35,7 +35,7 @@ def tokenizer() -> Tokenizer:
 
 CONFIG = resolve_model(
     ModelConfig(
-        recipe="modern", depth=2, seq_len=CAPACITY, vocab_size=280, width=32, n_heads=2, n_kv_heads=1, head_width=16,
+        recipe="jaxchat", depth=2, seq_len=CAPACITY, vocab_size=280, width=32, n_heads=2, n_kv_heads=1, head_width=16,
         window_short=16,
     )
 )  # fmt: skip
