@@ -83,9 +83,9 @@ def log_to_standard_error() -> None:
     """Log our own records from INFO on, those of uvicorn and asyncio from WARNING on."""
 
     def is_news(record: logging.LogRecord) -> bool:
-        # uvicorn repeats errors that we log ourselves, and warns of pages that are open at the end
-        message = record.getMessage()
-        return "Exception in ASGI application" not in message and "timeout graceful shutdown" not in message
+        # uvicorn repeats errors that we log ourselves, and tells of pages that are open at the end
+        silent = ("Exception in ASGI application", "timeout graceful shutdown", "asyncio.exceptions.CancelledError")
+        return not any(text in record.getMessage() for text in silent)
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
