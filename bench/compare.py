@@ -35,7 +35,7 @@ def nanochat_config(config: Config) -> dict[str, Any]:
     }
     for key, (ours, theirs) in same.items():
         if ours != theirs:
-            raise UsageError(f"{key}: gives {ours}, and nanochat has {theirs} only; leave it out to compare")
+            raise UsageError(f"{key}: gives {ours}, and nanochat has {theirs} only; to compare: --set {key}={theirs}")
     return {
         "sequence_len": c.seq_len,
         "vocab_size": c.vocab_size,

@@ -291,11 +291,11 @@ def test_a_service_is_measured_over_http(tmp_path):
 
 
 def test_a_model_that_nanochat_cannot_be_is_refused():
-    config = resolve(load_config("nano", TINY))
+    config = resolve(load_config("nano", [*TINY, "model.recipe=modern"]))
     assert nanochat_config(config)["n_embd"] == 32 and batch_shape(config) == (2, 2, 128)
-    for change in ("model.recipe=classic", "model.mlp_factor=3", "model.window_short=64"):
+    for change in ("model.recipe=jaxchat", "model.mlp_factor=3", "model.window_short=64"):
         with pytest.raises(UsageError, match=change.split("=")[0]):
-            nanochat_config(resolve(load_config("nano", [*TINY, change])))
+            nanochat_config(resolve(load_config("nano", [*TINY, "model.recipe=modern", change])))
 
 
 def test_a_folder_that_is_no_nanochat_is_refused(tmp_path):

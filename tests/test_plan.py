@@ -174,17 +174,17 @@ def test_the_issues_figures_of_d20():
 def test_parts_are_those_of_a_run_of_nano():
     """Measured with du -sb on a run: base with two checkpoints, token shards, rows."""
     parts = {part.name: part.bytes for part in disk_parts(resolve(load_config("nano")))}
-    measured = {"checkpoints, base": 95_701_734, "token shards": 6_990_392, "rows": 7_011_265}
+    measured = {"checkpoints, base": 148_453_341, "token shards": 6_990_392, "rows": 7_011_265}
     assert {name: parts[name] for name in measured} == pytest.approx(measured, rel=0.1)
 
 
 def test_a_run_takes_what_was_counted(finished, corpus):
-    """A tiny run: Orbax's own files weigh, and moments that are still zero take next to nothing."""
+    """A tiny run: Orbax's own files weigh, and what is still zero takes next to nothing, as many rows of bigrams."""
     config = resolve(load_config("nano", [*TINY, f'data.source="files:{corpus}/*.txt"']))
     parts = {part.name: part.bytes for part in disk_parts(config)}
     newest = max(int(p.name) for p in (finished / "base").iterdir() if p.name.isdigit())
     arrays = sum(p.stat().st_size for p in (finished / "base" / str(newest)).rglob("d/*") if p.stat().st_size > 5_000)
-    assert 0.6 < arrays / checkpoint_bytes(config) < 1.05
+    assert 0.5 < arrays / checkpoint_bytes(config) < 1.05
     assert used(finished / "data" / "rows") == pytest.approx(parts["rows"], rel=0.5)
     assert len(list((finished / "base").glob("[0-9]*"))) == round(parts["checkpoints, base"] / checkpoint_bytes(config))
 
