@@ -25,7 +25,7 @@ CONVERSATIONS = [
     [*GREETING, {"role": "assistant", "content": "Hi 🙂 안녕!"}],
 ]  # fmt: skip
 CAPACITY = 128
-SHAPES = ("depth", "seq_len", "vocab_size", "width", "n_heads", "n_kv_heads", "head_width", "window_short")
+SHAPES = ("recipe", "depth", "seq_len", "vocab_size", "width", "n_heads", "n_kv_heads", "head_width", "window_short")
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def tokenizer() -> Tokenizer:
 
 CONFIG = resolve_model(
     ModelConfig(
-        recipe="jaxchat", depth=2, seq_len=CAPACITY, vocab_size=280, width=32, n_heads=2, n_kv_heads=1, head_width=16,
+        recipe="modern", depth=2, seq_len=CAPACITY, vocab_size=280, width=32, n_heads=2, n_kv_heads=1, head_width=16,
         window_short=16,
     )
 )  # fmt: skip
