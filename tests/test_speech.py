@@ -11,7 +11,7 @@ from jaxchat.config import load_config, replaced
 from jaxchat.engine.scoring import Span
 from jaxchat.run_dir import RunDir
 from jaxchat.scaling import resolve
-from jaxchat.tasks.base import MissingData, TaskFiles, assistant, user
+from jaxchat.tasks.base import Example, MissingData, TaskFiles, assistant, user
 from jaxchat.tasks.speech import (
     OPTIONS,
     FreeAnswers,
@@ -123,7 +123,8 @@ def test_words_of_the_training_text_are_none_and_made_up_ones_are(model, monkeyp
         parts = [{"type": "text", "text": "The cat seees the river agai"}]  # noqa: RUF012
 
     monkeypatch.setattr(model.engine, "generate", lambda requests, **_: [Answer()] * len(requests))
-    scores, decisions = model.free_answers(FreeAnswers(), FreeAnswers().examples()[:2])
+    too_long = Example([user("cat " * 999)], None)
+    scores, decisions = model.free_answers(FreeAnswers(), [too_long, *FreeAnswers().examples()[:2]])
     assert decisions[0]["unknown"] == ["seees"] and scores["metric"] == 0.2 and scores["n"] == 2
     monkeypatch.setattr(model, "config", replaced(model.config, "eval", overlap_documents=0))
     with pytest.raises(MissingData, match="overlap_documents"):

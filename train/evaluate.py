@@ -385,6 +385,11 @@ class Model:
             self.engine.chat_request(example.prompt, **settings | sampling, seed=SEED + i)
             for i, example in enumerate(examples)
         ]
+        fits = [len(request.tokens) <= self.engine.capacity for request in requests]
+        requests = list(itertools.compress(requests, fits))
+        examples = list(itertools.compress(examples, fits))
+        if not requests:
+            raise MissingData(f"no question fits into the context of {self.engine.capacity} tokens")
         known = training_words(self.config, self.run.root)
         decisions, answers = Decisions(), list[list[str]]()
         for example, turn in zip(examples, self.engine.generate(requests), strict=True):

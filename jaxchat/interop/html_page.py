@@ -102,8 +102,10 @@ def facts(model: Trained, parameters: int) -> dict[str, str]:
     rows = {"parameters": f"{parameters:,}", "layers": str(config.depth), "context": f"{config.seq_len:,}"}
     for stage in stages[: stages.index(model.stage) + 1]:  # of the furthest stage, as on the served page
         for name, exam in exams.get(stage, {}).items():
-            if name != "bits_per_byte" or stage == "base":
-                rows[exam["title"]] = f"{exam['metric']:.1%}" if "accuracy" in exam else f"{exam['metric']:.3f}"
+            if "accuracy" in exam:
+                rows[exam["title"]] = f"{exam['metric']:.1%}"
+            elif name == "bits_per_byte" and stage == "base":
+                rows[exam["title"]] = f"{exam['metric']:.3f}"
     return rows
 
 
