@@ -1,7 +1,8 @@
 """The GPT as pure functions over a nested dict of parameters, and as a Flax NNX module.
 
 Axes: B batch, T time, L layer, H query heads, K kv heads, N head width, D width, F feed-forward width, V vocabulary.
-Kernels are (in, out), stacked over the layers; `sizes.parameters` declares them. Two recipes, both after nanochat.
+Kernels are (in, out), stacked over the layers; `sizes.parameters` declares them. Three recipes: two after nanochat, and
+our own, which adds a table of bigrams and offset keys.
 Papers: rotary 2104.09864, relu squared 2109.08668, QK-norm 2010.04245, value residual 2410.17897.
 
 `forward` is the only pass through the layers. Training, prefill, decoding and scoring differ in the positions, the
