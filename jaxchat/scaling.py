@@ -17,6 +17,7 @@ SMALL_BATCH_POWER = 0.125  # of the rate below that batch; see `rate_scale`
 BYTES_PER_TOKEN = 5  # of text: 4.6 to 4.8 with 32,768 tokens on web text, less with fewer; the rest is reserve
 DROPPED = 600  # tokens: rows of T keep T / (T + 600) of web text whose remainders are dropped (docs/data.md)
 RECIPES: dict[str, Any] = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8"))
+RECIPES["jaxchat"] = RECIPES["modern"] | {"model": RECIPES["modern"]["model"] | RECIPES["jaxchat"]["model"]}
 
 
 def fill(section: Any, values: dict[str, Any]) -> Any:
@@ -97,7 +98,7 @@ def resolve(config: Config) -> Config:
 
 
 def horizon_parameters(model: ModelConfig) -> int:
-    """Return the parameters that `token_ratio` multiplies: trunk and unembedding (modern), all (classic)."""
+    """Return the parameters that `token_ratio` multiplies: trunk and unembedding, or all (classic)."""
     count = count_parameters(model)
     return count.scaling if model.recipe != "classic" else count.total
 

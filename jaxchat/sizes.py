@@ -165,9 +165,8 @@ def kv_values_per_row(config: ModelConfig, context: int) -> int:
 
 def looked_up(config: ModelConfig) -> int:
     """Return the values that one token reads from tables: embedding, that of its bigram, and value embeddings."""
-    return (2 if config.bigram_rows > 0 else 1) * config.width + len(
-        value_layers(config)
-    ) * config.n_kv_heads * config.head_width
+    values = len(value_layers(config)) * config.n_kv_heads * config.head_width
+    return (2 if config.bigram_rows > 0 else 1) * config.width + values
 
 
 def exam_rows(config: ModelConfig, free_bytes: int, devices: int, item_bytes: int, scores: bool) -> int:

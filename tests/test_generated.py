@@ -11,7 +11,7 @@ from jaxchat.engine.request import Turn
 from jaxchat.errors import UsageError
 from jaxchat.tasks import TASKS, get_task, parse_mixture_entry
 from jaxchat.tasks.base import Example
-from jaxchat.tasks.generated import WordProblems, spelling_solution, words
+from jaxchat.tasks.generated import MentalSums, WordProblems, spelling_solution, words
 from jaxchat.tasks.identity import TEXTS
 from jaxchat.tools.calculator import calculate
 
@@ -114,8 +114,10 @@ def test_problems_never_shows_an_exam_pair():
 
 
 def test_solutions_are_the_calculators():
+    taught = [len(m["content"]) for c in PROBLEMS.train_conversations(99, seed=2) for m in c if m["role"] != "user"]
+    assert taught.count(3) > 90, "without mental sums every problem shows the calculator"
     kinds, in_the_head = Counter(), 0
-    for conversation in PROBLEMS.train_conversations(500, seed=2):
+    for conversation in MentalSums().train_conversations(500, seed=2):
         assert [m["role"] for m in conversation] == ["user", "assistant"] * (len(conversation) // 2)
         for question, answer in zip(conversation[::2], conversation[1::2], strict=True):
             if len(answer["content"]) == 1:  # small talk before the problem, or a sum in the head

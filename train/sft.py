@@ -41,9 +41,8 @@ Conversation = list[Message]
 Rendering = tuple[np.ndarray, np.ndarray]  # ids and mask of one conversation
 SPLITS = ("train", "val")
 FACTS = ("rows", "conversations", "cut", "fill")
-FEW_WITHOUT_TARGET = (
-    0.01  # of the conversations: so many without an answer in the context may stay, as rows without targets
-)
+# Of the conversations: so many without an answer in the context may stay, as rows without targets
+FEW_WITHOUT_TARGET = 0.01
 CHATTERBOT = {"chatterbot": "english", "chatterbot_korean": "korean"}
 OWN = ("files:", "hf:")  # sources of conversations of one's own
 NO_TASKS = ("chitchat", *CHATTERBOT)  # conversations of packages; everything else is a task, or files

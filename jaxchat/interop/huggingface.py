@@ -23,7 +23,7 @@ from jaxchat.interop.trained import Trained, atomic_directory, model_card, read_
 from jaxchat.model import Params, abstract_params
 from jaxchat.run_dir import atomic_write, read_json, sha256_file, write_json
 from jaxchat.scaling import resolve_model
-from jaxchat.sizes import mlp_width, padded_vocab, value_layers, windows
+from jaxchat.sizes import mlp_width, parameters, value_layers, windows
 from jaxchat.tokenizer import ASSISTANT_END, BOS
 
 # ---- parameters: their names in other formats, and how they are stored there
@@ -113,7 +113,7 @@ def assemble(
         if array.dtype.name not in FLOATS or not np.isfinite(array).all():
             raise DataError(f"{source}: {name} ({array.dtype.name}) does not hold finite floating-point numbers")
         if place.path in TABLES:
-            rows = len(array) if place.path == "bigram_embedding" else padded_vocab(config)
+            rows = parameters(config)[place.path].shape[-2]  # whole tiles
             array = np.pad(array, [(0, rows - len(array)), (0, 0)])
         elif array.ndim == 2:
             array = np.ascontiguousarray(array.T)

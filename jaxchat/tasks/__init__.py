@@ -11,7 +11,7 @@ from jaxchat.tasks.choice import MMLU, ArcChallenge, ArcEasy
 from jaxchat.tasks.conversations import SmolTalk
 from jaxchat.tasks.core import Core
 from jaxchat.tasks.from_file import FileExam, name_of
-from jaxchat.tasks.generated import Arithmetic, Lottery, SpellingBee, WordProblems
+from jaxchat.tasks.generated import Arithmetic, Lottery, MentalSums, SpellingBee, WordProblems
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.humaneval import HumanEval
 from jaxchat.tasks.identity import Identity
@@ -22,7 +22,7 @@ TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (
         WordProblems, Identity, FreeAnswers, NextTurn, Core, MMLU, ArcEasy, ArcChallenge, SmolTalk, GSM8K,
-        HumanEval, SpellingBee, Arithmetic, Lottery,
+        HumanEval, SpellingBee, Arithmetic, MentalSums, Lottery,
     )
 }  # fmt: skip
 

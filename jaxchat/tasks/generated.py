@@ -26,7 +26,6 @@ from jaxchat.tools.calculator import calculate
 
 HELD_OUT_ONE_IN = 10  # pairs of numbers, and words
 PLAIN_SHARE = 0.2  # of word problems without words
-IN_THE_HEAD = 0.7  # of the sums in SFT's word problems, as people do them; RL learns that the calculator is better
 GREETING_SHARE = 0.05  # of conversations that open with small talk, so that a problem may follow it
 DIGITS = (1, 2, 3)  # of the larger number of a sum without the calculator
 FACTOR_DIGITS = (1, 2)
@@ -57,6 +56,7 @@ class WordProblems(GeneratedTask):
     name, title, auto = "word_problems", "word problems", True
     max_tokens = 48
     exam_seed = 20_260_201
+    in_the_head = 0.0  # of the sums in the conversations
 
     def __init__(self, files: TaskFiles = NO_FILES):
         super().__init__(files)
@@ -72,13 +72,20 @@ class WordProblems(GeneratedTask):
         for _ in range(1 if rng.random() < 0.8 else 2):
             _, question, expression, sentence, result = word_problem(rng, held_out=False)
             call = [("python", expression), ("python_output", result)]
-            in_the_head = "+" in expression and rng.random() < IN_THE_HEAD
+            in_the_head = self.in_the_head and "+" in expression and rng.random() < self.in_the_head
             messages += [user(question), assistant(*([] if in_the_head else call), sentence)]
         return messages
 
     def example(self, rng: random.Random, held_out: bool) -> Example:
         kind, question, _, _, result = word_problem(rng, held_out)
         return Example([user(question)], result, {"kind": kind})
+
+
+class MentalSums(WordProblems):
+    """Word problems with most sums in the head, as people do them: RL learns that the calculator is better."""
+
+    name, title, auto = "mental_sums", "mental sums", False
+    in_the_head = 0.7
 
 
 def word_problem(rng: random.Random, held_out: bool) -> tuple[str, str, str, str, str]:
