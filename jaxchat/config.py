@@ -65,7 +65,7 @@ class ModelConfig:
     residual_scalars: bool | None = key(None, "learned scales of residual stream and embedding in it; by recipe")
     smear: bool | None = key(None, "mixes the token before into each embedding; by recipe")
     bigram_rows: int = key(-1, "rows of the table of bigrams, hashed pairs of a token and the one before, added to "
-        "the embeddings; 0: none; -1: 3 x vocab_size (jaxchat), else 0", 0, 2**31)
+        "the embeddings; 0: none; -1: the rows of the other tables, at most 3 x vocab_size (jaxchat), else 0", 0, 2**31)
     key_offset: bool | None = key(None, "half of every key is that of the token before; by recipe")
     backout: bool | None = key(None, "subtracts the middle layer's output at the end; by recipe")
     # at most 40: the loss subtracts the cap, not the maximum, and exp(-2 * 40) is not yet zero

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxchat.config import KEYS, SIZED, Config, ModelConfig, OptimConfig, build, flatten, is_derived
 from jaxchat.errors import UsageError
-from jaxchat.sizes import count_parameters
+from jaxchat.sizes import count_parameters, value_layers
 
 REFERENCE_BATCH = 2**19  # tokens a step: where nanochat tuned its rates, at depth 12
 SMALL_BATCH_POWER = 0.125  # of the rate below that batch; see `rate_scale`
@@ -49,8 +49,10 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
                 f"model.width: {width} is no multiple of {head_width}; set model.head_width or n_heads too"
             )
     model = fill(model, {"width": width, "head_width": head_width, "n_heads": heads, "n_kv_heads": heads})
-    model = fill(model, {"bigram_rows": 3 * model.vocab_size if model.recipe == "jaxchat" else 0})
     model = fill(model, RECIPES[model.recipe]["model"] | {"window_short": -(-model.seq_len // 4 // 128) * 128})
+    # at most as many parameters as the tables that a token reads already
+    tables = min(3, 1 + len(value_layers(model))) if model.recipe == "jaxchat" else 0
+    model = fill(model, {"bigram_rows": tables * model.vocab_size})
     if model.n_heads % model.n_kv_heads:
         raise UsageError(f"model.n_kv_heads: {model.n_kv_heads} does not divide the {model.n_heads} heads")
     if model.head_width % 2:
