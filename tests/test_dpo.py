@@ -21,7 +21,7 @@ from jaxchat.sharding import make_mesh
 from jaxchat.tasks import get_task
 from jaxchat.tasks.base import TaskFiles
 from jaxchat.tasks.from_file import pair_of, read_pairs
-from train import dpo, evaluate, rl
+from train import evaluate, rl
 
 WORDS = ("tea", "ink", "oak", "sun", "map", "ice", "jar", "fox", "rug", "pen")
 
@@ -106,8 +106,8 @@ def test_an_exam_asks_no_question_whose_preference_is_trained_on(tmp_path):
 def test_the_updates_gradient_is_that_of_the_formula(tmp_path):
     config = settings(write(tmp_path / "pairs.jsonl", polite(20)), "rl.beta=0.5")
     run, mesh = write_run(tmp_path / "run"), make_mesh(config.mesh)
-    pairs = [tuple(dpo._rendered(tokenizer(), side) for side in pair) for pair in pairs_of(config)[0]]
-    learner = dpo.Learner(config, run, mesh, pairs, len(pairs), rl.question_order)
+    pairs = [tuple(rl._rendered(tokenizer(), side) for side in pair) for pair in pairs_of(config)[0]]
+    learner = rl.Preferences(config, run, mesh, pairs, len(pairs))
     params = jax.tree.map(lambda p: p + 0.02 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), learned())
     batch, chosen = learner.next_batch(SimpleNamespace(params=params), 0), rl.question_order(len(pairs), 42, 0)[:8]
     rows = learner.rows(chosen)
@@ -131,7 +131,7 @@ def test_the_updates_gradient_is_that_of_the_formula(tmp_path):
 
 
 def test_a_preference_is_learned_and_resumed_bit_equal(tmp_path, monkeypatch):
-    source, next_batch = write(tmp_path / "pairs.jsonl", polite()), dpo.Learner.next_batch
+    source, next_batch = write(tmp_path / "pairs.jsonl", polite()), rl.Preferences.next_batch
     run = write_run(tmp_path / "whole")
     facts = rl.run(settings(source), run)
     assert facts["start"]["preferred"] == 0.5 and facts["preferred"] > 0.9 and facts["margin"] > 0.1
@@ -144,8 +144,8 @@ def test_a_preference_is_learned_and_resumed_bit_equal(tmp_path, monkeypatch):
         return next_batch(self, state, step)
 
     other = write_run(tmp_path / "stopped")
-    monkeypatch.setattr(dpo.Learner, "next_batch", stop)
+    monkeypatch.setattr(rl.Preferences, "next_batch", stop)
     with pytest.raises(InterruptedRun):
         rl.run(settings(source), other)
-    monkeypatch.setattr(dpo.Learner, "next_batch", next_batch)
+    monkeypatch.setattr(rl.Preferences, "next_batch", next_batch)
     assert rl.run(settings(source), other)["params_sha256"] == facts["params_sha256"]

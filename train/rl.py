@@ -1,9 +1,14 @@
-"""Reinforcement learning on questions whose answers can be checked.
+"""Stage `rl`: learn from questions whose answers can be checked (REINFORCE), or from pairs of answers in a file (DPO).
 
 REINFORCE on groups: several answers to a question are sampled, and each is weighted by how much better it did than the
 group's mean. The loss is normalized over tokens (DAPO, 2503.14476):
 loss = -sum over sampled tokens of advantage * log p / number of those tokens. Every update is on policy, so there is no
 reference model, no ratio and no clipping.
+
+DPO (direct preference optimization, 2305.18290): the loss of a better and a worse answer is -log sigmoid(margin), with
+the margin beta * ((log p(chosen) - log p0(chosen)) - (log p(rejected) - log p0(rejected))), p0 the model after SFT. Its
+gradient is that of sum(w * nll) over the tokens, where w is beta * sigmoid(-margin) for the chosen answer and its
+negative for the rejected one. So both are the loop's update with a weight on every token.
 
 Axes: P questions, S samples of each, L tokens of question and answer; R rows, T positions, A micro-batches of B rows.
 """
@@ -13,10 +18,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -26,14 +32,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxchat import distributed
-from jaxchat.chat import render_prompt
+from jaxchat.chat import Message, render, render_prompt
 from jaxchat.checkpoint import restore_params
 from jaxchat.config import Config, MeshConfig, replaced
 from jaxchat.engine import Engine
 from jaxchat.errors import DataError, UsageError
 from jaxchat.kv_cache import serving_params
-from jaxchat.log import read_metrics, say, say_once
-from jaxchat.run_dir import RunDir, atomic_write
+from jaxchat.log import progress, read_metrics, say, say_once
+from jaxchat.run_dir import RunDir, atomic_write, read_json
 from jaxchat.scaling import fine_tuning_optim
 from jaxchat.sharding import batch_devices, batch_sharding, make_mesh, replicated
 from jaxchat.tasks import get_task
@@ -42,7 +48,7 @@ from jaxchat.tasks.from_file import is_preferences, read_pairs
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.train_state import Batch, TrainState, decided, make_nll_step
 
-from . import dpo, plausible
+from . import plausible
 from .curves import plot
 from .evaluate import passes, sampler, shown
 from .loop import StepBatch, Trainer, continued
@@ -51,10 +57,11 @@ from .report import code
 # Muon's momentum and the largest rates of the tables, before `rl.lr_ratio`, as in nanochat's RL
 MOMENTUM, EMBEDDING_LR, UNEMBEDDING_LR = (0.95, 0.95, 0.95), 0.2, 0.004
 FEW = 50  # held-out questions: the interval of their share is up to 27 % wide
-LENGTH_MULTIPLE = 64  # tokens that rows and caches are rounded up to
+LENGTH_MULTIPLE = 64  # tokens that caches and the longer rows are rounded up to
 SHORTEST = 64  # positions of a row
 SHRINK = 4  # the last answers of a step are few and long: they run in fewer rows, down to a quarter of the slots
 SHOWN = 8  # questions of every evaluation in `rollouts.md`
+Pair = Any  # ((ids, mask) of the chosen answer, (ids, mask) of the rejected one)
 
 
 def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
@@ -63,12 +70,22 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
     `limit`: see `Trainer`; with it every other answer gets a reward, so that there is something to learn from.
     """
     tokenizer, mesh = Tokenizer.load(run.tokenizer), make_mesh(config.mesh)
-    title = "dpo" if is_preferences(config.rl.environment) else "rl"
-    learner: dpo.Learner | RolloutWorker
-    if title == "dpo":
-        settings, learner, about = dpo.prepare(config, run, tokenizer, mesh, question_order, rl_config)
+    learner: Preferences | RolloutWorker
+    if is_preferences(config.rl.environment):
+        title, name, (train, held_out) = "dpo", config.rl.environment, fitting_pairs(config, tokenizer)
+        count = len(train)
+        settings = rl_config(config, count, batch_devices(mesh))
+        learner = Preferences(settings, run, mesh, [*train, *held_out[: config.rl.eval_prompts]], count)
     else:
-        settings, learner, about = prepare(config, run, tokenizer, mesh, made_up_rewards=limit > 0)
+        task, examples = environment(config)
+        questions, longest = fitting(config, tokenizer, examples)
+        exam, longest_exam = fitting(config, tokenizer, task.examples(), config.rl.eval_prompts)
+        capacity = min(config.model.seq_len, _rounded(max(longest, longest_exam) + config.rl.max_tokens))
+        title, name, count = "rl", task.name, len(questions)
+        settings = rl_config(config, count, batch_devices(mesh))
+        learner = RolloutWorker(settings, run, task, tokenizer, mesh, capacity, questions, exam, limit > 0)
+    steps = settings.train.steps
+    say(f"  {name}: {count:,} questions, {steps:,} steps of {config.rl.prompts} x {learner.samples} answers")
     trainer = Trainer(
         settings,
         run.stage("rl"),
@@ -88,23 +105,7 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
         facts["warnings"] += plausible.warn("rl", [line])
     if distributed.index() == 0:
         plot(run.stage("rl") / "metrics.jsonl", "rl", run.stage("rl") / "reward.png", title.upper())
-    return about | facts
-
-
-def prepare(
-    config: Config, run: RunDir, tokenizer: Tokenizer, mesh: Mesh, made_up_rewards: bool
-) -> tuple[Config, RolloutWorker, dict[str, Any]]:
-    """Return the loop's configuration, what gives it batches, and facts: environment, questions, steps."""
-    task, train_questions = environment(config)
-    questions, longest = fitting(config, tokenizer, train_questions)
-    exam, longest_exam = fitting(config, tokenizer, task.examples(), config.rl.eval_prompts)
-    room = max(longest, longest_exam) + config.rl.max_tokens
-    capacity = min(config.model.seq_len, -(-room // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
-    settings = rl_config(config, len(questions), batch_devices(mesh))
-    worker = RolloutWorker(settings, run, task, tokenizer, mesh, capacity, questions, exam, made_up_rewards)
-    steps, batch = settings.train.steps, f"{config.rl.prompts} x {config.rl.samples} answers"
-    say(f"  {task.name}: {len(questions):,} questions, {steps:,} steps of {batch}")
-    return settings, worker, {"environment": task.name, "questions": len(questions), "steps": steps}
+    return {"environment": name, "questions": count, "steps": steps} | facts
 
 
 def check(config: Config) -> None:
@@ -131,7 +132,7 @@ def ready(config: Config, run: RunDir) -> None:
     if not (run.tokenizer / "tokenizer.json").exists():
         return
     if is_preferences(config.rl.environment):
-        dpo.fitting(config, Tokenizer.load(run.tokenizer))
+        fitting_pairs(config, Tokenizer.load(run.tokenizer))
     else:
         fitting(config, Tokenizer.load(run.tokenizer), environment(config)[1])
 
@@ -147,6 +148,29 @@ def fitting(
     if len(kept) < len(examples):
         say_once(f"  {len(examples) - len(kept):,} questions are longer than the context and left out", "yellow")
     return [example for example, _ in kept[:count]], max(n for _, n in kept[:count])
+
+
+def fitting_pairs(config: Config, tokenizer: Tokenizer) -> list[list[Pair]]:
+    """Return the pairs to train on and those held out, if they fit into the context."""
+    kept = []
+    for pairs in read_pairs(config.rl.environment, TaskFiles.of(config, download=False)):
+        rendered = [tuple(_rendered(tokenizer, side) for side in pair) for pair in pairs]
+        kept.append([pair for pair in rendered if max(len(ids) for ids, _ in pair) <= config.model.seq_len + 1])
+        if len(kept[-1]) < len(pairs):
+            say_once(f"  {len(pairs) - len(kept[-1]):,} pairs are longer than the context and left out", "yellow")
+        if not kept[-1]:
+            raise DataError(f"{config.rl.environment}: no pair fits into the context of {config.model.seq_len} tokens")
+    return kept
+
+
+def _rendered(tokenizer: Tokenizer, turns: list[Message]) -> tuple[list[int], list[int]]:
+    """Return ids and mask of a conversation; only the last answer is a target."""
+    (ids, mask), start = render(tokenizer, turns), len(render_prompt(tokenizer, turns[:-1]))
+    return ids, [0] * start + mask[start:]
+
+
+def _rounded(length: int) -> int:
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
 def environment(config: Config) -> tuple[WrittenTask, Sequence[Example]]:
@@ -176,6 +200,45 @@ def rl_config(config: Config, questions: int, devices: int) -> Config:
     return replaced(config, "train", batch_tokens=batch_tokens, **own)
 
 
+class Learner:
+    """What REINFORCE and DPO share. Both are functions of the weights, the seed and the step alone."""
+
+    config: Config
+    run: RunDir
+    mesh: Mesh
+
+    def chosen(self, step: int, count: int) -> list[int]:
+        """Return the numbers of a step's questions, of `count`."""
+        size, seed = self.config.rl.prompts, self.config.seed
+        places = (divmod(step * size + i, count) for i in range(size))
+        return [question_order(count, seed, epoch)[i] for epoch, i in places]
+
+    def micro_batches(self, rows: int) -> tuple[int, int]:
+        return micro_batches(rows, batch_devices(self.mesh), self.config.train.device_batch_rows)
+
+    def placed(self, batch: dict[str, np.ndarray]) -> Batch:
+        """Return rows (A, B, T) on the mesh; every process has all of them and gives its own part."""
+        return jax.make_array_from_process_local_data(batch_sharding(self.mesh), batch, batch["inputs"].shape)
+
+    def nll(self, params: Any, batch: Batch) -> np.ndarray:
+        """Return the negative log-likelihoods of placed rows, (A, B, T)."""
+        return np.asarray(self._nll_step(batch["inputs"].shape[-1])(params, batch))
+
+    @functools.cached_property
+    def _nll_step(self) -> Any:
+        return functools.cache(
+            lambda n: make_nll_step(decided(replaced(self.config, "model", seq_len=n), self.mesh), self.mesh)
+        )
+
+    def first_params(self, params: Any) -> Any:
+        """Return the weights after SFT, placed as `params` are."""
+        first, _ = restore_params(self.run.stage("sft"))
+        return jax.device_put(first, jax.tree.map(lambda array: array.sharding, params))
+
+
+# REINFORCE
+
+
 @dataclass
 class Answers:
     """Graded answers, as arrays over questions and samples."""
@@ -193,12 +256,11 @@ class Answers:
 
 
 @dataclass
-class RolloutWorker:
+class RolloutWorker(Learner):
     """Samples and grades answers with the newest weights, as batches for the training loop and as scores.
 
     All questions of a step go to one engine at once, whose slots lie on all devices of the process; each question is
     prefilled once for its group. Several processes each answer their own questions, on their own devices of `mesh`.
-    What is sampled is a function of (seed, step, question, sample) and the weights alone.
     """
 
     config: Config
@@ -216,14 +278,8 @@ class RolloutWorker:
         self._own_mesh = make_mesh(MeshConfig(), own)
         self._engine: Engine | None = None
         self._serving = jax.jit(serving_params, static_argnums=(0, 2), out_shardings=replicated(self.mesh))
-        self._start: Any = None  # first weights, on the host
         self._texts: dict[int, list[str]] = {}  # of this process's newest answers, by question
-
-        @functools.cache
-        def nll_step(length: int) -> Any:
-            return make_nll_step(decided(replaced(self.config, "model", seq_len=length), self.mesh), self.mesh)
-
-        self._nll_step = nll_step
+        self.samples = self.config.rl.samples
 
     def load(self, params: Any) -> None:
         """Take the weights of the training state, wherever they lie."""
@@ -292,8 +348,7 @@ class RolloutWorker:
         rl, weights = self.config.rl, jax.block_until_ready(state.params)  # the update before is not a rollout's time
         begin = time.perf_counter()
         self.load(weights)
-        places = (divmod(step * rl.prompts + i, len(self.questions)) for i in range(rl.prompts))
-        chosen = [question_order(len(self.questions), self.config.seed, epoch)[i] for epoch, i in places]
+        chosen = self.chosen(step, len(self.questions))
         seeds = [[sample_seed(self.config.seed, step, q, s) for s in range(rl.samples)] for q in chosen]
         answers = self.sample([self.questions[q] for q in chosen], seeds)
         reward = answers.score + rl.format_bonus * answers.formatted
@@ -333,25 +388,119 @@ class RolloutWorker:
 
     def _batch(self, answers: Answers, advantage: np.ndarray) -> Batch:
         """Return rows of the live groups on the mesh, in one of two lengths: every length is compiled."""
-        rows, devices = max(advantage.size, self.config.rl.prompts * self.config.rl.samples), batch_devices(self.mesh)
+        rows = max(advantage.size, self.config.rl.prompts * self.config.rl.samples)
         needed = int(answers.length[advantage.any(axis=1)].max()) - 1
         shorter = 1 << ((self.capacity - 1).bit_length() - 1)  # the largest power of two below the capacity
         length = shorter if max(needed, SHORTEST) <= shorter else self.capacity
-        shape = micro_batches(rows, devices, self.config.train.device_batch_rows)
-        batch = build(answers, advantage, shape, length)  # every process has all of it and gives its own part
-        return jax.make_array_from_process_local_data(batch_sharding(self.mesh), batch, (*shape, length))
+        return self.placed(build(answers, advantage, self.micro_batches(rows), length))
 
     def _kl(self, params: Any, answers: Answers, step: int) -> float:
         if step == 0:
             return 0.0
-        if self._start is None:
-            self._start, _ = restore_params(self.run.stage("sft"))
         batch = self._batch(answers, np.ones(answers.length.shape, np.float32))
-        nll = self._nll_step(batch["inputs"].shape[-1])
-        now = np.asarray(nll(params, batch))
-        start = jax.device_put(self._start, jax.tree.map(lambda array: array.sharding, params))
+        now, start = self.nll(params, batch), self.nll(self.first_params(params), batch)
         counts = distributed.gathered(batch["counts"]).reshape(now.shape)
-        return kl_per_token(now, np.asarray(nll(start, batch)), counts)
+        return kl_per_token(now, start, counts)
+
+
+# DPO
+
+
+@dataclass
+class Preferences(Learner):
+    """Weights the answers of pairs, as batches for the training loop and as scores.
+
+    A forward pass finds the margins of a step's pairs. A row holds one answer, since attention does not stop between
+    row mates.
+    """
+
+    config: Config
+    run: RunDir
+    mesh: Mesh
+    pairs: Sequence[Pair]  # first those to train on, then those held out
+    train: int  # how many are to train on
+    samples: int = 2  # answers to a question
+    reference: np.ndarray | None = field(default=None, init=False)  # (pairs, 2) log p0, float64
+
+    def __post_init__(self) -> None:
+        longest = max(len(ids) for pair in self.pairs for ids, _ in pair) - 1
+        longer = min(_rounded(longest), self.config.model.seq_len)
+        self.lengths = sorted({max(1, longer // 2), longer})  # each is compiled
+
+    def rows(self, chosen: Sequence[int]) -> dict[str, np.ndarray]:
+        """Return the answers of `rl.prompts` pairs at most, (A, B, T), chosen and rejected in turn, padded."""
+        sides = [side for number in chosen for side in self.pairs[number]]
+        needed = max(len(ids) for ids, _ in sides) - 1
+        length = next(n for n in self.lengths if n >= needed)
+        shape = self.micro_batches(2 * self.config.rl.prompts)
+        ids, mask = (np.zeros((shape[0] * shape[1], length + 1), dtype) for dtype in (np.int32, np.float32))
+        for i, (tokens, targets) in enumerate(sides):
+            ids[i, : len(tokens)], mask[i, : len(targets)] = tokens, targets
+        arrays = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "weights": mask[:, 1:]}
+        return {name: array.reshape(*shape, length) for name, array in arrays.items()}
+
+    def log_likelihoods(self, params: Any, batch: dict[str, np.ndarray], count: int) -> np.ndarray:
+        """Return log p of the answers of `count` pairs, (count, 2) float64."""
+        nll = self.nll(params, self.placed(batch))
+        total = -(nll * batch["weights"]).reshape(-1, nll.shape[-1]).sum(axis=1, dtype=np.float64)
+        return total[: 2 * count].reshape(count, 2)
+
+    def all_log_likelihoods(self, params: Any, numbers: range, title: str) -> np.ndarray:
+        parts, size = [np.zeros((0, 2))], self.config.rl.prompts
+        with progress(title, len(numbers)) as bar:
+            for start in range(0, len(numbers), size):
+                part = numbers[start : start + size]
+                parts.append(self.log_likelihoods(params, self.rows(part), len(part)))
+                bar.advance(len(part))
+        return np.concatenate(parts)
+
+    def margins(self, params: Any, now: np.ndarray, numbers: Any) -> np.ndarray:
+        """Return the margins of pairs from their log p; the first call finds log p0 of all, or what was kept of it."""
+        if self.reference is None:
+            digest = hashlib.sha256(repr(self.pairs).encode()).hexdigest()[:12]
+            path = self.run.stage("rl") / f"reference_{digest}.json"
+            kept = distributed.on_first(lambda: read_json(path) if path.is_file() else None)
+            if kept is None:
+                start = self.first_params(params)
+                kept = self.all_log_likelihoods(start, range(len(self.pairs)), "dpo: log-likelihoods after SFT")
+                if distributed.index() == 0:
+                    atomic_write(path, json.dumps(kept.tolist()))
+            self.reference = np.array(kept)
+        gained = now - self.reference[numbers]
+        return self.config.rl.beta * (gained[:, 0] - gained[:, 1])
+
+    def next_batch(self, state: TrainState, step: int) -> StepBatch:
+        """Return the pairs of one step, weighted so that the update's gradient is DPO's."""
+        size, begin = self.config.rl.prompts, time.perf_counter()
+        chosen = self.chosen(step, self.train)
+        batch = self.rows(chosen)
+        margin = self.margins(state.params, self.log_likelihoods(state.params, batch, size), chosen)
+        weight = self.config.rl.beta / (1 + np.exp(np.clip(margin, -50, 50)))
+        by_row = np.zeros(batch["weights"].shape[0] * batch["weights"].shape[1], np.float32)
+        by_row[: 2 * size] = np.stack([weight, -weight], axis=1).ravel()
+        counts = np.zeros_like(batch["weights"])  # they add up to the number of pairs
+        counts.reshape(-1, counts.shape[-1])[: 2 * size, 0] = 0.5
+        answers = int(batch["weights"].sum())
+        facts = {
+            "loss": float(np.logaddexp(0, -margin).mean()),
+            "reward": float(margin.mean()),
+            "right": float((margin > 0).mean()),
+            "length": answers / (2 * size),
+            "rollout_seconds": time.perf_counter() - begin,
+        }
+        batch |= {"weights": batch["weights"] * by_row.reshape(*counts.shape[:2], 1), "counts": counts}
+        trained = sum(len(ids) - 1 for number in chosen for ids, _ in self.pairs[number])
+        return StepBatch(self.placed(batch), answers, trained, facts)
+
+    def scores(self, state: TrainState, step: int) -> Iterator[tuple[str, float]]:
+        """Yield the share of held-out pairs with a positive margin (half of those with none), and the mean margin."""
+        numbers = range(self.train, len(self.pairs))
+        margin = self.margins(state.params, self.all_log_likelihoods(state.params, numbers, "dpo: held-out"), numbers)
+        yield "preferred", float(((np.sign(margin) + 1) / 2).mean())
+        yield "margin", float(margin.mean())
+
+
+# Arithmetic
 
 
 @functools.lru_cache(2)
@@ -375,7 +524,7 @@ def advantages(reward: np.ndarray) -> np.ndarray:
 
 
 def micro_batches(rows: int, devices: int, device_rows: int) -> tuple[int, int]:
-    """Return (A, B) that hold `rows` rows with at most `device_rows` on a device at once."""
+    """Return (A, B): micro-batches that hold `rows` rows with at most `device_rows` on a device at once."""
     per_device = -(-rows // devices)
     grad_accum = -(-per_device // device_rows)
     return grad_accum, -(-per_device // grad_accum) * devices
