@@ -5,6 +5,7 @@ Nothing is allocated and nothing runs: state and batch are shapes with shardings
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 import tempfile
@@ -62,26 +63,19 @@ def compile_step(config: Config, mesh: Mesh, rows: int, accumulate: int) -> Step
 def largest_rows(config: Config, mesh: Mesh, device_bytes: int, peak_of: Callable[[int], int] | None = None) -> int:
     """Return the most rows a device and micro-batch that fit, among those that divide the batch; 0 if none does.
 
-    Compiles until one that fits and the next one that does not are known; a line through the last two peaks says
-    which to try. `peak_of(rows)` may know peaks already.
+    Bisects, beginning with the configured rows. `peak_of(rows)` may know peaks already.
     """
     per_device = max(1, config.train.batch_tokens // config.model.seq_len // batch_devices(mesh))
     choices = [n for n in range(1, per_device + 1) if per_device % n == 0]
     peak_of = peak_of or (lambda rows: compile_step(config, mesh, rows, per_device // rows).peak)
-    limit, seen = MEMORY_FRACTION * device_bytes, []
-    low, high = -1, len(choices)
-    guess = max((i for i, n in enumerate(choices) if n <= config.train.device_batch_rows), default=0)
-    while high - low > 1:
-        rows = choices[guess]
-        seen.append((rows, peak_of(rows)))
-        low, high = (guess, high) if seen[-1][1] <= limit else (low, guess)
-        guess += 1 if guess == low else -1
-        if len(seen) > 1 and seen[-1][1] != seen[-2][1]:
-            (r1, p1), (r2, p2) = seen[-2:]
-            fitting = r1 + (limit - p1) * (r2 - r1) / (p2 - p1)
-            guess = max((i for i, n in enumerate(choices) if n <= fitting), default=0)
-        guess = min(max(guess, low + 1), high - 1)
-    return choices[low] if low >= 0 else 0
+    low, high, guess = 0, len(choices), max(0, bisect.bisect(choices, config.train.device_batch_rows) - 1)
+    while low < high:
+        if peak_of(choices[guess]) <= MEMORY_FRACTION * device_bytes:
+            low = guess + 1
+        else:
+            high = guess
+        guess = (low + high) // 2
+    return choices[low - 1] if low else 0
 
 
 def rows_and_accumulation(config: Config, mesh: Mesh) -> tuple[int, int]:
@@ -119,10 +113,7 @@ def compile_program(lowered: Any, mesh: Mesh, trees: dict[str, Any]) -> Step:
         dumped = [path.read_text() for path in Path(folder).glob("*.after_optimizations.txt")]
         text = max(dumped, key=len) if dumped else compiled.as_text()
     memory = compiled.memory_analysis()
-    arguments, temp, code = (
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.generated_code_size_in_bytes,
-    )
-    peak = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temp + code
+    arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
+    peak = arguments + temp + new
     return Step(seconds, peak, arguments, temp, parts, text)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,9 @@ STYLE: Any = {
 
 Steps = Sequence[dict[str, Any]]  # records of metrics.jsonl
 Curves = dict[str, list[list[Any]]]  # name -> points [x, value]; a value is None where the step was not finite
-Log = Callable[[int, Mapping[str, Any]], None]  # (step, name -> value); only numbers are logged
+Log = Callable[[int, Mapping[str, Any]], Any]  # (step, name -> value); only numbers are logged
+Finish = Callable[[bool], Any]  # whether the training failed
+Begin = Callable[[Path, str, dict[str, Any]], tuple[Log, Finish]]  # (run directory, id, settings of a new run)
 
 
 def curves(steps: Steps) -> Curves:
@@ -116,120 +120,95 @@ def plot(metrics: str | Path, kind: str, picture: str | Path, title: str) -> Non
 # TensorBoard, Weights & Biases and trackio, off unless the configuration asks
 
 
-class TensorBoard:
-    """Event files in the run's `tensorboard/<stage>/`; steps after the checkpoint are hidden when they come again.
+@contextlib.contextmanager
+def tensorboard(config: Config, directory: Path, done: int) -> Iterator[Log]:
+    """Write event files to the run's `tensorboard/<stage>/`, at once and by this thread.
 
-    Written at once and by this thread: tensorboardX's own keeps steps for minutes, and blocks for ever on a full disk.
+    tensorboardX's own thread keeps steps for minutes, and blocks for ever on a full disk. A resumed file hides the
+    steps after the checkpoint, which come again.
     """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
 
-    def __init__(self, config: Config, directory: Path, done: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
+    folder = directory.parent / "tensorboard" / directory.name
+    again = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
 
-        self._events, self._summaries = event_pb2, summary_pb2
-        folder = directory.parent / "tensorboard" / directory.name
-        again = folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-        if again:
-            self._write(done, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+    def write(step: int, **content: Any) -> None:
+        writer.write_event(Event(step=step, wall_time=time.time(), **content))
+        writer.flush()
 
-    def _write(self, step: int, **content: Any) -> None:
-        self._writer.write_event(self._events.Event(step=step, wall_time=time.time(), **content))
-        self._writer.flush()
+    def log(step: int, values: Mapping[str, float]) -> None:
+        pairs = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        write(step, summary=Summary(value=pairs))
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        pairs = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._write(step, summary=self._summaries.Summary(value=pairs))
-
-    def close(self, failed: bool) -> None:
-        self._writer.close()
+    if again:
+        write(done, session_log=SessionLog(status=SessionLog.START))
+    with contextlib.closing(writer):
+        yield log
 
 
-class WeightsAndBiases:
-    """A run of the project `train.wandb` for every stage, the same one after a resume.
+@contextlib.contextmanager
+def service(key: str, title: str, begin: Begin, config: Config, directory: Path, done: int) -> Iterator[Log]:
+    """Log to a run of the project `train.wandb` or `train.trackio` for every stage, the same one after a resume.
 
     Whatever goes wrong with it is reported once, and training goes on without it.
     """
+    run_dir, stage, works = directory.parent, directory.name, True
+    identity = run_dir / key / f"{stage}.id"
 
-    key, title = "wandb", "Weights & Biases"
-
-    def __init__(self, config: Config, directory: Path, done: int):
-        self._run: Any = None
-        run_dir, stage = directory.parent, directory.name
-        identity = run_dir / self.key / f"{stage}.id"
-        with self._tolerated():
-            if not identity.exists():
-                atomic_write(identity, secrets.token_hex(8))
-            self._run = self._init(
-                run_dir,
-                identity.read_text(encoding="utf-8"),
-                project=getattr(config.train, self.key),
-                name=f"{run_dir.resolve().name}/{stage}",
-                group=run_dir.resolve().name,
-                config=flatten(config),
-                resume="allow",
-            )
-
-    def _init(self, run_dir: Path, identity: str, **settings: Any) -> Any:
-        import wandb
-
-        quiet = wandb.Settings(console="off", silent=True)
-        run = wandb.init(id=identity, dir=str(run_dir), settings=quiet, **settings)
-        # its own counter refuses the steps that come again after a resume
-        run.define_metric("*", step_metric="step")
-        return run
-
-    def _log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({**values, "step": step})
-
-    def _finish(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
-
-    @contextlib.contextmanager
-    def _tolerated(self) -> Iterator[None]:
+    def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+        nonlocal works
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # trackio prints what it does
-                yield
+                return function(*arguments) if works else None
         except Exception as error:  # of its service, its helper process, the network: it has many kinds
-            self._run = None
-            say(f"  {self.title}: {first_line(error)}; the training goes on without it", style="yellow")
+            works = False
+            say(f"  {title}: {first_line(error)}; the training goes on without it", style="yellow")
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        if self._run is not None:
-            with self._tolerated():
-                self._log(step, values)
+    def start() -> Any:
+        if not identity.exists():
+            atomic_write(identity, secrets.token_hex(8))
+        project, group = getattr(config.train, key), run_dir.resolve().name
+        settings = {"project": project, "group": group, "name": f"{group}/{stage}", "config": flatten(config)}
+        return begin(run_dir, identity.read_text(encoding="utf-8"), settings | {"resume": "allow"})
 
-    def close(self, failed: bool) -> None:
-        if self._run is not None:
-            with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
-                self._finish(failed)
-
-
-class Trackio(WeightsAndBiases):
-    """The same in the project `train.trackio`, which trackio keeps on this machine unless its own settings say else."""
-
-    key, title = "trackio", "trackio"
-
-    def _init(self, run_dir: Path, identity: str, **settings: Any) -> Any:
-        import trackio
-
-        settings["name"] += f"-{identity[:6]}"  # it knows runs by their names, and two run directories may share one
-        return trackio.init(embed=False, **settings)
-
-    def _log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def _finish(self, failed: bool) -> None:
-        import trackio
-
-        trackio.finish()  # not the run's own `finish`, which trackio would repeat at exit
+    begun: Any = attempt(start) or (None, None)
+    log, finish = begun
+    failed = True
+    try:
+        yield lambda step, values: attempt(log, step, values)
+        failed = False
+    finally:
+        attempt(finish, failed)
 
 
-TRACKERS: dict[str, tuple[str, Any]] = {  # key of `train` -> its module, its class
-    "tensorboard": ("tensorboardX", TensorBoard),
-    "wandb": ("wandb", WeightsAndBiases),
-    "trackio": ("trackio", Trackio),
+def begin_wandb(run_dir: Path, identity: str, settings: dict[str, Any]) -> tuple[Log, Finish]:
+    import wandb
+
+    quiet = wandb.Settings(console="off", silent=True)
+    run = wandb.init(id=identity, dir=str(run_dir), settings=quiet, **settings)
+    run.define_metric("*", step_metric="step")  # its own counter refuses the steps that come again after a resume
+    return lambda step, values: run.log({**values, "step": step}), lambda failed: run.finish(exit_code=int(failed))
+
+
+def begin_trackio(run_dir: Path, identity: str, settings: dict[str, Any]) -> tuple[Log, Finish]:
+    """Begin a run that trackio keeps on this machine unless its own settings say else."""
+    import trackio
+
+    settings["name"] += f"-{identity[:6]}"  # it knows runs by their names, and two run directories may share one
+    run = trackio.init(embed=False, **settings)
+    # not the run's own `finish`, which trackio would repeat at exit
+    return lambda step, values: run.log(dict(values), step=step), lambda failed: trackio.finish()
+
+
+TRACKERS: dict[str, tuple[str, Callable[[Config, Path, int], AbstractContextManager[Log]]]] = {
+    # key of `train` -> its module, what opens it
+    "tensorboard": ("tensorboardX", tensorboard),
+    "wandb": ("wandb", functools.partial(service, "wandb", "Weights & Biases", begin_wandb)),
+    "trackio": ("trackio", functools.partial(service, "trackio", "trackio", begin_trackio)),
 }
 
 
@@ -253,18 +232,13 @@ def trackers(config: Config, directory: Path, done: int, write: bool) -> Iterato
 
     `write`: of several processes that train together only one may.
     """
-    kinds = [kind for key, (_, kind) in TRACKERS.items() if write and getattr(config.train, key)]
-    open_trackers = [kind(config, directory, done) for kind in kinds]
+    opened = [tracker for key, (_, tracker) in TRACKERS.items() if write and getattr(config.train, key)]
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tracker(config, directory, done)) for tracker in opened]
 
-    def log(step: int, values: Mapping[str, Any]) -> None:
-        numbers = {name: v for name, v in values.items() if isinstance(v, int | float) and name != "step"}
-        for tracker in open_trackers:
-            tracker.log(step, numbers)
+        def log(step: int, values: Mapping[str, Any]) -> None:
+            numbers = {name: v for name, v in values.items() if isinstance(v, int | float) and name != "step"}
+            for one in logs:
+                one(step, numbers)
 
-    failed = True
-    try:
         yield log
-        failed = False
-    finally:
-        for tracker in open_trackers:
-            tracker.close(failed)

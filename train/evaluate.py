@@ -23,7 +23,7 @@ from jaxchat.chat import render_prompt
 from jaxchat.checkpoint import params_sha256, trained_params
 from jaxchat.config import Config, MeshConfig
 from jaxchat.data.packing import Rows
-from jaxchat.engine import Engine, Handle, Turn
+from jaxchat.engine import Engine, Handle, Request, Turn
 from jaxchat.engine.scoring import Scorer, Span, rows_at_once
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import progress, say
@@ -148,34 +148,6 @@ def chat_core(tasks: dict[str, Scores]) -> float | None:
 # Samples
 
 
-def samples(
-    engine: Engine,
-    prompts: Sequence[str],
-    chat: bool,
-    max_tokens: int,
-    temperatures: Sequence[float],
-    alternatives: int | None = None,
-) -> list[dict[str, Any]]:
-    """Answer every prompt (a base model continues it) at each temperature; the same text every time.
-
-    Returns `{"prompt", "answers": [{"temperature", "text"}]}` each. Prompts longer than the context are left out.
-    With `alternatives` a prompt also has its "ids", and an answer "tokens" with so many alternatives: each has id,
-    text, probability "p" (null where the calculator wrote it) and "top", pairs of text and probability.
-    """
-    turns: list[dict[str, Any]] = []
-    requests = []
-    for i, prompt in enumerate(prompts):
-        request = engine.chat_request([user(prompt)]) if chat else engine.text_request(prompt)
-        if len(request.tokens) <= engine.capacity:
-            turns.append({"prompt": prompt} | ({} if alternatives is None else {"ids": request.tokens}))
-            request = dataclasses.replace(request, max_tokens=max_tokens, seed=SEED + i, logprobs=alternatives)
-            requests += [dataclasses.replace(request, temperature=t) for t in temperatures]
-    results = iter(engine.generate(requests))
-    for turn in turns:
-        turn["answers"] = [{"temperature": t, **_answer(engine.tokenizer, next(results))} for t in temperatures]
-    return turns
-
-
 def _answer(tokenizer: Tokenizer, result: Turn) -> dict[str, Any]:
     """Return the text of an answer, and its tokens where their probabilities are known."""
     answer: dict[str, Any] = {"text": shown(result)}
@@ -211,15 +183,8 @@ def samples_markdown(turns: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def held_out_openings(rows: Rows, tokenizer: Tokenizer, count: int) -> list[str]:
-    """Return the first words of held-out texts, in whatever language they are."""
-    openings = [tokenizer.decode(rows[i][0][1 : 1 + PROMPT_TOKENS].tolist()) for i in range(min(count, len(rows)))]
-    return [text.lstrip("\ufffd").rstrip("\ufffd ") for text in openings]  # a cut may fall inside a character
-
-
 def sampler(config: Config, run: RunDir, tokenizer: Tokenizer, stage: str) -> Callable[[TrainState, int], None]:
     """Return what writes the samples of a step: `samples/step_N.json` with probabilities, and `.md` for people."""
-    tokens = min(config.eval.sample_tokens, config.model.seq_len // 2)
 
     def sample(state: TrainState, step: int) -> None:
         params = jax.tree.map(distributed.gathered, state.params)
@@ -227,9 +192,7 @@ def sampler(config: Config, run: RunDir, tokenizer: Tokenizer, stage: str) -> Ca
         def write() -> None:
             begin, model = time.perf_counter(), Model(config, run, stage, params, tokenizer)
             engine = Engine(config.model, params, tokenizer, slots=SAMPLE_SLOTS)
-            turns = samples(
-                engine, model.prompts, stage != "base", tokens, config.eval.sample_temperatures, ALTERNATIVES
-            )
+            turns = model.samples(engine, ALTERNATIVES)
             seconds, path = time.perf_counter() - begin, run.stage(stage) / "samples" / f"step_{step:06d}"
             record = {"format": FORMAT, "step": step, "seconds": seconds, "turns": turns}
             atomic_write(path.with_suffix(".json"), json.dumps(record, ensure_ascii=False))
@@ -242,16 +205,14 @@ def sampler(config: Config, run: RunDir, tokenizer: Tokenizer, stage: str) -> Ca
 
 def write_samples(model: Model, before: Any) -> None:
     """Write `samples.json` and `samples.md`: the same prompts to the model before the stage and after it."""
-    config, folder, chat = model.config, model.run.stage(model.stage), model.stage != "base"
-    tokens = min(config.eval.sample_tokens, config.model.seq_len // 2)
+    config, folder = model.config, model.run.stage(model.stage)
     record: dict[str, Any] = {"format": FORMAT}
     text = f"# Samples: {model.stage}\n\nTemperature in bold; tool calls in brackets.\n"
     vars(model).pop("engine", None)  # that of the exams may fill an accelerator's memory
     engine = Engine(config.model, before, model.tokenizer, slots=SAMPLE_SLOTS)
     for title, params in (("Before", before), ("After", model.params)):
         engine.load(params)
-        turns = samples(engine, model.prompts, chat, tokens, config.eval.sample_temperatures)
-        record[title.lower()] = turns
+        record[title.lower()] = turns = model.samples(engine)
         text += f"\n## {title}\n\n{samples_markdown(turns)}"
     write_json(folder / "samples.json", record)
     atomic_write(folder / "samples.md", text)
@@ -289,10 +250,35 @@ class Model:
         return list(self.config.eval.chat_prompts or CHAT_PROMPTS)
 
     def openings(self, count: int) -> list[str]:
-        """Return the first words of that many held-out texts; none without such texts."""
+        """Return the first words of that many held-out texts, in any language; none without such texts."""
         if not (self.run.data / "rows" / "val" / "meta.json").exists():
             return []
-        return held_out_openings(Rows(self.run.data / "rows" / "val", verify=False), self.tokenizer, count)
+        rows = Rows(self.run.data / "rows" / "val", verify=False)
+        first = [rows[i][0][1 : 1 + PROMPT_TOKENS].tolist() for i in range(min(count, len(rows)))]
+        # a cut may fall inside a character
+        return [text.lstrip("\ufffd").rstrip("\ufffd ") for text in map(self.tokenizer.decode, first)]
+
+    def samples(self, engine: Engine, alternatives: int | None = None) -> list[dict[str, Any]]:
+        """Answer every prompt (a base model continues it) at each temperature; the same text every time.
+
+        Returns `{"prompt", "answers": [{"temperature", "text"}]}` each. Prompts longer than the context are left out.
+        With `alternatives` a prompt also has its "ids", and an answer "tokens" with so many alternatives: each has id,
+        text, probability "p" (null where the calculator wrote it) and "top", pairs of text and probability.
+        """
+        settings, turns, requests = self.config.eval, list[dict[str, Any]](), list[Request]()
+        tokens = min(settings.sample_tokens, self.config.model.seq_len // 2)
+        for i, prompt in enumerate(self.prompts):
+            request = engine.text_request(prompt) if self.stage == "base" else engine.chat_request([user(prompt)])
+            if len(request.tokens) <= engine.capacity:
+                turns.append({"prompt": prompt} | ({} if alternatives is None else {"ids": request.tokens}))
+                request = dataclasses.replace(request, max_tokens=tokens, seed=SEED + i, logprobs=alternatives)
+                requests += [dataclasses.replace(request, temperature=t) for t in settings.sample_temperatures]
+        results = iter(engine.generate(requests))
+        for turn in turns:
+            turn["answers"] = [
+                {"temperature": t, **_answer(self.tokenizer, next(results))} for t in settings.sample_temperatures
+            ]
+        return turns
 
     def exam(self, task: Task, indices: Sequence[int]) -> tuple[Scores, Decisions]:
         """Ask the questions of those numbers."""
@@ -533,16 +519,11 @@ def run(config: Config, run: RunDir, one_batch: bool = False) -> dict[str, Any]:
     card = {"exams": exams, "standing": {stage: standing(record) for stage, record in records.items()}}
     table = exam_tables(card)[0]
     say(f"\n{text_table([table.head, *table.rows])}\n")
-    content = json.dumps(_without_seconds(records), sort_keys=True).encode()
+    timeless = json.loads(json.dumps(records), object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds"})
+    content = json.dumps(timeless, sort_keys=True).encode()
     scores = {stage: {name: task["metric"] for name, task in tasks.items()} for stage, tasks in exams.items()}
     lines = [f"{s}: {line}" for s, of in scores.items() for line in plausible.of_score(of.get("bits_per_byte"))]
     return scores | {"digest": hashlib.sha256(content).hexdigest(), "warnings": plausible.warn("eval", lines)}
-
-
-def _without_seconds(record: Any) -> Any:
-    if isinstance(record, dict):
-        return {key: _without_seconds(value) for key, value in record.items() if key != "seconds"}
-    return record
 
 
 def check(config: Config) -> None:

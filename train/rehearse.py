@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,9 +64,6 @@ def rehearse(
     Raises `UsageError` for a configuration that no stage would take, `InterruptedRun` after a signal.
     """
     stages = [stage for stage in stages if stage.wanted(config)]
-    for stage in stages:
-        with contextlib.suppress(DataError):  # listed below
-            stage.check(config)
     place = directory.root.absolute()
     folder = Path(tempfile.mkdtemp(prefix=f"{place.name}-rehearsal-", dir=existing(place.parent)))
     try:
@@ -95,11 +93,22 @@ def rehearse(
     return result["ok"]
 
 
+def run_pretrain(config: Config, run: RunDir) -> dict[str, Any]:
+    """Train two halves with a save and a restore between; the second is long enough to measure the pace."""
+    if config.train.steps == 0:
+        return pretrain.run(config, run)
+    pretrain.run(replaced(config, "train", eval_every=0, sample_every=0), run, HALF)
+    steps = [record["step_seconds"] for record in read_metrics(run.stage("base") / "metrics.jsonl")]
+    last = HALF + max(HALF, min(MOST_STEPS, int(STEADY_SECONDS / min(steps[1:] or steps))))
+    middle = last // 2
+    sample_every = middle if config.train.sample_every else 0
+    return pretrain.run(replaced(config, "train", eval_every=middle, sample_every=sample_every), run, last)
+
+
 class Rehearsal:
     """One rehearsal: the real configuration, the smaller one, what was measured and what went wrong.
 
-    Of a stage, `before_STAGE` chooses its data, `run_STAGE` replaces its run, and `measure_STAGE` returns its figures.
-    Of these, `run_seconds` are predicted: what the rehearsal took, and what the run does more often.
+    Of the figures of a stage, `run_seconds` are predicted: what the rehearsal took, and what the run does more often.
     """
 
     def __init__(self, config: Config, run: RunDir, reasons: dict[str, str]):
@@ -112,6 +121,13 @@ class Rehearsal:
         self.problems: list[dict[str, str]] = []
         self.measured: Measured = {"machine": hardware()}
         self.text_ratio = self.sft_ratio = 1.0  # of the run over the rehearsal
+        # stages that run otherwise than in the real run
+        self.runs: dict[str, Callable[[Config, RunDir], dict[str, Any]]] = {
+            "pretrain": run_pretrain,
+            "sft": lambda config, run: sft.run(replaced(config, "sft", eval_every=SFT_STEPS // 2), run, SFT_STEPS),
+            "rl": functools.partial(rl.run, limit=RL_STEPS),
+            "eval": functools.partial(evaluate.run, one_batch=True),
+        }
 
     def problem(self, kind: str, stage: str, error: object) -> None:
         """List what would go wrong, once."""
@@ -128,13 +144,14 @@ class Rehearsal:
         self.choose_text()
         failed: set[str] = set()
         for stage in stages:
-            getattr(self, f"before_{stage.name}", lambda: None)()
+            if stage.name == "sft":
+                self.choose_conversations()
             missing = failed & set(stage.needs)
             if missing or not stage.wanted(self.small):  # nothing is left of the mixture
                 say(f"{stage.name:<10} not rehearsed: it needs {', '.join(missing) or 'its data'}", style="yellow")
                 failed.add(stage.name)
                 continue
-            small = dataclasses.replace(stage, run=getattr(self, f"run_{stage.name}", stage.run))
+            small = dataclasses.replace(stage, run=self.runs.get(stage.name, stage.run))
             try:
                 run_stages(self.small, self.run, [small], self.reasons)
             except Exception as error:  # whatever ends a stage here ends it in the run
@@ -142,8 +159,8 @@ class Rehearsal:
                 failed.add(stage.name)
                 continue
             record = self.run.records()[stage.name]
-            measure = getattr(self, f"measure_{stage.name}", self.measure)
-            self.measured[stage.name] = measure(record["facts"], record["seconds"]) | {"seconds": record["seconds"]}
+            figures = self.measure(stage.name, record["facts"], record["seconds"])
+            self.measured[stage.name] = figures | {"seconds": record["seconds"]}
         if "pretrain" in self.measured:
             self.answer()
         self.compare()
@@ -180,7 +197,7 @@ class Rehearsal:
         self.measured["text"] = {"sample_bytes": size, "bytes": whole}
         self.text_ratio = whole / max(1, size)
 
-    def before_sft(self) -> None:
+    def choose_conversations(self) -> None:
         """Take a small mixture whole and a share of a large one, without the data sets that are missing."""
         mixture: dict[str, tuple[int | None, int]] = {}
         for entry in self.config.sft.mixture:
@@ -202,28 +219,6 @@ class Rehearsal:
         self.sft_ratio = 1 / share
         # as many epochs more, so that the schedule has the real number of steps
         self.small = replaced(self.small, "sft", mixture=tuple(entries), epochs=self.config.sft.epochs / share)
-
-    # What runs otherwise than in the real run
-
-    def run_pretrain(self, config: Config, run: RunDir) -> dict[str, Any]:
-        """Train two halves with a save and a restore between; the second is long enough to measure the pace."""
-        if config.train.steps == 0:
-            return pretrain.run(config, run)
-        pretrain.run(replaced(config, "train", eval_every=0, sample_every=0), run, HALF)
-        steps = [record["step_seconds"] for record in read_metrics(run.stage("base") / "metrics.jsonl")]
-        last = HALF + max(HALF, min(MOST_STEPS, int(STEADY_SECONDS / min(steps[1:] or steps))))
-        middle = last // 2
-        sample_every = middle if config.train.sample_every else 0
-        return pretrain.run(replaced(config, "train", eval_every=middle, sample_every=sample_every), run, last)
-
-    def run_sft(self, config: Config, run: RunDir) -> dict[str, Any]:
-        return sft.run(replaced(config, "sft", eval_every=SFT_STEPS // 2), run, SFT_STEPS)
-
-    def run_rl(self, config: Config, run: RunDir) -> dict[str, Any]:
-        return rl.run(config, run, RL_STEPS)
-
-    def run_eval(self, config: Config, run: RunDir) -> dict[str, Any]:
-        return evaluate.run(config, run, one_batch=True)
 
     def answer(self) -> None:
         """Let the engine answer once, as for whoever chats with the finished run."""
@@ -251,23 +246,29 @@ class Rehearsal:
 
     # What they leave behind
 
-    def measure(self, facts: dict[str, Any], seconds: float, times: float = 1.0) -> Measured:
-        return {"run_seconds": times * seconds}
+    def measure(self, name: str, facts: dict[str, Any], seconds: float) -> Measured:
+        """Return the figures of a stage that took `seconds`."""
+        match name:
+            case "pretrain" if self.config.train.steps:
+                return self.measure_pretrain(facts, seconds)
+            case "sft":
+                return self.measure_sft(facts, seconds)
+            case "rl":
+                return self.measure_rl(facts, seconds)
+            case "eval":
+                return self.measure_eval(seconds)
+        return {"run_seconds": seconds * self.growth(name)}
 
-    def measure_tokenizer(self, facts: dict[str, Any], seconds: float) -> Measured:
-        """Counting words grows with the text; merging grows less, so this is a bound."""
-        seen, sample = (min(TRAIN_CHARS, self.measured["text"][key]) for key in ("bytes", "sample_bytes"))
-        return self.measure(facts, seconds, 1.0 if self.config.tokenizer.path else max(1.0, seen / max(1, sample)))
-
-    def measure_prepare(self, facts: dict[str, Any], seconds: float) -> Measured:
-        """Tokenizing and packing read every byte once; the download is not counted."""
-        return self.measure(facts, seconds, self.text_ratio) | {"documents": facts["train"]["documents"]}
-
-    def measure_report(self, facts: dict[str, Any], seconds: float) -> Measured:
-        """Measure the report: it searches `eval.overlap_documents` documents for the exams' text."""
-        limit, documents = self.config.eval.overlap_documents, self.measured.get("prepare", {}).get("documents", 1)
-        whole = documents * self.text_ratio
-        return self.measure(facts, seconds, max(1.0, (whole if limit < 0 else min(limit, whole)) / max(1, documents)))
+    def growth(self, name: str) -> float:
+        """Return how many times longer than here the run reads text in a stage, at most."""
+        text, records = self.measured["text"], self.run.records()
+        if name == "tokenizer" and not self.config.tokenizer.path:  # merging grows less than counting words
+            return max(1.0, min(TRAIN_CHARS, text["bytes"]) / max(1, min(TRAIN_CHARS, text["sample_bytes"])))
+        if name == "report" and "prepare" in records:  # it searches documents for the exams' text
+            limit, documents = self.config.eval.overlap_documents, records["prepare"]["facts"]["train"]["documents"]
+            whole = documents * self.text_ratio
+            return max(1.0, (whole if limit < 0 else min(limit, whole)) / max(1, documents))
+        return self.text_ratio if name == "prepare" else 1.0  # the download is not counted
 
     def measure_loop(
         self, name: str, facts: dict[str, Any], seconds: float, steps: int, step_tokens: int, counts: dict[str, float]
@@ -295,8 +296,6 @@ class Rehearsal:
 
     def measure_pretrain(self, facts: dict[str, Any], seconds: float) -> Measured:
         train = self.config.train
-        if train.steps == 0:
-            return self.measure(facts, seconds)
         rows = train.eval_rows / max(1, self.small.train.eval_rows)
         counts = {
             "save": times(train.steps, train.eval_every, train.checkpoint_every, train.sample_every),
@@ -335,7 +334,7 @@ class Rehearsal:
             loop["run_seconds"] = max(0.0, loop["run_seconds"] - (steps - RL_STEPS) * less)
         return loop | {"answers": answers, "rollout_seconds": rollout}
 
-    def measure_eval(self, facts: dict[str, Any], seconds: float) -> Measured:
+    def measure_eval(self, seconds: float) -> Measured:
         """Measure the exams: every batch takes as long as the second; the first also compiles and loads."""
         found: Measured = {"exams": {}, "run_seconds": seconds}
         for stage in evaluate.STAGES:
