@@ -25,6 +25,7 @@ from train.plan import (
     used,
 )
 from train.stages import STAGES, select, unfinished
+from train.targets import parse_target
 
 ALL = {stage.name for stage in STAGES}
 
@@ -57,9 +58,13 @@ def test_the_table_says_the_unit_that_a_name_tells(name, value, text):
     assert value_text(name, value) == text
 
 
+def estimated(config, target):
+    return estimate(config, parse_target(target))
+
+
 def test_more_devices_take_less_time_for_little_more_money():
     config = resolve(load_config("d20"))
-    one, eight = estimate(config, "h100:1"), estimate(config, "h100:8")
+    one, eight = estimated(config, "h100:1"), estimated(config, "h100:8")
     assert one["compute_seconds_estimate"] == pytest.approx(8 * eight["compute_seconds_estimate"])
     assert one["collective_seconds_estimate"] == 0 < eight["collective_seconds_estimate"]
     assert 1 < eight["usd_estimate"] / one["usd_estimate"] < 1.05
@@ -71,16 +76,16 @@ def test_more_devices_take_less_time_for_little_more_money():
 )
 def test_arithmetic_is_near_the_compiler(tier, target, compiled):
     """Peaks of the tiers' compiled steps (jax 0.10.2)."""
-    assert estimate(resolve(load_config(tier)), target)["peak_bytes_per_device"] == pytest.approx(compiled, rel=0.2)
+    assert estimated(resolve(load_config(tier)), target)["peak_bytes_per_device"] == pytest.approx(compiled, rel=0.2)
 
 
 def test_a_model_too_large_does_not_fit():
-    assert not estimate(resolve(load_config("d32")), "v5e:1x1")["fits"]
-    assert estimate(resolve(load_config("nano")), "cpu:1")["fits"]
+    assert not estimated(resolve(load_config("d32")), "v5e:1x1")["fits"]
+    assert estimated(resolve(load_config("nano")), "cpu:1")["fits"]
 
 
 def test_this_machine():
-    assert estimate(resolve(load_config("nano")), "auto")["devices"] >= 1
+    assert estimated(resolve(load_config("nano")), "auto")["devices"] >= 1
 
 
 @pytest.mark.parametrize(("budget", "hours", "target", "message"), [

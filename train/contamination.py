@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxchat.config import Config
-from jaxchat.data.sources import fingerprint, iterate_documents, open_corpus
+from jaxchat.data.sources import fingerprint, iterate_documents, open_corpus, spoken
 from jaxchat.engine.scoring import common_prefix
 from jaxchat.errors import JaxchatError
 from jaxchat.log import progress, say
@@ -77,11 +77,7 @@ def question_texts(task: Task, label: str) -> list[str]:
             " ".join(v[item["gold"]] if isinstance(v, list) else v for v in (item[first], item[second]))
             for item in task.load(part)
         ]
-    contents = [[message["content"] for message in example.prompt] for example in task.examples()]
-    return [
-        "\n".join(c if isinstance(c, str) else " ".join(part["text"] for part in c) for c in question)
-        for question in contents
-    ]
+    return [spoken(example.prompt) for example in task.examples()]
 
 
 def search(exams: dict[str, list[np.ndarray]], documents: Iterable[str]) -> tuple[dict[str, dict[str, Any]], int]:

@@ -25,7 +25,7 @@ from jaxchat.checkpoint import Checkpoints, check_recorded, params_sha256
 from jaxchat.config import Config, replaced
 from jaxchat.data.loader import Batches, own_columns, val_batches
 from jaxchat.data.packing import Rows
-from jaxchat.errors import DivergedError, InterruptedRun, JaxchatError, OutOfMemoryError, command_line
+from jaxchat.errors import DivergedError, InterruptedRun, JaxchatError, OutOfMemoryError
 from jaxchat.log import MetricsFile, Task, animated, note, progress, read_metrics, say
 from jaxchat.optimizer import advance_schedules, carry_moments, make_optimizer, make_schedule
 from jaxchat.run_dir import RunDir
@@ -396,19 +396,16 @@ def memory_advice(config: Config) -> str:
 
     mesh, device = make_mesh(config.mesh), jax.local_devices()[0]
     rows, accumulate = rows_and_accumulation(config, mesh)
-    smaller = max((n for n in range(1, rows) if rows * accumulate % n == 0), default=0)
+    fits = max((n for n in range(1, rows) if rows * accumulate % n == 0), default=0)
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None and (free := available_memory()) is not None:
         limit = int(MEMORY_FRACTION * free) // jax.local_device_count()
-    fits = rows  # unknown
-    if limit and smaller and not distributed.several():
+    if limit and fits and not distributed.several():
         say("  out of device memory; compiling smaller batches to find the largest that fits")
         with contextlib.suppress(JaxchatError, jax.errors.JaxRuntimeError):  # the next smaller one is better than none
-            fits = largest_rows(config, mesh, int(limit / MEMORY_FRACTION))
+            fits = min(fits, largest_rows(config, mesh, int(limit / MEMORY_FRACTION)))
     size = f" ({limit / 2**30:.1f} GiB)" if limit else ""
-    begin = f"out of device memory{size} with train.device_batch_rows={rows}"
-    if fits == 0 or not smaller:
-        return f"{begin}; no smaller batch fits: set mesh.fsdp or train.remat=full, or take a smaller model"
-    if fits < rows:
-        return f"{begin}; {fits} is the most that fits: add --set train.device_batch_rows={fits} to the same command"
-    return f"{begin}; add --set train.device_batch_rows={smaller}, or see what takes it: {command_line('plan')}"
+    advice = "no smaller batch fits: set mesh.fsdp or train.remat=full, or take a smaller model"
+    if fits:
+        advice = f"add --set train.device_batch_rows={fits} to the same command"
+    return f"out of device memory{size} with train.device_batch_rows={rows}; {advice}"

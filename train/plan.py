@@ -28,7 +28,7 @@ from jaxchat.errors import DataError, UsageError, command_line
 from jaxchat.log import print_facts, say, size_text, waiting
 from jaxchat.run_dir import TRAINED, RunDir, saved_steps
 from jaxchat.scaling import resolve
-from jaxchat.sharding import make_mesh
+from jaxchat.sharding import make_mesh, micro_batch
 from jaxchat.sizes import (
     activation_bytes,
     count_parameters,
@@ -111,11 +111,11 @@ def plan_budget(given: Config, target: str, budget: str | None, hours: float | N
     for depth in reversed(DEPTHS):
         try:
             config = resolve(replaced(given, "model", depth=depth))
-        except UsageError:  # shapes set by hand that this depth cannot have
+            while not (result := estimate(config, where))["fits"] and config.train.device_batch_rows > 1:
+                config = replaced(config, "train", device_batch_rows=config.train.device_batch_rows // 2)
+        except UsageError:  # shapes set by hand that this depth cannot have, or a batch that the devices cannot share
             continue
-        while not (result := estimate(config, where))["fits"] and config.train.device_batch_rows > 1:
-            config = replaced(config, "train", device_batch_rows=config.train.device_batch_rows // 2)
-        if not allowed(result) or config.train.batch_tokens // config.model.seq_len % where.devices:
+        if not allowed(result):
             continue
         result = best_plan(config, where)
         if not result["fits"] and (rows := result["largest_device_batch_rows"]):
@@ -149,22 +149,21 @@ def show(result: Plan, as_json: bool) -> None:
         print_facts({name: result[name] for name in names})
 
 
-def estimate(config: Config, target: Target | str) -> Plan:
+def estimate(config: Config, target: Target) -> Plan:
     """Return the plan from arithmetic alone, for pure data parallelism."""
-    target = parse_target(target) if isinstance(target, str) else target
     count, item = count_parameters(config.model), 4 if target.chip.platform == "cpu" else 2
-    per_device = max(1, config.train.batch_tokens // config.model.seq_len // target.devices)
-    rows = max(n for n in range(1, per_device + 1) if per_device % n == 0 and n <= config.train.device_batch_rows)
+    all_rows, accumulate = micro_batch(config, target.devices)
+    rows = all_rows // target.devices
     # masters, gradients and moments in float32, all shared by the devices; the cast copy whole
     arguments = 4 * (count.total + moments(config)) // target.devices
     kept = 1.0 if item == 4 and config.train.remat == "none" else KEPT[config.train.remat]
     activations = round(kept * activation_bytes(config.model, rows, item))
     temporary = 4 * count.total // target.devices + item * count.total + activations
-    sent = {"all-gather": 1, "reduce-scatter": per_device // rows} if target.devices > 1 else {}
+    sent = {"all-gather": 1, "reduce-scatter": accumulate} if target.devices > 1 else {}
     links = [
         hlo.Collective(kind, item * count.total, times, tuple(range(target.devices))) for kind, times in sent.items()
     ]
-    return run_figures(config, target, rows, per_device // rows, links) | {
+    return run_figures(config, target, rows, accumulate, links) | {
         "fits": arguments + temporary < MEMORY_FRACTION * target.chip.device_bytes,
         "peak_bytes_per_device": arguments + temporary,
         "argument_bytes": arguments,
@@ -313,13 +312,14 @@ def disk_parts(config: Config) -> list[Part]:
     hub = [(parse_hub(source)[0], share) for source, share in parse(config.data.source) if source.startswith("hf:")]
     download = 0 if config.data.mirror else max(0, config.data.text_bytes) * MARGIN / HUB_TEXT
     folder = f"data/{hub[0][0].replace('/', '--')}" if len(hub) == 1 else "data"
-    one, more, checkpoints = checkpoint_bytes(config), False, {}
-    for stage, last in stage_steps(config).items():
-        every = config.rl.checkpoint_every if stage == "rl" else train.checkpoint_every
+    one, more, checkpoints = checkpoint_bytes(config), False, list[Part]()
+    steps = stage_steps(config)
+    for place, stage in TRAINED.items():
+        every, last = config.rl.checkpoint_every if stage == "rl" else train.checkpoint_every, steps[stage]
         saves = [*range(every, last, every), last] if last else []
         older, newest = saves[: -train.keep_last], saves[-train.keep_last :]
         kept = len(newest) + sum(train.keep_every > 0 and step % train.keep_every == 0 for step in older)
-        checkpoints[stage] = one * kept
+        checkpoints.append(Part(f"checkpoints, {place}", one * kept, (stage,), folder=place))
         more |= len(saves) > kept
     weights = 2 if config.export.dtype == "bfloat16" else 4
     exported = sum(1.4 if name == "html" else weights for name in config.export.formats)  # bytes a parameter
@@ -332,9 +332,7 @@ def disk_parts(config: Config) -> list[Part]:
         Part("token shards", tokens * item, ("prepare",), folder="data/tokens"),
         Part("rows", tokens * item, ("prepare",), folder="data/rows"),
         Part("conversation rows", sft_tokens(config) * (item + 1), ("sft",), folder="data/sft"),
-        Part("checkpoints, base", checkpoints["pretrain"], ("pretrain",), folder="base"),
-        Part("checkpoints, sft", checkpoints["sft"], ("sft",), folder="sft"),
-        Part("checkpoints, rl", checkpoints["rl"], ("rl",), folder="rl"),
+        *checkpoints,
         Part("a checkpoint being written", one * more, ("pretrain", "sft", "rl")),
         Part("exports", round(exported * parameters), ("export",), folder="export"),
         Part("logs and reports", LOG_BYTES + METRICS_BYTES * train.steps, ("pretrain", "eval", "report")),
