@@ -158,13 +158,6 @@ def test_the_whole_run_from_what_was_measured(tmp_path):
     assert result["stages"]["prepare"]["disk_bytes"] == parts["rows"] + parts["token shards"]
 
 
-def test_dollars_are_devices_times_hours_times_price():
-    gpu = {"platform": "gpu", "device": "NVIDIA H100 80GB HBM3", "devices": 8}
-    assert rehearse.usd(gpu, 1800) == pytest.approx(8 * 0.5 * 3.0)
-    assert rehearse.usd(gpu | {"device": "unheard of"}, 1800) is None
-    assert rehearse.usd({"platform": "cpu", "device": "x86_64", "devices": 1}, 1800) == 0
-
-
 @pytest.mark.parametrize(
     ("change", "kind"),
     [

@@ -31,15 +31,7 @@ from jaxchat.tasks.base import Example, WrittenTask, user
 from jaxchat.train_state import TrainState, init_state, make_nll_step, make_train_step
 from train import rl
 from train.evaluate import passes
-from train.rl import (
-    Answers,
-    advantages,
-    build,
-    kl_per_token,
-    micro_batches,
-    question_order,
-    sample_seed,
-)
+from train.rl import Answers, advantages, build, kl_per_token, micro_batches, question_order, sample_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSIC = ["model.recipe=classic", "model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16",

@@ -29,12 +29,7 @@ from jaxchat.log import print_facts, say, size_text, waiting
 from jaxchat.run_dir import TRAINED, RunDir, saved_steps
 from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh, micro_batch
-from jaxchat.sizes import (
-    activation_bytes,
-    count_parameters,
-    flops_per_token,
-    matmul_parameters,
-)
+from jaxchat.sizes import activation_bytes, count_parameters, flops_per_token, matmul_parameters
 from jaxchat.tasks import parse_mixture_entry
 
 from . import compiled, hlo

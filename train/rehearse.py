@@ -41,7 +41,7 @@ from jaxchat.train_state import compute_dtype
 from . import evaluate, pretrain, rl, sft
 from .doctor import existing, hardware, memory_peak, unused_accelerator
 from .plan import CONVERSATIONS, LONGEST_HOURS, UNKNOWN, check_room, disk_parts, text_bytes, used
-from .stages import Stage, run_stages
+from .stages import NAMES, Stage, run_stages
 from .targets import usd
 
 HALF = 4  # steps of pretraining before the save that the other half resumes from
@@ -199,23 +199,20 @@ class Rehearsal:
 
     def choose_conversations(self) -> None:
         """Take a small mixture whole and a share of a large one, without the data sets that are missing."""
-        mixture: dict[str, tuple[int | None, int]] = {}
-        for entry in self.config.sft.mixture:
-            name, count, epochs = parse_mixture_entry(entry)
+        kept: list[tuple[str, int | None, int, int]] = []  # name, count if given, epochs, conversations
+        for name, count, epochs in map(parse_mixture_entry, self.config.sft.mixture):
             try:
                 if name in TASKS:
                     get_task(name, self.files).fetch()
-                mixture[name] = (count, epochs)
+                kept.append((name, count, epochs, count or CONVERSATIONS.get(name, UNKNOWN)[0]))
             except DataError as error:
                 self.problem("data", "sft", error)
-        known_counts = {name: count or CONVERSATIONS.get(name, UNKNOWN)[0] for name, (count, _) in mixture.items()}
-        total = sum(known_counts[name] * epochs for name, (_, epochs) in mixture.items())
-        share = min(1.0, MOST_CONVERSATIONS / max(1, total))
+        share = min(1.0, MOST_CONVERSATIONS / max(1, sum(size * epochs for _, _, epochs, size in kept)))
         entries = []
-        for name, (count, epochs) in mixture.items():
-            cut = share < 1 and (count is not None or name in CONVERSATIONS)  # what has no known size is taken whole
-            taken = max(1, round(known_counts[name] * share)) if cut else count
-            entries.append(f"{name}{'' if taken is None else f':{taken}'}*{epochs}")
+        for name, count, epochs, size in kept:
+            if share < 1 and (count is not None or name in CONVERSATIONS):  # what has no known size is taken whole
+                count = max(1, round(size * share))
+            entries.append(f"{name}{'' if count is None else f':{count}'}*{epochs}")
         self.sft_ratio = 1 / share
         # as many epochs more, so that the schedule has the real number of steps
         self.small = replaced(self.small, "sft", mixture=tuple(entries), epochs=self.config.sft.epochs / share)
@@ -371,7 +368,7 @@ class Rehearsal:
         """Return the object that `--json` prints."""
         m, stages = self.measured, {}
         parts = disk_parts(self.config)
-        for name in (name for name, found in m.items() if isinstance(found, dict) and "run_seconds" in found):
+        for name in (name for name in NAMES if name in m):
             seconds = m[name]["run_seconds"]
             stages[name] = {
                 "rehearsed_seconds": m[name]["seconds"],
@@ -451,7 +448,7 @@ def show(result: dict[str, Any]) -> None:
     for name, found in result["measured"].items():
         if name == "eval":
             rows |= {f"exams_of_{stage}": exams for stage, exams in found["exams"].items()}
-        elif not isinstance(found, dict) or "run_seconds" not in found:
+        elif name not in NAMES:
             rows[name] = found
         elif "step_seconds" in found:
             rows[name] = {key: found[key] for key in SHOWN if key in found}
