@@ -303,6 +303,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch, jax.Arra
     return jax.jit(step, in_shardings=(None, batch_sharding(mesh), None), out_shardings=replicated(mesh))
 
 
+@functools.cache
 def make_nll_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch], jax.Array]:
     """Return jitted (params, batch) -> negative log-likelihood of every target, (A, B, T) float32 in nats."""
     cast, losses = _cast_and_losses(config, mesh)

@@ -163,7 +163,7 @@ def test_real_exams_of_all_kinds(tmp_path):
 
 # Memorization: the same as the slow way finds, in any language
 
-VOCABULARY = ["river", "walked", "over", "the", "hill", "그는", "길을", "떠났다", "and", "then", "나무", "slowly", "back", "home"]
+VOCABULARY = ["river", "walked", "over", "the", "hill", "그는", "길을", "떠났다", "and", "then", "나무", "back", "home"]
 
 
 def text(draw, words):

@@ -190,14 +190,17 @@ def rl_config(config: Config, questions: int, devices: int) -> Config:
     rl, optim = config.rl, config.optim
     steps = rl.steps if rl.steps > 0 else max(1, round(questions / rl.prompts))
     batch_tokens = -(-rl.prompts * rl.samples // devices) * devices * config.model.seq_len
-    own = {"steps": steps, "eval_every": rl.eval_every, "checkpoint_every": rl.checkpoint_every}
-    tables = {
-        "embedding_lr": min(optim.embedding_lr, EMBEDDING_LR),
-        "unembedding_lr": min(optim.unembedding_lr, UNEMBEDDING_LR),
-    }
     config = dataclasses.replace(config, optim=fine_tuning_optim(config, rl.lr_ratio))
-    config = replaced(config, "optim", warmdown_ratio=1.0, momentum=MOMENTUM, **tables)
-    return replaced(config, "train", batch_tokens=batch_tokens, **own)
+    config = replaced(
+        config,
+        "optim",
+        warmdown_ratio=1.0,
+        momentum=MOMENTUM,
+        embedding_lr=min(optim.embedding_lr, EMBEDDING_LR),
+        unembedding_lr=min(optim.unembedding_lr, UNEMBEDDING_LR),
+    )
+    own = {"eval_every": rl.eval_every, "checkpoint_every": rl.checkpoint_every}
+    return replaced(config, "train", steps=steps, batch_tokens=batch_tokens, **own)
 
 
 class Learner:
@@ -222,13 +225,8 @@ class Learner:
 
     def nll(self, params: Any, batch: Batch) -> np.ndarray:
         """Return the negative log-likelihoods of placed rows, (A, B, T)."""
-        return np.asarray(self._nll_step(batch["inputs"].shape[-1])(params, batch))
-
-    @functools.cached_property
-    def _nll_step(self) -> Any:
-        return functools.cache(
-            lambda n: make_nll_step(decided(replaced(self.config, "model", seq_len=n), self.mesh), self.mesh)
-        )
+        config = replaced(self.config, "model", seq_len=batch["inputs"].shape[-1])
+        return np.asarray(make_nll_step(decided(config, self.mesh), self.mesh)(params, batch))
 
     def first_params(self, params: Any) -> Any:
         """Return the weights after SFT, placed as `params` are."""
