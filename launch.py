@@ -22,12 +22,10 @@ from jaxchat.config import CONFIG_DIR, Config, load_config, replaced, tier_files
 from jaxchat.errors import (
     DataError,
     InterruptedRun,
-    JaxchatError,
-    OutOfMemoryError,
     UsageError,
     command_line,
     explained,
-    install_command,
+    terminated,
 )
 
 if TYPE_CHECKING:  # imported where a command runs: --help answers before numpy, rich and JAX are loaded
@@ -59,7 +57,6 @@ USES_DEVICES = ("chat", "serve", "rehearse", "compare", "ladder")  # of this pro
 INTEROP = ("export", "import")  # jaxchat.interop reads their arguments
 CACHE_BYTES = 2 << 30  # of compiled programs; JAX deletes the least recently used ones
 CACHE_PROGRAMS = 4_000  # that a start leaves there: JAX reads the time of every one when it adds one
-OWN = ("jaxchat", "train", "serve")
 EPILOG = """\
 {program} --tier nano        then: {program} chat runs/nano
 --set KEY=VALUE sets any key of docs/configuration.md; COMMAND --help says more"""
@@ -226,9 +223,10 @@ def run(args: argparse.Namespace) -> int:
             print(f"{path.stem}\n" + "\n".join(f"    {line}" for line in head if line) + "\n")
         return 0
     if args.command in INTEROP:
-        from jaxchat.interop import __main__ as interop
+        from jaxchat.interop.__main__ import run_command
 
-        return interop.main(lambda: interop.make_parser(errors.program).parse_args([args.command, *args.words]))
+        run_command([args.command, *args.words], errors.program)
+        return 0
     if args.command in ("serve", "watch"):  # they ask no other machine
         os.environ["no_proxy"] = "*"  # and Gradio's import fails at proxies that httpx cannot use
     if args.command == "watch":
@@ -368,7 +366,7 @@ def train(args: argparse.Namespace, config: Config, directory: RunDir, reasons: 
     pod = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
     flags = (args.coordinator, args.processes, args.process_id, args.connect_timeout)
     if distributed.start(*flags, whole_host=whole_host(os.environ), indexed_pod=pod, complain=_complain):
-        signal.signal(signal.SIGTERM, _terminated)  # JAX's runtime replaces the handler
+        signal.signal(signal.SIGTERM, terminated)  # JAX's runtime replaces the handler
         console.quiet = distributed.index() > 0
         say(f"{jax.process_count()} processes, {jax.device_count()} devices")
     require_devices()
@@ -489,34 +487,23 @@ def whole_host(env: Mapping[str, str]) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code of the contract."""
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, terminated)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's is left alone
-        signal.signal(signal.SIGHUP, _terminated)
+        signal.signal(signal.SIGHUP, terminated)
     sys.unraisablehook = _repeat_signal
     try:
         code = run(parse(sys.argv[1:] if argv is None else argv))
         _leave()
         return code
-    except (JaxchatError, InterruptedRun) as error:
-        message, code = str(error), error.exit_code
-    except KeyboardInterrupt:
-        message, code = "interrupted; the same command goes on from here", InterruptedRun.exit_code
     except BrokenPipeError:
         return 0
-    except Exception as error:
+    except (Exception, InterruptedRun, KeyboardInterrupt) as error:
         distributed = sys.modules.get("jaxchat.distributed")
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OWN:
-            message, code = f"{error.name} is not installed here; run {install_command()}", 2
-        elif "RESOURCE_EXHAUSTED" in str(error):  # training says by itself what fits: train/loop.py
-            message = "out of device memory: lower eval.batch_rows (exams) or serve.slots (serve)"
-            code = OutOfMemoryError.exit_code
-        elif distributed and (lost := distributed.lost(error)):
-            message, code = str(lost), lost.exit_code
-        elif told := explained(error):
-            message, code = told
-        else:
+        told = explained((distributed and distributed.lost(error)) or error)
+        if not told:
             _leave("a fault, shown there", 1)
             raise
+        message, code = told
     _complain(message, code)
     _leave(message, code)
     return code
@@ -531,10 +518,6 @@ def _leave(message: str = "", code: int = 0) -> None:
     """End JAX's runtime of several processes, if it was started; after a failure the others are told."""
     if distributed := sys.modules.get("jaxchat.distributed"):
         distributed.fail(message, code) if code else distributed.stop()
-
-
-def _terminated(number: int, frame: Any) -> None:
-    raise InterruptedRun(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
 
 
 def _repeat_signal(lost: Any) -> None:

@@ -6,9 +6,11 @@ Any other exception is a bug and shows a traceback.
 
 import errno
 import shlex
+import signal
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Any, NoReturn
 
 from jaxchat import INSTALLED, ROOT
 
@@ -51,25 +53,38 @@ class InterruptedRun(BaseException):
     exit_code = 75
 
 
+def terminated(number: int, frame: Any) -> NoReturn:
+    """Handle a signal that ends the process."""
+    raise InterruptedRun(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
+
+
+OWN = ("jaxchat", "train", "serve")
 LIBRARIES = ("gradio", "jax", "jaxlib", "orbax", "pyarrow", "safetensors", "tensorstore")
 ADVICE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EMFILE: "raise the limit: ulimit -n 4096"}
 ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a place that you may write to")
 
 
 def explained(error: BaseException) -> tuple[str, int] | None:
-    """Return what to tell a person of a failure below us, at most three lines, and the exit code.
+    """Return what to tell a person of a failure, at most three lines, and the exit code.
 
     None for a fault of our own, whose traceback is wanted. That of a library's error is put into a file.
     """
+    if isinstance(error, JaxchatError | InterruptedRun):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on from here", InterruptedRun.exit_code
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OWN:
+        return f"{error.name} is not installed here; run {install_command()}", UsageError.exit_code
     if isinstance(error, OSError):
         advice = ADVICE.get(error.errno or 0, "see whether it is there and can be used")
         place = error.filename or "file system"
         if INSTALLED and str(place).startswith(str(ROOT.parent)):
             advice = "this installation of jaxchat lacks a part of it; install it again"
         return f"{place}: {error.strerror or error}; {advice} and give the same command again", DataError.exit_code
-    if isinstance(error, MemoryError):
-        text = "out of memory: take a smaller tier, or lower train.device_batch_rows, eval.batch_rows or serve.slots"
-        return text, OutOfMemoryError.exit_code
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # training says what fits: train/loop.py
+        keys = "train.device_batch_rows, eval.batch_rows (exams) or serve.slots (serve)"
+        advice = f"take a smaller tier, or lower {keys}; an export needs no accelerator (JAX_PLATFORMS=cpu)"
+        return f"out of memory: {advice}", OutOfMemoryError.exit_code
     if type(error).__module__.partition(".")[0] not in LIBRARIES:
         return None
     with tempfile.NamedTemporaryFile("w", prefix="jaxchat-", suffix=".log", delete=False, encoding="utf-8") as file:

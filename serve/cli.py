@@ -37,28 +37,25 @@ class Chat:
     """A conversation in a terminal or a pipe."""
 
     engine: Engine
-    temperature: float
-    top_k: int
-    max_tokens: int
+    settings: dict[str, Any]  # of every request: temperature, top_k, min_p, max_tokens
     out: TextIO
     interactive: bool
     messages: list[dict[str, Any]] = field(default_factory=list)
-    min_p: float = 0.0
 
     def command(self, line: str) -> bool:
         """Run a line that starts with a slash; False to leave."""
         name, _, value = line.partition(" ")
-        text = HELP.format(temperature=self.temperature, top_k=self.top_k)
+        text = HELP.format(**self.settings)
         with contextlib.suppress(ValueError):  # a wrong number shows the help
             if name == "/clear":
                 self.messages.clear()
                 text = "conversation forgotten"
             elif name == "/temperature" and 0 <= float(value) <= 10:
-                self.temperature = float(value)
-                text = f"temperature {self.temperature:g}"
+                self.settings["temperature"] = float(value)
+                text = f"temperature {float(value):g}"
             elif name == "/topk" and int(value) >= 0:
-                self.top_k = int(value)
-                text = f"top-k {self.top_k}"
+                self.settings["top_k"] = int(value)
+                text = f"top-k {int(value)}"
         if name not in ("/quit", "/exit"):
             self._note(text)
         return name not in ("/quit", "/exit")
@@ -66,10 +63,8 @@ class Chat:
     def answer(self, text: str) -> None:
         """Stream the answer to one user message; Ctrl-C keeps what has come so far."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        settings = {"max_tokens": self.max_tokens, "temperature": self.temperature}
-        settings |= {"top_k": self.top_k, "min_p": self.min_p}
         try:
-            request, dropped = fitting_request(self.engine, messages, **settings)
+            request, dropped = fitting_request(self.engine, messages, **self.settings)
         except UsageError as error:
             self._note(str(error))
             return
@@ -120,9 +115,10 @@ def chat(run: RunDir, config: Config) -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
     engine = Engine.from_pretrained(run.root, slots=least_rows(), weights=config.serve.weights)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    temperature = config.serve.temperature if interactive else 0.0  # a script wants the same answer every time
-    talk = Chat(engine, temperature, config.serve.top_k, config.serve.max_tokens, sys.stdout, interactive)
-    talk.min_p = config.serve.min_p
+    settings = {name: getattr(config.serve, name) for name in ("temperature", "top_k", "min_p", "max_tokens")}
+    if not interactive:
+        settings["temperature"] = 0.0  # a script wants the same answer every time
+    talk = Chat(engine, settings, sys.stdout, interactive)
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # arrow keys and history in `input`

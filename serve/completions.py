@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 
 from pydantic import BaseModel
 
-from jaxchat.engine import Event, Handle, QueueFull, Token
+from jaxchat.engine import Event, Handle, Token
 from jaxchat.engine import Request as Prompt
 from jaxchat.errors import UsageError
 from jaxchat.tokenizer import Tokenizer
@@ -22,7 +22,6 @@ from .schemas import ApiError, ChatRequest, CompletionRequest, Sampling, bad_req
 from .service import Call, Service, as_api_error, check_fits, check_length
 from .worker import Group
 
-MAX_WAITING = 64  # requests that are scored, or whose constraints are prepared, or that wait for it
 SCORED_AT_ONCE = 8  # prompts; running answers go on between two such batches
 DONE = b"data: [DONE]\n\n"
 
@@ -74,17 +73,12 @@ class Completion(Call):
     async def submit(self, groups: Sequence[Group]) -> None:
         """Queue the answers, with the constraint that the request asks for. A new one is prepared beside the engine."""
         if wanted := self.body.constraint():
-            (field, kind, value), service = wanted, self.service
-            if service.preparing >= MAX_WAITING:
-                raise QueueFull(f"{MAX_WAITING} requests wait for their constraints already; try again later")
-            service.preparing += 1
+            field, kind, value = wanted
             try:
-                async with service.constraints:
+                async with self.service.constraints.turn():
                     constraint = await asyncio.to_thread(self.engine.constraint, **{kind: value})
             except UsageError as error:
                 raise bad_request(field, str(error)) from None
-            finally:
-                service.preparing -= 1
             groups = [(replace(request, constraint=constraint), seeds) for request, seeds in groups]
         await super().submit(groups)
 
@@ -248,22 +242,15 @@ class TextCall(Completion):
         await self.submit([(Prompt(prompt, **settings), self.seeds()) for prompt in self.prompts])
 
     async def _score(self) -> None:
-        """Give the echoed prompts their log-probabilities. `QueueFull` where too many clients wait for theirs."""
-        service = self.service
-        if service.scoring >= MAX_WAITING:
-            raise QueueFull(f"{MAX_WAITING} requests wait for scores already; try again later")
-        service.scoring += 1
-        try:
+        """Give the echoed prompts their log-probabilities."""
+        async with self.service.scores.turn():
             for i in range(0, len(self.prompts), SCORED_AT_ONCE):
                 batch = self.prompts[i : i + SCORED_AT_ONCE]
-                async with service.scores:
-                    scores = await service.worker.call(lambda engine: engine.score(batch))  # noqa: B023
+                scores = await self.service.worker.call(lambda engine: engine.score(batch))  # noqa: B023
                 for j, own in enumerate(scores, i):
                     tokens = [score or Token(id, math.nan) for id, score in zip(self.prompts[j], own, strict=True)]
                     echo, skipped = self._echo[j], len(tokens) - len(self.ids[j])
                     self._echo[j] = Event("text", echo.text, echo.finish_reason, tuple(tokens[skipped:]))
-        finally:
-            service.scoring -= 1
 
     def choice(self, number: int, events: Sequence[Event], whole: bool) -> BaseModel | None:
         if self.body.echo and (whole or not events):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import hmac
 import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 import prometheus_client as prometheus
@@ -27,6 +28,7 @@ from .worker import Answers, ContextExceeded, Group, Unavailable, Worker
 
 log = logging.getLogger("jaxchat.serve")
 MAX_CLIENTS = 10_000  # whose rates are remembered; the longest silent ones are forgotten first
+MAX_WAITING = 64  # requests in a `Line`
 RETRY_SECONDS = 1  # after which a client may try again where the queue is full or the model still loads
 # bounds of histograms, in seconds
 LATENCY = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -137,6 +139,26 @@ class Clients:
             raise ApiError(429, message, retry_seconds=seconds)
 
 
+class Line:
+    """Requests for work that is done for one at a time, in the order in which they came."""
+
+    def __init__(self, work: str):
+        self._work, self._lock = work, asyncio.Lock()
+        self.waiting = 0  # those whose turn it is included
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for a turn and hold it. `QueueFull` where too many wait."""
+        if self.waiting >= MAX_WAITING:
+            raise QueueFull(f"{MAX_WAITING} requests wait for {self._work} already; try again later")
+        self.waiting += 1
+        try:
+            async with self._lock:
+                yield
+        finally:
+            self.waiting -= 1
+
+
 class Service:
     """One model with everything the routes and the page need: engine, clients, metrics."""
 
@@ -146,10 +168,7 @@ class Service:
         self.clients, self.metrics = Clients(config.serve), Metrics(worker, self.model)
         self.page: PageState | None = None  # None: without a page
         self.answering = 0  # requests under way
-        self.scoring = 0  # requests whose texts are scored or wait for it
-        self.scores = asyncio.Lock()  # one batch at a time
-        self.preparing = 0  # requests whose constraints are prepared or wait for it
-        self.constraints = asyncio.Lock()  # one at a time
+        self.scores, self.constraints = Line("scores"), Line("their constraints")
 
     async def identify(self, connection: HTTPConnection) -> None:
         """Check the key; `connection.state.client` is the client's name."""

@@ -19,10 +19,12 @@ import os
 import re
 import sys
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -87,42 +89,13 @@ class Lines:
             self.clear()
 
 
-class Curve:
-    """A curve of at most `POINTS` points, each the mean of the steps it stands for; of too many, two become one."""
-
-    def __init__(self) -> None:
-        self._width = 1  # steps of a point
-        self._points: list[list[float]] = []  # last step, sum and count of the finite values, count of steps
-
-    def add(self, step: int, value: float | None) -> None:
-        finite = [value] if value is not None and math.isfinite(value) else []
-        new, points = [float(step), sum(finite), len(finite), 1], self._points
-        if points and points[-1][3] < self._width:
-            points[-1] = _joined(points[-1], new)
-        else:
-            points.append(new)
-        if len(points) > POINTS:
-            self._width *= 2
-            self._points = [_joined(*points[i : i + 2]) for i in range(0, len(points), 2)]
-
-    def points(self) -> list[list[float | None]]:
-        """Return pairs of step and value; the value is null where no step has a finite one."""
-        return [[int(step), float(f"{total / count:.6g}") if count else None] for step, total, count, _ in self._points]
-
-
-def _joined(first: list[float], *rest: list[float]) -> list[float]:
-    for point in rest:
-        first = [point[0], *(a + b for a, b in zip(first[1:], point[1:], strict=True))]
-    return first
-
-
 class Curves(Lines):
-    """The curves of a `metrics.jsonl`: of a long run, its records would fill the memory."""
+    """The curves of a `metrics.jsonl` as arrays: of a long run, its records would fill the memory."""
 
     def clear(self) -> None:
         super().clear()
         self.last: dict[str, Any] = {}
-        self.curves: dict[str, Curve] = {}
+        self.curves: dict[str, array[float]] = {}  # step and value in turns, NaN where there is none
         self.step_seconds: list[float] = []  # of the newest steps
 
     def add(self, at: int, record: dict[str, Any]) -> None:
@@ -132,14 +105,28 @@ class Curves(Lines):
         new = record.keys() - self.last.keys() if self.last.get("step") == step else record.keys()
         for name in new - {"step", "tokens"}:
             if record[name] is None or isinstance(record[name], int | float):
-                self.curves.setdefault(name, Curve()).add(step + 1, record[name])
+                value = math.nan if record[name] is None else record[name]
+                self.curves.setdefault(name, array("d")).extend((step + 1, value))
         self.last = record
         self.step_seconds = [*self.step_seconds[-19:], record.get("step_seconds") or 0.0]
 
     def points(self) -> dict[str, list[list[float | None]]]:
         """Return the points of every curve that has a finite one."""
-        found = {name: curve.points() for name, curve in self.curves.items()}
+        found = {name: thinned(*np.array(curve).reshape(-1, 2).T) for name, curve in self.curves.items()}
         return {name: points for name, points in found.items() if any(value is not None for _, value in points)}
+
+
+def thinned(steps: np.ndarray, values: np.ndarray) -> list[list[float | None]]:
+    """Return at most `POINTS` pairs of step and value: the last step and the mean of as many steps as are one point.
+
+    The value is null where no step has a finite one.
+    """
+    width = 2 ** max(0, math.ceil(math.log2(len(steps) / POINTS)))
+    starts, finite = np.arange(0, len(steps), width), np.isfinite(values)
+    totals, counts = (np.add.reduceat(x, starts) for x in (np.where(finite, values, 0), finite.astype(int)))
+    last = steps[np.minimum(starts + width, len(steps)) - 1]
+    triples = zip(last.tolist(), totals.tolist(), counts.tolist(), strict=True)
+    return [[int(step), float(f"{total / count:.6g}") if count else None] for step, total, count in triples]
 
 
 class Watched:

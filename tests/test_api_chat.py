@@ -336,10 +336,11 @@ def test_choices_and_patterns(service):
 
 def test_constraints_wait_in_a_queue_of_limited_length(service):
     body = {"guided_regex": "["}
-    assert post(service, **body).status_code == 400 and service.service.preparing == 0
-    service.service.preparing = 64
+    line = service.service.constraints
+    assert post(service, **body).status_code == 400 and line.waiting == 0
+    line.waiting = 64
     assert post(service, **body).status_code == 429 and post(service).status_code == 200
-    service.service.preparing = 0
+    line.waiting = 0
 
 
 def test_a_constraint_turns_the_calculator_off(service):

@@ -29,7 +29,7 @@ def engine(run):
 
 
 def talk(engine, interactive=False, max_tokens=40):
-    return Chat(engine, 0.0, 0, max_tokens, io.StringIO(), interactive)
+    return Chat(engine, {"temperature": 0.0, "top_k": 0, "max_tokens": max_tokens}, io.StringIO(), interactive)
 
 
 def test_a_pipe_gets_the_answers_and_nothing_else(run):
@@ -46,10 +46,9 @@ def test_a_pipe_gets_the_answers_and_nothing_else(run):
 
 def test_commands(engine):
     c = talk(engine, interactive=True)
-    assert c.command("/temperature 0.5") and c.temperature == 0.5
-    assert c.command("/temperature hot") and c.temperature == 0.5
-    assert c.command("/temperature -1") and c.temperature == 0.5
-    assert c.command("/topk 7") and c.top_k == 7
+    for line in ("/temperature 0.5", "/temperature hot", "/temperature -1", "/topk 7", "/topk -1"):
+        assert c.command(line)
+    assert c.settings == {"temperature": 0.5, "top_k": 7, "max_tokens": 40}
     c.messages.append({"role": "user", "content": "x"})
     assert c.command("/clear") and c.messages == []
     assert c.command("/help") and "/topk N" in c.out.getvalue()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jaxchat.arguments import Parser
-from jaxchat.errors import InterruptedRun, JaxchatError, OutOfMemoryError, UsageError, command_line, explained
+from jaxchat.errors import InterruptedRun, UsageError, command_line, explained, terminated
 
 
 def make_parser(program: str = "python -m jaxchat.interop") -> argparse.ArgumentParser:
@@ -107,34 +107,27 @@ def import_model(args: argparse.Namespace) -> None:
     say(f"talk to it:  {command_line('chat', args.out)}   (or serve, for the page)")
 
 
-def main(arguments: Callable[[], argparse.Namespace]) -> int:
-    """Run the command that `arguments` parses; return the exit code of the contract."""
+def run_command(words: Sequence[str], program: str = "python -m jaxchat.interop") -> None:
+    """Run `export` or `import` with its arguments."""
+    args = make_parser(program).parse_args(words)
+    from jaxchat.sharding import require_devices
 
-    def stop(number: int, frame: Any) -> NoReturn:
-        raise InterruptedRun("stopped by SIGTERM, nothing is left")
+    require_devices()
+    args.run(args)
 
-    signal.signal(signal.SIGTERM, stop)
+
+def main(words: Sequence[str]) -> int:
+    """Run a command in a process of its own; return the exit code of the contract."""
+    signal.signal(signal.SIGTERM, terminated)
     try:
-        args = arguments()
-        from jaxchat.sharding import require_devices
-
-        require_devices()
-        args.run(args)
-    except (JaxchatError, InterruptedRun) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return InterruptedRun.exit_code
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            if not (told := explained(error)):
-                raise
-            print(f"error: {told[0]}", file=sys.stderr)
-            return told[1]
-        print("error: out of device memory; set JAX_PLATFORMS=cpu, an export needs no accelerator", file=sys.stderr)
-        return OutOfMemoryError.exit_code
+        run_command(words)
+    except (Exception, InterruptedRun, KeyboardInterrupt) as error:
+        if not (told := explained(error)):
+            raise
+        print(f"error: {told[0]}", file=sys.stderr)
+        return told[1]
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(make_parser().parse_args))
+    sys.exit(main(sys.argv[1:]))
