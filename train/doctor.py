@@ -130,7 +130,7 @@ def commit() -> str | None:
     try:
         if Path(git("rev-parse", "--show-toplevel")) != root:
             return None  # installed inside somebody else's checkout
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("describe", "--always", "--exclude=*", "--dirty=+")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -314,15 +314,13 @@ def check_sandbox() -> Finding:
 
 
 def check_network() -> Finding:
-    """Send a byte through a loopback socket, as the chat page needs; no other host is contacted."""
+    """Connect to a loopback socket, as the chat page does; no other host is contacted."""
     loopback = False
     with (
         contextlib.suppress(OSError),
         socket.create_server(("127.0.0.1", 0)) as server,
-        socket.create_connection(server.getsockname(), timeout=5) as client,
-        server.accept()[0] as accepted,
+        socket.create_connection(server.getsockname(), timeout=5),
     ):
-        client.sendall(b"x")
-        loopback = accepted.recv(1) == b"x"
+        loopback = True
     advice = [] if loopback else ["no loopback socket: serve cannot work here; chat does"]
     return {"loopback": loopback, "outside": "not tested"}, advice

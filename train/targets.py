@@ -156,8 +156,9 @@ def target_devices(target: Target) -> list[jax.Device]:
     options: dict[str, Any] = {}
     name = f"{chip.name}:{'x'.join(map(str, target.shape))}"
     if chip.platform == "cuda":
-        for line in other_versions([f"jax-cuda{number}-{part}" for number in (13, 12) for part in ("plugin", "pjrt")]):
-            raise UsageError(line)
+        plugins = [f"jax-cuda{number}-{part}" for number in (13, 12) for part in ("plugin", "pjrt")]
+        if lines := other_versions(plugins):
+            raise UsageError(lines[0])
         hosts = max(1, count // GPUS_PER_HOST)
         name = f"1x{hosts}x{count // hosts}"  # slices x hosts x GPUs of a host
         options = {"topology": name, "target_config": xla_description(chip)}
