@@ -88,22 +88,24 @@ def check(config: Config) -> None:
     """
     if config.sft.exam_cases:
         evaluate.check(config)
-    tasks: list[Task] = []
+    taught = [task for task in TASKS if TASKS[task].train_conversations is not Task.train_conversations]
     names = [parse_mixture_entry(entry)[0] for entry in config.sft.mixture]
     for name in names:
-        if name.startswith(OWN):
-            source_files(name, config.data)
-        elif name not in NO_TASKS:
-            known = [task for task in TASKS if TASKS[task].train_conversations is not Task.train_conversations]
-            if name not in known:
-                known = ["files:GLOB", "hf:OWNER/NAME", *NO_TASKS, *known]
-                advice = f"{nearest(name, known)}; take one of {', '.join(known)}"
-                raise UsageError(f"sft.mixture: {name!r} is no data set to train on{advice}")
-            tasks.append(get_task(name, TaskFiles.of(config, download=True)))
+        if not name.startswith(OWN) and name not in (*NO_TASKS, *taught):
+            known = ["files:GLOB", "hf:OWNER/NAME", *NO_TASKS, *taught]
+            advice = f"{nearest(name, known)}; take one of {', '.join(known)}"
+            raise UsageError(f"sft.mixture: {name!r} is no data set to train on{advice}")
         if names.count(name) > 1:
             raise UsageError(f"sft.mixture: {name} stands there twice; give it one count")
-    for task in tasks:
-        task.fetch()
+    for name in names:
+        files_of(config, name)
+
+
+def files_of(config: Config, name: str) -> Sequence[Path]:
+    """Return the files of an entry of the mixture, downloaded where they must be; none of what a package brings."""
+    if name.startswith(OWN):
+        return source_files(name, config.data)
+    return () if name in NO_TASKS else get_task(name, TaskFiles.of(config, download=True)).fetch()
 
 
 def ready(config: Config, run: RunDir) -> None:
@@ -229,12 +231,7 @@ def _origin(config: Config) -> str:
     content: list[Any] = [__version__, config.seed, config.model.seq_len, identity_digest(config)]
     content += [config.data.val_fraction, config.data.encoding, config.sft.max_left_out]
     for entry in config.sft.mixture:
-        name = parse_mixture_entry(entry)[0]
-        if name.startswith(OWN):
-            paths: Sequence[Path] = source_files(name, config.data)
-        else:
-            paths = () if name in NO_TASKS else get_task(name, TaskFiles.of(config, download=True)).fetch()
-        files = [(str(path), path.stat()) for path in paths]
+        files = [(str(path), path.stat()) for path in files_of(config, parse_mixture_entry(entry)[0])]
         content += [entry, [[path, stat.st_size, stat.st_mtime_ns] for path, stat in files]]
     return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
 
