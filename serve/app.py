@@ -37,7 +37,7 @@ from jaxchat.run_dir import RunDir
 
 from . import api, bind
 from .schemas import ApiError
-from .service import Clients, Service, as_api_error, run_until_one_ends
+from .service import TEXTS, Clients, Service, as_api_error, run_until_one_ends
 from .worker import Worker
 
 log = logging.getLogger("jaxchat.serve")
@@ -56,15 +56,6 @@ content="light dark"><meta name=viewport content="width=device-width"><title>jax
 <div style="font: 1rem system-ui, sans-serif; margin: 4rem auto; max-width: 40rem; padding: 0 1rem">
 <p>%s
 <p lang=ko>%s"""
-LOADING = (
-    "<meta http-equiv=refresh content=2>", "The model is loading. This page opens when it is ready.",
-    "모델을 불러오는 중입니다. 준비되면 페이지가 열립니다.",
-)  # fmt: skip
-FAILED = (
-    "", "The chat page cannot be shown; the service's console says why. The API is at /v1.",
-    "채팅 페이지를 표시할 수 없습니다. 원인은 서비스의 콘솔에 있습니다. API는 /v1에 있습니다.",
-)  # fmt: skip
-DEAD = ("", "The model has stopped; the service's log says why.", "모델이 멈췄습니다. 원인은 서비스의 로그에 있습니다.")
 
 
 class JsonLines(logging.Formatter):
@@ -209,9 +200,11 @@ class Page:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         elif path == "/" and self._make:
-            failed = FAILED if service.page == "failed" else DEAD if state == "dead" else None
-            headers = {} if failed else {"Retry-After": "2"}
-            await HTMLResponse(WAIT % (failed or LOADING), 500 if failed else 503, headers)(scope, receive, send)
+            why = "page_failed" if service.page == "failed" else "engine_dead" if state == "dead" else "loading"
+            status, headers = (503, {"Retry-After": "2"}) if why == "loading" else (500, {})
+            refresh = "<meta http-equiv=refresh content=2>" if why == "loading" else ""
+            html = WAIT % (refresh, TEXTS["en"][why], TEXTS["ko"][why])
+            await HTMLResponse(html, status, headers)(scope, receive, send)
         else:
             unknown = True
         if unknown:
@@ -320,6 +313,18 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def make_service(run: RunDir, config: Config) -> tuple[FastAPI, Service]:
+    """Return the app of a finished run with its page, and its service, whose worker loads the model."""
+    service = Service(config, Worker(lambda worker: load(run, config, worker)))
+
+    def make_page() -> FastAPI:
+        from .page import mounted_page
+
+        return mounted_page(run, service)
+
+    return make_app(service, make_page), service
+
+
 def serve(run: RunDir, config: Config) -> None:
     """Serve a finished run until told to stop.
 
@@ -329,23 +334,13 @@ def serve(run: RunDir, config: Config) -> None:
     Clients(config.serve)
     listening = bind(config.serve.host, config.serve.port)
     log_to_standard_error()
-    worker = Worker(lambda worker: load(run, config, worker))
-    service = Service(config, worker)
-
-    address = f"http://{config.serve.host}:{listening.getsockname()[1]}"
-    ready = f"API: {address}/v1 (model {service.model!r})   (Ctrl-C stops it)"
+    app, service = make_service(run, config)
+    worker, address = service.worker, f"http://{config.serve.host}:{listening.getsockname()[1]}"
+    ready = f"chat page: {address}   API: {address}/v1 (model {service.model!r})   (Ctrl-C stops it)"
     tell(f"loading {config.tier}; {address}/health tells when it is ready")
     worker.loaded.add_done_callback(lambda future: None if future.exception() else tell(ready))
-
-    def make_page() -> FastAPI:
-        from .page import mounted_page
-
-        page = mounted_page(run, service)
-        tell(f"chat page: {address}")
-        return page
-
     try:
-        Server(make_app(service, make_page), service).run(sockets=[listening])
+        Server(app, service).run(sockets=[listening])
     finally:
         worker.close()
         listening.close()

@@ -70,32 +70,26 @@ class Chat:
             return
         if dropped:
             self._note(f"the context is full: the oldest {dropped} messages are forgotten")
-        parts: list[dict[str, str]] = []
         pressed: list[int] = []  # by Ctrl-C: an exception while decoding would lose the engine's state
         dim, undim = (DIM, PLAIN) if self.interactive else ("", "")
-        begin, before, events = time.perf_counter(), "", self.engine.events(request)
-        with ctrl_c(lambda number, frame: pressed.append(number)), contextlib.closing(events):  # type: ignore[type-var]
-            for event in events:
+        begin, before, handle = time.perf_counter(), "", self.engine.submit(request)
+        with ctrl_c(lambda number, frame: pressed.append(number)):
+            while not handle.done:
                 if pressed:
-                    event = Event("done")
-                if event.kind != before:  # tool calls are in brackets, as [12+30 = 42]
-                    if before == "python" and event.kind == "python_output":
-                        self._write(" = ")
-                    else:
-                        self._write(f"]{undim} " if before.startswith("python") else "")
-                        self._write(f"{dim}[" if event.kind.startswith("python") else "")
-                if event.kind == "done":
-                    break
-                if event.kind != before:
-                    parts.append({"type": event.kind, "text": ""})
-                before = event.kind
-                parts[-1]["text"] += event.text
-                self._write(printable(event.text))
+                    self.engine.cancel(handle)
+                for event in [Event("done")] if pressed else [event for _, event in self.engine.step()]:
+                    if event.kind != before:  # tool calls are in brackets, as [12+30 = 42]
+                        if before == "python" and event.kind == "python_output":
+                            self._write(" = ")
+                        else:
+                            self._write(f"]{undim} " if before.startswith("python") else "")
+                            self._write(f"{dim}[" if event.kind.startswith("python") else "")
+                    before = event.kind
+                    self._write(printable(event.text))
             self._write(" ...\n" if pressed else "\n")
-        if self.interactive and parts:
-            tokens = sum(len(self.engine.tokenizer.encode(part["text"])) for part in parts)
-            self._note(f"{tokens / max(time.perf_counter() - begin, 1e-9):.0f} tokens/s")
-        self.messages = [*messages[dropped:], {"role": "assistant", "content": parts}]
+        if self.interactive and handle.made:
+            self._note(f"{handle.made / max(time.perf_counter() - begin, 1e-9):.0f} tokens/s")
+        self.messages = [*messages[dropped:], {"role": "assistant", "content": handle.parts}]
 
     def _note(self, text: str) -> None:
         if self.interactive:

@@ -13,7 +13,6 @@ import json
 import math
 import re
 import time
-import tomllib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, closing
 from pathlib import Path
@@ -33,19 +32,13 @@ from jaxchat.tokenizer import Tokenizer
 
 from .completions import token_name
 from .schemas import ApiError
-from .service import Call, Service, as_api_error, check_length
+from .service import TEXTS, Call, Service, as_api_error, check_length
 from .worker import ContextExceeded, fitting_request
 
 Messages = list[dict[str, Any]]
 t = I18nData  # a text by its name, in the language of the browser
 
-CSS, SCRIPT, WORDS = (
-    Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "toml")
-)
-TEXTS: dict[str, dict[str, str]] = {
-    language: {name: texts[language] for name, texts in tomllib.loads(WORDS).items() if language in texts}
-    for language in ("en", "ko")
-}
+CSS, SCRIPT = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
 LOGIN = "Any name will do; the password is an API key. 이름은 아무것이나, 비밀번호는 API 키입니다."
 ALTERNATIVES = 5  # shown for each token
 BREAK = "\u2060"  # word joiner: no width, no meaning

@@ -10,7 +10,9 @@ import logging
 import math
 import secrets
 import time
+import tomllib
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import prometheus_client as prometheus
@@ -27,6 +29,10 @@ from .schemas import FIELDS, ApiError, ChatMessage, PageState, bad_request
 from .worker import Answers, ContextExceeded, Group, Unavailable, Worker
 
 log = logging.getLogger("jaxchat.serve")
+WORDS = tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
+TEXTS = {  # of the page: language -> name -> text
+    language: {name: texts[language] for name, texts in WORDS.items() if language in texts} for language in ("en", "ko")
+}
 MAX_CLIENTS = 10_000  # whose rates are remembered; the longest silent ones are forgotten first
 MAX_WAITING = 64  # requests in a `Line`
 RETRY_SECONDS = 1  # after which a client may try again where the queue is full or the model still loads

@@ -361,21 +361,12 @@ def make_chat(run: RunDir, host: str, keys: Sequence[bytes]) -> tuple[Any, Any]:
     from jaxchat.engine import trained_stages
     from jaxchat.scaling import resolve
 
-    from .app import load, make_app
-    from .service import Service
-    from .worker import Worker
+    from .app import make_service
 
     trained_stages(run)
     config = replaced(resolve(load_config(run.config)), "serve", host=host, api_keys=tuple(k.decode() for k in keys))
-    worker = Worker(lambda worker: load(run, config, worker))
-    service = Service(config, worker)
-
-    def make_page() -> Any:
-        from .page import mounted_page
-
-        return mounted_page(run, service)
-
-    return make_app(service, make_page), worker
+    app, service = make_service(run, config)
+    return app, service.worker
 
 
 class Server(uvicorn.Server):

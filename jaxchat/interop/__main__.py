@@ -70,20 +70,17 @@ def export_model(args: argparse.Namespace) -> None:
     run = RunDir(args.run_dir)
     named = "-".join(filter(None, (run.root.resolve().name, args.stage, args.format)))
     model, out = load_trained(run, args.stage, args.dtype), Path(args.out or f"exported/{named}")
+    how = "README.md there says how to load it"
     if args.format == "html":
-        out = out if out.suffix == ".html" else out / "chat.html"
-        say(f"{out}: {write_html(model, out)['bytes']:,} bytes; open the file in a browser")
-    elif args.push and args.format == "hf" and (out / "config.json").exists() and holds(out, model):
+        out, how = out if out.suffix == ".html" else out / "chat.html", "open the file in a browser"
+    if args.push and args.format == "hf" and (out / "config.json").exists() and holds(out, model):
         say(f"{out}: is there already and is sent as it is")
     else:
-        writers: dict[str, Any] = {
-            "hf": partial(write_hf, architecture=args.architecture),
-            "orbax": write_orbax,
-            "onnx": write_onnx,
-        }
+        writers: dict[str, Any] = {"orbax": write_orbax, "onnx": write_onnx, "html": write_html}
+        writers["hf"] = partial(write_hf, architecture=args.architecture)
         facts = writers[args.format](model, out)
         kind = f" as {facts['architecture']}" if "architecture" in facts else ""
-        say(f"{out}: {facts['bytes']:,} bytes of {facts['dtype']}{kind}; README.md there says how to load it")
+        say(f"{out}: {facts['bytes']:,} bytes of {facts['dtype']}{kind}; {how}")
     if args.push:
         push(out, args.push, public=args.public, update=args.update, license=args.license, dry_run=args.dry_run)
 
