@@ -178,11 +178,9 @@ class Requests:
 class Page:
     """The chat page, for every path that is not the API's; while page or model loads, a page that says so."""
 
-    def __init__(self, service: Service, make: Callable[[], FastAPI] | None):
+    def __init__(self, service: Service, make: Callable[[], FastAPI]):
         self._service, self._make = service, make
         self._page: FastAPI | None = None
-        if make:
-            service.page = "loading"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, path, unknown = self._service, scope["path"], False
@@ -199,7 +197,7 @@ class Page:
             await self._page(scope, receive, send_known)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
-        elif path == "/" and self._make:
+        elif path == "/":
             why = "page_failed" if service.page == "failed" else "engine_dead" if state == "dead" else "loading"
             status, headers = (503, {"Retry-After": "2"}) if why == "loading" else (500, {})
             refresh = "<meta http-equiv=refresh content=2>" if why == "loading" else ""
@@ -215,12 +213,12 @@ class Page:
         """Make the page in a thread (importing Gradio takes seconds), and run it in a task of its own."""
         end = asyncio.Event()
 
-        async def run(make: Callable[[], FastAPI]) -> None:
+        async def run() -> None:
             try:
                 try:
-                    page = await asyncio.to_thread(make)
+                    page = await asyncio.to_thread(self._make)
                 except SystemError:  # Python 3.11 may fail to parse in two threads at once ("AST constructor ...")
-                    page = await asyncio.to_thread(make)
+                    page = await asyncio.to_thread(self._make)
                 async with page.router.lifespan_context(page):
                     self._page, self._service.page = page, "ready"
                     await end.wait()
@@ -230,15 +228,14 @@ class Page:
                 reason = " ".join(str(error).split())[:300]
                 tell(f"the chat page cannot be shown ({type(error).__name__}: {reason}); the API answers", "yellow")
 
-        task = asyncio.create_task(run(self._make)) if self._make else None
+        task = asyncio.create_task(run())
         yield
         end.set()
-        if task:
-            await asyncio.wait([task], timeout=CLOSE_SECONDS)
-            task.cancel()
+        await asyncio.wait([task], timeout=CLOSE_SECONDS)
+        task.cancel()
 
 
-def make_app(service: Service, make_page: Callable[[], FastAPI] | None = None) -> FastAPI:
+def make_app(service: Service, make_page: Callable[[], FastAPI]) -> FastAPI:
     """Return the API, and the page for every other path once `make_page` has made it."""
     page = Page(service, make_page)
     app = FastAPI(

@@ -502,7 +502,7 @@ class Health(BaseModel):
     status: Literal["ready", "loading", "draining", "dead"]
     progress: str | None = Field(None, description="of loading")
     compiling: int | None = Field(None, description="programs left; a request that needs one of them waits for it")
-    page: PageState | None = Field(None, description="the chat page; failed: the console says why, the API answers")
+    page: PageState = Field(description="the chat page; failed: the console says why, the API answers")
 
 
 class ErrorBody(BaseModel):

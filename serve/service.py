@@ -172,7 +172,7 @@ class Service:
         self.config, self.limits, self.worker = config, config.serve, worker
         self.model = config.serve.model_name or config.tier
         self.clients, self.metrics = Clients(config.serve), Metrics(worker, self.model)
-        self.page: PageState | None = None  # None: without a page
+        self.page: PageState = "loading"
         self.answering = 0  # requests under way
         self.scores, self.constraints = Line("scores"), Line("their constraints")
 

@@ -237,7 +237,6 @@ class Watch:
         self.chat_error = ""
         self._chat_task: asyncio.Task[None] | None = None
         self._lens = asyncio.Lock()  # one question at a time
-        self._end = asyncio.Event()
         routes = [
             Route("/", lambda request: RedirectResponse("/watch")),
             Route("/watch", lambda request: HTMLResponse(PAGE.read_text(encoding="utf-8"))),
@@ -336,23 +335,14 @@ class Watch:
     async def _chat(self) -> None:
         try:
             app, worker = await asyncio.to_thread(make_chat, self.watched.run, self.host, self.keys)
-            try:
-                async with app.router.lifespan_context(app):
-                    await asyncio.wrap_future(worker.loaded)
-                    self.chat = app
-                    await self._end.wait()
-            finally:
-                self.chat = None
-                worker.close(wait=0)
+            async with app.router.lifespan_context(app):
+                await asyncio.wrap_future(worker.loaded)
+                self.chat = app
+                await asyncio.Event().wait()  # until this process ends
         except Exception as error:
             self.chat_error = str(error) or type(error).__name__
         finally:
             self._chat_task = None
-
-    async def close(self) -> None:
-        self._end.set()
-        if self._chat_task:
-            await asyncio.wait([self._chat_task], timeout=1)
 
 
 def make_chat(run: RunDir, host: str, keys: Sequence[bytes]) -> tuple[Any, Any]:
@@ -370,16 +360,14 @@ def make_chat(run: RunDir, host: str, keys: Sequence[bytes]) -> tuple[Any, Any]:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that ends the chat before itself."""
+    """Uvicorn that ends the process, and with it the chat."""
 
     def __init__(self, watch: Watch):
         settings = {"log_level": "warning", "access_log": False, "lifespan": "off", "server_header": False}
         super().__init__(uvicorn.Config(watch, timeout_graceful_shutdown=1, **settings))  # type: ignore[arg-type]
-        self._watch = watch
 
     async def shutdown(self, sockets: Any = None) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # requests that are cut off are no faults
-        await self._watch.close()
         await super().shutdown(sockets)
         if "jax" in sys.modules:  # threads of the chat may be compiling for seconds; there is nothing to lose
             os._exit(0)

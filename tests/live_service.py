@@ -8,6 +8,7 @@ import time
 import httpx
 import pytest
 from small_model import CONFIG, SHAPES, learned, tokenizer
+from starlette.applications import Starlette
 
 from jaxchat.config import load_config
 from jaxchat.engine import Engine
@@ -69,7 +70,7 @@ def live(make_engine=None, make_page=None, **settings):
     worker = Worker(make_engine or (lambda worker: small_engine(whole.serve)))
     service = Service(whole, worker)
     listening = bind("127.0.0.1", 0)
-    server = Server(make_app(service, make_page and (lambda: make_page(service))), service)
+    server = Server(make_app(service, lambda: make_page(service) if make_page else Starlette()), service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     if not make_engine:

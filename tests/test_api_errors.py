@@ -335,7 +335,7 @@ def test_loading_and_dead():
         service.worker.engine.step = lambda: sys.exit(1)  # whatever ends the thread
         wrong(service.post(CHAT, {"messages": GREETING}), 503, code="engine_dead")
         health = httpx.get(f"{service.url}/health")
-        assert (health.status_code, health.json()) == (503, {"status": "dead"})
+        assert (health.status_code, health.json()) == (503, {"status": "dead", "page": "ready"})
         wrong(service.post(CHAT, {"messages": GREETING}), 503, code="engine_dead")
 
 
