@@ -96,7 +96,8 @@ class DataConfig:
     val_fraction: float = key(0.01, "share of the documents that is held out, chosen by a hash of their text", 0, 0.9)
     val_source: str = key("", "an hf: or files: source held out whole instead; its files leave the training text")
     remainder: str = key("auto", "the rest of a document that is cut: keep (a piece with its own `<|bos|>`) or drop; "
-        "auto: drop for hub text that is downloaded in part, else keep", choices=("auto", "keep", "drop"))
+        "auto: drop for hub text that is downloaded in part; of any other only source packed apart and read first; in "
+        "mixtures keep", choices=("auto", "keep", "drop"))
     dedup: bool = key(False, "leave out documents that came before, letter for letter; they are counted in any case")
     engine: str = key("local", "where text is tokenized: local (this machine's cores) or ray (a cluster), with equal "
         "bytes", choices=("local", "ray"), free=True)

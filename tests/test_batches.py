@@ -52,6 +52,19 @@ def test_each_epoch_has_every_row_once_in_an_order_of_its_own(rows):
     assert len({tuple(epoch) for epoch in epochs}) == 4 and list(range(COUNT)) not in epochs
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+def test_beginnings_come_last_and_once(tmp_path, steps):
+    """16 of 40 rows are beginnings, 8 rows a batch: remainders before them, or all rows if they are too few."""
+    content = (np.arange(i, i + ROW_LEN) for i in range(40))
+    write_rows(tmp_path / "rows", content, ROW_LEN, 0, 300, lambda: {"tokenizer": "t", "beginnings": 16})
+    batches = Batches(Rows(tmp_path / "rows", "t"), 4, 2, seed=1, steps=steps)
+    order = list(itertools.chain.from_iterable(numbers(batches.batch(step)) for step in range(steps)))
+    before, last = order[:-16], order[-16:]
+    assert len(set(last)) == len(last) and max(last) < 16
+    assert len(set(before)) == min(len(before), 40)
+    assert min(before, default=16) >= 16 or len(before) > 24
+
+
 def test_the_seed_decides(rows):
     def order(seed, **options):
         return [numbers(Batches(rows, 5, 2, seed, **options).batch(step)) for step in range(5)]

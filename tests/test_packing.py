@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jaxchat.data.packing import MIN_CUT, PackStats, Rows, pack_conversations, pack_documents, write_rows
+from jaxchat.data.packing import MIN_CUT, PackStats, Rows, pack_apart, pack_conversations, pack_documents, write_rows
 from jaxchat.data.sources import iterate_documents
 from jaxchat.errors import DataError
 from jaxchat.run_dir import write_sealed
@@ -62,6 +62,13 @@ def test_every_token_exactly_once_whatever_the_lengths():
         rows, stats = pack(documents, row_len, window)
         check_law(documents, rows, stats, row_len)
         assert all(len(row) > row_len - MIN_CUT for row in rows[:-1])
+        stats = PackStats()
+        rows = list(pack_apart(documents, documents, row_len, BOS, window, stats))
+        check_law(documents, rows, stats, row_len)
+        first, starts = np.concatenate(rows[: stats.beginnings]), {int(one[1]) for one in documents if len(one) > 1}
+        places = np.flatnonzero(first == BOS)
+        assert len(places) == len(documents) and {int(first[i + 1]) for i in places if i + 1 < len(first)} >= starts
+        assert stats.lost == stats.cropped == 0
 
     check()
 

@@ -150,7 +150,8 @@ class Trainer:
                 self.facts |= {"left_out": left_out} if left_out else {}
                 batches: Iterator[Batch] = iter(())
                 if self.rows is not None:
-                    batches = Batches(self.rows, *shape, config.seed).iterate(done, batch_sharding(mesh), left_out)
+                    data = Batches(self.rows, *shape, config.seed, steps=config.train.steps)
+                    batches = data.iterate(done, batch_sharding(mesh), left_out)
                 try:
                     state = self._loop(state, done, step, batches)
                     break

@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 
 from jaxchat.config import Config, replaced
-from jaxchat.data.packing import PackStats, finished_rows, pack_documents, write_rows
+from jaxchat.data.packing import PackStats, finished_rows, pack_apart, pack_documents, write_rows
 from jaxchat.data.shards import (
     HASH,
     SPLITS,
@@ -278,8 +278,9 @@ def _pack(
 ) -> dict[str, Any]:
     """Pack the rows of one split, source after source; facts.
 
-    Rests of documents: "auto" drops those of web-scale text and keeps all others. Held-out rows hold documents whole,
-    or their beginnings, so that each begins at a true document start (see `pack_documents`).
+    Remainders of documents: "auto" drops those of web-scale text; of other text they are packed apart where it is the
+    only source, else kept. Held-out rows hold documents whole, or their beginnings, so that each begins at a true
+    document start (see `pack_documents`).
     """
     data, row_len, target = config.data, config.model.seq_len + 1, run.data / "rows" / split
     tokens, size, chars = (sum(m["splits"][split][key] for m in manifests) for key in ("tokens", "bytes", "chars"))
@@ -288,7 +289,7 @@ def _pack(
             f"{data.source}: {tokens} tokens to train on are too few for one row of {row_len}; "
             "add text, or lower model.seq_len"
         )
-    auto = ["drop" if part.web_scale else "keep" for part in parts]
+    auto = ["drop" if part.web_scale else "keep" if len(parts) > 1 else "apart" for part in parts]
     modes = auto if data.remainder == "auto" else [data.remainder] * len(parts)
     modes = ["whole"] * len(parts) if split == "val" else modes
     how = [] if set(modes) == {"keep"} else [modes]
@@ -298,16 +299,18 @@ def _pack(
     if meta is None:
         stats, distinct, sources = PackStats(), Distinct(data.dedup), list[dict[str, Any]]()
 
+        def documents(jobs: Sequence[Job], distinct: Distinct) -> Iterator[np.ndarray]:
+            for job in jobs:
+                yield from distinct.documents(read_documents(Path(job.directory), split, tokenizer.digest))
+
         def rows() -> Iterator[np.ndarray]:
-            left = iter(jobs)
+            left, how = iter(jobs), (row_len, tokenizer.bos, WINDOW, stats)
             for part, mode in zip(parts, modes, strict=True):
-                before = dataclasses.replace(stats)
-                documents = (
-                    document
-                    for job in itertools.islice(left, len(part.units))
-                    for document in distinct.documents(read_documents(Path(job.directory), split, tokenizer.digest))
-                )
-                yield from pack_documents(documents, row_len, tokenizer.bos, WINDOW, stats, mode)
+                before, own = dataclasses.replace(stats), list(itertools.islice(left, len(part.units)))
+                if mode == "apart":
+                    yield from pack_apart(documents(own, distinct), documents(own, Distinct(data.dedup)), *how)
+                else:
+                    yield from pack_documents(documents(own, distinct), *how, mode)
                 counts = {key: getattr(stats, key) - getattr(before, key) for key in ("rows", "tokens", "lost")}
                 sources.append({"source": part.source, "weight": part.weight, "remainder": mode} | counts)
 
@@ -323,6 +326,7 @@ def _pack(
                 "cuts": stats.cuts,
                 "documents_per_row": (stats.documents + stats.cuts - stats.cropped) / max(1, stats.rows),
                 "sources": sources,
+                "beginnings": stats.beginnings,
                 "tokenizer": tokenizer.digest,
                 "origin": origin,
             }

@@ -24,14 +24,22 @@ class Batches:
     """Batches `{"inputs", "targets": int32, "weights": float32}`, each (A, B, T): A micro-batches of B rows.
 
     Rows come in a global shuffle by `seed`, another one every epoch, without end; of several sources as `Mixture` says.
+    Where the rows have beginnings of documents apart (`pack_apart`), the last of the `steps` read each of them once,
+    and those before read remainders, or, if there are too few, all rows.
     """
 
-    def __init__(self, rows: Rows, batch_rows: int, grad_accum: int, seed: int, shuffle: bool = True):
-        # shuffles row numbers, so that a batch is read with one indexing
-        sources = rows.meta.get("sources", ())
+    def __init__(self, rows: Rows, batch_rows: int, grad_accum: int, seed: int, shuffle: bool = True, steps: int = 0):
+        def order(begin: int, end: int) -> Any:  # of row numbers, so that a batch is read with one indexing
+            numbers = grain.MapDataset.range(begin, end).seed(seed % 2**32)
+            return (numbers.shuffle() if shuffle else numbers).repeat()
+
+        sources, beginnings = rows.meta.get("sources", ()), rows.meta.get("beginnings", 0)
         self._mixture = Mixture(sources, seed) if len(sources) > 1 else None
-        numbers = grain.MapDataset.range(epoch_rows(rows)).seed(seed % 2**32)
-        self._numbers = (numbers.shuffle() if shuffle else numbers).repeat()
+        self._before = max(0, steps * grad_accum * batch_rows - beginnings) if beginnings else 0
+        if self._before:
+            enough = self._before <= len(rows) - beginnings
+            self._earlier = order(beginnings if enough else 0, len(rows))
+        self._numbers = order(0, beginnings or epoch_rows(rows))
         self._rows = rows
         self._shape = (grad_accum, batch_rows, rows.meta["row_len"] - 1)
 
@@ -41,7 +49,8 @@ class Batches:
         columns = np.arange(batch_rows) if columns is None else columns
         first_places = (step * grad_accum + np.arange(grad_accum)) * batch_rows  # of every micro-batch
         places = (first_places[:, None] + columns).ravel().tolist()
-        numbers = [self._numbers[place] for place in places]
+        before = self._before
+        numbers = [self._earlier[at] if at < before else self._numbers[at - before] for at in places]
         if self._mixture:
             numbers = [self._mixture.row(place, number) for place, number in zip(places, numbers, strict=True)]
         arrays = zip(NAMES, self._rows.shifted(np.array(numbers)), strict=True)

@@ -43,6 +43,7 @@ class PackStats:
     cuts: int = 0
     cropped: int = 0  # cuts whose remainder was dropped
     lost: int = 0  # tokens of the documents that are in no row
+    beginnings: int = 0  # rows before those of `pack_apart`'s remainders
     row_len: int = 0
 
     @property
@@ -95,8 +96,19 @@ class _Pool(Generic[T]):
         return self.take_longest(at_least + (present & -present).bit_length() - 1) if present else None
 
 
+def begun(tokens: np.ndarray, bos: int) -> np.ndarray:
+    """Return tokens behind a `<|bos|>`."""
+    return np.concatenate([np.array([bos], tokens.dtype), tokens])
+
+
 def pack_documents(
-    documents: Iterable[np.ndarray], row_len: int, bos: int, window: int, stats: PackStats, remainder: str = "keep"
+    documents: Iterable[np.ndarray],
+    row_len: int,
+    bos: int,
+    window: int,
+    stats: PackStats,
+    remainder: str = "keep",
+    dropped: list[np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
     """Pack documents, each with `<|bos|>` first, into rows: 1-D arrays of at most `row_len` tokens, to be padded.
 
@@ -104,15 +116,13 @@ def pack_documents(
     into the rest of a row. `remainder` says what happens to the remainder of a cut document:
       "keep": it is packed like a document, after a `<|bos|>` of its own. Every token is in one row.
       "drop": it is dropped (`stats.lost`), so every `<|bos|>` starts a document. The shortest document is cut.
+        `dropped` takes remainders of documents that were no longer than a row.
       "whole": as "drop", but only documents longer than a row are cut; the rest of a row stays empty.
     """
     stats.row_len = row_len
     pool, source = _Pool[np.ndarray](), iter(documents)
     row: list[np.ndarray] = []
     free = row_len
-
-    def begun(tokens: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.array([bos], tokens.dtype), tokens])
 
     while True:
         for document in itertools.islice(source, window - pool.count):
@@ -123,7 +133,7 @@ def pack_documents(
                 stats.cuts += 1
                 yield stats.row([document[:row_len]])
                 for end in range(row_len, len(document), row_len - 1):
-                    piece = begun(document[end : end + row_len - 1])
+                    piece = begun(document[end : end + row_len - 1], bos)
                     if end + row_len - 1 < len(document):
                         stats.cuts += 1
                         yield stats.row([piece])
@@ -132,11 +142,13 @@ def pack_documents(
         fitting = pool.take_longest(free)
         if fitting is None and free >= MIN_CUT:
             if remainder == "keep" and (longest := pool.take_longest(row_len)) is not None:
-                fitting, rest = longest[:free], begun(longest[free:])
+                fitting, rest = longest[:free], begun(longest[free:], bos)
                 pool.add(len(rest), rest)
                 stats.cuts += 1
             elif remainder == "drop" and (shortest := pool.take_shortest()) is not None:
                 fitting = stats.crop(shortest, free)
+                if dropped is not None and len(shortest) > free:
+                    dropped.append(shortest[free:])
         if fitting is not None:
             row.append(fitting)
             free -= len(fitting)
@@ -145,6 +157,22 @@ def pack_documents(
         if fitting is None or not free:
             yield stats.row(row)
             row, free = [], row_len
+
+
+def pack_apart(
+    documents: Iterable[np.ndarray], again: Iterable[np.ndarray], row_len: int, bos: int, window: int, stats: PackStats
+) -> Iterator[np.ndarray]:
+    """Pack beginnings of documents as "drop" does (`stats.beginnings` rows), then all remainders as "keep" does.
+
+    `again`: the same documents once more, so that long remainders need no memory.
+    """
+    dropped = list[np.ndarray]()
+    yield from pack_documents(documents, row_len, bos, window, stats, "drop", dropped)
+    stats.beginnings, count = stats.rows, stats.documents
+    longer = (document[row_len:] for document in again if len(document) > row_len)
+    remainders = (begun(remainder, bos) for remainder in itertools.chain(longer, dropped))
+    yield from pack_documents(remainders, row_len, bos, window, stats)
+    stats.documents, stats.lost, stats.cropped = count, 0, 0
 
 
 Rendered = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]  # ids and mask of a conversation
