@@ -10,12 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from bench.peer import Program
 from bench.train_step import WARM_UP, batch_shape, describe, random_trainer
 from jaxchat.config import Config
 from jaxchat.errors import UsageError
 from jaxchat.sharding import make_mesh
 from jaxchat.sizes import mlp_width
+from jaxchat.tokenizer import Tokenizer
 
 WORKER = Path(__file__).with_name("nanochat_step.py")
 WALL_STEPS = 600
@@ -47,6 +51,22 @@ def nanochat_config(config: Config) -> dict[str, Any]:
     }
 
 
+def check_checkout(directory: Path, file: str) -> None:
+    """Raise `UsageError` where the folder is no checkout of nanochat with this file."""
+    if not (directory / "nanochat" / file).exists():
+        raise UsageError(f"{directory}: no nanochat/{file} there; give a checkout of karpathy/nanochat")
+
+
+def write_model(config: Config, params: Any, tokenizer: Tokenizer, folder: Path, directory: Path) -> dict[str, Any]:
+    """Write weights and tokenizer into a folder; return the settings by which nanochat's side reads them."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    weights = {".".join(k.key for k in path): np.asarray(leaf, np.float32) for path, leaf in leaves}
+    np.savez(folder / "weights.npz", **weights)  # type: ignore[arg-type]
+    tokenizer.save(folder)
+    files = {"weights": str(folder / "weights.npz"), "tokenizer": str(folder / "tokenizer.json")}
+    return {"directory": str(directory.resolve()), "config": nanochat_config(config)} | files
+
+
 def start_peer(
     config: Config,
     directory: Path,
@@ -56,8 +76,7 @@ def start_peer(
     run: dict[str, Any] | None = None,
 ) -> Program:
     """nanochat's step, ordered by the number of steps, on random tokens or on those of a `run` (bench/curve.py)."""
-    if not (directory / "nanochat" / "gpt.py").exists():
-        raise UsageError(f"{directory}: no nanochat/gpt.py there; give a checkout of karpathy/nanochat")
+    check_checkout(directory, "gpt.py")
     settings = {
         "directory": str(directory.resolve()),
         "config": nanochat_config(config),

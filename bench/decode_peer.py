@@ -8,13 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from bench.compare import nanochat_config
+from bench.compare import check_checkout, write_model
 from bench.peer import Program
 from jaxchat.config import Config
-from jaxchat.errors import UsageError
 from jaxchat.tokenizer import Tokenizer
 
 WORKER = Path(__file__).with_name("nanochat_decode.py")
@@ -24,20 +20,10 @@ class Peer(Program):
     """Ordered by prompt, rows and settings."""
 
     def __init__(self, config: Config, params: Any, tokenizer: Tokenizer, directory: Path, python: str):
-        if not (directory / "nanochat" / "engine.py").exists():
-            raise UsageError(f"{directory}: no nanochat/engine.py there; give a checkout of karpathy/nanochat")
+        check_checkout(directory, "engine.py")
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        weights = {".".join(k.key for k in path): np.asarray(leaf, np.float32) for path, leaf in leaves}
-        np.savez(folder / "weights.npz", **weights)  # type: ignore[arg-type]
-        tokenizer.save(folder)
-        settings = {
-            "directory": str(directory.resolve()),
-            "config": nanochat_config(config),
-            "weights": str(folder / "weights.npz"),
-            "tokenizer": str(folder / "tokenizer.json"),
-        }
+        settings = write_model(config, params, tokenizer, folder, directory)
         (folder / "settings.json").write_text(json.dumps(settings))
         command = [python, "-u", str(WORKER), str(folder / "settings.json")]
         super().__init__(command, tempfile.TemporaryFile("w+"), cwd=directory)

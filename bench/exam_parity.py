@@ -8,10 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from bench.compare import nanochat_config
+from bench.compare import check_checkout, write_model
 from jaxchat.chat import render_prompt
 from jaxchat.config import Config
 from jaxchat.data.sources import read_records
@@ -32,8 +29,7 @@ def compare(
     config: Config, params: Any, tokenizer: Tokenizer, data: str, directory: Path, python: str, limit: int
 ) -> dict[str, Any]:
     """Decisions that agree, by exam; prompts are not cropped, as in nanochat."""
-    if not (directory / "nanochat" / "core_eval.py").exists():
-        raise UsageError(f"{directory}: no nanochat/core_eval.py there; give a checkout of karpathy/nanochat")
+    check_checkout(directory, "core_eval.py")
     files, scorer = TaskFiles(data), Scorer(config.model, params, context=0)
     ours: dict[str, list[Any]] = {}
     right: dict[str, int] = {}
@@ -105,17 +101,7 @@ def _ask(
 ) -> dict[str, list[Any]]:
     """nanochat's decisions by exam."""
     with tempfile.TemporaryDirectory() as folder:
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        weights = {".".join(k.key for k in path): np.asarray(leaf, np.float32) for path, leaf in leaves}
-        np.savez(f"{folder}/weights.npz", **weights)  # type: ignore[arg-type]
-        tokenizer.save(folder)
-        settings = {
-            "directory": str(directory.resolve()),
-            "config": nanochat_config(config),
-            "weights": f"{folder}/weights.npz",
-            "tokenizer": f"{folder}/tokenizer.json",
-            "asked": asked,
-        }
+        settings = write_model(config, params, tokenizer, Path(folder), directory) | {"asked": asked}
         (Path(folder) / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
         done = subprocess.run(
             [python, str(WORKER), f"{folder}/settings.json"], cwd=directory, capture_output=True, text=True

@@ -60,11 +60,11 @@ class Lines:
         self.clear()
 
     def clear(self) -> None:
-        self.records: dict[int, dict[str, Any]] = {}  # by their place in the file
+        self.records: list[dict[str, Any]] = []
         self.changed, self._read, self._file, self._last = 0.0, 0, 0, b""
 
-    def add(self, at: int, record: dict[str, Any]) -> None:
-        self.records[at] = record
+    def add(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
 
     def read(self) -> None:
         try:
@@ -83,7 +83,7 @@ class Lines:
                         break
                     with contextlib.suppress(ValueError, RecursionError):
                         if isinstance(record := json.loads(line), dict):
-                            self.add(self._read, record)
+                            self.add(record)
                     self._read, self._last = self._read + len(line), line
         except OSError:  # not there yet, or not any more
             self.clear()
@@ -98,7 +98,7 @@ class Curves(Lines):
         self.curves: dict[str, array[float]] = {}  # step and value in turns, NaN where there is none
         self.step_seconds: list[float] = []  # of the newest steps
 
-    def add(self, at: int, record: dict[str, Any]) -> None:
+    def add(self, record: dict[str, Any]) -> None:
         step = record.get("step")
         if not isinstance(step, int):
             return
@@ -147,7 +147,7 @@ class Watched:
 
     def told(self, *keys: str) -> dict[str, Any]:
         """Return the newest message with one of these keys, {} where none has."""
-        return next((m for m in reversed(self.messages.records.values()) if any(key in m for key in keys)), {})
+        return next((m for m in reversed(self.messages.records) if any(key in m for key in keys)), {})
 
     def state(self) -> dict[str, Any]:
         """Return everything but the curves, as JSON; `error` says why something cannot be shown."""
@@ -163,7 +163,7 @@ class Watched:
         hours = sum(stage["seconds"] or 0 for stage in state["stages"]) / 3600
         state |= {"cost": (self.newest("usd_per_hour") or 0) * hours, "memory": self.newest("memory_bytes")}
         state |= {"exams": self.exams(), "samples": self.samples()}
-        state["messages"] = [m for m in self.messages.records.values() if m.get("text")][-MESSAGES:]
+        state["messages"] = [m for m in self.messages.records if m.get("text")][-MESSAGES:]
         state["versions"] = {folder: c.changed for folder, c in self.curves.items() if c.last}
         state["trained"] = any(saved_steps(self.run.stage(folder)) for folder in TRAINED)
         return state
