@@ -10,56 +10,24 @@ are seen by `sys.setprofile`; imports do not count. The last line is one JSON ob
 """
 
 import argparse
+import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxchat.pack import ROOT, core_files
 
 LOOP, LOSS = "train/loop.py", "jaxchat/loss.py"
 CODE = (".py", ".js", ".css", ".html", ".jinja", ".j2")
+OURS = tuple(f"{ROOT}/{name}" for name in ("launch.py", "jaxchat/", "train/", "serve/"))
 TINY = ["model.depth=2", "model.width=48", "model.n_heads=3", "model.head_width=16", "model.vocab_size=320",
         "model.seq_len=64", "train.batch_tokens=256", "train.steps=2", "train.device_batch_rows=4",
         'sft.mixture=["identity:60"]', "serve.max_tokens=8", "data.source=synthetic:lottery:300"]  # fmt: skip
-# Runs launch.py. While the file `on` exists it collects the stacks of our functions, "file:function file:function ...".
-TRACER = """
-import os, runpy, sys, threading
-root, folder = sys.argv.pop(1), sys.argv.pop(1)
-del sys.argv[0]
-stacks, on = set(), [False]
-
-def profile(frame, event, argument):
-    if event != "call" or not on[0] or not frame.f_code.co_filename.startswith(root):
-        return
-    stack = []
-    while frame:
-        if frame.f_code.co_filename.startswith(root) and frame.f_code.co_name != "<module>":
-            stack.append(frame.f_code.co_filename[len(root):] + ":" + frame.f_code.co_name)
-        frame = frame.f_back
-    stacks.add(" ".join(reversed(stack)))
-
-def watch():
-    while True:
-        on[0] = os.path.exists(folder + "/on")
-        with open(folder + "/stacks.part", "w") as file:
-            file.writelines(stack + chr(10) for stack in list(stacks))
-        os.replace(folder + "/stacks.part", folder + "/stacks")
-        threading.Event().wait(0.1)
-
-threading.Thread(target=watch, daemon=True).start()
-threading.setprofile(profile)
-sys.setprofile(profile)
-sys.path.insert(0, root)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+Stack = tuple[str, ...]  # functions of ours as "file:function", the innermost last
 
 
 def lines(paths: list[Path]) -> int:
@@ -71,70 +39,71 @@ def files_below(*names: str) -> list[Path]:
     return [p for name in names for p in sorted((ROOT / name).rglob("*")) if p.suffix in CODE and p.is_file()]
 
 
-def traced(folder: Path, *words: str) -> subprocess.Popen[bytes]:
-    """Start launch.py under the tracer, which keeps what it sees in the folder."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    command = [sys.executable, "-c", TRACER, f"{ROOT}/", str(folder), str(ROOT / "launch.py"), *words]
-    return subprocess.Popen(command, cwd=ROOT, env=environment)
+class Recorder:
+    """Keeps the stacks of all calls of our functions, in all threads that begin after it."""
 
+    def __init__(self) -> None:
+        self._stacks: set[Stack] | None = None
+        threading.setprofile(self._see)
+        sys.setprofile(self._see)
 
-def stacks(folder: Path) -> list[list[str]]:
-    """Return the stacks that the tracer has seen, functions of ours as "file:function"."""
-    time.sleep(0.5)  # the tracer writes every 0.1 s
-    return [line.split() for line in (folder / "stacks").read_text().splitlines() if line]
+    def _see(self, frame: Any, event: str, _: Any) -> None:
+        if self._stacks is None or event != "call" or not frame.f_code.co_filename.startswith(OURS):
+            return
+        stack = []
+        while frame:
+            if frame.f_code.co_filename.startswith(OURS) and frame.f_code.co_name != "<module>":
+                stack.append(f"{frame.f_code.co_filename.removeprefix(f'{ROOT}/')}:{frame.f_code.co_name}")
+            frame = frame.f_back
+        self._stacks.add(tuple(reversed(stack)))
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[set[Stack]]:
+        self._stacks = stacks = set()
+        yield stacks
+        self._stacks = None
 
 
 def file_of(function: str) -> str:
     return function.partition(":")[0]
 
 
-def training_files(folder: Path, run: Path) -> list[str]:
+def training_files(recorder: Recorder, run: Path) -> list[str]:
     """Train a tiny model; return the files on the way from the loop to the loss."""
-    (folder / "on").touch()
+    import launch
+
     sets = [word for setting in TINY for word in ("--set", setting)]
-    process = traced(folder, "train", "--run-dir", str(run), "--stages", "sft", *sets)
-    if process.wait():
-        raise SystemExit("the tiny training failed")
+    with recorder.recording() as stacks:
+        if launch.main(["train", "--run-dir", str(run), "--stages", "sft", *sets]):
+            raise SystemExit("the tiny training failed")
     below = []  # the part of a stack that begins in the loop
-    for stack in stacks(folder):
+    for stack in stacks:
         files = [file_of(function) for function in stack]
         if LOOP in files:
             below.append(stack[files.index(LOOP) :])
-    callers = {tuple(stack[:-1]) for stack in below if file_of(stack[-1]) == LOSS and file_of(stack[-2]) != LOSS}
-    on_the_way = [stack for stack in below if any(tuple(stack[: len(caller)]) == caller for caller in callers)]
+    callers = {stack[:-1] for stack in below if file_of(stack[-1]) == LOSS and file_of(stack[-2]) != LOSS}
+    on_the_way = [stack for stack in below if any(stack[: len(caller)] == caller for caller in callers)]
     return sorted({file_of(function) for stack in on_the_way for function in stack})
 
 
-def request_files(folder: Path, run: Path) -> list[str]:
+def request_files(recorder: Recorder, run: Path) -> list[str]:
     """Serve the tiny model and ask it twice; return the files with functions that the second request runs."""
-    (folder / "on").unlink()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = traced(folder, "serve", str(run), "--port", str(port))
-    url, body = f"http://127.0.0.1:{port}", {"messages": [{"role": "user", "content": "Who are you?"}]}
+    from starlette.testclient import TestClient
 
-    def ask() -> None:
-        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        urllib.request.urlopen(urllib.request.Request(f"{url}/v1/chat/completions", data, headers)).read()
+    from jaxchat.config import load_config
+    from jaxchat.run_dir import RunDir
+    from jaxchat.scaling import resolve
+    from serve.app import make_service
 
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{url}/health").read()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.2)
-        ask()
-        time.sleep(1)
-        (folder / "on").touch()
-        time.sleep(0.3)
-        ask()
-        seen = stacks(folder)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-    return sorted({file_of(stack[-1]) for stack in seen})
+    app, service = make_service(RunDir(run), resolve(load_config(run / "config.toml")))
+    service.worker.loaded.result()
+    client, body = TestClient(app), {"messages": [{"role": "user", "content": "Who are you?"}]}
+    client.post("/v1/chat/completions", json=body).raise_for_status()
+    service.worker.engine.programs.stop_compiling()
+    with recorder.recording() as stacks:
+        client.post("/v1/chat/completions", json=body).raise_for_status()
+    service.worker.close()
+    return sorted({file_of(stack[-1]) for stack in stacks if stack})
 
 
 def main() -> None:
@@ -155,8 +124,9 @@ def main() -> None:
     }
     if args.paths:
         with tempfile.TemporaryDirectory() as folder:
-            figures["training_step"] = training_files(Path(folder), Path(folder) / "run")
-            figures["chat_request"] = request_files(Path(folder), Path(folder) / "run")
+            recorder, run = Recorder(), Path(folder) / "run"
+            figures["training_step"] = training_files(recorder, run)
+            figures["chat_request"] = request_files(recorder, run)
             figures |= {f"{name}_files": len(figures[name]) for name in ("training_step", "chat_request")}
     for name, value in figures.items():
         if isinstance(value, int):
