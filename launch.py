@@ -223,9 +223,10 @@ def run(args: argparse.Namespace) -> int:
             print(f"{path.stem}\n" + "\n".join(f"    {line}" for line in head if line) + "\n")
         return 0
     if args.command in INTEROP:
+        from jaxchat.interop.__main__ import make_parser as make_interop_parser
         from jaxchat.interop.__main__ import run_command
 
-        run_command([args.command, *args.words], errors.program)
+        run_command(make_interop_parser(errors.program).parse_args([args.command, *args.words]))
         return 0
     if args.command in ("serve", "watch"):  # they ask no other machine
         os.environ["no_proxy"] = "*"  # and Gradio's import fails at proxies that httpx cannot use

@@ -17,7 +17,7 @@ from jaxchat.engine import Engine
 from jaxchat.engine.request import Turn
 from jaxchat.errors import UsageError
 from jaxchat.interop import html_page
-from jaxchat.interop.__main__ import main
+from jaxchat.interop.__main__ import main, make_parser
 from jaxchat.interop.html_page import write_html
 from jaxchat.interop.trained import load_trained
 from jaxchat.kv_cache import serving_params
@@ -380,7 +380,7 @@ def test_refusals_name_what_is_wrong(tmp_path, monkeypatch):
 def test_the_command_and_the_stage_write_it(finished, tmp_path, monkeypatch, capsys):
     def export(*words):
         words = ("export", "--run-dir", str(finished), "--format", "html", *words)
-        return main(words)
+        return main(lambda: make_parser().parse_args(words))
 
     monkeypatch.chdir(tmp_path)
     assert export("--out", "mine.html") == 0 and export() == 0

@@ -33,7 +33,7 @@ from jaxchat.config import load_config, tier_files
 from jaxchat.engine import Engine
 from jaxchat.errors import DataError, UsageError
 from jaxchat.interop import huggingface
-from jaxchat.interop.__main__ import main
+from jaxchat.interop.__main__ import main, make_parser
 from jaxchat.interop.bundle import bundle
 from jaxchat.interop.huggingface import (
     architecture_of,
@@ -83,7 +83,7 @@ def import_hf(source, out, stage=None):
 
 def interop(*arguments):
     """Exit code of `python -m jaxchat.interop`."""
-    return main([str(a) for a in arguments])
+    return main(lambda: make_parser().parse_args([str(a) for a in arguments]))
 
 
 def digests(folder):
@@ -557,9 +557,9 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path, format):
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
-        "from jaxchat.interop.__main__ import main\n"
-        f"sys.exit(main(['export', '--run-dir', {str(tmp_path / 'run')!r}, '--format', {format!r}, "
-        f"'--out', {str(tmp_path / 'out')!r}]))"
+        "from jaxchat.interop.__main__ import main, make_parser\n"
+        f"sys.exit(main(lambda: make_parser().parse_args(['export', '--run-dir', {str(tmp_path / 'run')!r}, "
+        f"'--format', {format!r}, '--out', {str(tmp_path / 'out')!r}])))"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)

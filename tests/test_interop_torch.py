@@ -29,7 +29,7 @@ from jaxchat.chat import render, render_prompt
 from jaxchat.checkpoint import params_sha256
 from jaxchat.engine import Engine, Request
 from jaxchat.errors import DataError
-from jaxchat.interop.__main__ import main
+from jaxchat.interop.__main__ import main, make_parser
 from jaxchat.interop.exported.modeling_jaxchat import JaxchatConfig, JaxchatForCausalLM
 from jaxchat.interop.huggingface import read_hf, write_hf
 from jaxchat.interop.nanochat import read_nanochat, read_tiktoken
@@ -267,7 +267,7 @@ def test_what_they_save_can_be_imported(pair, tmp_path):
     theirs.save_pretrained(tmp_path / "saved", max_shard_size="500KB")
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path / "saved")
     arguments = ["import", "--format", "hf", "--from", str(tmp_path / "saved"), "--out", str(tmp_path / "run")]
-    assert main(arguments) == 0
+    assert main(lambda: make_parser().parse_args(arguments)) == 0
     found = load_trained(RunDir(tmp_path / "run")).params
     assert np.array_equal(found["blocks"]["q"], model.params["blocks"]["q"])
 
@@ -370,7 +370,7 @@ def test_pickles_need_the_flag_and_run_nothing(base_dir, capsys):
     tokenizer().save(base_dir / "ours")
     found = ["import", "--format", "nanochat", "--from", str(base_dir / "d5"), "--out", str(base_dir / "run"),
              "--allow-pickle", "--tokenizer", str(base_dir / "ours" / "tokenizer.json")]  # fmt: skip
-    assert main(found) == 3
+    assert main(lambda: make_parser().parse_args(found)) == 3
     assert "cannot be read as tensors" in capsys.readouterr().err
     assert not (base_dir / "owned").exists() and not (base_dir / "run").exists()
 

@@ -10,7 +10,7 @@ from random_model import logits_of, random_model, random_run
 
 from jaxchat.chat import render_prompt
 from jaxchat.engine import Engine, Request
-from jaxchat.interop.__main__ import main
+from jaxchat.interop.__main__ import main, make_parser
 from jaxchat.interop.onnx import write_onnx
 
 PROMPTS, LENGTH = 100, 16
@@ -21,7 +21,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     run = random_run(tmp_path / "run", "classic")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     words = ["export", "--run-dir", str(run.root), "--format", "onnx", "--out", str(tmp_path / "onnx")]
-    assert main(words) == 2
+    assert main(lambda: make_parser().parse_args(words)) == 2
     err = capsys.readouterr().err
     assert "onnxscript" in err and len(err.splitlines()) == 1 and not (tmp_path / "onnx").exists()
 

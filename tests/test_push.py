@@ -6,7 +6,7 @@ import pytest
 from fake_hub import FakeRepositories
 from random_model import random_model, random_params, random_run
 
-from jaxchat.interop.__main__ import main
+from jaxchat.interop.__main__ import main, make_parser
 from jaxchat.interop.push import push
 from jaxchat.interop.trained import write_run
 from jaxchat.run_dir import RunDir
@@ -28,7 +28,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def export(run, *words):
-    return main(["export", "--run-dir", str(run.root), *words])
+    return main(lambda: make_parser().parse_args(["export", "--run-dir", str(run.root), *words]))
 
 
 def files_of(folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,20 +104,19 @@ def import_model(args: argparse.Namespace) -> None:
     say(f"talk to it:  {command_line('chat', args.out)}   (or serve, for the page)")
 
 
-def run_command(words: Sequence[str], program: str = "python -m jaxchat.interop") -> None:
-    """Run `export` or `import` with its arguments."""
-    args = make_parser(program).parse_args(words)
+def run_command(args: argparse.Namespace) -> None:
+    """Run `export` or `import`."""
     from jaxchat.sharding import require_devices
 
     require_devices()
     args.run(args)
 
 
-def main(words: Sequence[str]) -> int:
-    """Run a command in a process of its own; return the exit code of the contract."""
+def main(arguments: Callable[[], argparse.Namespace]) -> int:
+    """Run the command that `arguments` parses in a process of its own; return the exit code of the contract."""
     signal.signal(signal.SIGTERM, terminated)
     try:
-        run_command(words)
+        run_command(arguments())
     except (Exception, InterruptedRun, KeyboardInterrupt) as error:
         if not (told := explained(error)):
             raise
@@ -127,4 +126,4 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(make_parser().parse_args))
