@@ -18,7 +18,8 @@ from jaxchat.engine.scoring import Scorer
 from jaxchat.errors import DataError
 from jaxchat.run_dir import RunDir, read_json, write_json
 from train import compare as comparison
-from train.compare import mcnemar, ratio_interval, share_interval
+from train.compare import mcnemar, share_interval
+from train.loop import ratio_error
 
 
 @pytest.mark.parametrize(("a", "b"), [(0, 0), (0, 1), (1, 8), (5, 5), (30, 12), (400, 300), (3000, 3300)])
@@ -39,15 +40,13 @@ def test_interval_of_two_paired_shares():
     assert share_interval(3, 9, 40) == pytest.approx([-x for x in reversed(share_interval(9, 3, 40))])
 
 
-def test_bootstrap_interval_of_a_ratio():
+def test_error_of_a_ratio():
     rng = np.random.default_rng(0)
-    d, s = rng.normal(0.3, 1.0, 400), np.ones(400)
-    low, high = ratio_interval(d, s)
-    half = 1.96 * d.std() / 20
-    assert (low, high) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.015)
-    assert ratio_interval(d, s) == (low, high)
-    assert ratio_interval([0.5], [2.0]) is None
-    assert ratio_interval([1.0, 2.0, 4.0], [2.0, 4.0, 8.0]) == pytest.approx((0.5, 0.5))
+    d, s = rng.normal(0.3, 1.0, 400), rng.uniform(1, 9, 400)
+    drawn = rng.multinomial(400, np.full(400, 1 / 400), 10_000)
+    assert ratio_error(d, s) == pytest.approx(((drawn @ d) / (drawn @ s)).std(), rel=0.1)
+    assert ratio_error(d, np.ones(400)) == pytest.approx(d.std(ddof=1) / 20)
+    assert ratio_error(d[:1], s[:1]) is None and ratio_error(s, 2 * s) == 0
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 40, 200])

@@ -184,7 +184,7 @@ def test_reinforcement_learning_has_its_column_curves_and_table(config, tmp_path
     assert row(text, "Exams", "exam") == ["BASE", "SFT", "RL", "chance", "cases"]
     assert row(text, "Exams", "gsm8k") == ["-", "2.5% (0.4% to 12.9%)", "2.5% (0.4% to 12.9%)", "0%", "40"]
     assert row(text, "Exams", "ChatCORE") == ["-", "0.0123", "0.2500", "0", "-"]
-    assert row(text, "Reinforcement learning", "reward") == ["0.03333", "0.9333", "0.9667", "30"]
+    assert row(text, "Reinforcement learning", "mean reward") == ["0.03333", "0.9333", "0.9667", "30"]
     assert row(text, "Reinforcement learning", "pass@1") == ["0.0625", "0.415", "0.415", "4"]
     assert row(text, "Model and machine", "RL environment") == ["gsm8k"]
     assert card["curves"]["rl"]["pass@1"] == [[9, 0.215], [19, 0.315], [29, 0.415]]

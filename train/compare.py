@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from jaxchat.config import Config, flatten, load_config
 from jaxchat.data.sources import document_hash, iterate_documents
@@ -26,13 +25,12 @@ from jaxchat.scaling import resolve
 from jaxchat.tasks.speech import FreeAnswers
 from jaxchat.tokenizer import Tokenizer
 
-from .loop import Z95
+from .loop import Z95, ratio_error
 from .report import PRIVATE, STAGES, Table, count, duration, money, speed, text_table, warnings_of
 from .targets import run_cost, wall_clock
 
 DOCUMENTS = 1000  # held-out ones at most
 BLOCK = 64  # documents tokenized and scored together
-RESAMPLES, SEED = 10_000, 20_260_301  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -132,12 +130,13 @@ def bits_per_byte(a: Side, b: Side, stages: Sequence[str]) -> dict[str, Any]:
             scorer = Scorer(config, params, batch_rows=one.config.eval.batch_rows)
             bits.append(document_nats(scorer, tokenizer, texts, config.seq_len) / math.log(2))
         first, second = (float(n.sum() / sizes.sum()) for n in bits)
+        error = ratio_error(bits[1] - bits[0], sizes)
         found[stage] = {
             "documents": len(texts),
             "bytes": round(sizes.sum()),
             "values": [first, second],
             "difference": second - first,
-            "interval": ratio_interval(bits[1] - bits[0], sizes),
+            "interval": None if error is None else [second - first - Z95 * error, second - first + Z95 * error],
             "note": note,
         }
     return found
@@ -190,20 +189,6 @@ def windows(ids: list[int], context: int) -> list[Span]:
         spans.append(Span(ids[begin:end], done - begin, end - begin))
         done = end
     return spans
-
-
-def ratio_interval(differences: ArrayLike, sizes: ArrayLike) -> tuple[float, float] | None:
-    """Return the 95 % interval of sum(differences) / sum(sizes), both (n,), by a bootstrap over the pairs.
-
-    None for fewer than two pairs: nothing is known of how they vary.
-    """
-    d, s = np.asarray(differences, np.float64), np.asarray(sizes, np.float64)
-    n = len(d)
-    if n < 2:
-        return None
-    drawn = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
-    low, high = np.percentile((drawn @ d) / (drawn @ s), [2.5, 97.5])
-    return float(low), float(high)
 
 
 # Exams

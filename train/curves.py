@@ -24,15 +24,18 @@ from jaxchat.log import read_metrics, say
 from jaxchat.run_dir import atomic_write
 
 POINTS = 500  # of one curve, at most; metrics.jsonl has every step
-RL_FIGURES = ("reward", "right", "length", "endless", "kl", "preferred", "margin")  # and pass@k
+RL_FIGURES = {  # and pass@k
+    "reward": "mean reward",
+    "right": "accuracy",
+    "length": "tokens per answer",
+    "endless": "truncated",
+    "kl": "KL to the start (nats per token)",
+    "preferred": "held-out pairs, share preferred",
+    "margin": "held-out pairs, margin",
+}
 PANELS = {  # kind of picture -> curve -> title; a kind is drawn where its first curve is there
     "loss": {"loss": "training loss (nats per token)", "val_bpb": "held-out bits per byte"},
-    "rl": {
-        "reward": "mean reward",
-        "length": "tokens per answer",
-        "kl": "KL to the start (nats per token)",
-        "preferred": "held-out pairs, share preferred",
-    },
+    "rl": {key: RL_FIGURES[key] for key in ("reward", "length", "kl", "preferred")},
     "dynamics": {
         "grad_norm": "gradient norm",
         "lr_mult": "learning rate (of the full one)",

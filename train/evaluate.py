@@ -592,8 +592,7 @@ def examine(model: Model, one_batch: bool = False) -> dict[str, Any]:
             begin = time.perf_counter()
             scores, decisions = ask()
             scores["seconds"] = round(time.perf_counter() - begin, 3)
-            if asked:
-                scores["questions_sha256"] = asked
+            scores["questions_sha256"] = asked
             if decisions:
                 lines = "".join(json.dumps(decision, ensure_ascii=False) + "\n" for decision in decisions)
                 kind = "core_" if where == "core_tasks" else ""

@@ -349,9 +349,8 @@ def bits_per_byte(
 ) -> dict[str, Any]:
     """Return bits per byte of held-out rows, with standard error `se` and 95 % `interval`.
 
-    Also mean `loss` (nats per target), `perplexity`, and the `targets` and `bytes` behind them. The error takes rows as
-    drawn at random (variance of a ratio by linearization; None for a single row). Special tokens count neither way in
-    bits per byte; loss and perplexity are over every weighted target. `eval_step` is from `make_eval_step`.
+    Also mean `loss` (nats per target), `perplexity`, and the `targets` and `bytes` behind them. Special tokens count
+    neither way in bits per byte; loss and perplexity are over every weighted target. `eval_step`: see `make_eval_step`.
     """
     sums, by_row = {"all_nats": 0.0, "targets": 0.0}, []
     lengths = np.asarray(byte_lengths, np.int32)
@@ -365,11 +364,8 @@ def bits_per_byte(
     nats, sizes = np.concatenate(by_row, axis=1)
     score = nats.sum() / math.log(2) / max(sizes.sum(), 1.0)
     bits, real = nats[sizes > 0] / math.log(2), sizes[sizes > 0]  # without the padding of the last batch
-    n, error, interval = len(real), None, None
-    if n > 1:
-        residuals = np.square(bits - bits.sum() / real.sum() * real).sum()
-        error = float(math.sqrt(n / (n - 1) * residuals) / real.sum())
-        interval = (float(score - Z95 * error), float(score + Z95 * error))
+    error = ratio_error(bits, real)
+    interval = None if error is None else (float(score - Z95 * error), float(score + Z95 * error))
     loss = sums["all_nats"] / max(sums["targets"], 1.0)
     return {
         "bits_per_byte": float(score),
@@ -380,6 +376,18 @@ def bits_per_byte(
         "targets": int(sums["targets"]),
         "bytes": int(sizes.sum()),
     }
+
+
+def ratio_error(values: np.ndarray, sizes: np.ndarray) -> float | None:
+    """Return the standard error of sum(values) / sum(sizes), both (n,), of pairs drawn at random; None for one pair.
+
+    Variance of a ratio by linearization.
+    """
+    n = len(values)
+    if n < 2:
+        return None
+    residuals = np.square(values - values.sum() / sizes.sum() * sizes).sum()
+    return float(math.sqrt(n / (n - 1) * residuals) / sizes.sum())
 
 
 def with_error(value: float, error: float | None, digits: int = 4) -> str:

@@ -48,11 +48,10 @@ def run(config: Config, run: RunDir, limit: int = 0) -> dict[str, Any]:
         advice = f"--set train.steps={fewer} and another --run-dir would read it {MANY_EPOCHS} times"
         say(f"  {epochs:.1f} passes over the same text: some of it will be memorized; {advice}", style="yellow")
 
-    lengths = tokenizer.byte_lengths()
     trainer = Trainer(
         config,
         run.stage("base"),
-        lengths,
+        tokenizer.byte_lengths(),
         rows,
         val_rows,
         sampler=sampler(config, run, tokenizer, "base"),

@@ -29,7 +29,7 @@ from jaxchat.run_dir import TRAINED, RunDir, atomic_write, read_json, write_json
 from jaxchat.tasks.core import CORE_TASKS
 
 from .contamination import LONG_PASSAGE, exam_contamination
-from .curves import curves, draw, kinds, rl_figures
+from .curves import RL_FIGURES, curves, draw, kinds, rl_figures
 from .loop import Z95, with_error
 from .prepare import other_tokenizers
 from .targets import run_cost, wall_clock
@@ -478,10 +478,8 @@ def _contamination(card: Card) -> list[Table]:
 
 
 def _rl(card: Card) -> Table:
-    names = {"right": "accuracy", "length": "tokens per answer", "endless": "truncated", "kl": "KL to the start, nats"}
-    names |= {"preferred": "held-out pairs, share preferred", "margin": "held-out pairs, margin"}
     rows = [
-        [names.get(name, name), f"{f['first']:.4g}", f"{f['last']:.4g}", f"{f['best']:.4g}", f"{f['values']:,}"]
+        [RL_FIGURES.get(name, name), f"{f['first']:.4g}", f"{f['last']:.4g}", f"{f['best']:.4g}", f"{f['values']:,}"]
         for name, f in card["rl_progress"].items()
     ]
     note = "First and last: means over a tenth of the steps; of pass@k, KL and held-out pairs the evaluations "
