@@ -49,6 +49,13 @@ def random_params(config, seed=0, dtype=np.float32):
     return jax.tree_util.tree_map_with_path(draw, gpt.abstract_params(config))
 
 
+def lively(config, seed=0, scale=0.1):
+    """Parameters with every zero (output projections, smear, ...) moved away from it."""
+    leaves, tree = jax.tree.flatten(gpt.init_params(config, seed))
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return tree.unflatten([p + scale * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
+
+
 def random_model(kind, stage="sft", dtype=np.float32, **more):
     shape = config(kind, **more)
     return Trained(shape, random_params(shape, dtype=dtype), tokenizer(), stage, "tiny")

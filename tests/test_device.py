@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_model import lively
 
 from jaxchat import kv_cache
 from jaxchat import model as gpt
@@ -35,11 +36,7 @@ SHAPES = {
 def model(recipe):
     """(config, params, serving params), every weight away from its initial value."""
     config = resolve_model(SHAPES[recipe])
-    params = gpt.init_params(config, seed=1)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    noisy = [p + 0.2 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    params = jax.tree.unflatten(tree, noisy)
+    params = lively(config, 1, 0.2)
     if config.smear:
         params["smear_scale"] = jnp.float32(0.7)
     return config, params, kv_cache.serving_params(config, params, jnp.float32)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_model import lively
 
 from jaxchat import model as gpt
 from jaxchat.chat import normalize, render_prompt
@@ -52,11 +53,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def params(config):
-    leaves, tree = jax.tree.flatten(gpt.init_params(config.model, 3))
-    keys = jax.random.split(jax.random.key(4), len(leaves))
-    return jax.tree.unflatten(
-        tree, [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    )
+    return lively(config.model, 3)
 
 
 def save(run, stage, params):

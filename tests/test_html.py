@@ -223,10 +223,14 @@ def conversations(count, seed=0):
         yield [user] if n % 3 else [{"role": "user", "content": "x"}, {"role": "assistant", "content": parts}, user]
 
 
-def test_greedy_answers_are_the_engines(core, exported):
+@pytest.mark.parametrize(("count", "seed", "length"), [(12, 0, 16), pytest.param(100, 1, 64, marks=pytest.mark.slow)])
+def test_greedy_answers_are_the_engines(core, exported, count, seed, length):
     _, path, engine = exported
     load(core, path)
-    check_answers(core, engine, [c for c in conversations(12) if fits(engine, c)], 16)
+    asked = [
+        talk for talk in conversations(2 * count, seed) if len(engine.chat_request(talk).tokens) < engine.capacity - 32
+    ]
+    check_answers(core, engine, asked[:count], length)
 
 
 @pytest.mark.slow
@@ -240,17 +244,6 @@ def test_a_learned_calculation_is_shown_with_its_result(core, tmp_path):
     _, _, events = answer(core, QUESTION)
     for kind, text in (("python", "12+30"), ("python_output", "42"), ("text", "That is it.")):
         assert "".join(event["text"] for event in events if event["kind"] == kind) == text
-
-
-@pytest.mark.slow
-def test_a_hundred_greedy_answers_are_the_engines(core, exported):
-    _, path, engine = exported
-    load(core, path)
-    check_answers(core, engine, [c for c in conversations(140, 1) if fits(engine, c)][:100], 64)
-
-
-def fits(engine, messages):
-    return len(engine.chat_request(messages).tokens) < engine.capacity - 32
 
 
 def test_a_full_context_forgets_the_oldest_turns_and_refuses_a_long_message(core, exported):

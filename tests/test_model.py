@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from random_model import lively
 
 from jaxchat import model as gpt
 from jaxchat.config import ModelConfig
@@ -17,13 +18,6 @@ from jaxchat.sizes import padded_vocab, windows
 SMALL = {"depth": 5, "width": 64, "n_heads": 4, "n_kv_heads": 2, "seq_len": 32, "vocab_size": 100, "window_short": 6}
 MODERN = resolve_model(ModelConfig(**SMALL))
 CLASSIC = resolve_model(ModelConfig(recipe="classic", **SMALL))
-
-
-def lively(config, seed=0, scale=0.1):
-    """Parameters with every zero (output projections, smear, ...) moved away from it."""
-    leaves, tree = jax.tree.flatten(gpt.init_params(config, seed))
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return tree.unflatten([p + scale * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
 
 
 def tokens_of(config, rows=2, length=None, seed=3):

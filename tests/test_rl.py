@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from random_model import lively
 from small_model import write_run
 
-from jaxchat import model as gpt
 from jaxchat import tasks as registry
 from jaxchat.checkpoint import params_sha256, restore_params
 from jaxchat.config import MeshConfig, load_config
@@ -71,12 +71,7 @@ def config():
 
 @functools.cache
 def params():
-    """Every weight away from its initial value, some of which are zero."""
-    leaves, tree = jax.tree.flatten(gpt.init_params(config().model, 1))
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    return jax.tree.unflatten(
-        tree, [p + 0.2 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    )
+    return lively(config().model, 1, 0.2)
 
 
 @functools.cache

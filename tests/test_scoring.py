@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_model import lively
 
 from jaxchat import model as gpt
 from jaxchat.config import MeshConfig, ModelConfig
@@ -38,10 +39,7 @@ SHAPES = {
 @functools.cache
 def model(recipe):
     config = resolve_model(SHAPES[recipe])
-    leaves, tree = jax.tree.flatten(gpt.init_params(config, seed=1))
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    noisy = [p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return config, jax.tree.unflatten(tree, noisy)
+    return config, lively(config, 1, 0.3)
 
 
 @functools.cache
