@@ -138,7 +138,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     kind: str = key("muon", "muon (AdamW for what is no matrix) or adamw (everything)", choices=("muon", "adamw"))
-    lr_scale: float = key(-1.0, "on every rate but `mixing_lr`; -1: (batch / 2^19)^(1/2), below 2^19 ^(1/8)", 1e-9)
+    lr_scale: float = key(-1.0, "on every rate but `mixing_lr`; -1: (batch / 2^19)^(1/2), below 2^19 1", 1e-9)
     matrix_lr: float = key(0.02, "Muon's rate", 0)
     unembedding_lr: float = key(-1.0, "-1: by recipe; also x (width / 768)^-0.5", 0)
     embedding_lr: float = key(-1.0, "-1: by recipe; also x (width / 768)^-0.5; value embeddings take half; a tied "

@@ -13,7 +13,6 @@ from jaxchat.errors import UsageError
 from jaxchat.sizes import count_parameters, value_layers
 
 REFERENCE_BATCH = 2**19  # tokens a step: where nanochat tuned its rates, at depth 12
-SMALL_BATCH_POWER = 0.125  # of the rate below that batch; see `rate_scale`
 BYTES_PER_TOKEN = 5  # of text: 4.6 to 4.8 with 32,768 tokens on web text, less with fewer; the rest is reserve
 DROPPED = 600  # tokens: rows of T keep T / (T + 600) of web text whose remainders are dropped (docs/data.md)
 RECIPES: dict[str, Any] = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8"))
@@ -109,10 +108,10 @@ def fine_tuning_optim(config: Config, ratio: float) -> OptimConfig:
     """Return the optimizer of SFT and RL: pretraining's rates times `ratio`, down to 0, without weight decay.
 
     As in nanochat, the rates are those for 2^19 tokens a step, without the factor that pretraining takes for larger
-    batches. The factor below 1 for smaller batches stays.
+    batches.
     """
     optim = config.optim
-    larger = 1.0 if optim.kind == "adamw" else max(1.0, rate_scale(config.train.batch_tokens))
+    larger = 1.0 if optim.kind == "adamw" else rate_scale(config.train.batch_tokens)
     rates = {"lr_scale": optim.lr_scale / larger * ratio, "mixing_lr": optim.mixing_lr * ratio}
     changes: dict[str, Any] = rates | {"warmup_steps": 0, "final_lr": 0.0, "weight_decay": 0.0}
     return dataclasses.replace(optim, **changes)
@@ -121,11 +120,10 @@ def fine_tuning_optim(config: Config, ratio: float) -> OptimConfig:
 def rate_scale(batch: int) -> float:
     """Return the learning-rate multiplier of a batch of so many tokens.
 
-    Above the reference the square-root rule of nanochat; below it the power 1/8, which meets the optimum known for 2^11
-    tokens a step (8 times what the square root gives). Between the two it has not been tested.
+    Above the reference the square-root rule of nanochat. Smaller batches keep the reference's rates, which were best
+    among five at 2^12 tokens a step (docs/learning.md); the square root would give 2^11 a sixteenth of them.
     """
-    ratio = batch / REFERENCE_BATCH
-    return ratio**0.5 if ratio >= 1 else ratio**SMALL_BATCH_POWER
+    return max(1.0, batch / REFERENCE_BATCH) ** 0.5
 
 
 def derivations(given: Config, resolved: Config) -> dict[str, str]:
