@@ -9,68 +9,39 @@ import re
 import threading
 import time
 import urllib.parse
+from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class FakeHub:
-    """`files`: path -> bytes. `faults`: path (or "api") -> what the next requests for it get, one after another:
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers the requests to `hub`."""
 
-    "429" (with `retry_after`), "500", "404", "drop" (half of the body, then silence and a closed connection), "wrong"
-    (bytes flipped), "slow" (a piece every `pause` seconds), "ok", "403 GatedRepo" (with code and words).
-    """
+    hub: Any
+    protocol_version = "HTTP/1.1"
 
-    def __init__(self, files, repo="someone/texts"):
-        self.files, self.repo, self.faults, self.asked = dict(files), repo, {}, []
-        self.retry_after, self.pause, self.small, self.lie = 0, 0.05, set(), False
-        self._server, self.gone = None, False
+    def log_message(self, *_):
+        pass
 
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self._server.server_port}"
+
+class Server:
+    """A server on a free port of loopback, in a thread, for a `with` block."""
+
+    handler: type[Handler]
 
     def __enter__(self):
-        hub = self
-
-        class Handler(_Handler):
-            pass
-
-        Handler.hub = hub
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        handler = type("Own", (self.handler,), {"hub": self})
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
         return self
 
     def __exit__(self, *_):
-        self.close()
-
-    def close(self):
-        """Gone: the next request finds nobody."""
-        self.gone = True
         self._server.shutdown()
         self._server.server_close()
 
-    def digest(self, name):
-        return "f" * 64 if self.lie else hashlib.sha256(self.files[name]).hexdigest()
 
-    def tree(self):
-        entries = [{"type": "directory", "path": "folder", "oid": "0" * 40}]
-        for name, content in self.files.items():
-            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            entry = {"type": "file", "path": name, "size": len(content), "oid": blob}
-            if name not in self.small:  # small files lie in git itself and have no digest of their own
-                entry["lfs"] = {"oid": self.digest(name), "size": len(content), "pointerSize": 130}
-            entries.append(entry)
-        return entries
-
-    def gets(self, name):
-        """(method, range) of the requests for a file's content."""
-        return [(method, reach) for method, path, reach in self.asked if path.endswith(f"/{name}") and method == "GET"]
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    hub: FakeHub
-    protocol_version = "HTTP/1.1"
-
+class DataHandler(Handler):
     def do_GET(self):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.answer()
@@ -150,56 +121,72 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.wfile.write(body)
 
-    def log_message(self, *_):
-        pass
+
+class FakeHub(Server):
+    """`files`: path -> bytes. `faults`: path (or "api") -> what the next requests for it get, one after another:
+
+    "429" (with `retry_after`), "500", "404", "drop" (half of the body, then silence and a closed connection), "wrong"
+    (bytes flipped), "slow" (a piece every `pause` seconds), "ok", "403 GatedRepo" (with code and words).
+    """
+
+    handler = DataHandler
+
+    def __init__(self, files, repo="someone/texts"):
+        self.files, self.repo, self.faults, self.asked = dict(files), repo, {}, []
+        self.retry_after, self.pause, self.small, self.lie = 0, 0.05, set(), False
+        self.gone = False
+
+    def close(self):
+        """Gone: the next request finds nobody."""
+        self.gone = True
+        self.__exit__()
+
+    def digest(self, name):
+        return "f" * 64 if self.lie else hashlib.sha256(self.files[name]).hexdigest()
+
+    def tree(self):
+        entries = [{"type": "directory", "path": "folder", "oid": "0" * 40}]
+        for name, content in self.files.items():
+            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            entry = {"type": "file", "path": name, "size": len(content), "oid": blob}
+            if name not in self.small:  # small files lie in git itself and have no digest of their own
+                entry["lfs"] = {"oid": self.digest(name), "size": len(content), "pointerSize": 130}
+            entries.append(entry)
+        return entries
+
+    def gets(self, name):
+        """(method, range) of the requests for a file's content."""
+        return [(method, reach) for method, path, reach in self.asked if path.endswith(f"/{name}") and method == "GET"]
 
 
-class FakeRepositories:
+class PushHandler(Handler):
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = urllib.parse.unquote(self.path.split("?")[0])
+        code, value, headers = self.hub.answer(self.command, path, body, self.headers)
+        text = json.dumps(value).encode()
+        self.send_response(code)
+        more = {"Content-Length": str(len(text)), "Content-Type": "application/json"} | headers
+        for name, field in more.items():
+            self.send_header(name, field)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(text)
+
+    do_GET = do_HEAD = do_POST = do_PUT = answer
+
+
+class FakeRepositories(Server):
     """The hub's routes to push: creates repositories and takes commits, with what large files need (Git LFS).
 
     `repositories`: "models/OWNER/NAME" -> {path: bytes}; `created`: the bodies of what created them; `faults`:
     beginning of a path -> status of every answer there; `token`: the one that is accepted, for owner "me" alone.
     """
 
-    token = "hf_right"
+    handler, token = PushHandler, "hf_right"
 
     def __init__(self):
         self.repositories, self.created, self.faults, self.lfs, self.commits = {}, [], {}, {}, 0
-
-    def __enter__(self):
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def answer(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                code, value, headers = hub.answer(
-                    self.command, urllib.parse.unquote(self.path.split("?")[0]), body, self.headers
-                )
-                text = json.dumps(value).encode()
-                self.send_response(code)
-                for name, field in {"Content-Length": str(len(text)), "Content-Type": "application/json"}.items():
-                    self.send_header(name, field)
-                for name, field in headers.items():
-                    self.send_header(name, field)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(text)
-
-            do_GET = do_HEAD = do_POST = do_PUT = answer
-
-            def log_message(self, *_):
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
 
     def answer(self, method, path, body, headers):
         """(status, JSON value, headers) of the answer to a request."""

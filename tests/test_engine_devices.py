@@ -1,29 +1,14 @@
 """An engine whose slots lie on several devices says what one device says, and nothing moves between them."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
+from whole_run import on_devices
 
 
 @pytest.fixture(scope="module")
 def found():
-    environment = dict(os.environ) | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "engine_devices.py")], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_devices(4, "engine_devices.py")
 
 
 def test_several_devices_make_the_tokens_of_one(found):

@@ -2,13 +2,9 @@
 
 import dataclasses
 import functools
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +13,7 @@ import optax
 import pytest
 from random_model import lively
 from small_model import write_run
+from whole_run import on_devices
 
 from jaxchat import tasks as registry
 from jaxchat.checkpoint import params_sha256, restore_params
@@ -33,7 +30,6 @@ from train import rl
 from train.evaluate import passes
 from train.rl import Answers, advantages, build, kl_per_token, micro_batches, question_order, sample_seed
 
-ROOT = Path(__file__).resolve().parent.parent
 CLASSIC = ["model.recipe=classic", "model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16",
            "model.vocab_size=64", "model.seq_len=16", "train.batch_tokens=64", "train.steps=4"]  # fmt: skip
 
@@ -320,15 +316,8 @@ def test_stopped_and_resumed_ends_bit_equal(undisturbed, tmp_path, monkeypatch):
 
 def test_four_devices_sample_the_same_answers_and_make_the_same_update(undisturbed, tmp_path):
     """Data parallel and fsdp; each device samples its share of the questions."""
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-    }
-    env["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, ROOT / "tests/rl_devices.py", write_run(tmp_path).root]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    four, one = json.loads(done.stdout.splitlines()[-1]), read_metrics(undisturbed[0].stage("rl") / "metrics.jsonl")
+    four = on_devices(4, "rl_devices.py", write_run(tmp_path).root)
+    one = read_metrics(undisturbed[0].stage("rl") / "metrics.jsonl")
     assert {k: v for k, v in four[0].items() if k in COUNTED} == {k: v for k, v in one[0].items() if k in COUNTED}
     assert four[0]["live"] > 0
     for name in ("loss", "grad_norm"):

@@ -3,10 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import lively
+from whole_run import on_devices
 
 from jaxchat import model as gpt
 from jaxchat.config import MeshConfig, ModelConfig
@@ -208,14 +205,7 @@ def spread(devices):
 
 
 def test_rows_are_spread_over_devices():
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=3 --xla_backend_optimization_level=0",
-    }
-    env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    one, three = json.loads(done.stdout)
+    one, three = on_devices(3, "test_scoring.py")
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(three), strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
 

@@ -2,18 +2,14 @@
 
 import collections
 import dataclasses
-import json
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from whole_run import on_devices
 
 from jaxchat import model as gpt
 from jaxchat.config import MeshConfig, load_config
@@ -22,7 +18,6 @@ from jaxchat.scaling import resolve
 from jaxchat.sharding import make_mesh
 from jaxchat.train_state import compute_dtype, init_state, make_eval_step, make_train_step, scan_unroll
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["model.depth=2", "model.width=32", "model.n_heads=2", "model.head_width=16", "model.vocab_size=64",
         "model.seq_len=16", "train.batch_tokens=64", "train.steps=10"]  # fmt: skip
 
@@ -44,16 +39,7 @@ def batch_of(config, weight=1.0, seed=0):
 
 @pytest.fixture(scope="module")
 def eight_devices():
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-    }
-    env["PYTHONPATH"] = str(ROOT)
-    run = subprocess.run(
-        [sys.executable, ROOT / "tests/simulated_devices.py"], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return on_devices(8, "simulated_devices.py")
 
 
 def test_every_mesh_gives_the_same_losses(eight_devices):

@@ -46,5 +46,18 @@ def finish(process, timeout=240):
     return process.returncode, out, err
 
 
+def on_devices(count, script, *arguments):
+    """The JSON that a script of this folder prints last, run with so many simulated devices."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, ROOT / "tests" / script, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def records(run_dir):
     return json.loads((run_dir / "stages.json").read_text())
