@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from small_model import CAPACITY, CONFIG, GREETING, QUESTION, learned, tokenizer
 from test_device import CAPACITY as POSITIONS
 from test_device import SHAPES, model, random_tokens, step, uncached_logits
@@ -123,10 +124,7 @@ def test_after_warm_up_nothing_compiles():
     own.programs.warm_up(lambda done, total: heard.append((done, total)))
     assert heard[-1][0] == heard[-1][1] == len(heard) > 10
     requests = random_requests(100, seed=5)
-    compiled = []
-    listener = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
+    with compilations() as compiled:
         jax.jit(lambda x: x * 3.25 + 1)(jnp.ones(3))  # proves that the listener hears compilations
         assert compiled
         compiled.clear()
@@ -140,22 +138,13 @@ def test_after_warm_up_nothing_compiles():
         own.finish(own.submit_group(own.chat_request(QUESTION, temperature=1.0), range(3)))
         own.score([request.tokens for request in requests[:20]])
         assert compiled == []
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 def test_a_background_warm_up_answers_at_once_and_compiles_every_program_once():
     own = engine(chunk=4)
     total = sum(1 for _ in own.programs._calls())
     jax.clear_caches()
-    compiled = []
-
-    def listener(event, *_, fun_name="", **__):
-        if "backend_compile" in event and any(name in fun_name for name in NAMES):
-            compiled.append(fun_name)
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
+    with compilations(NAMES) as compiled:
         own.programs.warm_up(background=True)
         first = len(compiled)
         assert 0 < own.programs.compiling <= total - 3
@@ -168,8 +157,6 @@ def test_a_background_warm_up_answers_at_once_and_compiles_every_program_once():
         again = own.generate(random_requests(12, seed=3))
         assert len(compiled) == before
         assert [a.tokens for a in answers] == [a.tokens for a in again]
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 def test_a_background_warm_up_can_be_stopped():

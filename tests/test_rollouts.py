@@ -7,6 +7,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from compilations import compilations
 from small_model import CAPACITY, CONFIG, GREETING, QUESTION, SHAPES, learned, tokenizer
 
 from jaxchat import model as gpt
@@ -108,17 +109,12 @@ def test_new_weights_compile_nothing_and_change_the_answers():
     other = chain({a: b, b: b})
     own.load(other)
     own.load(learned())
-    compiled = []
-    listener = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
+    with compilations() as compiled:
         own.load(other)
         assert run() == ["b" * 12] * 2
         own.load(learned())
         assert run() == before and all(text.startswith("Hi 🙂 ") for text in before)
         assert compiled == []
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 def test_sampled_is_told_from_forced_and_the_stop_id_is_kept():

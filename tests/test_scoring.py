@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_model import lively
@@ -195,12 +196,9 @@ def spread(devices):
     asked = prompts, [[1, 2, 3]] * len(prompts)
     letters, _ = scorer.letters(*asked)
     found = [[[s.loss, s.best] for s in scores] for scores in scorer.spans(groups)], letters
-    compiled = []
-    listener = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    again = Scorer(config, params, mesh, batch_rows=4)  # a spot check later
-    assert again.letters(*asked)[0] == letters and len(again.spans(groups)) == len(groups) and not compiled
-    jax.monitoring.unregister_event_duration_listener(listener)
+    with compilations() as compiled:
+        again = Scorer(config, params, mesh, batch_rows=4)  # a spot check later
+        assert again.letters(*asked)[0] == letters and len(again.spans(groups)) == len(groups) and not compiled
     return found
 
 
