@@ -37,7 +37,7 @@ def compare(
     left_out: list[str] = []
     for task in (t for t in core.CORE_TASKS if t.label in CORE):
         name, items = f"core {task.label}", core.Core(files).load(task)[:limit]
-        groups = list(core.groups(task, items, tokenizer))
+        groups = core.groups(task, items, tokenizer, range(len(items)))
         if max(len(span.tokens) for group in groups for span in group) > 10 * config.model.seq_len:
             left_out.append(name)  # nanochat's rotary tables end there
             continue

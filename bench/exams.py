@@ -66,7 +66,8 @@ def speed(config: Config, params: Any, tokenizer: Tokenizer, data: str, items: i
     letters = [[tokenizer.encode(x)[0] for x in e.letters] for e in examples]
     task = next(t for t in core.CORE_TASKS if t.label == "arc_easy")
     loaded = core.Core(TaskFiles(data)).load(task)
-    groups = [crop(group, config.model.seq_len)[0] for group in core.groups(task, loaded[:items], tokenizer)]
+    whole = core.groups(task, loaded[:items], tokenizer, range(min(items, len(loaded))))
+    groups = [crop(group, config.model.seq_len)[0] for group in whole]
     batched, single = (Scorer(config.model, params, batch_rows=n) for n in (config.eval.batch_rows, 0))
 
     def one_letter() -> Any:
@@ -124,7 +125,7 @@ def whole_core(config: Config, params: Any, tokenizer: Tokenizer, data: str, cap
             items = core.Core(TaskFiles(data)).load(task)[: cap if cap >= 0 else None]
         except MissingData:
             continue
-        groups = list(core.groups(task, items, tokenizer))
+        groups = core.groups(task, items, tokenizer, range(len(items)))
         tokens += sum(len(span.tokens) for group in groups for span in group)
         scores = scorer.spans(groups)
         asked += len(items)

@@ -139,7 +139,7 @@ def test_the_bundles_own_baselines_count(tmp_path):
         Core(TaskFiles(str(tmp_path))).baselines()
 
 
-def test_a_block_is_tokenized_as_its_items_are(tokenizer, monkeypatch):
+def test_a_block_is_tokenized_as_its_items_are(tokenizer):
     """And the examples are drawn among the other items, in the order that they have without the asked one."""
     for label, n in (("arc_easy", 30), ("winograd", 5), ("squad", 12)):
         task = BY_LABEL[label]
@@ -160,10 +160,8 @@ def test_a_block_is_tokenized_as_its_items_are(tokenizer, monkeypatch):
             if task.kind != core.SCHEMA:
                 assert all(text.startswith(before) and text[len(before) + 1 :].startswith(str(i)) for text in texts)
             expected.append(core.spans(task, [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]))
-        for block in (1, 4, 512):
-            monkeypatch.setattr(core, "BLOCK", block)
-            assert list(core.groups(task, items, tokenizer)) == expected
-            assert list(core.groups(task, items, tokenizer, range(2, 5))) == expected[2:5]
+        assert core.groups(task, items, tokenizer, range(len(items))) == expected
+        assert core.groups(task, items, tokenizer, range(2, 5)) == expected[2:5]
 
 
 @needs_data
@@ -178,6 +176,6 @@ def test_the_real_files(tokenizer):
     assert len(found["arc_easy"]) == 2376 and len(found["winograd"]) == 273 and len(found["jeopardy"]) == 2117
     for label in ("copa", "winograd", "bigbench_operators"):
         task, items = BY_LABEL[label], found[label][:20]
-        for group, item in zip(core.groups(task, items, tokenizer), items, strict=True):
+        for group, item in zip(core.groups(task, items, tokenizer, range(len(items))), items, strict=True):
             assert all(0 < s.start < s.end == len(s.tokens) for s in group)
             assert len(group) == len(item.get("choices") or item.get("context_options") or [0])

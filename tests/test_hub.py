@@ -159,7 +159,7 @@ def test_a_full_disk_is_noticed_before_and_during_a_download(server, tmp_path, m
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", full)
     with pytest.raises(DataError, match="No space left on device; complete files are kept"):
         hub_files(SOURCE, 0, tmp_path, endpoint=server.url)
 

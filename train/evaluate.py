@@ -421,7 +421,7 @@ class Model:
         with progress(f"{self.stage} core: {task.label}", len(asked)) as bar:
             for start in range(0, len(asked), core.BLOCK):
                 block = range(start, min(start + core.BLOCK, len(asked)))
-                groups = list(core.groups(task, items, self.tokenizer, block))
+                groups = core.groups(task, items, self.tokenizer, block)
                 for i, spans in zip(block, self.scorer.spans(groups), strict=True):
                     option, ok = core.decide(task, items[i], spans)
                     decisions.append({"index": i, "question": digest([items[i]])[:MARK], "chosen": option, "right": ok})

@@ -65,10 +65,12 @@ class Hub:
 
     def __init__(self, repo: str, revision: str, cache: Path, endpoint: str | None = None, mirror: str = ""):
         from huggingface_hub import HfApi
-        from huggingface_hub.utils import logging
+        from huggingface_hub.utils import disable_progress_bars, logging
 
         logging.set_verbosity_error()
-        self.repo, self.revision, self._endpoint, self._api = repo, revision, endpoint, HfApi(endpoint=endpoint)
+        if not animated():
+            disable_progress_bars()
+        self.repo, self.revision, self._api = repo, revision, HfApi(endpoint=endpoint)
         self._mirror = mirror
         self.folder = cache / repo.replace("/", "--") / re.sub(r"[^\w.-]", "--", revision)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -124,15 +126,9 @@ class Hub:
         return read_json(path)
 
     def _download(self, file: dict[str, Any]) -> None:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import disable_progress_bars
-
-        if not animated():
-            disable_progress_bars()
-
         def ask() -> None:
-            where: dict[str, Any] = {"revision": self.commit, "endpoint": self._endpoint, "local_dir": self.folder}
-            hf_hub_download(self.repo, file["path"], repo_type="dataset", **where)
+            where: dict[str, Any] = {"revision": self.commit, "local_dir": self.folder}
+            self._api.hf_hub_download(self.repo, file["path"], repo_type="dataset", **where)
             if not self._verified(file):
                 raise ConnectionError("damaged on the way")
 

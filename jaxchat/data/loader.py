@@ -28,10 +28,9 @@ class Batches:
     and those before read remainders, or, if there are too few, all rows.
     """
 
-    def __init__(self, rows: Rows, batch_rows: int, grad_accum: int, seed: int, shuffle: bool = True, steps: int = 0):
+    def __init__(self, rows: Rows, batch_rows: int, grad_accum: int, seed: int, steps: int = 0):
         def order(begin: int, end: int) -> Any:  # of row numbers, so that a batch is read with one indexing
-            numbers = grain.MapDataset.range(begin, end).seed(seed % 2**32)
-            return (numbers.shuffle() if shuffle else numbers).repeat()
+            return grain.MapDataset.range(begin, end).seed(seed % 2**32).shuffle().repeat()
 
         sources, beginnings = rows.meta.get("sources", ()), rows.meta.get("beginnings", 0)
         self._mixture = Mixture(sources, seed) if len(sources) > 1 else None

@@ -542,9 +542,9 @@ class Engine:
             events += [(handle, event) for event in new]
         return events
 
-    def generate(self, requests: Sequence[Request], on_done: Callable[[Handle], None] | None = None) -> list[Handle]:
+    def generate(self, requests: Sequence[Request]) -> list[Handle]:
         """Answer all requests, slots kept full; return the answers in the order of the requests."""
-        return self.finish([self.submit(request) for request in requests], on_done)
+        return self.finish([self.submit(request) for request in requests])
 
     def finish(
         self, handles: Sequence[Handle], on_done: Callable[[Handle], None] | None = None, shrink: int = 1

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import random
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,10 @@ from typing import Any, ClassVar, TypeVar
 from jaxchat.config import CONFIG_DIR, Config
 from jaxchat.data.hub import Archive, Hub, HubFiles, download_archive
 from jaxchat.data.sources import read_records
-from jaxchat.errors import DataError
+from jaxchat.errors import DataError, UsageError
+from jaxchat.log import say
 from jaxchat.run_dir import sha256_file
+from jaxchat.tools.sandbox import STRICT, Sandbox, SandboxError
 
 T = TypeVar("T")
 RIGHT = 0.5  # the least score of a right answer
@@ -227,6 +230,33 @@ class WrittenTask(Task):
     def facts(self) -> dict[str, Any]:
         """Return what to record beside the score, such as the sandbox's level."""
         return {}
+
+
+class ProgramTask(WrittenTask):
+    """An exam that runs code in a sandbox; a subclass grades in `grade_all`."""
+
+    def __init__(self, files: TaskFiles = NO_FILES):
+        super().__init__(files)
+        self.outcomes = Counter[str]()
+
+    @functools.cached_property
+    def sandbox(self) -> Sandbox:
+        """The strongest sandbox here; `UsageError` if `tasks.sandbox` "strict" asks for more."""
+        try:
+            box = Sandbox(mode=self.files.sandbox)
+        except SandboxError as error:
+            raise UsageError(f"tasks.{error}") from None
+        if box.level < STRICT:
+            say(f"  {self.name} runs code with little around it: {box} (docs/reliability.md)", style="yellow")
+        return box
+
+    def facts(self) -> dict[str, Any]:
+        """Return the sandbox in words and as a level, and the numbers of outcomes."""
+        outcomes = dict(sorted(self.outcomes.items()))
+        return {"sandbox": str(self.sandbox), "sandbox_level": self.sandbox.level, "outcomes": outcomes}
+
+    def grade(self, example: Example, answer: str) -> bool:
+        return self.grade_all([example], [answer])[0] >= RIGHT
 
 
 class GeneratedTask(WrittenTask):

