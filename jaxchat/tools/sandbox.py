@@ -102,7 +102,7 @@ class Sandbox:
         """Run a program to its end. "ok" says that it ended with exit code 0, not that it did what it should."""
         if self._refuses([source]):
             return Outcome("refused", why="the source is too long or not valid Unicode")
-        with contextlib.closing(Process("program", {"source": source}, {}, self.policy, self.level)) as process:
+        with self._process("program", {"source": source}, {}) as process:
             return process.outcome()
 
     def check(self, programs: Sequence[str], entry: str, setup: str, tests: str) -> Outcome:
@@ -118,13 +118,9 @@ class Sandbox:
         job = {"programs": list(programs), "entry": entry}
         with contextlib.ExitStack() as stack:
             calls, answers = _pipe(stack), _pipe(stack)
-
-            def start(role: str, job: dict[str, Any], ends: dict[str, IO[bytes]]) -> Process:
-                return stack.enter_context(contextlib.closing(Process(role, job, ends, self.policy, self.level)))
-
             # first, so that its pipes and its token are closed to others before the candidate begins
-            checker = start("checker", judge, {"calls": calls[1], "answers": answers[0]})
-            candidate = start("candidate", job, {"calls": calls[0], "answers": answers[1]})
+            checker = stack.enter_context(self._process("checker", judge, {"calls": calls[1], "answers": answers[0]}))
+            candidate = stack.enter_context(self._process("candidate", job, {"calls": calls[0], "answers": answers[1]}))
             checker.began = candidate.began
             outcome = checker.outcome(candidate)
             candidate.wait(_TICK)  # if it broke off, it is about to end
@@ -152,9 +148,7 @@ class Sandbox:
             with contextlib.ExitStack() as stack:
                 requests, answers = _pipe(stack), _pipe(stack)
                 ends, job = {"calls": requests[0], "answers": answers[1]}, {"programs": [source], "entry": entry}
-                process = stack.enter_context(
-                    contextlib.closing(Process("candidate", job, ends, self.policy, self.level))
-                )
+                process = stack.enter_context(self._process("candidate", job, ends))
                 for arguments in calls[first:]:
                     if len(json.dumps(list(arguments))) > MAX_CALL:
                         results.append(("too long", None))
@@ -172,6 +166,9 @@ class Sandbox:
                             results.append(("timeout" if slow else "ended", None))
                         break
         return results + [("not called", None)] * (len(calls) - len(results))
+
+    def _process(self, role: str, job: Mapping[str, Any], ends: Mapping[str, IO[bytes]]) -> contextlib.closing[Process]:
+        return contextlib.closing(Process(role, job, ends, self.policy, self.level))
 
     def _refuses(self, programs: Sequence[str]) -> bool:
         most = self.policy.source_bytes
@@ -302,7 +299,6 @@ class Process:
         self.process.wait()
 
 
-@functools.cache
 def interpreter() -> str:
     """Return the path of Python itself, not of a link in a virtual environment."""
     return os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable)
