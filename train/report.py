@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ast
 import base64
 import functools
 import hashlib
@@ -198,20 +197,14 @@ def _progress(steps: Steps, start: dict[str, float]) -> dict[str, dict[str, Any]
 
 @functools.cache
 def code_size() -> dict[str, int]:
-    """Return files, lines and code lines (without comments and docstrings) of the product, and its dependencies."""
+    """Return files and lines of the product, and its dependencies."""
     files = [ROOT / "launch.py", *(p for part in (PACKAGE, ROOT / "train", ROOT / "serve") for p in part.rglob("*.py"))]
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    size = {"files": len(files), "lines": 0, "code_lines": 0}
-    for path in files:
-        text = path.read_text(encoding="utf-8")
-        strings = [
-            n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
-        ]
-        docstrings = {line for n in strings for line in range(n.lineno, (n.end_lineno or n.lineno) + 1)}
-        lines = {n: line.strip() for n, line in enumerate(text.splitlines(), 1)}
-        size["lines"] += len(lines)
-        size["code_lines"] += sum(n not in docstrings and line[:1] not in ("", "#") for n, line in lines.items())
-    return size | {"dependencies": sum(line.strip() != "" and line[0] != "#" for line in requirements)}
+    return {
+        "files": len(files),
+        "lines": sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files),
+        "dependencies": sum(line.strip() != "" and line[0] != "#" for line in requirements),
+    }
 
 
 # The two cards
@@ -572,8 +565,7 @@ def _facts(card: Card) -> Table:
         "peak memory": f"{card['peak_memory_bytes'] / 2**30:.2f} GiB",
         "versions": by_stage("versions", lambda found: ", ".join(f"{k} {v}" for k, v in found.items())),
         "commit": by_stage("commits", lambda commit: commit or "-"),
-        "code": f"{size['files']:,} files, {size['lines']:,} lines ({size['code_lines']:,} without comments), "
-        f"{size['dependencies']} dependencies",
+        "code": f"{size['files']:,} files, {size['lines']:,} lines, {size['dependencies']} dependencies",
         "finished": card["date"] or "-",
     }
     return Table("Model and machine", [], list(map(list, facts.items())))
