@@ -18,7 +18,6 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from bench import machine
 from bench.decode import step_bytes
-from bench.hlo_bytes import bytes_moved
 from jaxchat import model as gpt
 from jaxchat.config import Config, MeshConfig, load_config
 from jaxchat.engine.device import decode_chunk, new_slots
@@ -53,7 +52,7 @@ def loop_cost(text: str) -> tuple[int, int]:
     loop = next(i for i in program.computations[program.entry] if i.opcode == "while")
     body = program.computations[loop.called("body")]
     kernels, beside = [i for i in body if i.opcode in KERNELS], {i.name: i for i in body}
-    return len(kernels), round(sum(bytes_moved(program, i, beside) for i in kernels))
+    return len(kernels), round(sum(program.bytes_moved(i, beside) for i in kernels))
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench.hlo_bytes import bytes_by_kind, is_product, target_of
 from jaxchat.config import Config, load_config
 from jaxchat.errors import JaxchatError
 from jaxchat.scaling import resolve
@@ -58,7 +57,7 @@ class Totals:
 def analyse(text: str, devices: int = 1) -> Totals:
     """Return the `Totals` of an optimized HLO module's text, for a mesh of so many devices."""
     program, shapes = Program(text), set[tuple[str, str]]()
-    totals = Totals(collectives=program.collectives(devices), bytes=bytes_by_kind(program))
+    totals = Totals(collectives=program.collectives(devices), bytes=program.bytes_by_kind)
     repeats = {name for computation in program.computations.values() for name in _repeats(computation)}
     for computation, times, fused, path in program.walk():
         by_name = {i.name: i for i in computation}
@@ -97,17 +96,17 @@ def array_dims(shape: str) -> tuple[int, ...]:
 def _count(i: Instruction, operands: list[str], times: int, totals: Totals, again: bool) -> None:
     """Add one instruction, executed so many times, to the totals; `operands`: shapes; `again`: it repeats another."""
     if i.opcode == "custom-call":
-        totals.kernels[target_of(i) or "?"] += times
-    if is_product(i):
+        totals.kernels[i.target or "?"] += times
+    if i.is_product:
         flops = times * (_convolution_flops(i, operands) if i.opcode == "convolution" else _dot_flops(i, operands))
         types = [found[1] for shape in operands[:2] if (found := ARRAY.search(shape))]
         totals.product_flops += flops
         totals.update_flops += 0 if "jvp(" in i.attributes else flops
         totals.recomputed_flops += flops if again or "rematted_computation" in i.attributes else 0
         totals.product_types[" x ".join(types)] += int(flops)
-    elif "fmha" in target_of(i):
+    elif "fmha" in i.target:
         totals.attention_flops += times * _attention_flops(i)
-    elif target_of(i) and (cost := re.search(r'cost_estimate"?:\s?\{[^}]*?"?flops"?:\s?"?(\d+)', i.attributes)):
+    elif i.target and (cost := re.search(r'cost_estimate"?:\s?\{[^}]*?"?flops"?:\s?"?(\d+)', i.attributes)):
         totals.attention_flops += times * int(cost[1])
 
 
@@ -147,7 +146,7 @@ def _attention_flops(i: Instruction) -> float:
     batch, heads, queries, keys = (int(d) for d in config["intermediate_tensor_shape"]["dimensions"])
     window = config.get("sliding_window_length") or keys
     width = math.prod(array_dims(i.shape)) // (batch * heads * queries)
-    return (4 if "Backward" in target_of(i) else 2) * 2.0 * batch * heads * queries * min(window, keys) * width
+    return (4 if "Backward" in i.target else 2) * 2.0 * batch * heads * queries * min(window, keys) * width
 
 
 # The command

@@ -25,7 +25,7 @@ def measure(config: Config, run: str, rows: int, accumulate: int) -> dict[str, A
     from jaxchat.sharding import batch_devices, make_mesh
     from train.compiled import compile_step
     from train.hlo import Program
-    from train.plan import run_figures
+    from train.plan import compute_seconds, run_figures
     from train.targets import MEMORY_FRACTION, parse_target, target_devices
 
     target, _, sizes = run.partition("=")
@@ -36,7 +36,9 @@ def measure(config: Config, run: str, rows: int, accumulate: int) -> dict[str, A
     train = dataclasses.replace(config.train, batch_tokens=batch, device_batch_rows=rows)
     config = dataclasses.replace(config, mesh=axes, train=train)
     step = compile_step(config, mesh, rows, accumulate)
-    found = run_figures(config, where, rows, accumulate, Program(step.text).collectives(mesh.size))
+    program = Program(step.text)
+    links, seconds = program.collectives(mesh.size), compute_seconds(config, where, program)
+    found = run_figures(config, where, rows, accumulate, links, seconds)
     products, links = found["compute_seconds_estimate"], found["collective_seconds_estimate"]
     return {
         "target": target,

@@ -46,6 +46,7 @@ def test_the_step_for_eight_devices(on_cpu):
     assert on_cpu["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
     assert on_cpu["device_batch_rows"] * on_cpu["grad_accum"] * 8 * 256 == 16384
     assert set(on_cpu["collectives"]) >= {"all-gather", "all-reduce"}
+    assert on_cpu["bytes_per_step_per_device"] == sum(on_cpu["bytes_by_kind"].values()) > 0 < on_cpu["memory_seconds"]
 
 
 def test_memory_adds_up(on_cpu):

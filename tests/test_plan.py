@@ -70,15 +70,13 @@ def test_more_devices_take_less_time_for_little_more_money():
     assert 1 < eight["usd_estimate"] / one["usd_estimate"] < 1.05
 
 
-@pytest.mark.parametrize(("tier", "target", "peak", "mfu"), [
-    ("d12", "h100:1", 20.2e9, 0.409), ("d20", "h100:8", 58.8e9, 0.468), ("d26", "h100:8", 52.7e9, 0.490),
-    ("d32", "h100:8", 74.7e9, 0.512), ("d32", "h200:8", 74.7e9, 0.544),
-])  # fmt: skip
-def test_arithmetic_is_near_the_compiler(tier, target, peak, mfu):
-    """Peaks of the tiers' compiled steps and the MFU that follows from the bytes of their kernels (jax 0.10.2)."""
-    found = estimated(resolve(load_config(tier)), target)
-    assert found["peak_bytes_per_device"] == pytest.approx(peak, rel=0.2)
-    assert found["mfu_assumed"] == pytest.approx(mfu, abs=0.006)
+@pytest.mark.parametrize(
+    ("tier", "target", "compiled"),
+    [("d12", "h100:1", 20.2e9), ("d20", "h100:8", 58.8e9), ("d26", "h100:8", 52.7e9), ("d32", "h100:8", 74.7e9)],
+)
+def test_arithmetic_is_near_the_compiler(tier, target, compiled):
+    """Peaks of the tiers' compiled steps (jax 0.10.2)."""
+    assert estimated(resolve(load_config(tier)), target)["peak_bytes_per_device"] == pytest.approx(compiled, rel=0.2)
 
 
 def test_a_model_too_large_does_not_fit():

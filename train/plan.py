@@ -41,11 +41,8 @@ from .targets import CPU, GPUS_PER_HOST, MEMORY_FRACTION, PRICES_OF, NoCompiler,
 KEPT = {"none": 0.43, "names": 0.43, "dots": 0.4, "full": 0.05}
 # Of the peak that matrix products and attention kernels reach on an H100 or H200 (650 and 425 of 989 TFLOP/s), and of
 # the data sheet's bandwidth that elementwise kernels do; measured on one H200: 770 to 800 TFLOP/s for one large product
-# alone, 4.3 of 4.8 TB/s for a copy.
+# alone, 4.3 of 4.8 TB/s for a copy. They turn what a compiled program does into seconds.
 PRODUCT_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.66, 0.43, 0.8
-# Bytes that the elementwise kernels move for a trained token: for each layer and unit of width, and for each entry of
-# the vocabulary. Fitted to d12, d20, d26 and d32 as compiled for H100s, within 4 % of each (python -m bench.hlo)
-LAYER_BYTES, VOCABULARY_BYTES = 167, 5
 FP8_SHARE = 0.86  # of the products' FLOPs that train.matmul = "fp8" gives 8-bit operands
 DEPTHS = range(2, 49)  # that --budget and --hours try
 WRITTEN = 0.93  # bytes of a checkpoint over those of its float32 arrays: Orbax compresses (nano: 47.8 MB of 51.9)
@@ -192,7 +189,12 @@ def compile_plan(config: Config, target: Target) -> Plan:
     peak, largest = peak_of(rows), compiled.largest_rows(config, mesh, limit, peak_of)
     step = steps[rows]
     text = step.text or (steps[largest].text if largest else "")  # "": refused for its memory
-    return run_figures(config, target, rows, accumulate, hlo.Program(text).collectives(mesh.size)) | {
+    program = hlo.Program(text)
+    moved, compute = program.bytes_by_kind.total(), compute_seconds(config, target, program)
+    return run_figures(config, target, rows, accumulate, program.collectives(mesh.size), compute) | {
+        "bytes_per_step_per_device": moved,
+        "bytes_by_kind": dict(program.bytes_by_kind),
+        "memory_seconds": moved / target.chip.memory_rate,
         "fits": peak <= MEMORY_FRACTION * limit,
         "peak_bytes_per_device": peak,
         "argument_bytes": step.arguments,
@@ -207,29 +209,36 @@ def compile_plan(config: Config, target: Target) -> Plan:
     }
 
 
-def compute_seconds(config: Config, target: Target) -> float:
-    """Return the seconds of a step without its collectives.
+def compute_seconds(config: Config, target: Target, program: hlo.Program) -> float | None:
+    """Return the seconds of a compiled step without its collectives on an NVIDIA GPU; None elsewhere.
 
-    At the MFU of the target's table if it has one. Elsewhere products and attention, with what `train.remat` repeats,
-    and the bytes of everything else come one after the other.
+    Products and attention, with what `train.remat` repeats, and the bytes of everything else come one after the other.
+    A TPU keeps arrays on the chip that the text does not tell apart, a CPU in its caches.
     """
-    chip, model, tokens = target.chip, config.model, config.train.batch_tokens / target.devices
-    if chip.mfu:
-        return flops_per_token(model) * tokens / chip.peak / chip.mfu
-    products = 6.0 * matmul_parameters(model)
-    attention = flops_per_token(model) - products
+    if target.chip.platform != "cuda":
+        return None
+    tokens = config.train.batch_tokens / target.devices
+    products = 6 * matmul_parameters(config.model) * tokens
+    attention = flops_per_token(config.model) * tokens - products
     if config.train.matmul == "fp8":
         products *= 1 - FP8_SHARE / 2  # 8-bit ones run twice as fast
-    moved = LAYER_BYTES * model.depth * model.width + VOCABULARY_BYTES * model.vocab_size
-    seconds = (products / PRODUCT_SHARE + attention / ATTENTION_SHARE) / chip.peak
-    seconds += moved / (BANDWIDTH_SHARE * chip.memory_rate)
-    return tokens * seconds * (4 / 3 if config.train.remat == "full" else 1)
+    seconds = (products / PRODUCT_SHARE + attention / ATTENTION_SHARE) / target.chip.peak
+    seconds *= 4 / 3 if config.train.remat == "full" else 1
+    return seconds + program.bytes_by_kind["other"] / (BANDWIDTH_SHARE * target.chip.memory_rate)
 
 
-def run_figures(config: Config, target: Target, rows: int, accumulate: int, links: list[hlo.Collective]) -> Plan:
+def run_figures(
+    config: Config,
+    target: Target,
+    rows: int,
+    accumulate: int,
+    links: list[hlo.Collective],
+    compute: float | None = None,
+) -> Plan:
     """Return the part of a plan that follows from the configuration and the step's collectives: time and cost.
 
-    Collectives take the speed of the links, nothing overlapped.
+    `compute`: seconds of a compiled step; None: products take the MFU that is assumed for such devices. Collectives
+    take the speed of the links, nothing overlapped.
     """
     chip, tokens = target.chip, config.train.steps * config.train.batch_tokens
     by_kind: dict[str, dict[str, int]] = {}
@@ -244,7 +253,7 @@ def run_figures(config: Config, target: Target, rows: int, accumulate: int, link
         link_seconds += c.count * c.sent_bytes / rate
     disk = {part.name: part.bytes for part in disk_parts(config)}
     ideal = flops_per_token(config.model) * config.train.batch_tokens / target.devices / chip.peak
-    compute = compute_seconds(config, target)
+    compute = compute or ideal / chip.mfu
     mfu = ideal / compute
     hours = (compute + link_seconds) * config.train.steps / 3600
     return {

@@ -38,8 +38,8 @@ class Chip:
     memory_rate: float
     link_rate: float
     network_rate: float
+    mfu: float
     price: float
-    mfu: float = 0.0
     kind: str = ""
     match: str = ""
     slices: Sequence[str] = ()
@@ -53,7 +53,7 @@ class Chip:
 TABLES = tomllib.loads(Path(__file__).with_name("devices.toml").read_text(encoding="utf-8"))
 CHIPS = {name: Chip(name=name, peak=peak_flops(table["kind"]) or 0.0, **table) for name, table in TABLES.items()}
 ALIASES = {"a100": "a100-80g", "rtxa6000": "a6000"}
-CPU = Chip("cpu", "cpu", 4 * 2**30, 6e10, 2e10, 2e10, 1e9, 0.0, mfu=0.6)  # per core: float32 products on AVX2, measured
+CPU = Chip("cpu", "cpu", 4 * 2**30, 6e10, 2e10, 2e10, 1e9, 0.6, 0.0)  # per core: float32 products on AVX2, measured
 
 
 class NoCompiler(JaxchatError):
