@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from jaxchat.config import ModelConfig
 from jaxchat.errors import first_line
+from jaxchat.low_precision import product
 from jaxchat.sharding import BATCH_AXES
 
 BLOCK = 128  # queries per block of the blocked backend
@@ -37,6 +38,7 @@ def attention(
     backend: str = "xla",
     score_bound: float = math.inf,
     mesh: Mesh | None = None,
+    operands: DTypeLike | None = None,
 ) -> jax.Array:
     """Attend from every position of a text to itself and the `window` positions before it.
 
@@ -45,11 +47,12 @@ def attention(
       backend: "xla", "blocked", "cudnn" (16-bit inputs on an NVIDIA GPU) or "splash" (TPU).
       score_bound: no |q.k| / sqrt(N) is larger; where it is small the blocked backend needs no row maximum.
       mesh: where rows and heads are split, for splash, which XLA cannot split by itself.
+      operands: dtype of the products' operands in the blocked backend; None keeps that of q.
 
     Returns: (B, T, H, N) in the dtype of q.
     """
     if backend == "blocked":
-        return _blocked(q, k, v, window, score_bound)
+        return _blocked(q, k, v, window, score_bound, operands or q.dtype)
     if backend == "splash":
         return splash_attention(q, k, v, window, mesh)
     # is_causal must stay: a window alone would look into the future (jax issue 39576)
@@ -109,30 +112,74 @@ def masked_attention(
     return jnp.einsum("bkgts,bksn->btkgn", weights, v).reshape(B, T, H, N)
 
 
-def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, window: int, score_bound: float) -> jax.Array:
+def _blocked(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int, score_bound: float, operands: DTypeLike
+) -> jax.Array:
     """Attend block by block to the keys that a block of queries sees: half the work of a masked square."""
     B, T, H, N = q.shape
     K = k.shape[2]
     q = q.reshape(B, T, K, H // K, N).transpose(0, 2, 3, 1, 4) * N**-0.5  # (B, K, G, T, N)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (B, K, T, N)
-    blocks = []
+    outs = []
     for start in range(0, T, BLOCK):
-        stop = min(start + BLOCK, T)
-        first = max(0, start - window)
-        scores = jnp.einsum("bkgqn,bksn->bkgqs", q[:, :, :, start:stop], k[:, :, first:stop]).astype(jnp.float32)
-        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)
-        mask = (distance >= 0) & (distance <= window)
-        # QK-norm bounds the scores, so a constant can replace the row maximum: the same softmax, one pass less
-        if score_bound <= SAFE_SCORE:
-            top = jnp.float32(score_bound)
-        else:
-            top = jax.lax.stop_gradient(jnp.max(jnp.where(mask, scores, -jnp.inf), axis=-1, keepdims=True))
-        weights = jnp.exp(jnp.where(mask, scores - top, -jnp.inf))
-        total = weights.sum(axis=-1, keepdims=True)
-        weights = weights.astype(v.dtype)  # JAX 0.11 would add bfloat16 products in bfloat16 on a CPU
-        out = jnp.einsum("bkgqs,bksn->bkgqn", weights, v[:, :, first:stop], preferred_element_type=jnp.float32)
-        blocks.append((out / total).astype(q.dtype))
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, N)
+        stop, first = min(start + BLOCK, T), max(0, start - window)
+        queries = q[:, :, :, start:stop].reshape(B, K, -1, N)  # of all G heads that share keys
+        spec = BlockSpec(start - first, window, score_bound, operands)
+        out = _block_attention(queries, k[:, :, first:stop], v[:, :, first:stop], spec)
+        outs.append(out.reshape(B, K, H // K, -1, N))
+    return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, N)
+
+
+class BlockSpec(NamedTuple):
+    """Static settings of a block of queries."""
+
+    start: int  # position of the first query among the block's keys; those of the last query end there
+    window: int
+    score_bound: float
+    operands: DTypeLike  # of the products
+
+    def mask(self, queries: int, keys: int) -> np.ndarray:
+        """Return which keys each of the G * Q queries sees, (G * Q, S) bool."""
+        distance = np.arange(self.start, keys)[:, None] - np.arange(keys)
+        return np.tile((distance >= 0) & (distance <= self.window), (queries // len(distance), 1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _block_attention(q: jax.Array, k: jax.Array, v: jax.Array, spec: BlockSpec) -> jax.Array:
+    """Attend from q (B, K, G * Q, N), already scaled, to k and v (B, K, S, N).
+
+    The backward pass has scores of keys by queries, (S, G * Q): so no product contracts the first axis of its left
+    side, a form for which XLA has no fast kernel on a CPU.
+    """
+    return _block_forward(q, k, v, spec)[0]
+
+
+def _block_forward(q, k, v, spec):
+    scores = product("bkqn,bksn->bkqs", q, k, spec.operands)
+    scores = jnp.where(spec.mask(q.shape[2], k.shape[2]), scores, -jnp.inf)
+    # QK-norm bounds the scores, so a constant can replace the row maximum: the same softmax, one pass less
+    bounded = spec.score_bound <= SAFE_SCORE
+    top = jnp.float32(spec.score_bound) if bounded else jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = (product("bkqs,bksn->bkqn", weights, v, spec.operands) / total).astype(q.dtype)
+    return out, (q, k, v, out, (top + jnp.log(total)).squeeze(-1))
+
+
+def _block_backward(spec, residuals, g):
+    q, k, v, out, log_total = residuals
+    operands, mask = spec.operands, spec.mask(q.shape[2], k.shape[2]).T
+    scores = product("bksn,bkqn->bksq", k, q, operands)
+    weights = jnp.exp(jnp.where(mask, scores - log_total[:, :, None], -jnp.inf))
+    inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    of_scores = weights * (product("bksn,bkqn->bksq", v, g, operands) - inner[:, :, None])
+    dq = product("bkns,bksq->bknq", k.swapaxes(2, 3), of_scores, operands).swapaxes(2, 3)
+    dk = product("bksq,bkqn->bksn", of_scores, q, operands)
+    dv = product("bksq,bkqn->bksn", weights, g, operands)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+_block_attention.defvjp(_block_forward, _block_backward)
 
 
 def splash_attention(

@@ -120,7 +120,8 @@ class TrainConfig:
     eval_rows: int = key(512, "held-out rows at most per evaluation", 1, free=True)
     sample_every: int = key(0, "steps between samples while a stage trains; 0: only before and after", 0, free=True)
     compute_dtype: str = key("auto", "auto: float32 on CPUs, bfloat16 elsewhere, float16 with a loss scale on NVIDIA "
-        "cards without it (T4, V100)", choices=("auto", "float32", "bfloat16", "float16"))
+        "cards without it (T4, V100). On a CPU with bfloat16 units, `auto` rounds the operands of a training step's "
+        "products to it; `float32` does not", choices=("auto", "float32", "bfloat16", "float16"))
     matmul: str = key("plain", "products of the layers: `plain` in the compute dtype, `fp8` with 8-bit operands (e4m3, "
         "gradients e5m2, one scale a tensor)", choices=("plain", "fp8"))
     remat: str = key("none", "what the backward pass computes again to save memory: `none`, `names` (norms, rotary and "

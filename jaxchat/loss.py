@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
+from jaxchat.low_precision import product
 from jaxchat.sharding import BATCH_AXES, batch_devices
 
 
@@ -22,6 +24,7 @@ class LossSpec(NamedTuple):
     vocab_size: int  # rows of the unembedding beyond it are padding
     softcap: float
     chunk: int  # tokens per chunk on a device, at most
+    operands: DTypeLike | None = None  # of the products, None: as x
     mesh: Mesh | None = None  # rows are split over its data and fsdp axes, the vocabulary over tensor
 
 
@@ -93,7 +96,9 @@ def _local(x, w, targets, weights, spec, with_gradients):
     # capped logits of a training step in bfloat16: half of what the loss moves; evaluation keeps float32
     narrow = with_gradients and x.dtype == jnp.bfloat16
     chunks = -(-B * T // spec.chunk)
-    length = -(-B * T // chunks)  # the last chunk is filled with tokens of weight 0
+    operands, turned = spec.operands or x.dtype, spec.operands is not None
+    length = -(-B * T // chunks)
+    length += length % 2 if turned else 0  # the last chunk is filled with tokens of weight 0
 
     def split(a):
         flat = a.reshape(B * T, *a.shape[2:])
@@ -103,9 +108,12 @@ def _local(x, w, targets, weights, spec, with_gradients):
     def join(a):
         return a.reshape(chunks * length, *a.shape[2:])[: B * T].reshape(B, T, *a.shape[2:])
 
+    def halves(a):
+        return a.reshape(2, length // 2, -1)
+
     def step(dw, chunk):
         xc, target, weight = chunk
-        z = jnp.einsum("td,vd->tv", xc, w, preferred_element_type=jnp.float32)
+        z = product("td,vd->tv", xc, w, operands)
         s = jnp.tanh(z / spec.softcap)
         if narrow:  # without the barrier XLA drops the rounding and keeps float32
             s = jax.lax.optimization_barrier(s.astype(x.dtype)).astype(jnp.float32)
@@ -122,12 +130,16 @@ def _local(x, w, targets, weights, spec, with_gradients):
         if not with_gradients:
             return dw, (nll, None)
         p = e * (weight / total)[:, None]
-        dz = ((p - jnp.where(target[:, None] == ids, weight[:, None], 0.0)) * (1.0 - s * s)).astype(x.dtype)
-        dx = everywhere(jnp.einsum("tv,vd->td", dz, w))
-        dw = dw + jnp.einsum("tv,td->vd", dz, xc, preferred_element_type=jnp.float32)
+        dz = ((p - jnp.where(target[:, None] == ids, weight[:, None], 0.0)) * (1.0 - s * s)).astype(operands)
+        dx = everywhere(jnp.einsum("tv,vd->td", dz, w.astype(operands), preferred_element_type=x.dtype))
+        if turned:  # two contracted axes: XLA turns the smaller side, and the product has its kernel (`low_precision`)
+            dw = dw + product("htd,htv->dv", halves(xc), halves(dz), operands)
+        else:
+            dw = dw + product("tv,td->vd", dz, xc, operands)
         return dw, (nll, dx)
 
-    dw = jnp.zeros(w.shape, jnp.float32) if with_gradients else None
+    dw = jnp.zeros(w.shape[::-1] if turned else w.shape, jnp.float32) if with_gradients else None
     dw, (nll, dx) = jax.lax.scan(step, dw, (split(x), split(targets), split(weights)))
     nll = join(nll)
+    dw = dw.T if turned and dw is not None else dw
     return jnp.sum(nll * weights), nll, None if dx is None else join(dx), dw

@@ -372,6 +372,7 @@ class LayerOptions(NamedTuple):
     remat: str = "none"
     dot: Callable[[jax.Array, Any], jax.Array] = operator.matmul  # of the layers' kernels
     merge: bool = False  # gradients of the products for q, k and v together; never where heads are split
+    operands: DTypeLike | None = None  # of the products in attention, None: as its input
     mesh: Mesh | None = None
     place: Callable[[str, jax.Array], jax.Array] = lambda name, weight: weight  # gathers a weight where it is used
 
@@ -384,7 +385,8 @@ def hidden(config: ModelConfig, params: Params, tokens: jax.Array, options: Laye
 
     def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         k = offset_keys(config, k)
-        return attention(q, k, v, windows(config)[i], options.backend, score_bound(config), options.mesh)
+        bound, o = score_bound(config), options
+        return attention(q, k, v, windows(config)[i], o.backend, bound, o.mesh, o.operands)
 
     by_layer = ("blocks", "value_embedding", "layers")  # placed layer by layer
     params = {name: p if name in by_layer else options.place(name, p) for name, p in params.items()}

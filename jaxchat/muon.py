@@ -50,6 +50,7 @@ def muon(
     weight_decay: Schedule = 0.0,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    operands: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     """Return the whole direction of a step, still to be scaled by minus the learning rate.
 
@@ -57,11 +58,12 @@ def muon(
       momentum, weight_decay: a number, or a function of the step count.
       dtype: of the orthogonalization's products (bfloat16 on accelerators); None keeps the update's.
       mesh: devices that share the orthogonalization, each whole matrices.
+      operands: dtype of the operands of its products, where they are not `dtype`'s (`low_precision.cpu_operands`).
     """
     return optax.chain(
         nesterov_momentum(momentum),
         equilibrate_rows(),
-        orthogonalize(POLAR_EXPRESS, dtype, mesh=mesh),
+        orthogonalize(POLAR_EXPRESS, dtype, mesh=mesh, operands=operands),
         normalize_neurons(beta2=0.9),
         add_cautious_decay(weight_decay),
         scale_by_shape(),
@@ -99,6 +101,7 @@ def orthogonalize(
     safety: float = 1.01,
     renormalize: bool = True,
     mesh: Mesh | None = None,
+    operands: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     """Replace each matrix by (about) its nearest semi-orthogonal one, U V^T of its singular value decomposition.
 
@@ -108,20 +111,27 @@ def orthogonalize(
     Args:
       coefficients: (a, b, c) of each iteration, see `POLAR_EXPRESS`.
       safety: the Frobenius norm is divided by this much more, so that rounding keeps singular values below 1.
+      dtype, operands: of the products, see `muon`.
       renormalize: set the Frobenius norm to sqrt(min(in, out)), an exactly semi-orthogonal matrix's.
     """
 
     def iterate(x: jax.Array) -> jax.Array:
         """Iterate over the shorter side of x (K, m, n); a loop, so that one step compiles and not five."""
-        tall = x.shape[-2] > x.shape[-1]
+        narrow = operands or x.dtype
+
+        def dot(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
+            return jnp.einsum(form, a.astype(narrow), b.astype(narrow), preferred_element_type=x.dtype)
 
         def step(x, abc):
             a, b, c = abc
-            gram = jnp.einsum("...ki,...kj->...ij" if tall else "...ik,...jk->...ij", x, x)
-            polynomial = b * gram + c * (gram @ gram)
-            return a * x + (x @ polynomial if tall else polynomial @ x), None
+            gram = dot("kim,kjm->kij", x, x)
+            polynomial = b * gram + c * dot("kim,kmj->kij", gram, gram)
+            return a * x + dot("kim,kmj->kij", polynomial, x), None
 
-        return jax.lax.scan(step, x, jnp.asarray(coefficients, x.dtype))[0]
+        tall = x.shape[-2] > x.shape[-1]
+        x = x.swapaxes(1, 2) if tall else x
+        x = jax.lax.scan(step, x, jnp.asarray(coefficients, x.dtype))[0]
+        return x.swapaxes(1, 2) if tall else x
 
     def iterate_on_mesh(x: jax.Array) -> jax.Array:
         if mesh is None or mesh.size == 1:

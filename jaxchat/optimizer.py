@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxchat.config import Config
-from jaxchat.low_precision import dynamic_loss_scale
+from jaxchat.low_precision import cpu_operands, dynamic_loss_scale
 from jaxchat.model import map_parameters
 from jaxchat.muon import DecayState, NesterovState, muon
 
@@ -88,7 +88,8 @@ def make_optimizer(config: Config, compute_dtype: DTypeLike, mesh: Mesh | None =
     by_width = c.lr_scale * (config.model.width / 768) ** -0.5  # these three were tuned at d12's width
     # a tied table also makes the logits, which the rate of an embedding, 50 times as high, drives into their cap
     table_lr = c.unembedding_lr if config.model.tie_embeddings else c.embedding_lr
-    matrix = muon(muon_momentum(config) if modern else 0.95, muon_decay(config), dtype=compute_dtype, mesh=mesh)
+    momentum = muon_momentum(config) if modern else 0.95
+    matrix = muon(momentum, muon_decay(config), compute_dtype, mesh, cpu_operands(config, mesh))
     groups = {
         "matrix": optax.chain(matrix, scaled(c.lr_scale * c.matrix_lr)),
         "unembedding": adamw(by_width * c.unembedding_lr, (0.8, 0.96), 0.01 if modern else 0.0),

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import keystr, tree_map_with_path
+from jax.typing import DTypeLike
 
 from jaxchat import model as gpt
 from jaxchat.attention import choose_backend, cuda_capability, has_fp8, trusted_backend, with_attention
@@ -23,7 +24,7 @@ from jaxchat.config import Config
 from jaxchat.errors import UsageError
 from jaxchat.log import say
 from jaxchat.loss import LossSpec, chunked_loss
-from jaxchat.low_precision import SMALLEST, fp8_dot
+from jaxchat.low_precision import SMALLEST, bfloat16_dot, cpu_operands, fp8_dot
 from jaxchat.sharding import (
     batch_sharding,
     check_mesh,
@@ -170,8 +171,8 @@ _gather.defvjp(
 )
 
 
-def layer_options(config: Config, mesh: Mesh) -> gpt.LayerOptions:
-    """Return how the layers run on the devices of `mesh`."""
+def layer_options(config: Config, mesh: Mesh, operands: DTypeLike | None = None) -> gpt.LayerOptions:
+    """Return how the layers run on the devices of `mesh`; `operands` as `cpu_operands` says."""
     table = {path.removeprefix("blocks."): p for path, p in parameters(config.model).items()}
     dtype, plain = compute_dtype(config, mesh), config.train.matmul != "fp8"
 
@@ -188,23 +189,26 @@ def layer_options(config: Config, mesh: Mesh) -> gpt.LayerOptions:
         unroll=scan_unroll(config, platform(mesh)),
         backend=choose_backend(config.model, dtype, mesh.devices.flat[0])[0],
         remat=config.train.remat,
-        dot=jnp.matmul if plain else fp8_dot,
+        dot=fp8_dot if not plain else bfloat16_dot if operands else jnp.matmul,
         merge=dtype == jnp.bfloat16 and plain and mesh.shape["tensor"] == 1,
+        operands=operands,
         mesh=mesh,
         place=place,
     )
 
 
-def _cast_and_losses(config: Config, mesh: Mesh) -> tuple[Callable[[Any], Any], Callable[[Any, Batch], Any]]:
-    """Return the two halves of every step.
+def _cast_and_losses(
+    config: Config, mesh: Mesh, operands: DTypeLike | None = None
+) -> tuple[Callable[[Any], Any], Callable[[Any, Batch], Any]]:
+    """Return the two halves of every step; `operands` as `cpu_operands` says, for training.
 
     cast: masters -> weights in the compute dtype, gathered over `data` in that dtype.
     losses: cast weights and a micro-batch -> (weighted sum, nll (B, T)) in nats.
     """
-    model, dtype, options = config.model, compute_dtype(config, mesh), layer_options(config, mesh)
+    model, dtype, options = config.model, compute_dtype(config, mesh), layer_options(config, mesh, operands)
     shardings = gpt.map_parameters(model, lambda p: parameter_sharding(mesh, p))
     chunk = 512 if platform(mesh) == "cpu" else 8192  # tokens; on a CPU a chunk's logits fit the caches
-    spec = LossSpec(model.vocab_size, model.softcap, chunk, mesh)
+    spec = LossSpec(model.vocab_size, model.softcap, chunk, operands, mesh)
 
     def cast(params: Any) -> Any:
         weights = gpt.cast_params(params, dtype)
@@ -231,7 +235,7 @@ def make_train_step(
     scale follows (then `ok` stays 1). Gradients of the A micro-batches add up in float32, split like the masters.
     The sums are divided by the batch's weights, or by its `counts`, shaped like them, where weights may be negative.
     """
-    cast, losses = _cast_and_losses(config, mesh)
+    cast, losses = _cast_and_losses(config, mesh, cpu_operands(config, mesh))
     shardings, float16 = state_sharding(config, optimizer, mesh), compute_dtype(config, mesh) == jnp.float16
 
     def like_masters(grads: Any) -> Any:

@@ -73,6 +73,20 @@ def test_gradients_agree(window):
             np.testing.assert_allclose(a, b, atol=3e-5)
 
 
+@pytest.mark.parametrize("bound", [30.0, float("inf")])
+def test_bfloat16_operands_cost_no_more_than_their_rounding(bound):
+    q, k, v = draw(200)
+
+    def run(operands):
+        y, pull = jax.vjp(lambda *args: attention(*args, 150, "blocked", bound, operands=operands), q, k, v)
+        return y, *pull(q)
+
+    run = jax.jit(run, static_argnums=0)
+    for exact, near in zip(run(None), run(jnp.bfloat16), strict=True):
+        assert near.dtype == jnp.float32
+        assert 1e-5 < float(jnp.linalg.norm(near - exact) / jnp.linalg.norm(exact)) < 0.01
+
+
 def test_no_score_exceeds_the_bound():
     """Those of offset keys neither, whose halves may both be the longer one of their key."""
     one = resolve_model(ModelConfig(recipe="jaxchat", depth=2, width=64, n_heads=2, head_width=32, vocab_size=64))

@@ -53,6 +53,17 @@ def test_bfloat16_keeps_the_weight_gradient_in_float32():
     assert float(jnp.abs(dw - exact).max()) < 0.05 * float(jnp.abs(exact).max())
 
 
+@pytest.mark.parametrize("chunk", [7, 24])  # chunks of an odd length are filled
+def test_bfloat16_operands_cost_no_more_than_their_rounding(chunk):
+    x, w, targets, weights = draw()
+    spec = LossSpec(REAL, 15.0, chunk, jnp.bfloat16)
+    want, grads = jax.value_and_grad(plain, (0, 1))(x, w, targets, weights)
+    got, ours = jax.value_and_grad(lambda x, w: chunked_loss(x, w, targets, weights, spec)[0], (0, 1))(x, w)
+    assert got == pytest.approx(float(want), rel=0.01)
+    for a, b in zip(grads, ours, strict=True):
+        assert b.dtype == jnp.float32 and float(jnp.linalg.norm(b - a)) < 0.01 * float(jnp.linalg.norm(a))
+
+
 def test_no_full_logits_in_the_compiled_program():
     """The largest array holds one chunk of logits, not all of them."""
     b, t, v = 4, 256, 1024

@@ -117,6 +117,14 @@ def test_plain_variant_equals_optax(shape):
         np.testing.assert_allclose(ours, ub, atol=2e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 16, 48), (48, 16)])
+def test_bfloat16_operands_give_nearly_the_same_matrix(shape):
+    x = draw(shape)
+    both = (orthogonalize(POLAR_EXPRESS, operands=dtype) for dtype in (None, jnp.bfloat16))
+    exact, near = (transform.update(x, optax.EmptyState())[0] for transform in both)
+    assert near.dtype == jnp.float32 and 0.998 < cosine(near, exact) < 1 - 1e-7
+
+
 def test_nesterov_momentum_by_hand():
     t = nesterov_momentum(lambda count: 0.5 + 0.25 * count)
     state = t.init(jnp.zeros(()))
