@@ -15,7 +15,7 @@ PRODUCT = sorted(
 )
 # data flows from left to right, imports point to the left
 ORDER = (
-    "config", "sizes", "scaling", "sharding", "distributed", "tokenizer", "chat", "data", "attention", "low_precision",
+    "config", "sizes", "scaling", "sharding", "distributed", "tokenizer", "chat", "data", "low_precision", "attention",
     "model", "kv_cache", "loss", "muon", "optimizer", "train_state", "checkpoint", "lens", "engine", "tasks", "interop",
 )  # fmt: skip
 LEAVES = {"arguments", "errors", "run_dir", "log", "tools", "pack"}  # anyone may import them
