@@ -1,4 +1,4 @@
-"""Numbers of 8 and 16 bits: fp8 training, int8 weights for serving, and the loss scale of float16."""
+"""Numbers of 8 and 16 bits: bfloat16 operands on CPUs, fp8 training, int8 weights for serving, float16's loss scale."""
 
 from __future__ import annotations
 
