@@ -173,7 +173,8 @@ def _block_backward(spec, residuals, g):
     weights = jnp.exp(jnp.where(mask, scores - log_total[:, :, None], -jnp.inf))
     inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     of_scores = weights * (product("bksn,bkqn->bksq", v, g, operands) - inner[:, :, None])
-    dq = product("bkns,bksq->bknq", k.swapaxes(2, 3), of_scores, operands).swapaxes(2, 3)
+    dq = product("bkns,bksq->bknq", k.swapaxes(2, 3), of_scores, operands)
+    dq = jax.lax.optimization_barrier(dq).swapaxes(2, 3)  # or XLA turns the product itself, into a slow form
     dk = product("bksq,bkqn->bksn", of_scores, q, operands)
     dv = product("bksq,bkqn->bksn", weights, g, operands)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

@@ -141,5 +141,6 @@ def _local(x, w, targets, weights, spec, with_gradients):
     dw = jnp.zeros(w.shape[::-1] if turned else w.shape, jnp.float32) if with_gradients else None
     dw, (nll, dx) = jax.lax.scan(step, dw, (split(x), split(targets), split(weights)))
     nll = join(nll)
-    dw = dw.T if turned and dw is not None else dw
+    if turned and dw is not None:  # without the barrier XLA may turn the product itself, into a form that it cannot run
+        dw = jax.lax.optimization_barrier(dw).T
     return jnp.sum(nll * weights), nll, None if dx is None else join(dx), dw

@@ -67,7 +67,7 @@ def test_sft_and_rl_begin_at_their_own_rates(stage, batch):
 
 
 def test_small_batches_keep_their_factor_in_sft_and_rl():
-    config = resolve(load_config("nano"))
+    config = resolve(load_config("nano", ["optim.lr_scale=-1"]))
     for stage in (sft_config(config, rows=1000), rl_config(config, questions=1000, devices=1)):
         ratio = config.sft.lr_ratio if stage.optim.warmdown_ratio == 0.5 else config.rl.lr_ratio
         assert stage.optim.lr_scale == pytest.approx(ratio)

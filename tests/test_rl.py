@@ -62,7 +62,7 @@ def gradient_keeper():
 
 @functools.cache
 def config():
-    return resolve(load_config("nano", CLASSIC))
+    return resolve(load_config("nano", [*CLASSIC, "train.compute_dtype=float32"]))
 
 
 @functools.cache
