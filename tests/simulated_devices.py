@@ -21,7 +21,7 @@ from jaxchat.train_state import compute_dtype, init_state, make_eval_step, make_
 
 SMALL = ["model.depth=4", "model.width=64", "model.n_heads=4", "model.head_width=16", "model.vocab_size=200",
          "model.seq_len=32", "model.window_short=5", "train.batch_tokens=512", "train.steps=30",
-         "train.compute_dtype='float32'", "optim.lr_scale=0.4"]  # fmt: skip
+         "train.compute_dtype='float32'", "optim.lr_scale=0.1"]  # fmt: skip
 # (data, fsdp, tensor) and micro-batches per step
 LAYOUTS = {
     "one": ((1, 1, 1), 1),
