@@ -57,7 +57,7 @@ from .report import code
 # Muon's momentum and the largest rates of the tables, before `rl.lr_ratio`, as in nanochat's RL
 MOMENTUM, EMBEDDING_LR, UNEMBEDDING_LR = (0.95, 0.95, 0.95), 0.2, 0.004
 FEW = 50  # held-out questions: the interval of their share is up to 27 % wide
-LENGTH_MULTIPLE = 64  # tokens that caches and the longer rows are rounded up to
+LENGTH_MULTIPLE = 32  # tokens that caches and the longer rows are rounded up to
 SHORTEST = 64  # positions of a row
 SHRINK = 4  # the last answers of a step are few and long: they run in fewer rows, down to a quarter of the slots
 SHOWN = 8  # questions of every evaluation in `rollouts.md`
