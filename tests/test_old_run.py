@@ -74,7 +74,7 @@ def test_sft_trains_again_from_its_checkpoint_and_rl_after_it(inside):
     after = json.loads((inside / "run" / "stages.json").read_text())
     assert after["pretrain"] == stages["pretrain"] and after["rl"]["status"] == "done"
     losses = [json.loads(line)["loss"] for line in (inside / "run/sft/metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 14 and losses[-1] < losses[0]
+    assert len(losses) == after["sft"]["facts"]["steps"] > 10 and losses[-1] < losses[0]
 
 
 def test_its_hugging_face_export_loads(old, tmp_path):
