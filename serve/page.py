@@ -169,7 +169,8 @@ def model_card(run: RunDir, service: Service, words: dict[str, str]) -> str:
         tasks |= {name: {"metric": report[name]} for name in ("core", "chatcore") if report.get(name) is not None}
     for name, task in sorted(tasks.items()):
         if task.get("metric") is not None:
-            facts[name] = f"{task['metric']:.1%}" if "accuracy" in task else f"{task['metric']:.3f}"
+            form = task.get("form", ".1%" if "accuracy" in task else ".3f")
+            facts[name] = f"{task['metric']:{form}}"
     rows = "".join(
         f"<dt>{html.escape(words.get(name) or TITLES.get(name) or name.replace('_', ' '))}</dt>"
         f"<dd>{html.escape(value)}</dd>"

@@ -347,6 +347,14 @@ def test_a_reload_leaves_nothing_behind(open_page):
     assert page.context.cookies() == []
 
 
+def test_settings_are_below_the_card_on_a_low_screen(open_page):
+    page = open_page(viewport={"width": 1100, "height": 420})
+    page.locator("#side input[type=range]").last.wait_for()
+    places = [page.locator(f"#side {what}").last.bounding_box() for what in ("#card", "h2", "input[type=range]")]
+    assert places[0]["y"] < places[1]["y"] < places[2]["y"] and places[2]["x"] < 1100
+    assert page.evaluate("() => { const s = document.querySelector('#side'); return s.scrollWidth <= s.clientWidth }")
+
+
 def test_tab_goes_through_the_page_in_reading_order(open_page):
     page = open_page()
     say(page, QUESTION[0]["content"])
