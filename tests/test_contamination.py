@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import random
 from pathlib import Path
 
@@ -127,6 +128,17 @@ def test_the_result_is_kept_until_something_changes(tmp_path, capsys):
     assert contamination.exam_contamination(config, run, None)["documents"] == first["documents"] + 1
     off = dataclasses.replace(config, eval=dataclasses.replace(config.eval, overlap_documents=0))
     assert contamination.exam_contamination(off, run, None) == {}
+
+
+def test_an_edited_exam_is_searched_again(tmp_path):
+    leaked = " ".join(f"w{i}" for i in range(N))
+    quiz = tmp_path / "quiz.jsonl"
+    name = f"files:{quiz}"
+    record = {"tasks": {name: {"metric": 0.5, "accuracy": 0.5}}}
+    config, run = make_run(tmp_path, ["Some text.", leaked], f'eval.exams=["{name}"]', record=record)
+    for question, found in ((leaked[::-1], 0), (leaked, 1)):  # as many words
+        quiz.write_text(json.dumps({"question": question, "answer": "yes"}), encoding="utf-8")
+        assert contamination.exam_contamination(config, run, 2)["exams"][name]["found"] == found
 
 
 def test_what_is_missing_is_said_and_nothing_breaks(tmp_path):

@@ -122,8 +122,8 @@ def exam_contamination(config: Config, run: RunDir, train_documents: int | None)
             reasons[name] = {"reason": str(error)}
     try:
         source = [fingerprint(open_corpus(config.data)), config.data.val_fraction, config.eval.overlap_documents]
-        sizes = {name: sum(map(len, questions)) for name, questions in exams.items()}
-        inputs = {"format": FORMAT, "source": source, "exams": sizes}
+        sums = {name: sum(sum(hashed.tolist()) for hashed in questions) for name, questions in exams.items()}
+        inputs = {"format": FORMAT, "source": source, "exams": sums}
         result = read_json(path) if path.exists() else {}
         if result.get("inputs") != inputs:
             scores, read = search(exams, training_documents(config)) if exams else ({}, 0)
