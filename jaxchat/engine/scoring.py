@@ -42,6 +42,7 @@ TAILS = (32, 128)  # smallest and largest room for continuations, a quarter of t
 ROW_TOKENS = 512  # a batch of n rows has about n times this many tokens, whatever the rows' length
 CPU_ROWS = 32  # of exams at once; more leave a CPU's caches
 CPU_TOKENS = 2048  # of a batch on a CPU at most: more leave its caches and run slower
+FEW = 8  # batches of rows without continuations that are not worth a program of their own
 IN_FLIGHT = 2  # batches dispatched before the first one is read
 QUESTION_CHUNK = {"cpu": 256}  # questions whose logits are alive at once
 ACCELERATOR_CHUNK = 2048
@@ -333,12 +334,19 @@ class Scorer:
     def _length(self, n: int) -> int:
         return next((T for T in self._lengths if n <= T), -(-n // self._lengths[-1]) * self._lengths[-1])
 
+    def _at_once(self, T: int) -> int:
+        """Return the rows of a batch whose prefixes have T positions."""
+        return max(1, self._batch_tokens // T // self._devices) * self._devices
+
     def _answers(self, rows: list[Row]) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
         """Yield (index of a row, (loss, best) of each of its asks); while one batch is read, the next ones run."""
         by_shape: dict[tuple[int, int], list[int]] = {}
         for index, row in enumerate(rows):
             T = self._length(len(row.prefix))
             by_shape.setdefault((T, tails(T) if row.tail else 0), []).append(index)
+        for T in [T for T, Q in by_shape if not Q and (T, tails(T)) in by_shape]:
+            if len(by_shape[T, 0]) <= FEW * self._at_once(T):
+                by_shape[T, tails(T)] += by_shape.pop((T, 0))
         flying: deque[tuple[Any, list[int], list[list[slice]]]] = deque()
 
         def read() -> Iterator[tuple[int, list[tuple[float, bool]]]]:
@@ -349,7 +357,7 @@ class Scorer:
 
         # the longest first: what does not fit in memory fails at once
         for (T, Q), members in sorted(by_shape.items(), reverse=True):
-            B = max(1, self._batch_tokens // T // self._devices) * self._devices
+            B = self._at_once(T)
             self.shapes.add((B, T, Q))
             for i in range(0, len(members), B):
                 batch = members[i : i + B]
